@@ -70,6 +70,7 @@ class Kernel(Protocol):
 
     DIFFERENTIABLE_LSE: `backward` is correct for any delta, so that gradients may flow through the log-sum-exp. ACCUMULATES:
     `forward` and `backward` also take `into`, tensors that results are written to, merged into (`merge`) or added to (`add`).
+    A kernel may have FINISHES, the directions in which it takes `final` as well: see `FinalRows`.
     `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward` take that schedule. A kernel
     that can count its memory in advance also has `workspace_bytes(direction, shape, schedule)`.
     """

@@ -47,6 +47,23 @@ class KernelRequirements(NamedTuple):
     grouped: bool = False
 
 
+# the launches of a pass that `FinalRows` can number
+MOST_TURNS = 1 << 15
+
+
+class FinalRows(NamedTuple):
+    """The tensor for finished rows of a result that several launches sum up, and the turn of each row.
+
+    A launch writes the rows that it is the last to add to here, in this tensor's dtype, and all others to the sums. It reads
+    sums only of rows that an earlier launch has written. turns_T: int32, for each row the numbers of the first and the last
+    launch that write it, first * MOST_TURNS + last. number: this launch's.
+    """
+
+    target_THD: Tensor
+    turns_T: Tensor
+    number: int
+
+
 class LaunchShape(NamedTuple):
     """Sizes of the tensors of a kernel launch. dq_bytes: bytes per element of the tensor that dQ is written to."""
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from distattn.ir.plan import Call, Payload
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.communication.streams import Handover
@@ -42,6 +44,8 @@ class KernelLaunch(NamedTuple):
     operands: dict[Payload, View]
     schedule: Any
     results: dict[Payload, View]
+    # counted over all steps of the pass
+    number: int = 0
 
 
 @dataclass
@@ -92,9 +96,10 @@ class Program:
     tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
     in the forward pass. kept_places: their offsets in one flat tensor. proof: None for a plan that has not been proven. blank:
     buffers of results that first writes do not fill completely, in both passes. unadded: own results to which this rank adds
-    nothing, and which need no wider numbers than the inputs. own_tensors: of each payload. forward_bytes, backward_bytes: size of
-    each pass's arena (see `memory`). uploaded: the index lists, if they are on a GPU. forward_states, backward_states: of a
-    recurrence, the states with which each task begins and ends.
+    nothing, and which need no wider numbers than the inputs. turns: of own results that launches sum up and return in the inputs'
+    dtype, for each row the first and the last launch that write it (see `final_rows`). own_tensors: of each payload.
+    forward_bytes, backward_bytes: size of each pass's arena (see `memory`). uploaded: the index lists, if they are on a GPU.
+    forward_states, backward_states: of a recurrence, the states with which each task begins and ends.
     """
 
     # not the plan itself: programs are cached for as long as their plan exists
@@ -108,6 +113,7 @@ class Program:
     kept_places: FlatPlaces
     blank: frozenset[BufferKey]
     unadded: frozenset[Payload]
+    turns: dict[Payload, Tensor]
     own_tensors: dict[Payload, OwnTensors]
     forward_bytes: int
     backward_bytes: int

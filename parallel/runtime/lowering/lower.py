@@ -28,6 +28,7 @@ from distattn.ir.plan import (
 )
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
+from distattn.parallel.runtime.lowering.final_rows import turns_of_rows
 from distattn.parallel.runtime.lowering.landing import Landing, land, may_land
 from distattn.parallel.runtime.lowering.launches import LaunchTable
 from distattn.parallel.runtime.lowering.memory import (
@@ -59,13 +60,19 @@ _MOST_SEGMENTS = 4
 
 
 def lower(
-    plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None, in_larger_job: bool = False
+    plan: Plan,
+    rank: int,
+    prepare: PrepareKernel,
+    proof: Proof | None = None,
+    in_larger_job: bool = False,
+    finishes: Container[str] = (),
 ) -> Program:
     """Lower a plan for one rank. `prepare` makes the kernel's own schedule from a launch's mask or a recurrence's segments.
 
     The proof is stored with the program; running an unproven plan is at the caller's risk. in_larger_job: the job has ranks that
     are not in the plan, so messages may be in flight that a plan for one rank does not know of. The arenas have room for the
-    results of kernels that take `into`; other kernels allocate their results, and leave that room unused.
+    results of kernels that take `into`; other kernels allocate their results, and leave that room unused. finishes: the
+    directions in which the kernel takes `final`.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
@@ -84,11 +91,15 @@ def lower(
     kept_places = place_kept(call, kept, forward.bundles)
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
+    turns = {}
+    for direction, steps, payload in (("forward", ahead, Payload.O), ("backward", back, Payload.dQ)):
+        if direction in finishes and (rows := turns_of_rows(call, steps, payload, tokens, unadded)) is not None:
+            turns[payload] = rows
     sizes = assign_places(call, ahead, forward.bundles), assign_places(call, back, backward.bundles)
     own_tensors = describe_own_tensors(call, tokens, unadded)
     sums = call.op.kind == "attention" and all(uses_copies_of(Payload.dO, step) for step in back)
     program = Program(
-        call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, own_tensors, *sizes, sums
+        call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, turns, own_tensors, *sizes, sums
     )
     return _with_states(plan, program) if call.op.is_recurrent else program
 
@@ -294,7 +305,7 @@ class _TableLowering:
             used = [payload for payload in self.payloads if launches.uses(i, payload)]
             operands = {payload: of_payload[payload][i] for payload in used if payload in HELD_PAYLOADS}
             results = {payload: of_payload[payload][i] for payload in used if payload in REDUCED_PAYLOADS}
-            steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results))
+            steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results, i))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
         """Allocate each buffer in the first step that uses it, and release it in the last one, except those in `kept`."""
