@@ -44,7 +44,7 @@ from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.recurrence.triton import kernel as triton_recurrence
-from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.spec import FinalRows, KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton import spinner
 from distattn.kernels.triton.launch import TritonLaunch
@@ -238,6 +238,11 @@ def launches(
             _, dkdv, dq = triton_attention.backward_launch(*operands)
             yield "backward dkdv, written", dkdv
             yield "backward dq, written", dq
+            final = finished(grads[0], dtype)
+            *_, dq = triton_attention.backward_launch(*operands, accumulate=(True, True), final=final)
+            yield "backward dq, finished", dq
+            how = dict(merge=True, final=finished(o, dtype))
+            yield "forward finish", triton_attention.forward_launch(q, k, v, o, lse, work, score, **how)
         if dtype == torch.float32 and dim == 128:
             yield "forward write tf32", triton_attention.forward_launch(q, k, v, o, lse, work, score, precision="tf32")
             _, dkdv, dq = triton_attention.backward_launch(*operands, precision="tf32")
@@ -250,7 +255,8 @@ def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tu
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, dim, modifiers)
     cells = LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
     work = gluon_attention.prepare(cells, KernelRequirements(dtype, dim, dim, CPU))
-    for epilogue, how in epilogues():
+    finish = dict(merge=True, final=finished(o, dtype))
+    for epilogue, how in [*epilogues(), ("finish", finish)]:
         yield f"gluon forward {epilogue}", gluon_attention.forward_launch(q, k, v, o, lse, work, score, **how)
     yield (
         "gluon backward",
@@ -280,6 +286,11 @@ def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what a forward may do with its result."""
     yield "write", {}
     yield "merge", dict(merge=True)
+
+
+def finished(sums: torch.Tensor, dtype: torch.dtype) -> FinalRows:
+    """Return finished rows of a result that several launches sum up."""
+    return FinalRows(torch.empty_like(sums, dtype=dtype), torch.empty(TOKENS, dtype=torch.int32), 1)
 
 
 def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, ScoreMod]:

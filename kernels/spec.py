@@ -54,8 +54,8 @@ MOST_TURNS = 1 << 15
 class FinalRows(NamedTuple):
     """The tensor for finished rows of a result that several launches sum up, and the turn of each row.
 
-    A launch writes the rows that it is the last to add to here, in this tensor's dtype, and all others to the sums. It reads
-    sums only of rows that an earlier launch has written. turns_T: int32, for each row the numbers of the first and the last
+    A launch writes the rows that it is the last to add to here, in this tensor's dtype, and all others to the sums, which have
+    the same strides. It reads sums only of rows that an earlier launch has written. turns_T: int32, for each row the numbers of the first and the last
     launch that write it, first * MOST_TURNS + last. number: this launch's.
     """
 
