@@ -1,8 +1,8 @@
 """CPU kernel: PyTorch's flash attention for CPU, called once per part of a band.
 
-A band becomes parts of three kinds: full rectangles, rectangles that are causal from their top left corner, and row blocks with
-an explicit mask (windows, block staircases). Partial results of a row are merged by log-sum-exp. The operators are private
-to PyTorch (`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward); a test checks that they exist.
+Each band is split into parts of three kinds: full rectangles, rectangles that are causal from their top left corner, and row
+blocks with an explicit mask (windows, block staircases). Partial results of a row are merged by log-sum-exp. The operators are
+private to PyTorch (`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward). A test checks that they exist.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim of queries, keys and values
@@ -20,15 +20,15 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_gro
 from distattn.kernels.merge import accumulation_dtype, merge_, output_with_delta
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 
-# the operator takes o, not delta: a row with dO = 0 and delta != 0 cannot be expressed
+# the operator takes o instead of delta, so it cannot express a row with dO = 0 and delta != 0
 DIFFERENTIABLE_LSE = False
 ACCUMULATES = False
-# rows of a block with an explicit mask: few enough that a window wastes little, enough to amortise a call
+# rows per block with an explicit mask: few enough to waste little on windows, enough to amortize a call
 _MASKED_ROWS = 256
 
 
 class SdpaCall(NamedTuple):
-    """Rows [q0, q1) of some heads against keys [k0, k1): all of them, causal from the corner, or only those of `band`."""
+    """One operator call: rows [q0, q1) attend to keys [k0, k1), either all, or causally from the corner, or as `band` says."""
 
     heads: slice
     kv_heads: slice
@@ -39,13 +39,13 @@ class SdpaCall(NamedTuple):
     k1: int
     causal: bool
     band: Ints | None
-    # no earlier call has written these rows (these keys) in these heads
+    # True if no earlier call has written these rows (or keys) of these heads
     first_rows: bool
     first_keys: bool
 
 
 class SdpaSchedule(NamedTuple):
-    """Operator calls of a launch, and whether first writes reach every row and every key."""
+    """The operator calls of a launch, and whether they write every row and every key."""
 
     calls: list[SdpaCall]
     all_rows: bool
@@ -53,7 +53,7 @@ class SdpaSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return the reason why this kernel cannot serve such a call, or None."""
+    """Return why this kernel cannot serve such a call, or None if it can."""
     if requirements.device.type != "cpu":
         return f"it runs on CPU tensors, not on {requirements.device.type}"
     if requirements.head_dim != requirements.v_head_dim:
@@ -85,12 +85,12 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SdpaSchedule:
         for q0, q1, k0, k1, causal, masked in _parts(bands):
             first_writes = rows.mark(heads, slice(q0, q1)), keys.mark(kv_heads, slice(k0, k1))
             calls.append(SdpaCall(heads, kv_heads, q0, q1, k0, k1, causal, masked, *first_writes))
-    # tensors that first writes do not cover must be cleared before
+    # a tensor that is not fully written must be cleared first
     return SdpaSchedule(calls, rows.unwritten == 0, keys.unwritten == 0)
 
 
 def _by_heads(band_heads: Ints, bands: Ints) -> Iterator[tuple[tuple[int, int], Ints]]:
-    """Yield the bands of each head range."""
+    """Yield each head range with its bands."""
     for h0, h1 in sorted(set(map(tuple, band_heads.tolist()))):
         yield (h0, h1), bands[(band_heads == (h0, h1)).all(1)]
 
@@ -98,11 +98,11 @@ def _by_heads(band_heads: Ints, bands: Ints) -> Iterator[tuple[tuple[int, int], 
 def forward(
     q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, schedule: SdpaSchedule, score: ScoreMod
 ) -> tuple[Tensor, Tensor]:
-    """Compute (o_THD, lse_TH) in the accumulation dtype. Rows without keys have o = 0 and lse = -inf."""
+    """Compute (o_THD, lse_TH) in the accumulation dtype. Rows without keys get o = 0 and lse = -inf."""
     wide = accumulation_dtype(q_THD.dtype)
     o_THD = _blank(q_THD.shape, wide, 0.0, schedule.all_rows)
     lse_TH = _blank(q_THD.shape[:2], wide, -torch.inf, schedule.all_rows)
-    # the operator returns the dtype of its inputs, and partial results must not be rounded before they are summed
+    # the operator returns its inputs' dtype, and partial results must not be rounded before they are summed
     q, k, v = (_heads_first(x.to(wide)) for x in (q_THD, k_SKD, v_SKD))
     for call in schedule.calls:
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -135,7 +135,7 @@ def backward(
     schedule: SdpaSchedule,
     score: ScoreMod,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (dq_THD, dk_SKD, dv_SKD) of these cells from the final lse and delta = rowsum(dO * O) of each row."""
+    """Compute the launch's contribution to (dq_THD, dk_SKD, dv_SKD) from the final lse and delta = rowsum(dO * O)."""
     wide = accumulation_dtype(q_THD.dtype)
     dq = _blank(q_THD.shape, wide, 0.0, schedule.all_rows)
     dk, dv = (_blank(x.shape, wide, 0.0, schedule.all_keys) for x in (k_SKD, v_SKD))
@@ -165,7 +165,7 @@ def backward(
             (dk[keys[::-1]], dk_part, call.first_keys),
             (dv[keys[::-1]], dv_part, call.first_keys),
         ):
-            # the first write need not read
+            # the first write need not read the old contents
             total.copy_(part) if first_write else total.add_(part)
     return dq, dk, dv
 
@@ -175,12 +175,12 @@ def _blank(shape: Sequence[int], dtype: torch.dtype, value: float, overwritten: 
 
 
 def _parts(bands: Ints) -> Iterator[tuple[int, int, int, int, bool, Ints | None]]:
-    """Yield (q0, q1, k0, k1, causal, band) of the operator calls that compute tight bands."""
+    """Yield (q0, q1, k0, k1, causal, band) for each operator call needed to compute tight bands."""
     q0, q1, k0, k1 = bands[:, [Q0, Q1, K0, K1]].T
     whole = areas(bands) == (q1 - q0) * (k1 - k0)
     begin, _ = row_key_ranges(bands, q1 - 1)
     _, end = row_key_ranges(bands, q0)
-    # each row allows one more key, and none is dropped: a full block, then a triangle from its corner
+    # each row allows one key more than the row above and drops none: a full block, then a triangle from its corner
     triangle = (bands[:, [BQ, BK]] == 1).all(1) & (begin == k0)
     kinds = np.stack([q0, q1, k0, k1, whole, triangle, end - 1], 1).tolist()
     for band, (first, last, low, high, full, causal, corner) in zip(bands, kinds, strict=True):

@@ -1,4 +1,4 @@
-"""Devices whose work is queued on streams, and the device that is current in a thread."""
+"""Helpers for devices that queue work on streams, and for a thread's current device."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# kinds of devices whose streams and events are those of torch.cuda
+# device types that use the streams and events of torch.cuda
 _KINDS = {"cuda"}
 
 
 def has_streams(device: torch.device) -> bool:
-    """Return whether a device works off streams: a call returns before its work is done."""
+    """Return whether calls on the device are asynchronous: they queue work on a stream and return before it is done."""
     return device.type in _KINDS
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a device current in this thread for a while; does nothing for the CPU.
+    """Return a context manager that makes a device current in this thread. For the CPU it does nothing.
 
-    Triton launches on the current device, and streams and events are those of the current device. It need not be the device of
-    the tensors: a new thread begins with device 0.
+    Triton, streams and events use the current device, which may differ from the tensors' device: a new thread starts with
+    device 0.
     """
     return torch.cuda.device(device) if has_streams(device) else nullcontext()
 
 
 def on_device_of_tensors(function: Function) -> Function:
-    """Decorate a function whose first argument is a tensor: make that tensor's device current during a call."""
+    """Decorate a function whose first argument is a tensor so that the tensor's device is current during each call."""
 
     @wraps(function)
     def on_device(first: Tensor, *others: Any) -> Any:

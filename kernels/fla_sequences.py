@@ -1,4 +1,4 @@
-"""Offsets of sequences, in the form that the kernels of fla-core take."""
+"""Sequence offsets in the form that the kernels in fla-core take."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-# fla-core caches its lists of chunks by the identity of these tensors, and layers of one plan share them
+# fla-core caches its chunk lists by the identity of these tensors, so all layers of a plan must pass the same tensor
 @lru_cache(maxsize=64)
 def sequence_offsets(ends: tuple[int, ...]) -> Tensor:
-    """Return 0 and the ends of consecutive sequences, int64, on the host."""
-    # an inference tensor could not be saved for a backward pass
+    """Return 0 and the ends of consecutive sequences as an int64 tensor on the host."""
+    # autograd cannot save an inference tensor for the backward pass
     with torch.inference_mode(False):
         return torch.tensor([0, *ends], dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""Row operations around kernels: copy, add and merge rows of one tensor into another, and sum products of rows.
+"""Row operations around kernels: copy, add or merge rows of one tensor into another, and compute row sums of products.
 
-Each is one operator. On GPUs it is one Triton kernel that reads and writes every number once; elsewhere it is plain PyTorch. Rows
-are contiguous or listed. Tensors are (rows, heads, width) or (rows, heads), with any strides, except that the width's is one.
+Each is one operator. On GPUs it is one Triton kernel that reads and writes every element once; elsewhere it is plain PyTorch.
+Rows are a range or a list. Tensors are (rows, heads, width) or (rows, heads), with any strides except that width has stride 1.
 """
 
 # T tokens, H heads, E value head dim
@@ -18,7 +18,7 @@ from distattn.kernels.merge import accumulation_dtype, merge_
 
 
 class RowSelection(NamedTuple):
-    """Rows of a tensor: the listed ones, or `size` rows from `start` on."""
+    """A selection of a tensor's rows: the rows in `listed`, or `size` rows from `start` on."""
 
     start: int
     size: int
@@ -26,14 +26,14 @@ class RowSelection(NamedTuple):
 
     @staticmethod
     def of(rows: slice | Tensor) -> RowSelection:
-        """Select the rows of a slice without a step, or of a list of row numbers."""
+        """Return the selection for a slice without a step or for a tensor of row numbers."""
         if isinstance(rows, slice):
             return RowSelection(rows.start, rows.stop - rows.start)
         return RowSelection(0, len(rows), rows)
 
     @property
     def key(self) -> Any:
-        """The index for these rows of a tensor."""
+        """The index that selects these rows of a tensor."""
         return slice(self.start, self.start + self.size) if self.listed is None else self.listed
 
 
@@ -45,7 +45,7 @@ def copy_rows(target: Tensor, target_rows: RowSelection, source: Tensor, source_
 
 
 def add_rows(target: Tensor, target_rows: RowSelection, source: Tensor, source_rows: RowSelection) -> None:
-    """Add target[target_rows] += source[source_rows], in the target's dtype. No row of the target is listed twice."""
+    """Compute target[target_rows] += source[source_rows] in the target's dtype. No target row may be listed twice."""
     count = target_rows.size
     assert count == source_rows.size, "both sides have the same number of rows"
     torch.ops.distattn.add_rows(target, *target_rows[::2], source, *source_rows[::2], count)
@@ -54,14 +54,14 @@ def add_rows(target: Tensor, target_rows: RowSelection, source: Tensor, source_r
 def merge_rows(
     o: Tensor, lse: Tensor, rows: RowSelection, other_o: Tensor, other_lse: Tensor, other_rows: RowSelection
 ) -> None:
-    """Merge rows of a partial result into (o, lse) by log-sum-exp (see `merge_`). No row of (o, lse) is listed twice."""
+    """Merge rows of a partial result into (o, lse) by log-sum-exp (see `merge_`). No row of (o, lse) may be listed twice."""
     count = rows.size
     assert count == other_rows.size, "both sides have the same number of rows"
     torch.ops.distattn.merge_rows(o, lse, *rows[::2], other_o, other_lse, *other_rows[::2], count)
 
 
 def row_products(do_THE: Tensor, o_THE: Tensor) -> Tensor:
-    """Return rowsum(dO * O) (T, H) in the accumulation dtype."""
+    """Return rowsum(dO * O), (T, H), in the accumulation dtype."""
     return torch.ops.distattn.row_products(do_THE, o_THE)  # type: ignore[no-any-return]
 
 
@@ -73,7 +73,7 @@ def copy_rows_with_products(
     o_THE: Tensor,
     source_rows: RowSelection,
 ) -> None:
-    """Compute target[target_rows] = dO[source_rows] and products[target_rows] = rowsum(dO * O)[source_rows], in their dtypes."""
+    """Assign target[target_rows] = dO[source_rows] and products[target_rows] = rowsum(dO * O)[source_rows], each in its dtype."""
     count = target_rows.size
     assert count == source_rows.size, "both sides have the same number of rows"
     torch.ops.distattn.copy_rows_with_products(
@@ -106,7 +106,7 @@ def _key(start: int, index: Tensor | None, count: int) -> Any:
 
 
 def _read(source: Tensor, start: int, index: Tensor | None, count: int) -> Tensor:
-    """Return rows of a tensor. index_select reads listed rows whole, in a third of the time of indexing."""
+    """Return rows of a tensor. For listed rows, index_select takes a third of the time that indexing takes."""
     return source[start : start + count] if index is None else source.index_select(0, index)
 
 
@@ -142,7 +142,7 @@ def _merge_rows(o, lse, start, index, other_o, other_lse, other_start, other_ind
     at, other = _key(start, index, count), _key(other_start, other_index, count)
     held = o[at], lse[at]
     merge_(*held, other_o[other], other_lse[other])
-    # an index gives copies where a slice gives views
+    # indexing with a slice returned views, but indexing with a list returned copies: write them back
     if index is not None:
         o[at], lse[at] = held
     return None

@@ -1,8 +1,8 @@
 """Latent attention (MLA) on one device: latents are expanded to keys and values of all heads, then an attention kernel runs.
 
-DeepSeek-AI 2024, arXiv 2405.04434, in its training form: k_h = [W_UK,h c | k_rope] and v_h = W_UV,h c of a latent c and one
-rotary key that all heads share. Gradients of keys and values are contracted to those of latents on the rank that computes them,
-so that only latents and their gradients move; gradients of the weights stay on the rank.
+DeepSeek-AI 2024, arXiv 2405.04434, in its training form: k_h = [W_UK,h c | k_rope] and v_h = W_UV,h c, for a latent c and one
+rotary key that all heads share. The rank that computes gradients of keys and values contracts them to gradients of latents, so
+that only latents and their gradients are sent. Gradients of the weights stay on the rank.
 """
 
 # T query rows, S key rows, H query heads, N key dim without the rotary part, R rotary dim, L latent dim, E value head dim
@@ -21,10 +21,10 @@ from distattn.kernels.spec import LaunchShape, ScoreMod, Workspace
 
 
 class LatentScore(NamedTuple):
-    """Score of attention, and the weights that expand latents to keys and values.
+    """The attention score, and the weights that expand latents to keys and values.
 
-    up: (H, N + E, L), the rows of a head's keys, then those of its values. key_dim: N. dup: the tensor that gradients of the
-    weights are added to, in the accumulation dtype; None in a forward pass.
+    up: (H, N + E, L); for each head the rows for its keys, then those for its values. key_dim: N. dup: the tensor to which
+    gradients of `up` are added, in the accumulation dtype; None in a forward pass.
     """
 
     score: ScoreMod
@@ -33,17 +33,17 @@ class LatentScore(NamedTuple):
     dup: Tensor | None = None
 
     def for_heads(self, heads: slice) -> LatentScore:
-        """Return the score of a range of the heads. Gradients are added to the same memory."""
+        """Return the score for a range of heads. Its `dup` is a view, so gradients are added to the same memory."""
         dup = None if self.dup is None else self.dup[heads]
         return LatentScore(self.score.for_heads(heads), self.up[heads], self.key_dim, dup)
 
     def part(self, rows: slice) -> LatentScore:
-        """Return the score with some of the weights' rows of each head: those of keys, or those of values."""
+        """Return the score with only these rows of each head's weights: the rows for keys, or those for values."""
         return self._replace(up=self.up[:, rows], dup=None if self.dup is None else self.dup[:, rows])
 
 
 class LatentKernel:
-    """Kernel of attention, applied to latents. It writes, merges and adds to given tensors if that kernel does."""
+    """An attention kernel applied to latents. It supports `into`, `merge` and `add` if the attention kernel does."""
 
     DIFFERENTIABLE_LSE = False
 
@@ -59,7 +59,7 @@ class LatentKernel:
         score: LatentScore,
         **into: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Compute (o_THE, lse_TH)."""
+        """Compute (o_THE, lse_TH). into: see `Kernel`."""
         keys, values = expand_latents(rope_S1R[:, 0], latent_S1L[:, 0], score.up, score.key_dim)
         return self.inner.forward(q_THD, keys, values, schedule, score.score, **into)
 
@@ -77,7 +77,10 @@ class LatentKernel:
         add: tuple[bool, bool] = (False, False),
         **final: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute (dq_THD, drope_S1R, dlatent_S1L), and add to the gradient of the weights. into, add, final: see `Kernel`."""
+        """Compute (dq_THD, drope_S1R, dlatent_S1L), and add to the weights' gradient `score.dup`.
+
+        into, add, final: see `Kernel`.
+        """
         inputs = do_THE, q_THD, rope_S1R, latent_S1L, lse_TH, delta_TH
         dq, dk, dv = self._of_expanded(inputs, schedule, score, into, add[0], **final)
         wide, split = dk.dtype, score.key_dim
@@ -104,7 +107,7 @@ class LatentKernel:
         adds: bool,
         **final: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute (dq_THD, dk_SHD, dv_SHE) in the accumulation dtype. The expanded keys and values are freed on return."""
+        """Compute (dq_THD, dk_SHD, dv_SHE) in the accumulation dtype. Expanded keys and values are freed on return."""
         do, q, rope, latent, lse, delta = inputs
         keys, values = expand_latents(rope[:, 0], latent[:, 0], score.up, score.key_dim)
         arguments = do, q, keys, values, lse, delta, schedule, score.score
@@ -116,10 +119,10 @@ class LatentKernel:
 
 
 def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:
-    """Return a function that counts the bytes that a launch on latents allocates in addition to its operands and results.
+    """Return a function that counts the bytes that a launch on latents allocates besides its operands and results.
 
-    inner: the same function of the attention kernel, or None. Without it, the kernel's own workspace, and what it allocates
-    if it does not accumulate, are not counted.
+    inner: the attention kernel's own such function. If it is None, the kernel's workspace is not counted, nor the results that
+    a kernel which does not accumulate allocates.
     """
     size, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     rotary, latent = op.rotary_dim, op.latent_dim
@@ -132,10 +135,10 @@ def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Wor
         inner_bytes = 0 if inner is None else inner(direction, shape._replace(kv_heads=heads), schedule)
         if direction == "forward":
             return max(making * size, keys_and_values * size + inner_bytes)
-        # gradients of latents and rotary keys, and latents in the accumulation dtype
+        # gradients of latents and rotary keys, and the latents cast to the accumulation dtype
         stays = shape.keys * (latent + rotary + (latent if wide > size else 0))
-        # allocated by `_contract`: for keys a copy without the rotary part, and twice a matrix of the weights' size, one at a
-        # time
+        # `_contract` allocates a copy of dk without the rotary part and, one after the other, two matrices the size of the
+        # weights
         of_keys = keys_and_values + (cells if heads > 1 else 0) * key_dim + heads * latent * key_dim
         of_values = cells * value_dim + heads * latent * value_dim
         return max(
@@ -146,14 +149,14 @@ def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Wor
 
 
 def expand_latents(rope_SR: Tensor, latent_SL: Tensor, up_HEL: Tensor, key_dim: int) -> tuple[Tensor, Tensor]:
-    """Expand to (keys_SHD, values_SHE), like a projection in the inputs' dtype. key_dim: N, without the rotary part."""
+    """Expand latents to (keys_SHD, values_SHE), like a projection in the inputs' dtype. key_dim: N."""
     expanded_SHW = torch.einsum("sl,hel->she", latent_SL, up_HEL)
     rope_SHR = rope_SR[:, None].expand(-1, len(up_HEL), -1)
     return torch.cat([expanded_SHW[..., :key_dim], rope_SHR], -1), expanded_SHW[..., key_dim:].contiguous()
 
 
 def _contract(dmade_SHW: Tensor, latent_SL: Tensor, score: LatentScore, dlatent_SL: Tensor) -> None:
-    """Add the gradient of a part of the keys, or of the values, to the gradients of latents and of weights."""
+    """Add the contribution of dmade, the gradient of keys or values, to the gradients of latents and weights."""
     dmade = dmade_SHW.flatten(1)
     dlatent_SL.addmm_(dmade, score.up.to(dmade.dtype).flatten(0, 1))
     if score.dup is not None:

@@ -1,4 +1,4 @@
-"""Count the bytes that PyTorch functions allocate, on meta tensors: nothing is computed."""
+"""A counter of the bytes that PyTorch functions allocate, for meta tensors, on which nothing is computed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ META = torch.device("meta")
 
 
 class MetaBytes(TorchDispatchMode):
-    """Counter of the bytes of meta tensors made in this context: `alive` now, and `peak`, the most alive at once.
+    """A counter of the bytes of meta tensors created in this context: `alive` bytes now, and their `peak`.
 
-    Memory that operators allocate inside themselves, such as the workspace of a matrix library, is not counted.
+    Memory that operators allocate internally, such as the workspace of a BLAS library, is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        # bytes of each storage by its address; 0 for storages that existed before
+        # bytes of each storage by address; 0 for storages that existed before
         self._bytes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _meta_tensors((args, kwargs)):
-            # a view of a tensor that existed before is not new
+            # note the arguments' storages first, so that a result which is a view of them is not counted
             self._note(tensor.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for tensor in _meta_tensors(result):
@@ -40,7 +40,7 @@ class MetaBytes(TorchDispatchMode):
             self._bytes[key] = size
             self.alive += size
             self.peak = max(self.peak, self.alive)
-            # the address may be reused
+            # forget a freed storage, because its address may be reused
             weakref.finalize(storage, self._free, key).atexit = False
 
     def _free(self, key: int) -> None:

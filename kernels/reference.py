@@ -1,6 +1,6 @@
-"""Reference kernel: dense core attention in plain torch, any float dtype, accumulated in fp32 (fp64 for fp64).
+"""Reference kernel: dense core attention in plain PyTorch for any float dtype, accumulated in fp32 (fp64 for fp64).
 
-It builds the score matrix of its rows and keys, so it is for tests and small problems.
+It materializes the score matrix, so it is meant for tests and small problems.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -21,11 +21,11 @@ ACCUMULATES = False
 
 
 class DenseMask(NamedTuple):
-    """Allowed scores (H, T, S), and the distances of their tokens on the axis."""
+    """The allowed scores, (H, T, S), and the distance between each query and key on the axis, (T, S)."""
 
     allowed_HTS: Tensor
     distance_TS: Tensor
-    # the key/value head of each query head
+    # the KV head of each query head
     kv_head_H: Tensor
 
 
@@ -35,7 +35,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> DenseMask:
-    """Return the mask as booleans. Heads with equal masks share memory."""
+    """Return the mask as boolean tensors. If all heads have the same mask, it is stored once."""
     cuts = sorted({0, mask.heads, *mask.band_heads.ravel().tolist()})
     allowed_ETS = torch.zeros(len(cuts) - 1, mask.rows, mask.keys, dtype=torch.bool)
     distance_TS = torch.zeros(mask.rows, mask.keys, dtype=torch.int64)
@@ -47,13 +47,13 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> DenseMask:
         allowed_ETS[cuts.index(h0) : cuts.index(h1), q0:q1] |= inside
         distance_TS[q0:q1, k0:k1] = (key[k0:k1] - row[q0:q1] + offset).abs()
     sizes = torch.tensor([b - a for a, b in pairwise(cuts)])
-    # a single part broadcasts over all heads
+    # a single head range broadcasts over all heads
     allowed_HTS = allowed_ETS if len(sizes) == 1 else allowed_ETS.repeat_interleave(sizes, 0)
     return DenseMask(allowed_HTS, distance_TS, (torch.arange(mask.heads) + mask.first_head) // mask.group_size)
 
 
 def forward(q_THD: Tensor, k_SKD: Tensor, v_SKE: Tensor, mask: DenseMask, score: ScoreMod) -> tuple[Tensor, Tensor]:
-    """Compute (o_THE, lse_TH) in the accumulation dtype. Rows without keys have o = 0 and lse = -inf."""
+    """Compute (o_THE, lse_TH) in the accumulation dtype. Rows without keys get o = 0 and lse = -inf."""
     scores_HTS, _ = _scores(q_THD, k_SKD, mask, score)
     lse_HT = torch.logsumexp(scores_HTS, -1)
     weights_HTS = torch.exp(scores_HTS - _finite(lse_HT)[..., None])
@@ -71,7 +71,7 @@ def backward(
     mask: DenseMask,
     score: ScoreMod,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O) of each row."""
+    """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O)."""
     wide = accumulation_dtype(q_THD.dtype)
     q, k, v, do = q_THD.to(wide), _wide(k_SKD, mask), _wide(v_SKE, mask), do_THE.to(wide)
     scores_HTS, slope_HTS = _scores(q_THD, k_SKD, mask, score)
@@ -85,7 +85,7 @@ def backward(
 
 
 def _scores(q_THD: Tensor, k_SKD: Tensor, mask: DenseMask, score: ScoreMod) -> tuple[Tensor, Tensor | float]:
-    """Return scores (H, T, S), -inf where not allowed, and their derivative by <q, k>."""
+    """Return the scores (H, T, S), -inf where masked, and their derivative with respect to <q, k>."""
     wide = accumulation_dtype(q_THD.dtype)
     scores_HTS = torch.einsum("thd,shd->hts", q_THD.to(wide), _wide(k_SKD, mask)) * score.scale
     slope: Tensor | float = score.scale
@@ -98,7 +98,7 @@ def _scores(q_THD: Tensor, k_SKD: Tensor, mask: DenseMask, score: ScoreMod) -> t
 
 
 def _wide(x_SKE: Tensor, mask: DenseMask) -> Tensor:
-    """Return keys or values in the accumulation dtype, once for every query head."""
+    """Return keys or values in the accumulation dtype, repeated for every query head."""
     return x_SKE.to(accumulation_dtype(x_SKE.dtype))[:, mask.kv_head_H.to(x_SKE.device)]
 
 

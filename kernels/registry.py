@@ -1,4 +1,4 @@
-"""The table of kernels and the choice of one for a call. A kernel that cannot serve a call raises; there is no fallback."""
+"""The table of kernels, and the choice of a kernel for a call. Choosing a kernel that cannot serve the call raises an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# names are available without importing torch
+# attention kernels by name; values are module names, so that the names are available without importing torch
 KERNELS = {
     "reference": "distattn.kernels.reference",
     "cpu": "distattn.kernels.cpu",
@@ -25,7 +25,7 @@ KERNELS = {
     "gluon": "distattn.kernels.gluon.attention",
     "gluon_split": "distattn.kernels.gluon.split",
 }
-# kernels of other ops, by kind of op
+# kernels for other kinds of ops
 OTHER_KERNELS: dict[str, dict[str, str]] = {
     "recurrence": {
         "chunked": "distattn.kernels.recurrence.chunked",
@@ -35,18 +35,18 @@ OTHER_KERNELS: dict[str, dict[str, str]] = {
     "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
     "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
-# kernels that need a package of one of our extras, and the extra
+# the extra that a kernel needs
 _EXTRAS = {"fla": "fla", "fla_conv1d": "fla"}
-# the fastest kernel that a trial finds correct (see `trials`)
+# means the fastest kernel that trials find correct (see `trials`)
 AUTO = "auto"
-# these run on CPUs, all others on GPUs
+# these run on CPUs; all others run on GPUs
 CPU_KERNELS = ("reference", "cpu")
-# replacements, under torch.use_deterministic_algorithms, of kernels whose sums have no fixed order
+# deterministic replacements under torch.use_deterministic_algorithms
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
-# by device: the kernels that "auto" chooses from by trial, preferred ones first
+# the kernels that "auto" tries, by device type, preferred kernels first
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
-# the same for other kinds of ops; the last kernel computes everything everywhere
+# the same for other kinds of ops; the last kernel serves every call on every device
 _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
     "recurrence": {"cuda": ("fla", "triton_chunked", "chunked")},
     "convolution": {"cuda": ("fla_conv1d", "taps")},
@@ -54,7 +54,7 @@ _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def candidate_kernels(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
-    """Return the kernels that may be chosen on a device; only deterministic ones if PyTorch is set so."""
+    """Return the kernels that "auto" may choose on a device: deterministic kernels if PyTorch's deterministic mode is on."""
     import torch
 
     if op.kind in OTHER_KERNELS:
@@ -68,11 +68,11 @@ def candidate_kernels(device: torch.device, op: Op = ATTENTION) -> tuple[str, ..
 class Kernel(Protocol):
     """The functions and flags of a kernel module.
 
-    DIFFERENTIABLE_LSE: `backward` is correct for any delta, so that gradients may flow through the log-sum-exp. ACCUMULATES:
-    `forward` and `backward` also take `into`, tensors that results are written to, merged into (`merge`) or added to (`add`).
-    A kernel may have FINISHES, the directions in which it takes `final` as well: see `FinalRows`.
-    `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward` take that schedule. A kernel
-    that can count its memory in advance also has `workspace_bytes(direction, shape, schedule)`.
+    DIFFERENTIABLE_LSE: `backward` is correct for any delta, so gradients may flow through the log-sum-exp. ACCUMULATES: `forward`
+    and `backward` also take `into`, the tensors to which results are written, into which they are merged (`merge`) or to which
+    they are added (`add`). A kernel may have FINISHES, the directions in which it also takes `final` (see `FinalRows`).
+    `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward` take this schedule. A kernel
+    that can predict its memory also has `workspace_bytes(direction, shape, schedule)`.
     """
 
     DIFFERENTIABLE_LSE: bool
@@ -102,7 +102,7 @@ class Kernel(Protocol):
 
 
 def load_kernel(name: str) -> Kernel:
-    """Import the kernel module of a name. Raise DistattnError if it does not exist, or needs a package that is not installed."""
+    """Import and return a kernel module. Raise DistattnError if there is no such kernel, or a package it needs is missing."""
     modules = dict(KERNELS)
     for some in OTHER_KERNELS.values():
         modules |= some
@@ -119,13 +119,13 @@ def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[An
     """Return a function that turns a launch mask, or the segments of a recurrence, into the kernel's schedule."""
     kernel = load_kernel(name)
     if requirements.op.kind == "latent_attention":
-        # the kernel runs on keys and values of all heads
+        # the kernel runs on expanded keys and values, one per query head
         return lambda mask: kernel.prepare(mask._replace(kv_heads=mask.heads, group_size=1, first_head=0), requirements)
     return lambda mask: kernel.prepare(mask, requirements)
 
 
 def _way_out(requirements: KernelRequirements) -> str:
-    """Return advice for a refused call: the device's default kernel if it can serve the call, else the reference."""
+    """Return advice for a refused call: the device's default kernel if it can serve the call, otherwise the reference."""
     if requirements.op.kind in OTHER_KERNELS:
         return f'Use kernel="{next(iter(OTHER_KERNELS[requirements.op.kind]))}".'
     name = _DEFAULTS.get(requirements.device.type, "reference")
@@ -135,10 +135,10 @@ def _way_out(requirements: KernelRequirements) -> str:
 
 
 def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
-    """Return the kernel of a call: `name` if it can serve the call, or the device's default ("cpu", "triton").
+    """Return the kernel for a call: `name`, or for None and "auto" the device's default ("cpu", "triton").
 
-    "auto" means the default here; `ops.kernel_choice` chooses by trial. "gluon" becomes "gluon_split" under
-    torch.use_deterministic_algorithms. Raise DistattnError if the kernel cannot serve the call.
+    Choosing by trial is left to `ops.kernel_choice`. Under torch.use_deterministic_algorithms, "gluon" becomes "gluon_split".
+    Raise DistattnError if the kernel cannot serve the call.
     """
     op = requirements.op
     of_op = OTHER_KERNELS.get(op.kind, KERNELS)
@@ -155,7 +155,7 @@ def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
             )
         name = _DEFAULTS[requirements.device.type]
         if op.kind == "latent_attention" and load_kernel(name or "").unsupported_reason(requirements):
-            # keys are wider than values, which some kernels do not support
+            # expanded keys are wider than values, which some kernels do not support
             name = "reference"
     import torch
 

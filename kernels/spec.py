@@ -1,4 +1,4 @@
-"""The score of a query and a key, and what a call requires of a kernel."""
+"""The score of a query and a key, the requirements that a call places on a kernel, and the shape of a launch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 class ScoreMod(NamedTuple):
-    """Score of query q and key k in head h: cap(scale * <q, k>) - slope_h * |q - k|.
+    """The score of query q and key k in head h: cap(scale * <q, k>) - slope_h * |q - k|.
 
-    cap(s) = softcap * tanh(s / softcap), or s if softcap is 0. The distance |q - k| is in tokens of the axis, which inside a
-    document equals the distance of positions (ALiBi, Press et al. 2022, arXiv 2108.12409). slopes_H: of the call's heads.
+    cap(s) = softcap * tanh(s / softcap), or s if softcap is 0. The distance |q - k| is counted in tokens on the axis; inside a
+    document it equals the difference of positions. slopes_H: the ALiBi slopes of the call's heads (Press et al. 2022, arXiv
+    2108.12409).
     """
 
     scale: float
@@ -24,15 +25,15 @@ class ScoreMod(NamedTuple):
     slopes_H: Tensor | None = None
 
     def for_heads(self, heads: slice) -> ScoreMod:
-        """Return the score of a range of the heads."""
+        """Return the score for a range of heads."""
         return self if self.slopes_H is None else self._replace(slopes_H=self.slopes_H[heads])
 
 
 class KernelRequirements(NamedTuple):
-    """Requirements of a call: dtype, head dims, device, and modifications of scores.
+    """What a call requires of a kernel: the dtype, head dims, device and score modifiers that it must support.
 
-    lse: gradients flow through the log-sum-exp. least_step: rows of the smallest step of staircase masks, 0 without such
-    masks. op: the op to compute. grouped: filters of a convolution mix the channels of a head.
+    lse: gradients flow through the log-sum-exp. least_step: rows in the smallest step of staircase masks, 0 without such
+    masks. op: the op to compute. grouped: a convolution's filters mix the channels of a head.
     """
 
     dtype: torch.dtype
@@ -54,9 +55,9 @@ MOST_TURNS = 1 << 15
 class FinalRows(NamedTuple):
     """The tensor for finished rows of a result that several launches sum up, and the turn of each row.
 
-    A launch writes the rows that it is the last to add to here, in this tensor's dtype, and all others to the sums, which have
-    the same strides. It reads sums only of rows that an earlier launch has written. turns_T: int32, for each row the numbers of the first and the last
-    launch that write it, first * MOST_TURNS + last. number: this launch's.
+    A launch writes the rows that it is the last to add to here, in this tensor's dtype, and all other rows to the sums, which
+    have the same strides. It reads sums only in rows that an earlier launch has written. turns_T: int32, for each row the numbers
+    of the first and the last launch that write it, first * MOST_TURNS + last. number: the number of this launch.
     """
 
     target_THD: Tensor
@@ -65,7 +66,7 @@ class FinalRows(NamedTuple):
 
 
 class LaunchShape(NamedTuple):
-    """Sizes of the tensors of a kernel launch. dq_bytes: bytes per element of the tensor that dQ is written to."""
+    """The tensor sizes of a kernel launch. dq_bytes: bytes per element of the tensor that receives dQ."""
 
     rows: int
     keys: int
@@ -76,5 +77,5 @@ class LaunchShape(NamedTuple):
     dq_bytes: int = 4
 
 
-# type of a kernel's `workspace_bytes`: direction, shape and schedule of a launch -> bytes
+# the type of a kernel's `workspace_bytes`: (direction, shape, schedule) -> bytes
 Workspace = Callable[[str, LaunchShape, Any], int]

@@ -1,7 +1,7 @@
-"""Cut tiles of keys that have far more work than others into parts, so that no processor works long after the rest.
+"""Splitting of key tiles with far more work than others, so that no multiprocessor keeps working long after the rest.
 
-Keys that all rows see (sink tokens, the tokens of a global window) are few tiles with much of a launch's work. Their runs are
-cut along the query rows. Each part is a separate program and leaves its sums in a scratch tensor; a last small launch adds
+Keys that all rows attend to (sink tokens, the tokens of a global window) are few tiles with much of a launch's work. Their runs
+are split along the query rows. Each part is a separate program that writes its sums to a scratch tensor. A small last launch adds
 them up, always in the same order.
 """
 
@@ -15,16 +15,16 @@ from distattn.ir.intervals import Ints, expand_ranges
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.tile_runs import TileRuns
 
-# a tile is cut if its work is more than this share of the mean work of a processor, into parts of at most that share; no part
-# has fewer tiles of query rows than a program's fixed costs are worth (benchmarks/LOG.md)
+# a tile is split if its work exceeds _LONG times the mean work of a multiprocessor, into parts of about _SHARE times the mean but
+# at least _LEAST query tiles, which justify a program's fixed costs (benchmarks/LOG.md)
 _LONG, _SHARE, _LEAST = 0.75, 0.25, 8
 
 
 class SplitTiles(NamedTuple):
-    """Runs by part: each part takes the place of a tile in `TileRuns`, and most tiles have one part.
+    """Runs by part: a part replaces a tile in `TileRuns`, and most tiles have one part.
 
-    part: (parts, 2), the tile of each part and its slot in the scratch tensor, -1 if it writes the result itself. sums:
-    (split tiles, 3), the tile, its first slot, and the number of its slots. slots: number of slots of the scratch tensor.
+    part: (parts, 2), each part's tile and its slot in the scratch tensor, -1 if it writes the result itself. sums: (split tiles,
+    3), each split tile, its first slot and its number of slots. slots: the number of slots in the scratch tensor.
     """
 
     runs: TileRuns
@@ -34,7 +34,7 @@ class SplitTiles(NamedTuple):
 
 
 def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: int) -> SplitTiles:
-    """Cut the long tiles of `transposed_runs`. step: query rows that a program takes at a time."""
+    """Split the long tiles of `transposed_runs`. step: the query rows that a program processes at a time."""
     tiles = runs.tiles
     if not tiles:
         return SplitTiles(runs, np.zeros((0, 2), np.int32), np.zeros((0, 3), np.int32), 0)
@@ -52,7 +52,7 @@ def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: in
     slot = np.full(parts, -1)
     slot[np.isin(tile, split)] = np.arange(slots)
     sums = np.stack([split, slot[first_part[split]], count[split]], 1)
-    # the tile's blocks of rows, one head group after another, are dealt to its parts in equal shares
+    # divide a tile's row blocks equally among its parts, within each head group
     group, tile_of = np.divmod(place, tiles)
     before = np.cumsum(size) - size
     begin = before - before[runs.first[place]]
@@ -79,7 +79,7 @@ def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: in
 
 
 def _parts_of(blocks: Ints, runs: TileRuns, mask: LaunchMask, processors: int) -> Ints:
-    """Return the number of parts of each tile. blocks: (head groups, tiles), blocks of rows for each query head of a group."""
+    """Return the number of parts of each tile. blocks: (head groups, tiles), the row blocks per query head of a group."""
     kv_head = (np.arange(mask.heads) + mask.first_head) // mask.group_size
     heads = np.zeros((mask.kv_heads, len(blocks)), np.int64)
     np.add.at(heads, (kv_head, runs.group), 1)

@@ -1,11 +1,11 @@
-"""The tiles that a Triton program visits: runs of key tiles for every tile of query rows, as short int32 lists.
+"""The tiles that a Triton program visits: runs of key tiles for every query tile, as short int32 lists.
 
-A *run* is an interval of keys that some rows of one query tile need. The tiles at its ends hold some allowed cells; the tiles in
-its middle hold only allowed cells, so that their mask is never evaluated. The length of the lists is that of the bands that meet
-a query tile, not of its key tiles. A transposed band (queries for keys) is a band, so the same lists serve kernels that own a
-tile of keys and loop over queries.
+A *run* is an interval of keys that some rows of a query tile attend to. The tiles at its ends contain masked cells; the tiles in
+the middle contain only allowed cells, so their mask is never evaluated. A query tile has at most as many runs as bands, however
+many key tiles they cover. A transposed band (queries swapped with keys) is a band, so the same lists serve kernels that own a key
+tile and loop over queries.
 
-Other kinds of pieces (block lists, neighbourhood tiles) can be added as runs of one tile.
+Other kinds of pieces (block lists, neighbourhood tiles) could be added as runs of one tile.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, expand_ranges, lexicographic_argsort, sorted_unique
 from distattn.kernels.launch_mask import LaunchMask
 
-# columns of a run: keys [begin, full) and [rest, end) need the mask, [full, rest) do not; the band of its rows; and the place
-# where the bands of single rows begin in `row_band` (-1: one band for all rows)
+# columns of a run: keys [begin, full) and [rest, end) need the mask, keys [full, rest) do not; the band of its rows; and the
+# offset in `row_band` of the bands of single rows (-1: one band for all rows)
 RUN = ("begin", "full", "rest", "end", "band", "rows")
 # columns of a band: row r in [q0, q1) allows keys from max(k0, low + s) up to min(k1, high + s), s = bk * ((r - oq) // bq)
 BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
-# runs begin at multiples of this, so that several row and key numbers are loaded at a time
+# runs start at multiples of this, so that loads are aligned
 RUN_ALIGNMENT = 16
 _LIMIT = 1 << 30
 
 
 class TileRuns(NamedTuple):
-    """Runs of all query tiles, int32. Those of tile t in head group g are [first[g * tiles + t], first[g * tiles + t + 1])."""
+    """The runs of all query tiles, int32. Tile t has, in head group g, runs first[g * tiles + t] to first[g * tiles + t + 1]."""
 
     # (groups * tiles + 1,)
     first: Ints
@@ -38,22 +38,22 @@ class TileRuns(NamedTuple):
     run: Ints
     # (bands, 10)
     band: Ints
-    # bands of single rows, `block` rows for every run that has several bands
+    # bands of single rows: `block_rows` entries for every run with several bands
     row_band: Ints
-    # head group of each head
+    # the head group of each head
     group: Ints
-    # tiles, those with most key tiles first
+    # tile numbers in launch order: tiles with the most keys first
     order: Ints
-    # keys of all visited tiles, summed over all heads
+    # number of keys in all visited tiles, summed over all heads
     visited: int
 
     @property
     def tiles(self) -> int:
-        """Number of query tiles."""
+        """The number of query tiles."""
         return len(self.order)
 
     def work(self, step: int) -> Ints:
-        """Return (head groups, tiles): the number of steps of `step` keys in a program of a tile and one head of a group."""
+        """Return (head groups, tiles): the number of steps of `step` keys that a program makes for a tile and one head."""
         run = self.run.astype(np.int64)
         places = len(self.first) - 1
         size = -(-(run[:, 3] - run[:, 0]) // step)
@@ -62,12 +62,12 @@ class TileRuns(NamedTuple):
 
 
 def tile_runs(mask: LaunchMask, block_rows: int, block_keys: int) -> TileRuns:
-    """Return the runs of programs that own `block_rows` query rows of one head and take `block_keys` keys at a time."""
+    """Return the runs for programs that own `block_rows` query rows of one head and process `block_keys` keys at a time."""
     return _runs_of(mask.bands, mask, mask.rows, block_rows, block_keys)
 
 
 def transposed_runs(mask: LaunchMask, block_keys: int, block_rows: int) -> TileRuns:
-    """Return the runs of programs that own `block_keys` keys and take `block_rows` query rows of one head at a time."""
+    """Return the runs for programs that own `block_keys` keys and process `block_rows` query rows of one head at a time."""
     turned = mask.bands[:, [K0, K1, Q0, Q1, HI, LO, BK, BQ, OK, OQ]]
     turned[:, [LO, HI]] *= -1
     return _runs_of(turned, mask, mask.keys, block_keys, block_rows)
@@ -79,15 +79,15 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
     tight, shift, heads = tight[kept], mask.distance_shift[kept], mask.band_heads[kept]
     cuts = sorted_unique(np.concatenate([[0, mask.heads], heads.ravel()]))
     tiles = -(-rows // block_rows)
-    # one row for each band, head group and query tile that meet
+    # one entry for each combination of a band, a head group and a query tile that overlap
     band, group = expand_ranges(np.searchsorted(cuts, heads[:, 0]), np.searchsorted(cuts, heads[:, 1]))
     i, tile = expand_ranges(tight[band, Q0] // block_rows, (tight[band, Q1] - 1) // block_rows + 1)
     band, group = band[i], group[i]
     q0, q1 = np.maximum(tile * block_rows, tight[band, Q0]), np.minimum((tile + 1) * block_rows, tight[band, Q1])
     begin, first_end = row_key_ranges(tight[band], q0)
     last_begin, end = row_key_ranges(tight[band], q1 - 1)
-    # nothing is masked if all rows of the tile are in the band, between the begin of the last row and the end of the first row;
-    # rows past the end of the tensor are zeros that must not count, nor overflow
+    # if the band has all rows of the tile, nothing is masked between the last row's first key and the first row's last key. Rows
+    # past the end of the tensor are zeros and need the mask
     whole = (q0 == tile * block_rows) & (q1 == (tile + 1) * block_rows)
     order = lexicographic_argsort(group, tile, q0, begin)
     band, group, tile, q0, q1, begin, end = (x[order] for x in (band, group, tile, q0, q1, begin, end))
@@ -119,7 +119,7 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
 
 
 def _joined_bands(place: Ints, q0: Ints, q1: Ints, begin: Ints, end: Ints) -> Ints:
-    """Return where runs begin. Bands of a tile are one run if rows and keys continue (as in short packed documents)."""
+    """Return the number of each run's first band. Bands of a tile whose rows and keys continue (short documents) form one run."""
     is_first = np.ones(len(place), bool)
     on = (place[1:] == place[:-1]) & (q0[1:] >= q1[:-1]) & (begin[1:] >= begin[:-1]) & (begin[1:] <= end[:-1])
     is_first[1:] = ~on
@@ -129,7 +129,7 @@ def _joined_bands(place: Ints, q0: Ints, q1: Ints, begin: Ints, end: Ints) -> In
 def _row_bands(
     first: Ints, size: Ints, alone: Ints, band: Ints, tile_row: Ints, q0: Ints, q1: Ints, block_rows: int
 ) -> Ints:
-    """Return the band of every row, for runs of several bands. Rows without a band get the run's first, which excludes them."""
+    """Return the band of every row for runs with several bands. Rows without a band get the run's first, which excludes them."""
     multi_band = np.flatnonzero(~alone)
     out = np.repeat(band[first[multi_band]], block_rows)
     number, member = expand_ranges(first[multi_band], first[multi_band] + size[multi_band])
@@ -140,7 +140,7 @@ def _row_bands(
 
 
 def _to_int32(bands: Ints, shift: Ints) -> Ints:
-    """Return bands in 32 bits with block numbers that count from the first row, so that no product overflows."""
+    """Return the bands as int32 (columns: BAND). Block numbers count from the first row, so that no product overflows."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     skipped = (q0 - oq) // bq
     oq = oq + bq * skipped
@@ -149,6 +149,6 @@ def _to_int32(bands: Ints, shift: Ints) -> Ints:
             "a block staircase climbs more than 2^30 keys in one call; the triton kernels count in 32 bits."
         )
     low, high = (np.clip(ok + bk * (edge + skipped), -_LIMIT, _LIMIT - 1) for edge in (lo, hi + 1))
-    # limit a block that is larger than the call
+    # a block larger than the call must fit into 32 bits, too
     small = np.minimum(bq, 1 << 30), np.minimum(bk, 1 << 30)
     return np.stack([q0, q1, k0, k1, low, high, *small, oq, shift], 1).astype(np.int32)

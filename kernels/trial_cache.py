@@ -1,4 +1,4 @@
-"""Results of kernel trials on this machine, in a file: by device, driver, PyTorch, Triton and shape."""
+"""A file cache of kernel trials on this machine, by device, driver, PyTorch, Triton, kernel sources and shape."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from distattn.kernels.trials import Trial, mostly_overlap_messages
 
 
 def cache_file() -> Path:
-    """Return the file in which trials are kept, in the folder of the XDG base directories."""
+    """Return the path of the cache file, in the user's XDG cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base, "distattn", "kernels.json")
 
 
 def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
-    """Return everything that a trial depends on, as a readable line."""
+    """Return a readable line with everything on which a trial of attention depends."""
     largest = max((mask.rows for mask in masks), default=0)
     first = max(masks, key=lambda mask: mask.heads, default=None)
-    # kernels rank alike for sizes within a factor of two
+    # the ranking of kernels is assumed not to change within a factor of two of rows
     rows = 1 << max(largest - 1, 0).bit_length()
     heads = f"{first.heads}:{first.kv_heads}" if first else "no heads"
     shape = f"{str(requirements.dtype)[6:]} {heads} {requirements.head_dim}/{requirements.v_head_dim}"
@@ -45,7 +45,7 @@ def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
 
 
 def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int) -> str:
-    """Return the key of a recurrence or convolution. Its trials depend on packages that have its kernels, and on no plan."""
+    """Return the key for a recurrence or convolution. Its trials depend on the packages with its kernels, but not on a plan."""
     packages = ", ".join(f"{name} {_version(name)}" for name in ("fla-core", "tilelang"))
     shape = f"{str(requirements.dtype)[6:]} {heads}:{key_heads} {requirements.head_dim}/{requirements.v_head_dim}"
     groups = " groups" * requirements.grouped
@@ -54,22 +54,22 @@ def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int
 
 
 def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
-    """Return the trials of these kernels, or None if one of them has not been tried."""
+    """Return the cached trials of these kernels, or None if any of them has not been tried."""
     stored = _read().get(key, {})
-    # ignore a file of another version, or one that was changed by hand
+    # ignore a file from another version or edited by hand
     with suppress(TypeError, KeyError):
         return {name: Trial(**stored[name]) for name in names}
     return None
 
 
 def write_trials(key: str, trials: dict[str, Trial]) -> None:
-    """Store trials, if there are any. Do nothing if the file cannot be written."""
+    """Add trials to the cache file. Do nothing if the file cannot be written."""
     if not trials:
         return
     path = cache_file()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # other ranks of this machine write, too: take turns, and replace the file as a whole
+        # other ranks on this machine write, too: lock, and replace the whole file at once
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             everything = _read()
@@ -98,7 +98,7 @@ def _read() -> dict[str, Any]:
 
 @cache
 def _sources() -> str:
-    """Return a short hash of the kernels' sources: trials of other sources do not count."""
+    """Return a short hash of the kernels' sources, so that a change of the sources invalidates trials."""
     folder = Path(__file__).parent
     texts = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     return hashlib.sha1(texts).hexdigest()[:8]

@@ -1,8 +1,8 @@
 """Trials of kernels: each is compared with the reference on a sample of a launch, and timed on a larger sample.
 
-Trials find a kernel that is wrong on this device, with this driver or compiler, before it computes anything, and choose the
-fastest correct one. If most of a rank's cells are computed while messages are in flight, kernels are timed next to another kernel
-that holds some multiprocessors, as the communicator does in training.
+Trials reject kernels that are wrong on this device, driver or compiler before training uses them, and rank the correct kernels by
+speed. If most of a rank's cells are computed while messages are in flight, kernels are timed next to a kernel that occupies some
+multiprocessors, as communication does in training.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -32,22 +32,22 @@ from distattn.kernels.registry import Kernel, load_kernel
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton.launch import schedule_to_device
 
-# relative to a tensor's norm: several times what rounding of inputs and weights explains
+# largest accepted relative difference: several times what rounding of inputs and weights explains
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
-# the largest numbers of rows, keys and heads of samples for comparison, and for timing
+# maximum rows, keys and heads of the samples for comparison, and of those for timing
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
-# attempts of a trial that runs out of memory, and the factor by which free memory has to grow before the next one
+# maximum attempts of a trial that runs out of memory, and the factor by which free memory must grow before the next attempt
 _MOST_ATTEMPTS, _MORE_MEMORY = 3, 1.25
 _LOG = logging.getLogger("distattn")
 
 
 class Trial(NamedTuple):
-    """Result of a kernel's trial: the largest relative difference of a row from the reference, and seconds forward and backward.
+    """The result of a kernel's trial: largest relative difference from the reference, and seconds for forward and backward.
 
-    fault: the reason not to use the kernel, "" if it is correct. passing: the fault may be gone another time. lacked: bytes of
-    free device memory before the trial, if they were too few. attempts: number of attempts that ran out of memory.
+    fault: the reason not to use the kernel, "" if it is correct. passing: True if the fault may be gone next time. lacked: bytes
+    of free device memory before the trial if it ran out of memory. attempts: number of attempts that ran out of memory.
     """
 
     difference: float = 0.0
@@ -59,12 +59,12 @@ class Trial(NamedTuple):
 
     @property
     def is_wrong(self) -> bool:
-        """Return whether the kernel has computed wrong numbers."""
-        # a kernel that could not run has no difference
+        """True if the kernel computed wrong results."""
+        # the difference of a kernel that could not run is 0
         return bool(self.fault) and self.difference != 0.0
 
     def may_succeed_now(self, device: torch.device) -> bool:
-        """Return whether to repeat a trial that ran out of memory: a few times, each with a quarter more free memory."""
+        """Return whether to retry a trial that ran out of memory: at most twice, and only with a quarter more free memory."""
         return 0 < self.attempts < _MOST_ATTEMPTS and free_bytes(device) >= _MORE_MEMORY * self.lacked
 
 
@@ -75,7 +75,7 @@ def try_each(
     seconds: Callable[[Any], float],
     report: Callable[[str], None],
 ) -> dict[str, Trial]:
-    """Try kernels one after another. differences, seconds: measure a loaded kernel."""
+    """Try kernels one after another and return their trials by name. differences, seconds: see `run_trial`."""
     trials = {}
     for name in names:
         report(f"trying kernel {name} ...")
@@ -90,9 +90,10 @@ def try_kernels(
     requirements: KernelRequirements,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """Try kernels on the launches of a rank's plan; return {} without launches.
+    """Try kernels on the launches of a rank's plan. Return {} if there are no launches.
 
-    The sample is taken from the largest launch of the kind that has most cells: with messages in flight, or without.
+    Launches are of two kinds, with messages in flight and without. The sample is taken from the largest launch of the kind with
+    more cells.
     """
     if not masks:
         return {}
@@ -108,22 +109,22 @@ def try_kernels(
 
 
 def mostly_overlap_messages(masks: Sequence[LaunchMask]) -> bool:
-    """Return whether at least half of the cells of these launches are computed while messages are in flight."""
+    """Return whether at least half of the launches' cells are computed while messages are in flight."""
     overlapped = sum(_cells(mask) for mask in masks if mask.overlaps_messages)
     return overlapped > 0 and 2 * overlapped >= sum(map(_cells, masks))
 
 
 def _cells(mask: LaunchMask) -> int:
-    """Return the cells of a launch in all heads."""
+    """Return the number of cells of a launch, summed over all heads."""
     return int((areas(mask.bands) * (mask.band_heads[:, 1] - mask.band_heads[:, 0])).sum())
 
 
 def sample_launch(mask: LaunchMask, rows: int, keys: int, heads: int, at: float) -> LaunchMask:
-    """Return a part of a launch around row `at` (0 to 1) of its largest band.
+    """Return a part of a launch around the row at fraction `at` (0 to 1) of its largest band.
 
-    It has at most `rows` rows and `keys` keys, and about `heads` heads.
+    The part has at most `rows` rows and `keys` keys, and about `heads` heads.
     """
-    # whole groups, starting with the first
+    # take whole head groups from the first on
     num_heads = -(-heads // mask.group_size) * mask.group_size - mask.first_head
     count = min(max(num_heads, 1), mask.heads)
     theirs = mask.bands[mask.band_heads[:, 0] < count]
@@ -131,14 +132,14 @@ def sample_launch(mask: LaunchMask, rows: int, keys: int, heads: int, at: float)
     row = int(band[Q0]) + round(at * (int(band[Q1] - band[Q0]) - 1))
     _, end = (int(x[0]) for x in row_key_ranges(band[None], np.array([row])))
     first_row = min(max(row - rows // 2, 0), max(mask.rows - rows, 0))
-    # the last of that row's keys, and some keys that it does not see
+    # the last keys that this row attends to, and some keys after them
     first_key = min(max(end - keys * 7 // 8, 0), max(mask.keys - keys, 0))
     some = slice(first_row, min(first_row + rows, mask.rows)), slice(first_key, min(first_key + keys, mask.keys))
     return crop_launch(mask, *some, count)
 
 
 def crop_launch(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMask:
-    """Return these rows and keys of the first heads of a launch, as a separate launch."""
+    """Return these rows and keys of a launch's first `heads` heads as a separate launch."""
     bands = clip(mask.bands, rows.start, rows.stop, keys.start, keys.stop)
     band_heads = np.minimum(mask.band_heads, heads)
     kept = (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1]) & (band_heads[:, 0] < band_heads[:, 1])
@@ -158,9 +159,10 @@ def run_trial(
     differences: Callable[[Any], Sequence[float]],
     seconds: Callable[[Any], float],
 ) -> Trial:
-    """Try one kernel. differences: of its results from correct ones; seconds: of a forward and backward pass.
+    """Try one kernel. Raise DistattnError if the trial has made the device unusable.
 
-    Raise DistattnError if the trial has made the device unusable.
+    differences: returns the relative differences between a loaded kernel's results and correct results. seconds: returns the
+    seconds of its forward and backward pass.
     """
     free = free_bytes(requirements.device)
     try:
@@ -172,14 +174,14 @@ def run_trial(
             return Trial(difference, fault=f"wrong: {difference:.1e} from the reference")
         return Trial(difference, seconds(kernel))
     except DistattnError as error:
-        # the package may be installed another time
+        # a missing package may be installed next time
         return Trial(fault=str(error), passing=True)
     except torch.OutOfMemoryError:
-        # memory for the sample or the kernel's workspace may be free another time
+        # there may be enough memory for the sample and the kernel's workspace next time
         fault = f'its trial ran out of device memory; kernel="{name}" uses it without a trial'
         return Trial(fault=fault, passing=True, lacked=free, attempts=1)
     except Exception as error:
-        # an error of a compiler or a driver concerns this kernel only, unless the device is lost
+        # a compiler or driver error only rules out this kernel, unless the device is lost
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
         try:
             _wait(requirements.device)
@@ -217,10 +219,9 @@ class _Inputs(NamedTuple):
 
 
 def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """Return the largest relative difference of a row of outputs and gradients from the reference in fp64 on equal inputs.
+    """Return the largest relative difference of a row of outputs or gradients from the reference in fp64 on the same inputs.
 
-    Results are new tensors. If the kernel can write into given tensors, results in the inputs' dtype and added results count,
-    too.
+    If the kernel accumulates, also check results written to tensors of the inputs' dtype, and results added to existing ones.
     """
     inputs = _Inputs.of(mask, requirements)
     q, k, v, do = (x.double() for x in inputs[:4])
@@ -229,7 +230,7 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
     delta = (do * o).sum(-1)
     expected = (o, lse, *reference.backward(do, q, k, v, lse, delta, exact, inputs.score))
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
-    # the backward pass gets exact inputs, so that a fault of the forward pass is not counted twice
+    # give the backward pass the exact lse and delta, so that errors of the forward pass are not counted twice
     wide = accumulation_dtype(requirements.dtype)
     backward = (inputs.do, *inputs[:3], lse.to(wide), delta.to(wide), schedule, inputs.score)
 
@@ -239,7 +240,7 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
         places = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in expected]
         places[1] = torch.full(lse.shape, -torch.inf, dtype=wide, device=lse.device)
         into = places[0], places[1]
-        # a kernel that writes where it should add is correct on zeros, and wrong the second time
+        # a kernel that overwrites instead of adding is right the first time, on zeros, but wrong the second time
         for _ in range(1 + add):
             kernel.forward(*inputs[:3], schedule, inputs.score, into=into, merge=add)
             kernel.backward(*backward, into=(places[2], (places[3], places[4])), add=(add, add))
@@ -252,7 +253,10 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
 
 
 def _far(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference of a row of a head, relative to the row or to a usual one. Results: (o, lse, dq, dk, dv)."""
+    """Return the largest difference of any row, relative to the larger of its norm and the rms norm of its tensor's rows.
+
+    got, expected: (o, lse, dq, dk, dv). Return infinity if the rows without keys differ.
+    """
     empty = expected[1] == -torch.inf
     if not torch.equal(empty, got[1] == -torch.inf):
         return float("inf")
@@ -266,12 +270,12 @@ def _far(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _largest(values: Sequence[float]) -> float:
-    """Return the largest number; infinity if one is NaN."""
+    """Return the largest value, or infinity if any value is NaN."""
     return max((value if value == value else float("inf") for value in values), default=0.0)
 
 
 def _seconds(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
-    """Return the seconds of forward and backward, next to a kernel that holds multiprocessors if the launch overlaps messages."""
+    """Return the median seconds of a forward and backward pass, with multiprocessors occupied if the launch overlaps messages."""
     inputs = _Inputs.of(mask, requirements)
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 
@@ -289,7 +293,7 @@ def median_seconds(
     device: torch.device,
     beside: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext,
 ) -> float:
-    """Return the median seconds of a few runs, after one that compiles. beside: context with other work during each run."""
+    """Return the median seconds of a few runs after one that compiles. beside: a context that adds other work to each run."""
     times = []
     run()
     for _ in range(_RUNS):
@@ -297,7 +301,7 @@ def median_seconds(
         with beside(device):
             began = time.perf_counter()
             run()
-            # do not wait for the whole device, which the other work keeps busy
+            # wait for this stream only: the other work keeps the device busy
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
             times.append(time.perf_counter() - began)
@@ -306,11 +310,11 @@ def median_seconds(
 
 @contextmanager
 def multiprocessors_held(device: torch.device) -> Iterator[None]:
-    """Hold some multiprocessors of a GPU inside the block, as a communicator does. Warn once if they cannot be held."""
+    """Hold some multiprocessors of a GPU inside the block, as communication does. Warn once if that fails."""
     spinner = None
     if device.type == "cuda":
         try:
-            # Triton is not installed everywhere
+            # import it here, because Triton is not installed everywhere
             from distattn.kernels.triton.spinner import Spinner
 
             spinner = Spinner(device)
@@ -325,14 +329,14 @@ def multiprocessors_held(device: torch.device) -> Iterator[None]:
 
 @cache
 def _warn_of_spinner(reason: str) -> None:
-    """Warn once that kernels are timed without a kernel that holds multiprocessors."""
+    """Warn, once per reason, that kernels are timed without a kernel that occupies multiprocessors."""
     _LOG.warning(
         "kernels are timed as if no messages were in flight: the kernel that stands for messages failed (%s)", reason
     )
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of a GPU that tensors can use: free memory, and unused memory of PyTorch's allocator; 0 for CPUs."""
+    """Return the bytes available to tensors on a GPU (free memory and unused memory of PyTorch's allocator), 0 for a CPU."""
     if device.type != "cuda":
         return 0
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -344,9 +348,10 @@ def _wait(device: torch.device) -> None:
 
 
 def rank_kernels(trials_by_rank: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
-    """Return the kernels that were correct on every rank that tried them, by the slowest rank's time; equal on all ranks.
+    """Return the kernels that were correct on every rank that ran trials, sorted by the time of the slowest rank.
 
-    names: the kernels to rank. Return [] if no rank has tried any. Raise DistattnError if none is correct.
+    The result is the same on all ranks. names: the kernels to rank. Return [] if no rank ran a trial. Raise DistattnError if no
+    kernel is correct.
     """
     nonempty = [trials for trials in trials_by_rank if trials]
     if not nonempty:

@@ -1,10 +1,10 @@
-"""Causal depthwise convolutions on GPUs by the kernel of flash-linear-attention (package `fla-core`, our extra `fla`).
+"""Causal depthwise convolutions on GPUs with the kernel from flash-linear-attention (package `fla-core`, our extra `fla`).
 
-The cells of a launch are sequences: a band's keys end at its last row, and tokens whose x is in another launch are zeros. Only
-the results of the band's rows are added up.
+Each band of a launch becomes a sequence: it ends at the band's last row, and tokens whose x belongs to another launch are
+zeros. Only the results of the band's rows are added to the output.
 """
 
-# T rows, S keys (tokens whose x is there), P tokens of all sequences, R rows of all bands, H heads of D channels each, W taps
+# T rows, S keys (tokens with an x), P tokens of all sequences, R rows of all bands, H heads of D channels each, W taps
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Sequences(NamedTuple):
-    """Sequences of heads [h0, h1).
+    """The sequences of heads [h0, h1).
 
-    ends: where they end, on the host; offsets: 0 and the ends as a tensor; key_P: the key of each token, S for none; token_R
-    and row_R: which tokens are which rows.
+    ends: end offsets, on the host. offsets: 0 and the ends, as a tensor. key_P: the key of each token, or S for none. token_R,
+    row_R: token number and row number of each row.
     """
 
     h0: int
@@ -45,7 +45,7 @@ class Sequences(NamedTuple):
 
 
 class SequenceSchedule(NamedTuple):
-    """All sequences of a launch, and the shape of its results."""
+    """All sequences of a launch, and its numbers of rows and keys."""
 
     sequences: tuple[Sequences, ...]
     rows: int
@@ -53,7 +53,7 @@ class SequenceSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return the reason why this kernel cannot serve such a call, or None."""
+    """Return why this kernel cannot serve such a call, or None if it can."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the kernels of fla-core run on GPUs, not on {device.type}"
@@ -69,7 +69,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SequenceSchedule:
-    """Return the sequences of each range of heads."""
+    """Return the sequences of each head range, with tensors on the host."""
     sequences_by_heads: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for band, (h0, h1), shift in zip(mask.bands, mask.band_heads.tolist(), mask.distance_shift.tolist(), strict=True):
         row = np.arange(int(band[Q0]), int(band[Q1]))
@@ -77,7 +77,7 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SequenceSched
         begin, end = np.maximum(begin, band[K0]), np.minimum(end, band[K1])
         row, begin, end = (side[begin < end] for side in (row, begin, end))
         if len(row):
-            # the position of a row among the keys, at distance 0
+            # the key at distance 0 from each row
             place = row - shift
             key = np.arange(begin.min(), place.max() + 1)
             sequences_by_heads.setdefault((h0, h1), []).append(
@@ -95,11 +95,11 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SequenceSched
 
 
 def forward(x_SHD: Tensor, weight_HDW: Tensor, schedule: SequenceSchedule) -> Tensor:
-    """Compute y_THD in the accumulation dtype. Rows without a cell are 0."""
+    """Compute y_THD in the accumulation dtype. Rows without cells are 0."""
     y_THD = x_SHD.new_zeros((schedule.rows, *x_SHD.shape[1:]), dtype=accumulation_dtype(x_SHD.dtype))
     for part in schedule.sequences:
         heads = slice(part.h0, part.h1)
-        # inputs may require gradients
+        # the inputs may require gradients, which `backward` computes
         with torch.no_grad():
             y_1PC = _convolved(_gathered(x_SHD[:, heads], part), weight_HDW[heads].flatten(0, 1), part)
         y_RHD = y_1PC[0, part.token_R].unflatten(1, (part.h1 - part.h0, -1))
@@ -108,7 +108,7 @@ def forward(x_SHD: Tensor, weight_HDW: Tensor, schedule: SequenceSchedule) -> Te
 
 
 def backward(do_THD: Tensor, x_SHD: Tensor, weight_HDW: Tensor, schedule: SequenceSchedule) -> tuple[Tensor, Tensor]:
-    """Compute (dx_SHD, dweight_HDW) of these cells in the accumulation dtype."""
+    """Compute the launch's contribution to (dx_SHD, dweight_HDW) in the accumulation dtype."""
     wide = accumulation_dtype(x_SHD.dtype)
     dx_SHD = x_SHD.new_zeros((schedule.keys + 1, *x_SHD.shape[1:]), dtype=wide)
     dweight_HDW = torch.zeros_like(weight_HDW, dtype=wide)
@@ -118,11 +118,11 @@ def backward(do_THD: Tensor, x_SHD: Tensor, weight_HDW: Tensor, schedule: Sequen
         weight_CW = weight_HDW[heads].detach().flatten(0, 1).to(wide).requires_grad_()
         do_1PC = torch.zeros_like(x_1PC)
         do_1PC[0, part.token_R] = do_THD[part.row_R, heads].flatten(1).to(do_1PC.dtype)
-        # only this function is recorded: inside an operator autograd records no other graph
+        # inside an operator autograd is off: enable it for this function only
         with torch.enable_grad():
             y_1PC = _convolved(x_1PC, weight_CW, part)
         dx_1PC, dweight_CW = torch.autograd.grad(y_1PC, [x_1PC, weight_CW], do_1PC)
-        # tokens without a key add to the last row
+        # tokens without a key add to the extra last row, which is dropped
         dx_SHD[:, heads].index_add_(0, part.key_P, dx_1PC[0].unflatten(1, (part.h1 - part.h0, -1)).to(wide))
         dweight_HDW[heads] += dweight_CW.unflatten(0, (part.h1 - part.h0, -1))
     return dx_SHD[: schedule.keys], dweight_HDW

@@ -1,12 +1,12 @@
-"""Short convolutions on any device in PyTorch: tap by tap, over the cells of a launch.
+"""Short convolutions in PyTorch on any device, tap by tap over the cells of a launch.
 
-y_t = sum_d weight[W - 1 - d] x_(t - d) for distances d = 0 .. W - 1 inside a document, as `torch.nn.functional.conv1d` with
-groups computes it on one document with W - 1 zeros before it. A launch computes the taps of its cells; parts of a row are added.
-A weight is (H, D, W), one per channel, or (H, D, D, W), from all channels of a head to all of them. Without a weight every cell
-has weight 1.
+y_t = sum_d weight[W - 1 - d] x_(t - d) for distances d = 0 .. W - 1 inside a document, the same as a grouped
+`torch.nn.functional.conv1d` on one document padded with W - 1 zeros in front. A launch computes the taps of its cells; partial
+results of a row are added. A weight is (H, D, W), one filter per channel, or (H, D, D, W), from all channels of a head to all
+of them. Without a weight every cell has weight 1.
 """
 
-# T rows, S keys (tokens whose x is there), H heads of D channels each (E where they are results), W taps
+# T rows, S keys (tokens with an x), H heads of D channels each (E for output channels), W taps
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACCUMULATES = False
 
 
 class TapRows(NamedTuple):
-    """Rows of some heads at one distance, and for each row the key that is `distance` tokens before it."""
+    """The rows of heads [h0, h1) with a cell at one distance, and the key of each, `distance` tokens before the row."""
 
     h0: int
     h1: int
@@ -36,7 +36,7 @@ class TapRows(NamedTuple):
 
 
 class TapSchedule(NamedTuple):
-    """All taps of a launch, and the shape of its results."""
+    """All taps of a launch, and its numbers of rows and keys."""
 
     taps: tuple[TapRows, ...]
     rows: int
@@ -49,7 +49,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TapSchedule:
-    """Return the rows of each tap."""
+    """Return the rows and keys of each tap, with tensors on the host."""
     rows_by_tap: dict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]] = {}
     for band, (h0, h1), shift in zip(mask.bands, mask.band_heads.tolist(), mask.distance_shift.tolist(), strict=True):
         row = np.arange(int(band[Q0]), int(band[Q1]))
@@ -67,13 +67,13 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TapSchedule:
 
 
 def forward(x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule) -> Tensor:
-    """Compute y_THD in the accumulation dtype. Rows without a cell are 0."""
+    """Compute y_THD in the accumulation dtype. Rows without cells are 0."""
     wide = accumulation_dtype(x_SHD.dtype)
     x, weight = x_SHD.to(wide), None if weight is None else weight.to(wide)
     y_THD = x.new_zeros((schedule.rows, *x.shape[1:]))
     for tap in schedule.taps:
         heads = slice(tap.h0, tap.h1)
-        # a row has one cell at each distance, so nothing is added twice
+        # a row has at most one cell per distance, so no row is listed twice
         y_THD[tap.rows, heads] += _weighted(x[tap.keys, heads], _of_distance(weight, tap))
     return y_THD
 
@@ -81,7 +81,7 @@ def forward(x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule) -> Tens
 def backward(
     do_THD: Tensor, x_SHD: Tensor, weight: Tensor | None, schedule: TapSchedule
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (dx_SHD, gradient of the weight) of these cells in the accumulation dtype."""
+    """Compute the launch's contribution to (dx_SHD, gradient of the weight) in the accumulation dtype."""
     wide = accumulation_dtype(x_SHD.dtype)
     do, x, weight = do_THD.to(wide), x_SHD.to(wide), None if weight is None else weight.to(wide)
     dx_SHD, dweight = torch.zeros_like(x), None if weight is None else torch.zeros_like(weight)
@@ -93,13 +93,13 @@ def backward(
         dx_SHD[tap.keys, heads] += _weighted(of_rows, of_weight)
         if total is not None:
             of_keys = x[tap.keys, heads]
-            # einsum is slower if it sums over tokens only
+            # einsum is slower than this product if it only sums over tokens
             total += (of_rows * of_keys).sum(0) if total.dim() == 2 else torch.einsum("the,thd->hed", of_rows, of_keys)
     return dx_SHD, dweight
 
 
 def _of_distance(weight: Tensor | None, tap: TapRows) -> Tensor | None:
-    """Return the tap's weight of its heads, (H, D) or (H, E, D), as a view."""
+    """Return a view of the weight of this tap and its heads, (H, D) or (H, E, D)."""
     return None if weight is None else weight[tap.h0 : tap.h1, ..., weight.shape[-1] - 1 - tap.distance]
 
 

@@ -1,4 +1,4 @@
-"""Trials of convolution kernels: each is compared with the taps in fp64 on packed documents, and timed."""
+"""Trials of convolution kernels: each is compared with `taps` in fp64 on packed documents, and timed."""
 
 # T tokens, H heads of D channels each, W taps
 
@@ -17,13 +17,13 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# lengths of documents for comparison and for timing; taps as most models have
+# document lengths for comparison and for timing; number of taps, as in most models
 _COMPARED, _TIMED, _TAPS = (150, 1, 64, 33), (2048, 1500, 548), 4
 _SEED = 1234
 
 
 class ConvolutionInputs(NamedTuple):
-    """Tokens and gradients (T, H, D), weights (H, D, W), and the mask to compute."""
+    """Tokens x and output gradients do (T, H, D), weights (H, D, W), and the mask to compute."""
 
     x: Tensor
     do: Tensor
@@ -32,7 +32,7 @@ class ConvolutionInputs(NamedTuple):
 
     @staticmethod
     def random(lengths: Sequence[int], heads: int, requirements: KernelRequirements) -> ConvolutionInputs:
-        """Make random inputs of packed documents of these lengths."""
+        """Return random inputs for packed documents of these lengths."""
         generator = torch.Generator(requirements.device).manual_seed(_SEED)
 
         def normal(*shape: int) -> Tensor:
@@ -53,7 +53,7 @@ def try_convolution(
     key_heads: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """Try kernels on calls with `heads` heads. key_heads does not matter for convolutions."""
+    """Try kernels on calls with `heads` heads. Convolutions ignore key_heads."""
     return try_each(
         names,
         requirements,
@@ -64,7 +64,7 @@ def try_convolution(
 
 
 def differences(kernel: Any, inputs: ConvolutionInputs, requirements: KernelRequirements) -> list[float]:
-    """Return the relative difference (Frobenius norm) of each result of a kernel from that of the taps in fp64."""
+    """Return the relative difference (Frobenius norm) between each of the kernel's results and that of `taps` in fp64."""
     exact = ConvolutionInputs(inputs.x.double(), inputs.do.double(), inputs.weight.double(), inputs.mask)
     pairs = zip(_work(kernel, inputs, requirements)(), _work(taps, exact, requirements)(), strict=True)
     return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
@@ -75,7 +75,7 @@ def _seconds(kernel: Any, inputs: ConvolutionInputs, requirements: KernelRequire
 
 
 def _work(kernel: Any, inputs: ConvolutionInputs, requirements: KernelRequirements) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a function that runs a kernel forward and backward: (y, dx, dweight)."""
+    """Return a function that runs the kernel forward and backward and returns (y, dx, dweight)."""
     x, do, weight, mask = inputs
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 

@@ -1,10 +1,10 @@
-"""Core attention by PyTorch's variable-length flash attention (FlashAttention 2; 3 and 4 if they are activated).
+"""Core attention with PyTorch's variable-length flash attention (FlashAttention 2; 3 and 4 if they are activated).
 
-`torch.nn.attention.activate_flash_attention_impl("FA3")` changes the implementation of the operators; here only the calls that
-they support differ. The operators are private to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test checks their
-arguments. Partial outputs have the precision of the inputs, as in every library that merges them. The operators take one head
-dim: if values have another than queries and keys (MLA: 192 and 128), the narrower ones are padded with zeros. `pieces` describes
-how masks are expressed.
+`torch.nn.attention.activate_flash_attention_impl("FA3")` changes the operators' implementation. This module then only differs in
+which calls it accepts. The operators are private to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test checks
+their arguments. Partial outputs have the inputs' precision, as in every library that merges them. The operators take one head
+dim: if values have a different one from queries and keys (MLA: 128 and 192), the narrower tensors are padded with zeros.
+`pieces` describes how masks are expressed.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -24,18 +24,18 @@ from distattn.kernels.merge import output_with_delta
 from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.triton.launch import multiprocessors
 
-# the operator takes o, not delta: a row with dO = 0 and delta != 0 cannot be expressed
+# the operator takes o instead of delta, so it cannot express a row with dO = 0 and delta != 0
 DIFFERENTIABLE_LSE = False
 ACCUMULATES = True
 DTYPES = (torch.bfloat16, torch.float16)
-# FlashAttention 3 cuts keys into at most this many parts
+# FlashAttention 3 splits keys into at most this many parts
 _MOST_KEY_PARTS = 128
 forward_operator: Any = getattr(torch.ops.aten, "_flash_attention_forward", None)
 backward_operator: Any = getattr(torch.ops.aten, "_flash_attention_backward", None)
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return the reason why this kernel cannot serve such a call, or None."""
+    """Return why this kernel cannot serve such a call, or None if it can."""
     if requirements.device.type != "cuda":
         return f"PyTorch's variable-length flash attention runs on GPUs, not on {requirements.device.type}"
     if forward_operator is None or backward_operator is None:
@@ -65,7 +65,7 @@ def implementation() -> str:
 
 
 def _implementation_reason(name: str, device: torch.device, dim: int) -> str | None:
-    """Return why an activated implementation cannot serve a call (`torch/nn/attention/_fa3.py`, `_fa4.py`; FA4's head dims)."""
+    """Return why an activated implementation cannot serve a call, or None. Sources: `torch/nn/attention/_fa3.py`, `_fa4.py`."""
     if name not in ("FA3", "FA4") or not torch.cuda.is_available():
         return None
     major = torch.cuda.get_device_capability(device)[0]
@@ -79,7 +79,7 @@ def _implementation_reason(name: str, device: torch.device, dim: int) -> str | N
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> FlashSchedule:
-    """Return the calls that compute the mask. Raise DistattnError for masks that they cannot express."""
+    """Return the operator calls that compute the mask. Raise DistattnError for masks that they cannot express."""
     return flash_schedule(mask)
 
 
@@ -92,16 +92,16 @@ def forward(
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys have o = 0 and lse = -inf.
+    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: (o, lse) to write the result to or, with `merge`, to merge it into.
+    into: the (o, lse) to write the result to or, with `merge`, to merge it into.
     """
     dim = v_SKE.shape[2]
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], dim, dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
     o_THE, lse_TH = into
-    # results of several calls are merged in single precision only
+    # results of several calls are merged only in fp32
     wide_THE = o_THE if o_THE.dtype == torch.float32 else torch.empty_like(o_THE, dtype=torch.float32)
     if wide_THE is not o_THE and merge:
         wide_THE.copy_(o_THE)
@@ -113,7 +113,7 @@ def forward(
         q, k, v = q_all[call.rows, call.heads], k_all[call.keys, call.kv_heads], v_all[call.keys, call.kv_heads]
         part, lse_HT, *_ = forward_operator(q, k, v, *_how(call), **_window(call, score))
         part = part[..., :dim]
-        # the operator gives rows without keys an lse of +inf
+        # the operator returns lse = +inf for rows without keys
         part_lse = lse_HT.t().masked_fill(lse_HT.t() == torch.inf, -torch.inf)
         o, lse = wide_THE[:, call.heads], lse_TH[:, call.heads]
         for segment in call.row_segments:
@@ -141,10 +141,10 @@ def backward(
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
     add: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
-    `into`.
+    """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of dq, and
+    of dk and dv, instead of overwriting them.
     """
     places = into[0], *(into[1] or (None, None))
     adds = add[0], add[1], add[1]
@@ -153,12 +153,12 @@ def backward(
     for total, adds_, overwritten in zip(grads, adds, reached, strict=True):
         if not adds_ and not overwritten:
             total.zero_()
-    # the true o is never sent to the ranks that compute tasks
+    # ranks that compute tasks receive delta instead of o: make an o with the same row sums
     o_THE = output_with_delta(do_THE, delta_TH)
     do_all, q_all, k_all, v_all, o_all = _of_one_dim(do_THE, q_THD, k_SKD, v_SKE, o_THE)
-    # weights are exp(score - lse): those of a row without keys must be 0
+    # weights are exp(score - lse), and must be 0 in a row without keys
     lse_HT = lse_TH.masked_fill(lse_TH == -torch.inf, torch.inf).t()
-    # random state for dropout, which is off
+    # RNG state for dropout, which is off
     random = q_THD.new_zeros(2, dtype=torch.uint64), q_THD.new_empty(0, dtype=torch.uint64)
     for call in schedule.calls:
         rows, keys = (call.rows, call.heads), (call.keys, call.kv_heads)
@@ -175,7 +175,7 @@ def backward(
         ):
             for segment in segments:
                 target_rows = RowSelection(segment.start, segment.stop - segment.start)
-                # the first write need not read
+                # the first write need not read the old contents
                 put = copy_rows if segment.first and not adds[number] else add_rows
                 total = grads[number]
                 put(
@@ -191,49 +191,49 @@ def backward(
 
 
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule) -> int:
-    """Return an upper bound of the bytes that a pass allocates on the device in addition to its operands and results.
+    """Return an upper bound on the bytes that a pass allocates on the device besides its operands and results.
 
-    It counts the allocations of this module and of the operators. FlashAttention 2 (`mha_varlen_fwd` and `mha_varlen_bwd` in
-    PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in fp32 and softmax_d with 128
-    rows more for each sequence, and dK and dV of all query heads; it splits keys only in calls with one query row.
-    FlashAttention 3 (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of Dao-AILab/flash-attention) rounds all rows up to
-    whole blocks once more, allocates fp32 sums of dK and dV, a second log-sum-exp and semaphores, and in the forward pass
-    fp32 results of parts of the keys. The allocations of FlashAttention 4 are unknown.
+    The bound covers the allocations of this module and of the operators. FlashAttention 2 (`mha_varlen_fwd` and `mha_varlen_bwd`
+    in PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in fp32 and softmax_d, both with
+    128 extra rows per sequence, and dK and dV for every query head. It splits keys only in calls with one query row.
+    FlashAttention 3 (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of Dao-AILab/flash-attention) also rounds the total number
+    of rows up to whole blocks. It allocates fp32 accumulators for dK and dV, a second log-sum-exp and semaphores, and in the
+    forward pass fp32 partial results for each part of the keys. The allocations of FlashAttention 4 are unknown.
     """
     widest = max(shape.head_dim, shape.v_head_dim)
     rows, keys = shape.rows * shape.heads, shape.keys * shape.kv_heads
-    # operands padded to the wider head dim, in half precision
+    # 16-bit copies of the operands, padded to the wider head dim
     padded = 0 if shape.head_dim == shape.v_head_dim else 2 * widest * (rows + 2 * keys)
     calls = [_call_bytes(direction, call, widest) for call in schedule.calls]
-    # the results of one call live until those of the next exist
+    # a call's results stay alive until those of the next call exist
     of_calls = 2 * max((results for results, _ in calls), default=0) + max((other for _, other in calls), default=0)
     if direction == "forward":
         return 4 * rows * shape.v_head_dim + padded + of_calls
     sums = 4 * ((shape.dq_bytes != 4) * rows * shape.head_dim + keys * (shape.head_dim + shape.v_head_dim))
-    # o in the inputs' precision, made from dO and delta in single precision; padded, like dO; log-sum-exps and their mask
+    # fp32 temporaries and 16-bit result of `output_with_delta`, padded o and dO, log-sum-exp and its mask
     outputs = rows * (3 * 4 * shape.v_head_dim + 2 * 2 * widest + 4 + 1)
     return sums + outputs + padded + of_calls
 
 
 def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
-    """Return the bytes of a call's results, and of its other memory until it returns."""
+    """Return (the bytes of a call's results, the bytes of other memory that it holds until it returns)."""
     heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
     rows, keys = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
-    # every call has two numbers of a random generator, in blocks of 512 bytes
+    # every call allocates two numbers of RNG state, in blocks of 512 bytes
     few = 2 * 512
     if direction == "forward":
-        # results of parts of the keys in single precision
+        # fp32 partial results for each part of the keys
         parts = _key_parts(call, dim)
         of_parts = (parts > 1) * parts * rows * heads * 4 * (dim + 1) + 4 * (len(call.starts_q) + 1)
-        # the log-sum-exp, and its masked copy
+        # results: o, the log-sum-exp and its masked copy
         return rows * heads * (2 * dim + 4 + 4), rows * heads * 2 + few + of_parts
     sequences = len(call.starts_q) - 1
     rounded = -(-dim // 64) * 64
-    # a block for each sequence, and one for rounding
+    # one extra block per sequence, and one for rounding
     long_rows, long_keys = rows + 128 * (sequences + 1), keys + 128 * (sequences + 1)
-    # one number for each block of each sequence as if all were the longest: for dQ, and for dK and dV if sums have a fixed order
+    # one semaphore per block of each sequence, as if all were as long as the longest: for dQ and, if deterministic, dK and dV
     semaphores = 4 * sequences * (-(-call.longest_q // 64) * heads + 2 * -(-call.longest_k // 64) * kv_heads)
-    # under torch.use_deterministic_algorithms: one sum of dQ for each of several groups of programs
+    # under torch.use_deterministic_algorithms, several groups of programs each accumulate a dQ of their own
     splits = 1
     if torch.are_deterministic_algorithms_enabled():
         splits = -(-multiprocessors(call.starts_q.device) // (sequences * heads))
@@ -244,30 +244,30 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
 
 
 def _key_parts(call: FlashCall, dim: int) -> int:
-    """Return an upper bound of the parts that FlashAttention 3 cuts keys into in the forward pass; 1 if it does not cut them.
+    """Return an upper bound on the number of parts into which FlashAttention 3 splits keys in the forward pass.
 
-    The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and `num_splits_heuristic` (`hopper/heuristics.h`): PyTorch
-    leaves the choice to them, unless sums have a fixed order (`torch/nn/attention/_fa3.py`).
+    It is 1 if keys are not split. The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and `num_splits_heuristic`
+    (`hopper/heuristics.h`). PyTorch leaves the choice to them except in deterministic mode (`torch/nn/attention/_fa3.py`).
     """
     if implementation() != "FA3" or torch.are_deterministic_algorithms_enabled():
         return 1
     heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
     processors = multiprocessors(call.starts_q.device)
-    # keys and values of one head that exceed the L2 cache are cut into pieces that fit
+    # keys and values of a head that exceed the L2 cache are split into parts that fit
     part_counts = [1] if _is_causal(call) else [-(-4 * dim * call.longest_k // (50 << 20))]
-    # the kernel takes one of these numbers of query rows per block, and at least 64 keys
+    # the kernel uses one of these numbers of query rows per block, and at least 64 keys
     for block in (64, 128, 192):
         blocks = kv_heads * -(-call.longest_q * (heads // kv_heads) // block)
         most = min(_MOST_KEY_PARTS, processors, -(-call.longest_k // 64))
         if blocks < 0.8 * processors and most > 1:
-            # the rule takes the first number that keeps 85 % of the multiprocessors busy
+            # bound of the rule: the first number of parts that keeps at least 85 % of the multiprocessors busy
             waves = ((parts, blocks * parts / processors) for parts in range(1, most + 1))
             part_counts.append(next((parts for parts, w in waves if w >= 0.85 * math.ceil(w)), most))
     return min(max(part_counts), _MOST_KEY_PARTS)
 
 
 def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
-    """Return a tensor in which gradients are summed in single precision: `place` itself, or a temporary one."""
+    """Return a tensor in which to accumulate gradients in fp32: `place` itself if it is fp32, otherwise a temporary tensor."""
     if place is not None and place.dtype == torch.float32:
         return place
     total = like.new_empty(like.shape, dtype=torch.float32)
@@ -275,13 +275,13 @@ def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
 
 
 def _of_one_dim(*tensors: Tensor) -> list[Tensor]:
-    """Pad tensors with zeros to the width of the widest."""
+    """Pad the tensors with zeros to the last dimension of the widest."""
     dim = max(x.shape[2] for x in tensors)
     return [x if x.shape[2] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[2])) for x in tensors]
 
 
 def _how(call: FlashCall) -> tuple[Any, ...]:
-    """Return the arguments of the forward operator after q, k and v: no dropout, no debug mask."""
+    """Return the forward operator's arguments after q, k and v, without dropout and debug mask."""
     return call.starts_q, call.starts_k, call.longest_q, call.longest_k, 0.0, _is_causal(call), False
 
 

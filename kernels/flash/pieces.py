@@ -1,8 +1,9 @@
-"""Express a launch's bands for variable-length flash attention: sequences of one window, aligned at their bottom right corners.
+"""Express a launch's bands for variable-length flash attention: sequences with one window, aligned at the bottom right corner.
 
-A call takes sequences that are consecutive in its queries and in its keys, all with one window: row i of T rows sees key j of S
-keys if i + S - T - left <= j <= i + S - T + right. A band becomes at most three such sequences: rows whose keys begin at the
-rectangle's edge, rows whose keys end there, and the rows between. Sequences of equal windows in ascending order are one call.
+A call takes sequences that are consecutive in its queries and in its keys, all with the same window: in a sequence of T rows and
+S keys, row i attends to key j if i + S - T - left <= j <= i + S - T + right. Each band is split into at most three sequences:
+rows whose keys start at the rectangle's edge, rows whose keys end at its edge, and the rows between. Sequences with equal windows
+in ascending order form one call.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_groups
 
-# no limit on that side of a window
+# a window without a limit on this side
 OPEN = -1
-# a staircase is cut at every step: kernels are inefficient with fewer rows than this
+# a staircase is split at every step; with fewer rows per step than this, kernels are inefficient
 LEAST_STEP = 16
 
 
 class Sequence(NamedTuple):
-    """Rows [q0, q1) against keys [k0, k1), with a window that is aligned at the last row and the last key."""
+    """A sequence: rows [q0, q1) attend to keys [k0, k1) in a window aligned at the last row and the last key."""
 
     q0: int
     q1: int
@@ -37,7 +38,7 @@ class Sequence(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Rows or keys of adjacent sequences. first: no earlier call has written them in these heads."""
+    """The rows or keys of adjacent sequences. first: True if no earlier call has written them in these heads."""
 
     start: int
     stop: int
@@ -45,7 +46,7 @@ class Segment(NamedTuple):
 
 
 class FlashCall(NamedTuple):
-    """One call: its heads, rows and keys, and the offsets at which its sequences begin and the last one ends (int32)."""
+    """One operator call: its heads, rows and keys, its window, and the offsets of its sequences and of their end (int32)."""
 
     heads: slice
     kv_heads: slice
@@ -62,7 +63,7 @@ class FlashCall(NamedTuple):
 
 
 class FlashSchedule(NamedTuple):
-    """Calls of a launch, and whether first writes reach every row and every key."""
+    """The operator calls of a launch, and whether they write every row and every key."""
 
     calls: tuple[FlashCall, ...]
     all_rows: bool
@@ -70,7 +71,7 @@ class FlashSchedule(NamedTuple):
 
 
 def flash_schedule(mask: LaunchMask) -> FlashSchedule:
-    """Return the calls that compute a launch's mask. Raise DistattnError for bands that no such call can express."""
+    """Return the operator calls that compute a launch's mask. Raise DistattnError for bands that no call can express."""
     tight = tighten(mask.bands)
     some = tight[:, Q0] < tight[:, Q1]
     parts = [
@@ -93,7 +94,7 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
                 slice(call_sequences[0].k0, call_sequences[-1].k1),
                 starts_q,
                 starts_k,
-                # for one row the operator takes another path, which does not support gaps between keys
+                # with one row the operator takes a different path, which does not support gaps between keys
                 max(int(starts_q.diff().max()), 2),
                 int(starts_k.diff().max()),
                 call_sequences[0].left,
@@ -106,14 +107,14 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
 
 
 def sequences(band: Ints) -> Iterator[Sequence]:
-    """Yield the sequences of a tight band."""
+    """Yield the sequences that compute a tight band."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = (int(number) for number in band)
     low, high = lo + ok - oq, hi + ok - oq
     if (bq, bk) != (1, 1):
         yield from _steps(band)
         return
-    # rows below `ends` end at the upper limit, rows from `begins` on begin at the lower limit, others at the edges of the
-    # rectangle; the first or last of them does both, and is not worth a separate sequence
+    # keys of rows before `ends` end at the band's upper limit, keys of rows from `begins` on start at its lower limit; all others
+    # end or start at the rectangle's edge. In row `begins` limit and edge coincide, so as the last row it needs no own sequence
     ends, begins = (min(max(row, q0), q1) for row in (k1 - high, k0 - low))
     begins = q1 if begins == q1 - 1 and begins > q0 else begins
     cuts = sorted({q0, ends, begins, q1})
@@ -124,7 +125,7 @@ def sequences(band: Ints) -> Iterator[Sequence]:
 
 
 def _steps(band: Ints) -> Iterator[Sequence]:
-    """Yield a staircase step by step: all rows of a step see the same keys."""
+    """Yield one sequence per step of a staircase, whose rows all attend to the same keys."""
     q0, q1, size, origin = int(band[Q0]), int(band[Q1]), int(band[BQ]), int(band[OQ])
     bounds = [q0, *range(q0 + size - (q0 - origin) % size, q1, size), q1]
     if size < LEAST_STEP and len(bounds) > 2:
@@ -138,7 +139,7 @@ def _steps(band: Ints) -> Iterator[Sequence]:
 
 
 def _by_heads(mask: LaunchMask, bands: Ints, band_heads: Ints) -> Iterator[tuple[slice, Ints]]:
-    """Yield the ranges of heads in which all key/value heads serve the same number of query heads, and their bands."""
+    """Yield each range of heads in which all KV heads serve equally many query heads, with its bands."""
     for h0, h1 in sorted(set(map(tuple, band_heads.tolist()))):
         head_bands = bands[(band_heads == (h0, h1)).all(1)]
         for low, high in split_even_groups(h0, h1, mask.group_size, mask.first_head):
@@ -151,7 +152,7 @@ def _kv_heads(mask: LaunchMask, heads: slice) -> slice:
 
 
 def _calls(pieces: list[Sequence]) -> list[list[Sequence]]:
-    """Group sequences by call: those of one window, in ascending order of queries and keys."""
+    """Group sequences into calls. The sequences of a call have one window and ascend in queries and keys."""
     calls: list[list[Sequence]] = []
     for piece in pieces:
         for call in calls:
@@ -165,11 +166,11 @@ def _calls(pieces: list[Sequence]) -> list[list[Sequence]]:
 
 
 def _starts(call_sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
-    """Return the offsets of sequences from the first one. Gaps become rows without keys, and keys without rows."""
+    """Return the offsets of sequences relative to the first. Gaps become sequences without keys or without rows."""
     q, k = [0], [0]
     first = call_sequences[0]
     for sequence in call_sequences:
-        # rows that are skipped, then skipped keys
+        # first skipped rows, then skipped keys
         if sequence.q0 - first.q0 > q[-1]:
             q, k = [*q, sequence.q0 - first.q0], [*k, k[-1]]
         if sequence.k0 - first.k0 > k[-1]:
@@ -179,7 +180,7 @@ def _starts(call_sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
 
 
 def _segments(ranges: list[tuple[int, int]], heads: slice, written: WrittenRows) -> list[Segment]:
-    """Join adjacent ranges, in order, and mark them as written."""
+    """Join adjacent ranges into segments, in order, and mark them as written."""
     joined: list[list[int]] = []
     for start, stop in ranges:
         if joined and joined[-1][1] == start:

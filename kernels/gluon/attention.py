@@ -1,7 +1,7 @@
-"""Core attention for Hopper in Gluon (tier B): tiles and launches. The kernels are in forward.py and backward.py.
+"""Core attention for Hopper in Gluon (tier B): tile sizes and launches. The kernels are in forward.py and backward.py.
 
-It supports bfloat16 and float16 and head dims 64 and 128 on sm_90. Everything else is that of the plain Triton kernel: masks, run
-lists, merging, score modifiers, any lengths and head groups. The sums in dQ have no fixed order; those of "gluon_split" have.
+It supports bfloat16 and float16 and head dims 64 and 128 on sm_90. Everything else works as in the plain Triton kernels: masks,
+run lists, merging, score modifiers, any lengths and head groups. dQ is summed in no fixed order; "gluon_split" is deterministic.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -43,20 +43,21 @@ from distattn.kernels.triton.sums import part_bytes, scratch_of_parts, sums_laun
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
-# programs add to dQ in no fixed order, so no program adds the last
+# programs add to dQ in no fixed order, so no program is the last to add to a row
 FINISHES = ("forward",)
-# by head dim; with 128 query rows at a time the backward spills more (64 at head dim 128: 35 in Triton 3.6, 44 in 3.9)
+# tile sizes by head dim. With 128 query rows at a time the backward spills more registers than with 64 (64 rows at head dim 128:
+# 35 spills in Triton 3.6, 44 in 3.9)
 FORWARD = {64: Tile(192, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
 BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(64, 128, 4, 3)}
-# the most work of a program, as a multiple of the mean, up to which tiles are dealt in advance
+# tiles are assigned in advance if no program gets more than this multiple of the mean work
 _UNEVEN = 1.15
-# tiles of keys that a tile of rows has on average, from which on tiles are not dealt in a job of several ranks
+# in a job of several ranks, tiles are not assigned in advance from this mean number of key tiles per query tile on
 _LONG = 64
 _TYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
 
 
 class TileSchedule(NamedTuple):
-    """Lists of both kernels, number of programs of the forward, and the shape of the call."""
+    """Run lists of both kernels, number of forward programs, and how query heads map to KV heads."""
 
     forward: TileRunTensors
     programs: int
@@ -66,7 +67,7 @@ class TileSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return the reason why this kernel cannot serve such a call, or None."""
+    """Return why this kernel cannot serve such a call, or None if it can."""
     if requirements.device.type != "cuda" or compute_capability(requirements.device) != 90:
         return "it is written for Hopper GPUs (sm_90)"
     if requirements.dtype not in (torch.bfloat16, torch.float16):
@@ -77,7 +78,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
-    """Return the lists of tiles that compute the mask."""
+    """Return the tile schedule for the mask, with tensors on the host."""
     forward, backward = FORWARD[requirements.head_dim], BACKWARD[requirements.head_dim]
     processors = multiprocessors(requirements.device)
     by_rows = tile_runs(mask, forward.rows, forward.keys)
@@ -96,12 +97,11 @@ def forward_programs(
 ) -> int:
     """Return the number of programs of the forward launch: one per multiprocessor, or one per tile of each head.
 
-    With one per multiprocessor, tiles are dealt in advance, back and forth. Each tile has its own program if some programs
-    would otherwise get far more work than others, or if messages are in flight: a program takes a multiprocessor's whole
-    shared memory, so programs whose multiprocessor is held by the communicator begin only when it ends, each with a full
-    share of the work.
-    Where messages are only possible, short tiles are dealt in advance, too: a program that takes several hides their first
-    loads and last writes.
+    With one per multiprocessor, tiles are assigned in advance, in boustrophedon order. Each tile gets its own program if some
+    programs would otherwise get far more work than others, or if messages are in flight: a program needs a multiprocessor's
+    whole shared memory, so a program whose multiprocessor is busy with communication would start late, with a full share of the
+    work still to do. If messages are merely possible (`in_larger_job`), short tiles are still assigned in advance, because a
+    program with several tiles hides their first loads and last writes.
     """
     work = runs.work(keys)[runs.group][:, runs.order].T.ravel()
     programs = min(processors, len(work))
@@ -109,7 +109,7 @@ def forward_programs(
         return len(work)
     dealt = np.pad(work, (0, -len(work) % programs)).reshape(-1, programs)
     dealt[1::2] = dealt[1::2, ::-1]
-    # programs of single tiles start as soon as a multiprocessor is free
+    # with one tile per program, the hardware balances the load: a program starts as soon as a multiprocessor is free
     return programs if dealt.sum(0).max() * programs <= _UNEVEN * work.sum() else len(work)
 
 
@@ -123,9 +123,9 @@ def forward(
     merge: bool = False,
     final: FinalRows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys have o = 0 and lse = -inf.
+    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: (o, lse) to write the result to or, with `merge`, to merge it into. final: where finished rows of o go instead.
+    into: the (o, lse) to write the result to or, with `merge`, to merge it into. final: where finished rows of o go instead.
     """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
@@ -146,12 +146,12 @@ def backward(
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
     add: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
-    `into`.
+    """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of dq, and
+    of dk and dv, instead of overwriting them.
     """
-    # programs add to dQ in single precision
+    # the kernel accumulates dQ in fp32
     direct = into[0] is not None and into[0].dtype == torch.float32
     dq = into[0] if direct else q_THD.new_empty(q_THD.shape, dtype=torch.float32)
     assert dq is not None
@@ -167,11 +167,11 @@ def backward(
 
 
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) -> int:
-    """Return the bytes that a pass allocates on the device in addition to its operands and results."""
+    """Return the bytes that a pass ("forward" or "backward") allocates on the device besides its operands and results."""
     if direction == "forward":
         return 0
     parts = part_bytes(shape, schedule.backward, BACKWARD[shape.head_dim])
-    # programs add to dQ in single precision
+    # dQ is accumulated in fp32
     dq = 0 if shape.dq_bytes == 4 else shape.rows * shape.heads * shape.head_dim * 4
     return row_number_bytes(shape) + parts + dq
 
@@ -188,7 +188,7 @@ def forward_launch(
     merge: bool = False,
     final: FinalRows | None = None,
 ) -> TritonLaunch:
-    """Return the forward launch; see `triton_attention.forward_launch`."""
+    """Return the forward launch. See `triton.attention.forward_launch`."""
     (rows, heads, dim), keys = q.shape, len(k)
     tile = FORWARD[dim]
     arguments = _operands(q=(q, 64), k=(k, tile.keys), v=(v, tile.keys))
@@ -213,7 +213,7 @@ def backward_launch(
     *,
     accumulate: bool = False,
 ) -> list[TritonLaunch]:
-    """Return the backward launches. grads: (dq, dk, dv), dq in fp32. They add to dq, and with `accumulate` to dk and dv."""
+    """Return the backward launches. They add to dq, and with `accumulate` to dk and dv. grads: (dq, dk, dv), dq in fp32."""
     (rows, heads, dim), (keys, kv_heads, _) = q.shape, k.shape
     tile = BACKWARD[dim]
     dq, dk, dv = grads
@@ -236,7 +236,7 @@ def backward_launch(
 
 
 def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
-    """Return descriptors of tensors, by tiles of these numbers of rows, and the stride of their heads."""
+    """Return TMA descriptors and head strides for the operands. tensors: by name, the tensor and the rows of its tiles."""
     arguments: dict[str, Any] = {}
     for name, (x, block) in tensors.items():
         far = max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= TMA_LIMIT
@@ -247,10 +247,10 @@ def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Return a descriptor of the matrix (tokens, heads x dim)."""
+    """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of block rows and width columns."""
     layout = NVMMASharedLayout.get_default_for([block, width], _TYPES[x.dtype])
     if not x.numel():
-        # it is never read
+        # a descriptor needs at least one row; it is never read
         x = x.new_empty(1, *x.shape[1:])
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width], layout)

@@ -1,18 +1,18 @@
-"""Backward kernel in Gluon for Hopper: one program owns 128 keys of one key/value head and computes dK, dV and a part of dQ.
+"""Backward kernel in Gluon for Hopper: each program owns 128 keys of one KV head and computes dK, dV and a part of dQ.
 
 Scores are computed once for all three gradients (five products instead of the seven of the split kernels). dQ of a query tile
-is summed over programs in global memory, by whole tiles and in no fixed order: results do not have the same bits every time;
-the split kernels of distattn.kernels.triton are the alternative. Two warpgroups own 64 keys each and hold dK and dV; for dQ they
-exchange dS through shared memory, and each computes half of its columns (FlashAttention-3, Shah et al. 2024, arXiv 2407.08608).
-One warp fetches tiles, another adds dQ to global memory. The scores of the next tile are computed while a warpgroup waits for dQ
-of this one and stores it to shared memory, so that a product is always running.
+is summed over programs in global memory, by whole tiles and in no fixed order, so results are not bitwise reproducible. The
+split kernels in distattn.kernels.triton are the deterministic alternative. Two warpgroups own 64 keys each and hold their dK
+and dV. For dQ they exchange dS through shared memory, and each computes half of dQ's columns (FlashAttention-3, Shah et al. 2024,
+arXiv 2407.08608). One warp fetches tiles, another adds dQ to global memory. While a warpgroup waits for dQ of one tile and
+stores it to shared memory, the scores of the next tile are computed, so that a product is always running.
 
-Barriers: `full` is completed by the bytes of a fetched tile, `free` by both warpgroups when they have read it; ds_full and
-ds_free are the same for dS, which the warpgroups write, and dq_full and dq_free for each half of dQ, which a warpgroup
+Barriers: the bytes of a fetched tile complete `full`, and both warpgroups complete `free` once they have read the tile. ds_full
+and ds_free do the same for dS, which the warpgroups write. dq_full and dq_free do it for each half of dQ, which a warpgroup
 writes and the adding warp reads.
 """
 
-# keys of a warpgroup HN = BN / 2, BM query rows; head dim D, value head dim E
+# HN = BN / 2 keys per warpgroup, BM query rows; head dim D, value head dim E
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,7 +35,7 @@ def _fetch(
     start, k_col, v_col, q_head, do_head, first_head, last_head, heads, part, parts, first_, group_, run_,
     BM: gl.constexpr, HN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches: keys and values once, then every tile of queries as soon as its buffer is free."""
+    """Run the fetching warp: load keys and values once, then each query tile as soon as its buffer is free."""
     mbarrier.expect(kv_full, 2 * HN * (D + E) * 2)
     for half in gl.static_range(2):
         copy_in(k_, [start + half * HN, k_col], kv_full, k_s.index(half))
@@ -58,7 +58,7 @@ def _fetch(
                 mbarrier.expect(do_full.index(stage), BM * E * 2)
                 copy_in(do_, [n, head * do_head], do_full.index(stage), do_s.index(stage))
                 t += 1
-    # the warps that multiply are one product ahead: after the last tile they are let go on, and use nothing of what they read
+    # the multiplying warpgroups run one product ahead: let them pass after the last tile; they discard what they compute then
     stage = t % STAGES
     mbarrier.wait(q_free.index(stage), ((t // STAGES) & 1) ^ 1)
     mbarrier.arrive(q_full.index(stage), count=1)
@@ -73,7 +73,7 @@ def _multiply(
     HALF: gl.constexpr, BM: gl.constexpr, HN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: keys [HALF * HN, (HALF + 1) * HN) of the tile, and columns [HALF * D / 2, ...) of dQ."""
+    """Run a multiplying warpgroup: keys [HALF * HN, (HALF + 1) * HN) of the tile and columns [HALF * D / 2, ...) of dQ."""
     S: gl.constexpr = product_layout(BM)
     K: gl.constexpr = product_layout(D)
     V: gl.constexpr = product_layout(E)
@@ -89,7 +89,7 @@ def _multiply(
     no_dq = gl.zeros([BM, WIDTH], gl.float32, Q)
     k = k_s.index(HALF)
     v = v_s.index(HALF)
-    # under a cap the factor differs from cell to cell and is already in dS
+    # with a softcap the factor differs between cells and dS already contains it
     factor = 1.0 if CAP else scale
     slope2 = 0.0
     mbarrier.wait(kv_full, 0)
@@ -125,7 +125,7 @@ def _multiply(
                 if CAP:
                     ds = ds * slope
                 ds = ds.to(q.dtype)
-                # both warpgroups have read what was there
+                # wait until both warpgroups have read the previous dS
                 mbarrier.wait(ds_free, (t & 1) ^ 1)
                 ds_s.slice(HALF * HN, HN, 0).store(ds)
                 fence_async_shared()
@@ -141,16 +141,16 @@ def _multiply(
                 dq_later = warpgroup_mma(left, k_left, no_dq, use_acc=False, is_async=True)
                 dq_later = warpgroup_mma(right, k_right, dq_later, is_async=True)
                 dk = warpgroup_mma_wait(2, deps=(dk_later,))
-                # dO has been read before
+                # this frees dO's buffer, too: dO was read earlier
                 mbarrier.arrive(q_free.index(stage), count=1)
-                # the scores of the next tile are computed while dQ of this one is waited for and added
+                # start the scores of the next tile before waiting for dQ of this one
                 t += 1
                 ahead = t % STAGES
                 mbarrier.wait(q_full.index(ahead), (t // STAGES) & 1)
                 x_later = warpgroup_mma(k, q_s.index(ahead).permute((1, 0)), nothing, use_acc=False, is_async=True)
                 dq = warpgroup_mma_wait(1, deps=(dq_later,))
                 mbarrier.arrive(ds_free, count=1)
-                # what was there has been added to global memory
+                # wait until the previous half of dQ has been added to global memory
                 mbarrier.wait(dq_free.index(HALF), t & 1)
                 dq_s.index(HALF).store(dq * factor)
                 fence_async_shared()
@@ -170,7 +170,7 @@ def _add_out(
     dq_, dq_s, dq_full, dq_free, dq_head, first_head, last_head, part, parts, first_, group_, run_,
     BM: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
-    """The warp that adds both halves of every tile of dQ to global memory."""
+    """Run the adding warp: add both halves of each dQ tile to global memory."""
     t = 0
     for head in range(first_head, last_head):
         at = first_ + gl.load(group_ + head) * parts + part
@@ -181,7 +181,7 @@ def _add_out(
                 for half in gl.static_range(2):
                     mbarrier.wait(dq_full.index(half), t & 1)
                     add_out(dq_, [n, head * dq_head + half * WIDTH], dq_s.index(half))
-                # a buffer is free when it has been read
+                # a buffer is free once it has been read
                 for half in gl.static_range(2):
                     tma.store_wait(1 - half)
                     mbarrier.arrive(dq_free.index(half), count=1)
@@ -210,9 +210,9 @@ def backward_kernel(
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """dk (keys, kv_heads, D) and dv (keys, kv_heads, E); dq (rows, heads, D) in fp32 is added to.
+    """Compute dk (keys, kv_heads, D) and dv (keys, kv_heads, E), and add to dq (rows, heads, D), which is fp32.
 
-    Of tiles that are cut (kernels/split_tiles.py) dk and dv of each part go to parts (slots, BN, kv_heads, D + E), in fp32.
+    For split tiles (kernels/split_tiles.py), write dk and dv of each part to parts (slots, BN, kv_heads, D + E), in fp32.
     """
     HN: gl.constexpr = BN // 2
     pid = gl.program_id(0)
@@ -250,7 +250,7 @@ def backward_kernel(
         mbarrier.init(q_free.index(stage), count=2)
         mbarrier.init(do_full.index(stage), count=1)
     fence_async_shared()
-    # strides of heads times heads may pass 32 bits
+    # a head's offset may exceed 32 bits
     far_head = gl.cast(kv_head, gl.int64)
     dk_at, dv_at = dk_ + far_head * dk_head, dv_ + far_head * dv_head
     parts_row = kv_heads * (D + E)

@@ -1,18 +1,18 @@
-"""Forward kernel in Gluon for Hopper: a program takes 128 or 192 query rows of one head at a time.
+"""Forward kernel in Gluon for Hopper: each program processes tiles of 128 or 192 query rows of one head.
 
-One warp fetches queries, keys and values ahead by the tensor-memory accelerator; two or three warpgroups of 64 rows each
-multiply and compute the softmax. The product with the values of one tile runs while the softmax of the next is computed
-(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). A program continues with other rows, and fetches their operands while
-a warpgroup writes its results, or takes only one tile (see `attention.forward_programs`). Run lists, log-sum-exp and
-merging are those of the plain Triton kernel; results are deterministic.
+One warp prefetches queries, keys and values by TMA. Two or three warpgroups of 64 rows each multiply and compute the softmax:
+the product with the values of one tile runs while the softmax of the next is computed (FlashAttention-3, Shah et al. 2024, arXiv
+2407.08608). A program processes either one query tile or several (see `attention.forward_programs`). In the latter case it
+fetches the operands of the next while the warpgroups write their results. Run lists, log-sum-exp and merging are those of the
+plain Triton kernel. Results are deterministic.
 
-Barriers: `full` is completed by the bytes of a fetched tile, `free` by all warpgroups when they have read it; those of
-queries belong to one warpgroup each. Tiles of keys (t) and of queries (done) are counted from the program's first to its last:
-the count determines the buffer, and the phase of its barriers. A warpgroup waits for its `turn` to begin products, so that the
-others compute their softmax then, and not all at the same time (section 3.1 of the paper).
+Barriers: the bytes of a fetched tile complete `full`, and all warpgroups complete `free` once they have read the tile; each
+query barrier belongs to one warpgroup. Key tiles (t) and query tiles (done) are counted over the life of the program: the count
+determines the buffer and the phase of its barriers. A warpgroup waits for its `turn` to start products, so that the others
+compute their softmax meanwhile instead of all at the same time (section 3.1 of the paper).
 """
 
-# rows of a warpgroup HM, BN keys; head dim D, value head dim E
+# HM rows per warpgroup, BN keys; head dim D, value head dim E
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,20 +38,23 @@ from distattn.kernels.triton.tiles import (
 
 @gluon.jit
 def _rounds(program, programs, all_tiles):
-    """How many tiles of queries a program takes."""
+    """Return the number of query tiles that a program processes."""
     whole = all_tiles // programs
     return whole + gl.where(_number(whole, program, programs) < all_tiles, 1, 0)
 
 
 @gluon.jit
 def _number(round, program, programs):
-    """Which of all tiles a program takes in a round: the order turns, or the same programs would get the longest each time."""
+    """Return the number of the tile that a program processes in a round.
+
+    The order is reversed every other round. Otherwise the same programs would always get the longest tiles.
+    """
     return round * programs + gl.where(round % 2 == 0, program, programs - 1 - program)
 
 
 @gluon.jit
 def _tile(number, first_, group_, order_, heads, tiles):
-    """(head, tile, first run, end of runs). Heads of one tile are neighbours: they share keys and values in the cache."""
+    """Return (head, tile, first run, end of runs). A tile's heads are consecutive, so they share keys and values in the cache."""
     head = number % heads
     tile = gl.load(order_ + number // heads)
     at = first_ + gl.load(group_ + head) * tiles + tile
@@ -60,15 +63,15 @@ def _tile(number, first_, group_, order_, heads, tiles):
 
 @gluon.jit
 def _fetch(
-    given,
+    arguments,
     GROUP: gl.constexpr, WARPGROUPS: gl.constexpr, HM: gl.constexpr,
     BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that fetches: queries, then every tile of their keys and values, as soon as a buffer is free."""
+    """Run the fetching warp: load each query tile, then its key and value tiles, as soon as a buffer is free."""
     (
         q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
         program, programs, rounds, first_, run_, group_, order_, heads, tiles, shift, q_head, k_head, v_head,
-    ) = given  # fmt: skip
+    ) = arguments  # fmt: skip
     t = 0
     done = 0
     for round in range(rounds):
@@ -101,7 +104,7 @@ def _softmax(
     x, m, n, masked, low, high, row_shift, scale, cap, slope,
     BN: gl.constexpr, LAYOUT: gl.constexpr, CAP: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """(weights, shrinkage of what was summed before, new maximum in base 2) of products x with keys [n, n + BN)."""
+    """Return (weights, factor for earlier sums, new row maxima in base 2) for the products x with keys [n, n + BN)."""
     key = n + gl.arange(0, BN, gl.SliceLayout(0, LAYOUT))
     to_base2 = scale * LOG2E
     if CAP:
@@ -115,24 +118,27 @@ def _softmax(
     if masked:
         x = gl.where((key[None, :] >= low[:, None]) & (key[None, :] < high[:, None]), x, -float("inf"))
     top = gl.maximum(m, gl.max(x, 1) * to_base2)
-    # a row that has seen no key yet: -inf - -inf is not a number
+    # a row without keys so far: avoid -inf - -inf, which is NaN
     safe = gl.where(top == -float("inf"), 0.0, top)
     return gl.exp2(x * to_base2 - safe[:, None]), gl.exp2(m - safe), top
 
 
 @gluon.jit
 def _multiply(
-    given,
+    arguments,
     PART: gl.constexpr, WARPGROUPS: gl.constexpr, HM: gl.constexpr,
     BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: rows [PART * HM, (PART + 1) * HM) of each tile. A step multiplies by keys t and by values t - 1."""
+    """Run a multiplying warpgroup on rows [PART * HM, (PART + 1) * HM) of each tile.
+
+    Step t multiplies by keys t and by values t - 1.
+    """
     (
         q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
         o_, lse_, final_, turn_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_,
         rows, heads, tiles, number, o_row, o_head, lse_row, lse_head, scale, cap,
-    ) = given  # fmt: skip
+    ) = arguments  # fmt: skip
     S: gl.constexpr = product_layout(BN)
     O: gl.constexpr = product_layout(E)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
@@ -154,12 +160,12 @@ def _multiply(
             buffer = done % 2 * WARPGROUPS + PART
             q = q_s.index(buffer)
             mbarrier.wait(q_full.index(buffer), done // 2 & 1)
-            # the first tile of keys: there are no values to multiply by yet
+            # the first key tile: there are no values to multiply by yet
             begin, full, rest, end, band, rows_at = load_run(run_, first)
             rows_at = gl.where(rows_at < 0, rows_at, rows_at + PART * HM)
             low, high, distance = row_keys(band_, row_band_, band, rows_at, row, i_row)
             at = t % STAGES
-            # the others get their turn from one that has waited
+            # only the first warpgroup waits for the keys: it passes the turn on to the others
             if PART == 0:
                 mbarrier.wait(k_full.index(at), (t // STAGES) & 1)
             mbarrier.wait(turn.index(PART), (t & 1) ^ (PART == 0))
@@ -221,13 +227,13 @@ def _write(
     o_, lse_, final_, turn_, acc, m, l, row, head, rows, number, o_row, o_head, lse_row, lse_head,
     HM: gl.constexpr, E: gl.constexpr, S: gl.constexpr, O: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr,
 ):  # fmt: skip
-    """The results of a warpgroup's rows, given the sums of weighted values and of weights (l), and the maxima in base 2 (m)."""
+    """Write the results of a warpgroup's rows. acc: sums of weighted values. l: sums of weights. m: maxima in base 2."""
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, O)
     some = l > 0
     inverse = gl.where(some, 1.0 / gl.where(some, l, 1.0), 0.0)
     lse = gl.where(some, (m + gl.log2(gl.where(some, l, 1.0))) * LN2, -float("inf"))
     r = row + gl.arange(0, HM, gl.SliceLayout(1, S))
-    # strides of heads times heads may pass 32 bits
+    # a head's offset may exceed 32 bits
     far_head = gl.cast(head, gl.int64)
     lse_at = lse_ + r.to(gl.int64) * lse_row + far_head * lse_head
     r_out = row + gl.arange(0, HM, OUT_ROWS)
@@ -271,7 +277,7 @@ def forward_kernel(
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
     CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr,
 ):  # fmt: skip
-    """o (rows, heads, E) and natural lse (rows, heads) of the runs, like the plain Triton kernel of that name."""
+    """Compute o (rows, heads, E) and natural lse (rows, heads), as the plain Triton kernel of this name does."""
     HM: gl.constexpr = 64
     WARPGROUPS: gl.constexpr = BM // HM
     program = gl.program_id(0)
@@ -309,7 +315,7 @@ def forward_kernel(
         q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
         program, programs, rounds, first_, run_, group_, order_, heads, tiles, shift, q_head, k_head, v_head,
     )  # fmt: skip
-    # constants are named here: a variable would not keep them constant
+    # list the constants in each call: in a variable they would not stay compile-time constants
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [

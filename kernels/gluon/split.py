@@ -1,4 +1,4 @@
-"""The gluon forward with the backward of the plain Triton kernels: results have the same bits every time."""
+"""The Gluon forward with the backward of the plain Triton kernels, so that results are bitwise reproducible."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ FINISHES = ("forward", "backward")
 
 
 class SplitTileSchedule(NamedTuple):
-    """Lists of both tiers."""
+    """The schedule of the Gluon forward and that of the plain Triton backward."""
 
     forward: gluon_attention.TileSchedule
     backward: triton_attention.TileSchedule
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SplitTileSchedule:
-    """Return the lists of tiles that compute these cells."""
+    """Return the tile schedules for the mask, with tensors on the host."""
     return SplitTileSchedule(gluon_attention.prepare(mask, requirements), triton_attention.prepare(mask, requirements))
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, schedule: SplitTileSchedule, score: ScoreMod, **into: Any
 ) -> tuple[Tensor, Tensor]:
-    """See `gluon_attention.forward`."""
+    """Compute (o, lse). See `gluon.attention.forward`."""
     return gluon_attention.forward(q, k, v, schedule.forward, score, **into)
 
 
@@ -47,12 +47,12 @@ def backward(
     score: ScoreMod,
     **into: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `triton_attention.backward`."""
+    """Compute (dq, dk, dv). See `triton.attention.backward`."""
     return triton_attention.backward(do, q, k, v, lse, delta, schedule.backward, score, **into)
 
 
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: SplitTileSchedule) -> int:
-    """See `triton_attention.workspace_bytes`."""
+    """Return the bytes that a pass allocates. See `triton.attention.workspace_bytes`."""
     return triton_attention.workspace_bytes(direction, shape, schedule.backward)
 
 

@@ -1,16 +1,16 @@
-"""Recurrences on any device in PyTorch: chunk by chunk, forward and backward, with states in and out.
+"""Recurrences in PyTorch on any device: chunk by chunk, forward and backward, with initial and final states.
 
-Inside a chunk, all pairs of tokens are matrix products; the state passes from chunk to chunk. Outputs are affine in the state
-that enters, and so is the state that leaves (Yang et al. 2024, arXiv 2406.06484 and 2412.06464). Everything that does not depend
-on the state is computed for many chunks at once, and one loop over the chunks passes on only the state. Segments of any lengths
-are computed side by side. The backward pass recomputes the chunks, from the last to the first, so that only the states between
-chunks are kept. All numbers have the accumulation dtype.
+Inside a chunk, interactions between tokens are matrix products. The state passes from chunk to chunk: both a chunk's outputs and
+the state that leaves it are affine in the state that enters it (Yang et al. 2024, arXiv 2406.06484 and 2412.06464). Everything
+that does not depend on the state is computed for many chunks at once, and a loop over the chunks only passes the state on.
+Segments of any lengths are processed side by side. The backward pass recomputes the chunks from last to first, so that only the
+states between chunks are kept. All tensors have the accumulation dtype.
 
-Decays are sums of logarithms, exponentiated only as differences of a later and an earlier sum: nothing overflows, and vanished
-decays are 0. The sums have double precision, because the difference of two large sums loses digits.
+Decays are kept as sums of logarithms, and only a later sum minus an earlier one is exponentiated, so that nothing overflows and
+vanished decays become 0. The sums are fp64, because the difference between two large sums loses digits.
 """
 
-# N segments, n of them not ended yet, M chunks of a block, C tokens of a chunk, T tokens, H heads, G heads of queries and keys,
+# N segments, n of them not ended yet, M chunks per block, C tokens per chunk, T tokens, H heads, G heads of queries and keys,
 # K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bound
 from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
 from distattn.kernels.spec import KernelRequirements
 
-# the functions also take meta tensors, and then allocate as they do on devices
+# the functions also accept meta tensors, for which they allocate as they do on a device
 RUNS_ON_META = True
-# tokens of a chunk; with a decay per channel all pairs of a chunk have a number per channel
+# tokens per chunk. With a decay per channel, every pair of tokens in a chunk needs a number per channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
-# chunks computed at once: more do not fit into a processor's cache; on GPUs launches dominate the time
+# chunks computed at once: on CPUs more do not fit into the cache; on GPUs launch overhead dominates
 _BLOCK, _BLOCK_ON_GPUS = 16, 64
 
 
 class Level(NamedTuple):
-    """Chunks [begin, end) of a block, each of another segment. segments: their numbers, None for all segments, in order."""
+    """Chunks [begin, end) of a block, each from a different segment. segments: their numbers, or None for all in order."""
 
     begin: int
     end: int
@@ -42,9 +42,9 @@ class Level(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some chunks.
+    """Chunks that are computed at once.
 
-    rows_MC: rows of the tensors, -1 where there is no token. levels: the order in which states pass through them.
+    rows: the row of each token, (M, C), or -1 for no token. levels: groups of chunks in the order in which states pass through.
     """
 
     rows: Tensor
@@ -52,18 +52,18 @@ class Block(NamedTuple):
 
 
 class ChunkSchedule(NamedTuple):
-    """Chunks of all segments, and the rows [begin, end) of each segment as a tensor (N, 2)."""
+    """The chunks of all segments, and the rows [begin, end) of each segment as a tensor (N, 2)."""
 
     blocks: tuple[Block, ...]
     bounds: Tensor
 
 
 class Maps(NamedTuple):
-    """Effect of a chunk on a state S that enters it: o = read S + pairs (u - w S), and S becomes decay S + key^T (u - w S).
+    """A chunk's effect on a state S that enters it: o = read S + pairs (u - w S), and S becomes decay S + key^T (u - w S).
 
-    read, key: (M, H, C, K). pairs_MHCC: weights of the chunk's tokens in each output. u, w: (M, H, C, V) and (M, H, C, K),
-    what each token stores, and what it replaces; w is None without the delta rule. decay: (M, H, K), or one number for all
-    channels.
+    read, key: (M, H, C, K). pairs: the weight of each token in each output, (M, H, C, C). u: the value that each token stores,
+    (M, H, C, V). w: what it replaces, (M, H, C, K), or None without the delta rule. decay: (M, H, K), or (M, H, 1) if all
+    channels decay alike.
     """
 
     read: Tensor
@@ -80,7 +80,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedule:
-    """Return blocks of chunks on the host: the first chunk of each segment, then the second chunk of each, and so on."""
+    """Return the blocks of chunks, on the host: the first chunk of every segment, then every second chunk, and so on."""
     size = _CHUNK_OF_CHANNELS if requirements.op.decay == "channel" else _CHUNK
     longest = max((end - begin for begin, end in segments), default=0)
     size = min(size, max(longest, 1))
@@ -91,7 +91,7 @@ def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedu
     going, which = list(range(len(segments))), None
     for number in range(-(-longest // size)):
         still = [i for i in going if segments[i][1] - segments[i][0] > number * size]
-        # levels share a list until the next segment ends, because each list is a tensor that is copied to the device
+        # levels share their list of segments until a segment ends, because each list is a tensor to copy to the device
         if len(still) < len(going):
             going, which = still, torch.tensor(still)
         levels.append(Level(len(first), len(first) + len(going), which))
@@ -105,14 +105,14 @@ def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedu
 
 
 def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (o_THV, the state after each segment), in the dtype of the states. o is 0 outside of segments."""
+    """Compute (o_THV, the state after each segment), in the dtype of the states. o is 0 outside the segments."""
     state = state_NHKV.clone()
     o_THV = state.new_zeros((len(x.v) + 1, *x.v.shape[1:]))
     for block in chunks.blocks:
         maps = _maps(_gathered(x, block, state.dtype))
         entering = _passed_on(maps, block, state)
         u = maps.u if maps.w is None else maps.u - maps.w @ entering
-        # the last row stands for rows without a token
+        # row -1, the extra last row, receives the outputs of missing tokens
         o_THV[block.rows] = (maps.read @ entering + maps.pairs @ u).transpose(1, 2)
     return o_THV[: len(x.v)], state
 
@@ -120,12 +120,13 @@ def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> t
 def states(
     x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the state after each segment, A of each), in the dtype of the states. A is None without `transitions`.
+    """Compute (the state after each segment, each segment's A), in the dtype of the states. A is None without `transitions`.
 
-    A is its diagonal (N, H, K), (N, H, 1) if that is constant, or (N, H, K, K) with the delta rule.
+    A is the matrix by which a segment multiplies a state: (N, H, K, K) with the delta rule. Without it, A is diagonal and its
+    diagonal is returned, (N, H, K), or (N, H, 1) if that is constant.
     """
     key_dim, value_dim = state_NHKV.shape[2:]
-    # with values 0 the recurrence maps a state linearly: from all unit vectors it computes A
+    # with zero values the recurrence is linear in the state, so applying it to the unit vectors gives A
     more = key_dim if transitions and x.beta is not None else 0
     identity = torch.eye(key_dim, more, dtype=state_NHKV.dtype, device=state_NHKV.device)
     state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
@@ -142,9 +143,9 @@ def states(
 def backward(
     x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
-    """Compute (gradients of the tokens, gradients of the states that enter), in the dtype of the states.
+    """Compute (gradients of the tokens, gradients of the initial states), in the dtype of the states.
 
-    dstate_NHKV: gradients of the states that leave. A decay that is the same for all tokens gets no gradient.
+    dstate_NHKV: gradients of the final states. A decay shared by all tokens gets no gradient.
     """
     dtype, group = state_NHKV.dtype, x.heads // x.q.shape[1]
     state, dstate = state_NHKV.clone(), dstate_NHKV.clone()
@@ -171,7 +172,7 @@ def backward(
         for name, grad_MHC in zip(leaves, grads, strict=True):
             if name in ("q", "k"):
                 grad_MHC = grad_MHC.unflatten(1, (-1, group)).sum(2)
-            # rows without a token belong to no segment
+            # missing tokens add to the extra last row, which is dropped below
             totals[name][block.rows] = grad_MHC.transpose(1, 2)
     return x._replace(**{name: total[: len(x.v)] for name, total in totals.items()}), dstate
 
@@ -179,9 +180,9 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, chunks: ChunkSchedule, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the gradient of the state before each segment, A of each), in the dtype of the states; see `states`.
+    """Compute (gradients of the initial states, each segment's A), in the dtype of the states. For A, see `states`.
 
-    dstate_NHKV: gradients of the states that leave.
+    dstate_NHKV: gradients of the final states.
     """
     dtype, dstate = dstate_NHKV.dtype, dstate_NHKV.clone()
     for block in reversed(chunks.blocks):
@@ -192,9 +193,9 @@ def gradient_states(
 def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> RecurrenceTokens:
     """Gather the tokens of a block's chunks, (M, H, C, ...) each.
 
-    Zeros in place of missing tokens leave every state unchanged.
+    Missing tokens are zeros, which leave every state unchanged.
     """
-    # expand a decay that all tokens share, so that rows without a token have none
+    # expand a decay shared by all tokens, so that it can be zero for missing tokens
     g = x.g if x.g is None or x.decays_by_token else x.g.expand(len(x.v), -1)
     group = x.heads // x.q.shape[1]
     tokens = {**x.present(), **({} if g is None else {"g": g})}
@@ -204,7 +205,7 @@ def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> Recurren
 
 
 def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor:
-    """Return rows of a tensor (T, H, ...) as (M, H, C, ...), each head repeated `group` times, with zeros for missing tokens."""
+    """Return a block's rows of a tensor (T, H, ...) as (M, H * group, C, ...): heads repeated, missing tokens zero."""
     heads = torch.arange(y.shape[1] * group, device=y.device) // group
     absent = block.rows < 0
     rows_MHC = y[block.rows.clamp(min=0)[:, None], heads[:, None]].to(dtype)
@@ -212,7 +213,7 @@ def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor
 
 
 def _passed_on(maps: Maps, block: Block, state_NHKV: Tensor) -> Tensor:
-    """Return the states that enter a block's chunks, (M, H, K, V). Replace the segments' states by those that leave the block."""
+    """Return the states that enter a block's chunks, (M, H, K, V). Update state_NHKV in place to the states after the block."""
     entering = state_NHKV.new_empty((len(block.rows), *state_NHKV.shape[1:]))
     for begin, end, which in block.levels:
         entering[begin:end] = state_NHKV if which is None else state_NHKV[which]
@@ -225,21 +226,21 @@ def _passed_on(maps: Maps, block: Block, state_NHKV: Tensor) -> Tensor:
 
 
 def _with_product(base: Tensor, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor:
-    """Return base + factor * left @ right of tensors (n, H, ...), in one operator."""
+    """Return base + factor * left @ right for tensors (n, H, ...), in one operator."""
     return torch.baddbmm(base.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1), alpha=factor).view(base.shape)
 
 
 def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients (of u - w S, of the states that leave) of a block's chunks.
+    """Return the gradients of (u - w S, the states that leave) for a block's chunks.
 
-    Replace the segments' gradients by those of the states before the block.
+    Update dstate_NHKV in place to the gradients of the states before the block.
     """
     dentering, du = maps.read.transpose(-1, -2) @ do_MHCV, maps.pairs.transpose(-1, -2) @ do_MHCV
     dleaving = torch.empty_like(dentering)
     for begin, end, which in reversed(block.levels):
         dleaving[begin:end] = dstate_NHKV if which is None else dstate_NHKV[which]
         after = dleaving[begin:end]
-        # a view, which receives the sum
+        # add to du in place, through a view
         du[begin:end].view(-1, *du.shape[2:]).baddbmm_(maps.key[begin:end].flatten(0, 1), after.flatten(0, 1))
         before = torch.addcmul(dentering[begin:end], maps.decay[begin:end, ..., None], after)
         if maps.w is not None:
@@ -249,7 +250,7 @@ def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor)
 
 
 def _gradients(maps: Maps, block: Block, state_MHKV: Tensor, do_MHCV: Tensor, dstate_NHKV: Tensor) -> Maps:
-    """Return the gradients of the maps of a block's chunks from their entering states. Update the segments' as `_passed_back`."""
+    """Return the gradients of a block's maps, given the states that enter its chunks. Update dstate_NHKV like `_passed_back`."""
     du, dleaving = _passed_back(maps, block, do_MHCV, dstate_NHKV)
     heard = maps.u if maps.w is None else maps.u - maps.w @ state_MHKV
     ddecay = (state_MHKV * dleaving).sum(-1)
@@ -264,34 +265,34 @@ def _gradients(maps: Maps, block: Block, state_MHKV: Tensor, do_MHCV: Tensor, ds
 
 
 def _maps(part: RecurrenceTokens, outputs: bool = True) -> Maps:
-    """Compute the maps of chunks whose tokens are (M, H, C, ...), differentiable. Without `outputs` the pairs are not used."""
+    """Compute the maps of chunks whose tokens are (M, H, C, ...), differentiably. Without `outputs`, `pairs` is a placeholder."""
     q, k, v, g, beta = part
     chunks, heads, size, _ = v.shape
     dtype = v.dtype
-    # sums of logarithms up to and including each token, (M, H, C, 1 or K)
+    # cumulative sums of log decays, including each token, (M, H, C, 1 or K)
     if g is None:
         total = v.new_zeros((chunks, heads, size, 1), dtype=torch.float64)
     else:
         total = finite_decays(g).cumsum(2).reshape(chunks, heads, size, -1)
     lower = torch.ones(size, size, dtype=torch.bool, device=v.device).tril()
-    # the difference may be rounded: the error of an exponent grows slower than its power falls
+    # the differences may be rounded: large exponents have large errors, but vanishing powers
     later = (total[:, :, :, None] - total[:, :, None]).to(dtype).masked_fill(~lower[..., None], -torch.inf).exp()
     from_start, to_end = total.to(dtype).exp(), (total[:, :, -1:] - total).to(dtype).exp()
     read, key, decay = q * from_start, k * to_end, from_start[:, :, -1]
     pairs = _products(q, k, later) if outputs else v
     if beta is None:
         return Maps(read, pairs, key, decay, v, None)
-    # what a token replaces depends on earlier tokens of the chunk: a triangular system
+    # what a token replaces depends on the earlier tokens of its chunk: solve a triangular system
     beta = beta[..., None]
     replaced = (beta * _products(k, k, later)).tril(-1)
-    # the diagonal is not read; a product with the inverse is faster than solving for every column
+    # solve_triangular does not read the diagonal; multiplying by the inverse is faster than solving for every column
     unit = torch.eye(size, dtype=dtype, device=v.device).expand_as(replaced)
     inverse = torch.linalg.solve_triangular(replaced, unit, upper=False, unitriangular=True)
     return Maps(read, pairs, key, decay, inverse @ (beta * v), inverse @ (beta * k * from_start))
 
 
 def _products(x_MHCK: Tensor, y_MHCK: Tensor, later_MHCC1: Tensor) -> Tensor:
-    """Return <x_t, decay from i to t, y_i> for all pairs i <= t, (M, H, C, C)."""
+    """Return sum_k x_tk y_ik (decay from i to t)_k for all pairs i <= t, 0 for others, (M, H, C, C)."""
     if later_MHCC1.shape[-1] == 1:
         return (x_MHCK @ y_MHCK.transpose(-1, -2)) * later_MHCC1[..., 0]
     return torch.einsum("mhtk,mhik,mhtik->mhti", x_MHCK, y_MHCK, later_MHCC1)

@@ -1,4 +1,4 @@
-"""Maxima over the preceding tokens, in segments, on any device in PyTorch."""
+"""Prefix maxima over the tokens of each segment, in PyTorch on any device."""
 
 # N segments, T tokens, H heads, V value dim; a state is (H, V)
 
@@ -17,14 +17,14 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(segments: Segments, requirements: KernelRequirements) -> Segments:
-    """Return the segments as they are: this kernel needs no lists."""
+    """Return the segments unchanged: this kernel needs no other schedule."""
     return segments
 
 
 def forward(x_THV: Tensor, segments: Segments, state_NHV: Tensor) -> tuple[Tensor, Tensor]:
     """Compute (the maximum before each token, the maximum after each segment), in the states' dtype.
 
-    Both include the state that enters the segment. Rows in no segment are -inf.
+    Both include the segment's initial state. Rows outside the segments are -inf.
     """
     before_THV = state_NHV.new_full(x_THV.shape, -torch.inf)
     leaving_NHV = torch.empty_like(state_NHV)
@@ -38,6 +38,6 @@ def forward(x_THV: Tensor, segments: Segments, state_NHV: Tensor) -> tuple[Tenso
 
 
 def states(x_THV: Tensor, segments: Segments, state_NHV: Tensor) -> Tensor:
-    """Return the maximum of the state that enters each segment and all its tokens, in the states' dtype."""
+    """Return the maximum over each segment's initial state and tokens, (N, H, V), in the states' dtype."""
     of_tokens = [x_THV[begin:end].amax(0) for begin, end in segments]
     return torch.maximum(torch.stack(of_tokens).to(state_NHV.dtype), state_NHV)

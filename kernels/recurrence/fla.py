@@ -1,11 +1,11 @@
-"""Recurrences on GPUs by the chunk kernels of flash-linear-attention (package `fla-core`, our extra `fla`).
+"""Recurrences on GPUs with the chunk kernels from flash-linear-attention (package `fla-core`, our extra `fla`).
 
-Only its public functions are called, which take and return states. Each task of a plan is one such call. The effect (A, B) of a
-segment on any state is computed by the recurrence on values [v | 0] from the state [0 | I], which leaves [B | A]; its effect on a
-gradient is the gradient of its initial state. The backward pass repeats the forward pass, because fla-core keeps its tensors only
-in autograd's graph.
+Only fla-core's public functions are called; they take and return states, and each task of a plan is one such call. To compute the
+effect (A, B) of a segment on any state, the recurrence runs on values [v | 0] from the state [0 | I] and ends in [B | A]. Its
+effect on a gradient is the gradient of its initial state. The backward pass repeats the forward pass, because fla-core keeps its
+intermediate tensors only in autograd's graph.
 
-Products have the inputs' dtype (fla-core would use TF32 for float32, which this kernel refuses); states are float32.
+Products take operands of the inputs' dtype. float32 inputs are refused, because fla-core would use TF32. States are float32.
 """
 
 # N segments, T tokens, H heads, G heads of queries and keys, K key dim, V value dim; a state is S_NHKV
@@ -33,12 +33,12 @@ from distattn.kernels.triton.launch import compute_capability
 from distattn.kernels.triton.tiles import INTERPRETED
 
 _DTYPES = (torch.bfloat16, torch.float16)
-# exp of less is 0 in float32; fla-core sums a chunk's decays in float32, more accurately without infinite ones
+# smaller log decays are clamped: their exp is 0 in fp32, and fla-core's fp32 sums over a chunk must stay finite and accurate
 _LEAST_DECAY = -100.0
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return the reason why this kernel cannot serve such a call, or None."""
+    """Return why this kernel cannot serve such a call, or None if it can."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the kernels of fla-core run on GPUs, not on {device.type}"
@@ -58,7 +58,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 class SequenceEnds(NamedTuple):
-    """Ends of consecutive segments: on the host, and as tensors."""
+    """The ends of consecutive segments, on the host; their offsets and their rows [begin, end), as tensors."""
 
     ends: tuple[int, ...]
     offsets: Tensor
@@ -66,7 +66,7 @@ class SequenceEnds(NamedTuple):
 
 
 def prepare(segments: Segments, requirements: KernelRequirements) -> SequenceEnds:
-    """Return where the segments end. Raise DistattnError if a segment does not begin at the end of the previous one."""
+    """Return the ends of the segments. Raise DistattnError if a segment does not start where the previous one ends."""
     begins, ends = [begin for begin, _ in segments], [end for _, end in segments]
     if begins != [0, *ends[:-1]]:
         raise DistattnError('kernel "fla" takes segments that follow one another; use kernel="chunked".')
@@ -74,8 +74,8 @@ def prepare(segments: Segments, requirements: KernelRequirements) -> SequenceEnd
 
 
 def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (o_THV in the inputs' dtype, the state after each segment in float32). All rows belong to a segment, in order."""
-    # inputs may require gradients
+    """Compute (o_THV in the inputs' dtype, the state after each segment in float32). The segments must cover all rows."""
+    # the inputs may require gradients, which `backward` computes
     with torch.no_grad():
         o, leaving = _called(_prepared(x), sequences, state_NHKV)
     return o[0], leaving
@@ -84,7 +84,7 @@ def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) ->
 def states(
     x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the state after each segment, A of each or None), in float32; see `chunked.states`."""
+    """Compute (the state after each segment, with `transitions` also each segment's A), in float32. See `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         _, leaving = forward(x, sequences, state_NHKV)
@@ -98,11 +98,11 @@ def states(
 def backward(
     x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
-    """Compute (gradients of the tokens in their dtypes, those of the states that enter in float32); see `chunked.backward`."""
+    """Compute (gradients of the tokens in their dtypes, gradients of the initial states in float32). See `chunked.backward`."""
     part = _prepared(x)
     leaves = {name: y.detach().requires_grad_() for name, y in part.by_token().items()}
     entering = state_NHKV.detach().requires_grad_()
-    # only this function is recorded: inside an operator autograd records no other graph
+    # inside an operator autograd is off: enable it for this function only
     with torch.enable_grad():
         o, leaving = _called(part._replace(**leaves), sequences, entering)
     gradients = [do_THV.to(o.dtype)[None], dstate_NHKV]
@@ -117,14 +117,19 @@ def backward(
 def gradient_states(
     x: RecurrenceTokens, sequences: SequenceEnds, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the gradient of the state before each segment, A of each or None), in float32; see `chunked.gradient_states`."""
+    """Compute (gradients of the initial states, with `transitions` also each segment's A), in float32.
+
+    See `chunked.gradient_states`.
+    """
     _, dentering = backward(x, sequences, torch.zeros_like(dstate_NHKV), do_THV, dstate_NHKV)
     return dentering, states(x, sequences, torch.zeros_like(dstate_NHKV), True)[1] if transitions else None
 
 
 def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
-    """Return the tokens as fla-core takes them: (1, T, ...), finite decays, and queries and keys repeated if it shares no
-    heads."""
+    """Return the tokens in fla-core's form: (1, T, ...), with finite decays.
+
+    Queries and keys are repeated for functions that do not support grouped heads.
+    """
     q, k, v, g, beta = x
     if beta is None or g is None:
         q, k = (y.repeat_interleave(v.shape[1] // y.shape[1], 1) for y in (q, k))
@@ -134,7 +139,7 @@ def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
 
 
 def _called(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Call fla-core on tokens of `_prepared`: (o (1, T, H, V), the state after each segment). One autograd function."""
+    """Call fla-core's function for the op. Return (o (1, T, H, V), the state after each segment). x: see `_prepared`."""
     q, k, v, g, beta = x
     if sequences.ends[-1:] != (v.shape[1],):
         raise DistattnError('kernel "fla" takes segments that end with the last token; use kernel="chunked".')

@@ -1,4 +1,4 @@
-"""Check whether fla-core computes decays per token correctly on Hopper GPUs with this Triton, and advise what to install."""
+"""A check that fla-core computes per-token decays correctly on Hopper GPUs with this Triton, and advice on what to install."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from packaging.version import Version
 
 NEWER_TORCH = "install torch 2.13 (Triton 3.7.1)"
 TILELANG = "tilelang with the CUDA compiler nvcc"
-# fla-core refuses these versions itself, in the backward pass (its issue 640)
+# fla-core itself refuses these versions, but only in the backward pass (its issue 640)
 _FIRST_WRONG, _FIRST_RIGHT = Version("3.4.0"), Version("3.7.1")
-# nightly builds of PyTorch bring the second one
+# nightly builds of PyTorch depend on the latter package
 _TRITONS = ("triton", "pytorch-triton")
 
 
 class DecayFault(NamedTuple):
-    """Why fla-core cannot compute decays per token here, and what to install so that it can."""
+    """The reason why fla-core cannot compute per-token decays on this machine, and what to install so that it can."""
 
     fault: str
     remedy: str
@@ -30,10 +30,10 @@ class DecayFault(NamedTuple):
 
 
 def token_decay_fault(capability: int, has_delta_rule: bool) -> DecayFault | None:
-    """Return why fla-core cannot compute decays per token on a GPU of this compute capability (90 is Hopper), or None.
+    """Return why fla-core cannot compute per-token decays on a GPU of this compute capability (90 is Hopper), or None.
 
-    has_delta_rule: the op has a delta rule, as Gated DeltaNet has. fla-core 0.6 computes such ops by tilelang where it can, and
-    no others (`fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels refuse).
+    has_delta_rule: True for an op with a delta rule, such as Gated DeltaNet. fla-core 0.6 can compute such ops with tilelang, but
+    no others: `fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels refuse.
     """
     triton = _triton_version()
     if capability != 90 or triton is None or not _FIRST_WRONG <= Version(triton) < _FIRST_RIGHT:
@@ -47,9 +47,9 @@ def token_decay_fault(capability: int, has_delta_rule: bool) -> DecayFault | Non
 
 
 def fla_core_advice(capability: int, delta_rules: tuple[bool, ...] = (True, False)) -> DecayFault | None:
-    """Return why fla-core computes no decays per token here, with a remedy; None if it does or is not installed.
+    """Return why fla-core cannot compute per-token decays, and a remedy. Return None if it can, or if it is not installed.
 
-    delta_rules: for each op in use, whether it has a delta rule; by default both kinds.
+    delta_rules: for each op in use, whether it has a delta rule. By default, both kinds are checked.
     """
     if _installed_version("fla-core") is None:
         return None
@@ -69,7 +69,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _tilelang_compiles() -> bool:
-    """Return whether fla-core takes tilelang here: installed, not switched off, with nvcc (fla-core 0.6, `fla/backends.py`)."""
+    """Return whether fla-core would use tilelang: it is installed, not disabled, and nvcc exists (`fla/backends.py`, 0.6)."""
     is_off = os.environ.get("FLA_TILELANG") == "0" or os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1"
     return find_spec("tilelang") is not None and not is_off and _has_nvcc()
 
@@ -78,6 +78,6 @@ def _has_nvcc() -> bool:
     folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     if shutil.which("nvcc") or any((Path(folder) / "bin" / "nvcc").exists() for folder in folders if folder):
         return True
-    # from version 13 on this package has the compiler
+    # from version 13 on this package contains nvcc
     package = "nvidia-cuda-nvcc"
     return _installed_version(package) is not None and any(file.name == "nvcc" for file in files(package) or [])

@@ -1,8 +1,8 @@
-"""The tensors of a recurrence, and the definition of what it computes, token by token.
+"""The input tensors of a recurrence, and its definition, token by token.
 
     S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_(t-1) + b_t k_t v_t^T,    o_t = S_t^T q_t
 
-Without b the first factor is I and the last b is 1. See `distattn.ir.op` for the ops that are special cases of it.
+Without b, the first factor is I and the last b is 1. `distattn.ir.op` lists the ops that are special cases.
 """
 
 # T tokens, H heads, G heads of queries and keys (H is a multiple of G), K key dim, V value dim, N segments of tokens
@@ -15,16 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# the range of tokens [begin, end) of each segment, in rows of the tensors
+# rows [begin, end) of each segment's tokens in the tensors
 Segments = Sequence[tuple[int, int]]
 
 
 class RecurrenceTokens(NamedTuple):
-    """Inputs of a recurrence for some tokens.
+    """The inputs of a recurrence.
 
-    q, k: (T, G, K); consecutive heads share them. v: (T, H, V). g: logarithms of decays, at most 0: (T, H), or (T, H, K) by
-    channel of the key, or (H,) if all tokens have the same, or None for no decay. beta: (T, H), the share of a key's stored
-    value that is replaced, or None without the delta rule.
+    q, k: (T, G, K), shared by consecutive heads. v: (T, H, V). g: log decays, at most 0: (T, H), (T, H, K) with a decay per key
+    channel, (H,) if all tokens share a decay, or None without decay. beta: the fraction of a key's stored value to replace,
+    (T, H), or None without the delta rule.
     """
 
     q: Tensor
@@ -35,12 +35,12 @@ class RecurrenceTokens(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """The number of heads H."""
+        """The number of heads, H."""
         return self.v.shape[1]
 
     @property
     def decays_by_token(self) -> bool:
-        """Return whether g has an entry for each token."""
+        """True if g has an entry for each token."""
         return self.g is not None and self.g.dim() > 1
 
     def present(self) -> dict[str, Tensor]:
@@ -57,12 +57,12 @@ class RecurrenceTokens(NamedTuple):
 
 
 def bounds_of(segments: Segments) -> Tensor:
-    """Return segments as a tensor (N, 2) of int64, on the host."""
+    """Return the segments as an int64 tensor (N, 2) on the host."""
     return torch.tensor([tuple(segment) for segment in segments], dtype=torch.int64).reshape(-1, 2)
 
 
 def token_by_token(x: RecurrenceTokens, segments: Segments, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (o_THV, the state after each segment) by the definition. Rows in no segment are 0. Differentiable, slow."""
+    """Compute (o_THV, the state after each segment) by definition: differentiable but slow. Rows outside the segments are 0."""
     group = x.heads // x.q.shape[1]
     outputs: dict[int, Tensor] = {}
     states = []

@@ -1,4 +1,4 @@
-"""The linear part of the effect of segments on states, for ops where it is no matrix: the product of the tokens' decays."""
+"""The linear effect A of a segment on a state, for ops without the delta rule: the product of its tokens' decays."""
 
 # N segments, H heads, K key dim
 
@@ -10,31 +10,31 @@ from torch import Tensor
 
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 
-# exp of less is 0 in fp64, too; and differences of sums stay finite
+# smaller log decays are clamped: their exp is 0 even in fp64, and differences of sums stay finite
 _LEAST_DECAY = -1000.0
 
 
 def finite_decays(g: Tensor) -> Tensor:
-    """Return logarithms of decays in fp64. Infinite ones become finite, but small enough for a decay of 0."""
+    """Return log decays in fp64, clamped so that they are finite. A clamped decay is still 0."""
     return g.double().clamp(min=_LEAST_DECAY)
 
 
 def diagonal_transitions(x: RecurrenceTokens, bounds_N2: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A of each segment for an op without the delta rule: (N, H, K), or (N, H, 1) if all channels decay alike.
+    """Return the diagonal of each segment's A for an op without the delta rule: (N, H, K), or (N, H, 1) if it is constant.
 
-    bounds_N2: the rows [begin, end) of each segment, int64, on the device of the tokens.
+    bounds_N2: rows [begin, end) of each segment, int64, on the tokens' device.
     """
     begin_N, end_N = bounds_N2.unbind(1)
     if not x.decays_by_token:
         return constant_transition(x.g, x.heads, end_N - begin_N).to(dtype)
     assert x.g is not None
-    # sums over preceding tokens, in double precision: their differences are exact enough for thousands of tokens
+    # fp64 sums over the preceding tokens, whose differences are exact enough for thousands of tokens
     before = F.pad(finite_decays(x.g).flatten(1).cumsum(0), (0, 0, 1, 0))
     return (before[end_N] - before[begin_N]).exp().to(dtype).reshape(len(bounds_N2), x.heads, -1)
 
 
 def constant_transition(g_H: Tensor | None, heads: int, length_N: Tensor) -> Tensor:
-    """Return A of segments with these numbers of tokens if every token decays alike, (N, H, 1) in fp64."""
+    """Return the A of segments with these numbers of tokens if all tokens share a decay g_H: (N, H, 1), fp64."""
     if g_H is None:
         return length_N.new_ones((len(length_N), heads, 1), dtype=torch.float64)
     return torch.exp(finite_decays(g_H)[None] * length_N[:, None])[..., None]

@@ -1,4 +1,4 @@
-"""Trials of recurrence kernels: all functions that tasks call are compared with the chunked kernel in fp64, and timed."""
+"""Trials of recurrence kernels: the functions that tasks call are compared with the chunked kernel in fp64, then timed."""
 
 # N segments, T tokens, H heads, G heads of queries and keys, K key dim, V value dim
 
@@ -20,14 +20,14 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# lengths of segments for comparison and for timing; and the most heads
+# segment lengths and maximum numbers of heads, for comparison and for timing
 _COMPARED, _TIMED = (150, 1, 64, 33), (2048, 1500, 548)
 _HEADS_COMPARED, _HEADS_TIMED = 4, 32
 _SEED = 1234
 
 
 class RecurrenceInputs(NamedTuple):
-    """Inputs of a trial: tokens, entering states, gradients of outputs and of leaving states, segments and requirements."""
+    """The inputs of a trial: tokens, initial states, gradients of outputs and of final states, segments and requirements."""
 
     x: RecurrenceTokens
     state: Tensor
@@ -37,14 +37,14 @@ class RecurrenceInputs(NamedTuple):
     requirements: KernelRequirements
 
     def schedule_of(self, kernel: Any) -> Any:
-        """Return the kernel's schedule of the segments, on the device of the tokens."""
+        """Return the kernel's schedule for the segments, on the tokens' device."""
         return schedule_to_device(kernel.prepare(self.segments, self.requirements), self.state.device)
 
     @staticmethod
     def random(
         lengths: Sequence[int], heads: int, key_heads: int, requirements: KernelRequirements
     ) -> RecurrenceInputs:
-        """Make random inputs like those of a trained layer: keys of length 1, and decays over some to thousands of tokens."""
+        """Return random inputs like those of a trained layer: unit-length keys, and decays over a few to thousands of tokens."""
         op, device, dtype = requirements.op, requirements.device, requirements.dtype
         generator = torch.Generator(device).manual_seed(_SEED)
         tokens, key_dim, value_dim = sum(lengths), requirements.head_dim, requirements.v_head_dim
@@ -70,7 +70,7 @@ def try_recurrence(
     key_heads: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """Try kernels on calls of an op. heads: of values. key_heads: of queries and keys."""
+    """Try kernels on calls of a recurrence with `heads` heads of values and `key_heads` heads of queries and keys."""
     group = heads // key_heads
 
     def inputs(lengths: Sequence[int], most: int) -> RecurrenceInputs:
@@ -87,7 +87,7 @@ def try_recurrence(
 
 
 def differences(kernel: Any, inputs: RecurrenceInputs) -> list[float]:
-    """Return the relative difference (Frobenius norm) of each result of a kernel from that of the chunked kernel in fp64."""
+    """Return the relative difference (Frobenius norm) between each of the kernel's results and the chunked kernel's in fp64."""
     exact = RecurrenceInputs(
         x=inputs.x._replace(**{name: y.double() for name, y in inputs.x.present().items()}),
         state=inputs.state.double(),
@@ -112,7 +112,7 @@ def _results(kernel: Any, inputs: RecurrenceInputs) -> list[Tensor]:
 
 
 def _seconds(kernel: Any, inputs: RecurrenceInputs) -> float:
-    """Return the seconds of forward and backward."""
+    """Return the median seconds of a forward and backward pass."""
     x, state, do, dstate = inputs[:4]
     schedule = inputs.schedule_of(kernel)
 

@@ -1,7 +1,7 @@
-"""Core attention in plain Triton (tier A): tiles and launches. The kernels are in forward.py and backward.py.
+"""Core attention in plain Triton (tier A): tile sizes and launches. The kernels are in forward.py and backward.py.
 
-It runs on NVIDIA GPUs from sm_80 on, and for tests on the CPU in Triton's interpreter (TRITON_INTERPRET=1). Lengths, runs and
-strides are data: another batch compiles nothing.
+It runs on NVIDIA GPUs from sm_80 on and, for tests, on the CPU in Triton's interpreter (TRITON_INTERPRET=1). Lengths, runs and
+strides are run-time arguments, so a new batch never triggers a compilation.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -47,14 +47,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tiles(NamedTuple):
-    """Tiles of the three kernels."""
+    """Tile sizes of the three kernels."""
 
     forward: Tile
     dkdv: Tile
     dq: Tile
 
 
-# by the largest sum of both head dims: best in the compile lint, whose budgets record the remaining spills in loops
+# keys: the largest D + E a row of the table serves. These did best in the compile lint, whose budgets record the remaining
+# spills in loops
 _HALF_90 = {
     128: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
     192: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
@@ -63,7 +64,7 @@ _HALF_90 = {
     384: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 3)),
     512: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
 }
-# sm_80: less shared memory, no tensor-memory accelerator
+# sm_80: less shared memory and no TMA
 _HALF_80 = {
     128: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     192: Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2)),
@@ -77,12 +78,12 @@ _SINGLE = {
     256: Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     512: Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
 }
-# rows of a program that prepares log-sum-exp and delta; no tile has more rows
+# rows per program of `row_numbers_kernel`; no tile has more rows
 _ROW_BLOCK = 256
 
 
 class TileSchedule(NamedTuple):
-    """Lists of the three kernels and the shape of the call."""
+    """Run lists of the three kernels, their tile sizes, and how query heads map to KV heads."""
 
     forward: TileRunTensors
     dkdv: SplitTileTensors
@@ -93,7 +94,7 @@ class TileSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return the reason why this kernel cannot serve such a call, or None."""
+    """Return why this kernel cannot serve such a call, or None if it can."""
     if requirements.device.type != "cuda" and not (INTERPRETED and requirements.device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {requirements.device.type}"
     if compute_capability(requirements.device) < 80:
@@ -107,21 +108,21 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
-    """Return the tiles of such a call on a device of this compute capability (80, 90, ...)."""
-    # consumer GPUs have as little shared memory as older ones
+    """Return the tile sizes for such a call on a device with this compute capability (80, 90, ...)."""
+    # consumer GPUs from sm_120 on have as little shared memory as sm_80
     table = _HALF_90 if 90 <= capability < 120 else _HALF_80
     table = _SINGLE if requirements.dtype == torch.float32 else table
     return table[min(dims for dims in table if dims >= requirements.head_dim + requirements.v_head_dim)]
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> TileSchedule:
-    """Return the lists of tiles that compute the mask."""
+    """Return the tile schedule for the mask, with tensors on the host."""
     tiles = tiles_for(requirements, compute_capability(requirements.device))
     return prepare_tiles(mask, tiles, multiprocessors(requirements.device))
 
 
 def prepare_tiles(mask: LaunchMask, tiles: Tiles, processors: int) -> TileSchedule:
-    """Return the lists of given tiles, for a device with this number of multiprocessors."""
+    """Return the schedule for the mask with these tile sizes, for a device with `processors` multiprocessors."""
     by_keys = transposed_runs(mask, tiles.dkdv.keys, tiles.dkdv.rows)
     return TileSchedule(
         tile_run_tensors(tile_runs(mask, tiles.forward.rows, tiles.forward.keys)),
@@ -144,9 +145,9 @@ def forward(
     final: FinalRows | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
-    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys have o = 0 and lse = -inf.
+    """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: (o, lse) to write the result to or, with `merge`, to merge it into. final: where finished rows of o go instead.
+    into: the (o, lse) to write the result to or, with `merge`, to merge it into. final: where finished rows of o go instead.
     """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
@@ -170,11 +171,10 @@ def backward(
     final: FinalRows | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute (dq_THD, dk_SKD, dv_SKE) of these cells from the final lse and delta = rowsum(dO * O), in fp32 or the dtype of
-    `into`.
+    """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq, and (dk, dv), to write results to. add: add to their contents, for dq, and for dk and dv. final: where finished
-    rows of dq go instead.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of dq, and
+    of dk and dv, instead of overwriting them. final: where finished rows of dq go instead.
     """
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
@@ -198,7 +198,7 @@ def forward_launch(
     merge: bool = False,
     final: FinalRows | None = None,
 ) -> TritonLaunch:
-    """Return the forward launch. It writes o (T, H, E) and lse (T, H), or with `merge` merges into their contents.
+    """Return the forward launch. It writes o (T, H, E) and lse (T, H), or with `merge` merges its result into them.
 
     final: where finished rows of o go instead.
     """
@@ -228,7 +228,7 @@ def backward_launch(
     accumulate: tuple[bool, bool] = (False, False),
     final: FinalRows | None = None,
 ) -> list[TritonLaunch]:
-    """Return the backward launches. grads: (dq, dk, dv). accumulate: add instead of writing, for dq, and for dk and dv.
+    """Return the backward launches. grads: (dq, dk, dv). accumulate: whether to add to dq, and whether to add to dk and dv.
 
     final: where finished rows of dq go instead.
     """
@@ -236,7 +236,7 @@ def backward_launch(
     dq, dk, dv = grads
     numbers, first_launch = row_numbers_launch(lse, delta)
     padded = numbers.shape[2]
-    # unused arguments always have the same alignment: another one would compile another kernel
+    # a placeholder that always has the same alignment: a different alignment would compile another kernel
     slopes = numbers if score.slopes_H is None else score.slopes_H
     split = schedule.dkdv
     parts = scratch_of_parts(dk, dv, split, schedule.tiles.dkdv)
@@ -264,7 +264,7 @@ def backward_launch(
 
 
 def row_numbers_launch(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch]:
-    """Return a tensor (2, H, more than T) for the log-sum-exp in base 2 and delta, and the launch that fills it."""
+    """Return a tensor (2, H, padded T) for log-sum-exp in base 2 and delta, and the launch that fills it."""
     rows, heads = lse.shape
     numbers = scratch_of_numbers(lse)
     padded = numbers.shape[2]
@@ -275,35 +275,39 @@ def row_numbers_launch(lse: Tensor, delta: Tensor) -> tuple[Tensor, TritonLaunch
 
 
 def scratch_of_numbers(lse: Tensor) -> Tensor:
-    """Allocate the tensor for the row numbers of a launch."""
+    """Allocate the tensor for a launch's log-sum-exp in base 2 and delta: (2, H, padded T), fp32."""
     return lse.new_empty(2, lse.shape[1], _padded(len(lse)))
 
 
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: TileSchedule) -> int:
-    """Return the bytes that a pass allocates on the device in addition to its operands and results."""
+    """Return the bytes that a pass ("forward" or "backward") allocates on the device besides its operands and results."""
     if direction == "forward":
         return 0
     return row_number_bytes(shape) + part_bytes(shape, schedule.dkdv, schedule.tiles.dkdv)
 
 
 def row_number_bytes(shape: LaunchShape) -> int:
-    """Return the bytes of the row numbers of a backward launch."""
+    """Return the bytes of the tensor that `scratch_of_numbers` allocates for a backward launch."""
     return 2 * shape.heads * _padded(shape.rows) * 4
 
 
 def _padded(rows: int) -> int:
-    # programs read a tile beyond the last row
+    # programs may read up to one tile past the last row
     return (-(-rows // _ROW_BLOCK) + 1) * _ROW_BLOCK
 
 
 @cache
 def _parts(dim: int) -> list[int]:
-    """Return a head dim as a sum of powers of two, largest first."""
+    """Return the powers of two that sum to a head dim, largest first."""
     return [1 << bit for bit in range(dim.bit_length() - 1, -1, -1) if dim >> bit & 1]
 
 
 def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
-    """Return tensors with their strides and the parts of their head dims, as TMA descriptors if all tensors allow it."""
+    """Return arguments for the operands, their strides and the parts of their head dims.
+
+    tensors: by name, the tensor (tokens, heads, dim) and the rows of its tiles. Operands are TMA descriptors if all of them
+    can be.
+    """
     tensors = {name: (x if x.stride(2) == 1 else x.contiguous(), block) for name, (x, block) in tensors.items()}
     tma = all(_fits_tma(x) for x, _ in tensors.values())
     arguments: dict[str, Any] = {"TMA": tma}
@@ -328,6 +332,6 @@ def _fits_tma(x: Tensor) -> bool:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Return a descriptor of the matrix (tokens, heads x dim)."""
+    """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of block rows and width columns."""
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])

@@ -1,12 +1,13 @@
-"""Backward kernels in plain Triton, split in two so that no program adds to another's numbers: dK and dV, then dQ.
+"""Backward kernels in plain Triton: one computes dK and dV, the other dQ, so that no two programs write the same gradients.
 
-A program of the first kernel owns a tile of keys of one key/value head and loops over the query tiles of all its query heads;
-one of the second owns a query tile of one head, like the forward. Scores are computed twice, nothing is atomic, results are
-deterministic (Dao 2023, arXiv 2307.08691). Both read the final log-sum-exp and delta = rowsum(dO * O), so they serve any
-part of the keys. With ACC they add to gradients that exist already, across the steps of a ring.
+Each program of the first kernel owns a tile of keys of one KV head and loops over the query tiles of all query heads in its
+group; each program of the second owns a query tile of one head, like the forward. Scores are computed twice, but there are no
+atomics and the results are deterministic (Dao 2023, arXiv 2307.08691). Both kernels read the final log-sum-exp and
+delta = rowsum(dO * O), so they can process any subset of the keys. With ACC they add to existing gradients, as the steps of a
+ring need.
 """
 
-# BM query rows, BN keys; head dim D = D0 + D1, value head dim E = E0 + E1, each part a power of two (or 0)
+# BM query rows, BN keys; head dim D = D0 + D1, value head dim E = E0 + E1, each part a power of two (or 0 for D1 and E1)
 
 import triton
 import triton.language as tl
@@ -16,7 +17,10 @@ from distattn.kernels.triton.tiles import LOG2E, capped, is_last, load_run, load
 
 @triton.jit
 def weights_of(s, lse2, distance, slope2, scale, cap, CAP: tl.constexpr, ALIBI: tl.constexpr):
-    """(softmax weights, derivative of the score by <q, k>) of products s; `distance` on the axis, lse2 in base 2."""
+    """Return (softmax weights, d score / d<q, k>) for the products s = <q, k>. distance: key minus query on the axis.
+
+    lse2: log-sum-exp in base 2. slope2: the ALiBi slope in base 2.
+    """
     if CAP:
         bent, t = capped(s * scale, cap)
         s = bent * LOG2E
@@ -33,7 +37,7 @@ def weights_of(s, lse2, distance, slope2, scale, cap, CAP: tl.constexpr, ALIBI: 
 def row_numbers_kernel(
     lse_, delta_, numbers_, rows, heads, padded, plane, lse_row, lse_head, delta_row, delta_head, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """(2, heads, padded): lse in base 2 and delta, rows last; a row without keys gets lse = inf: all weights zero."""
+    """Write lse in base 2 and delta to numbers (2, heads, padded). Rows without keys get lse = inf, so their weights are 0."""
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     r = (tl.program_id(0) // heads) * BLOCK + tl.arange(0, BLOCK)
     far = r.to(tl.int64)
@@ -88,7 +92,10 @@ def _visit_rows(
     BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows for a tile of keys; scores lie keys first, so that both results are plain products."""
+    """Add the contribution of one query tile to dK and dV of a key tile.
+
+    Scores are computed transposed (keys first), so that neither product needs a transpose.
+    """
     q0 = load_tile(q_, row, q_col, rows, q_row, BM, D0, TMA)
     lse2, delta = _numbers_of(lse2_, delta_, row, BM)
     s = tl.dot(k0, q0.T, input_precision=PRECISION)
@@ -129,9 +136,12 @@ def dkdv_kernel(
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dk (keys, kv_heads, D) and dv (keys, kv_heads, E), fp32; of tiles that are cut the parts, see kernels/split_tiles.py."""
+    """Compute dk (keys, kv_heads, D) and dv (keys, kv_heads, E) in fp32. For split tiles, write the sums of each part to parts.
+
+    See kernels/split_tiles.py.
+    """
     pid = tl.program_id(0)
-    # strides of heads times heads may pass 32 bits
+    # a head's offset may exceed 32 bits
     kv_head = tl.cast(pid % kv_heads, tl.int64)
     part = tl.load(order_ + pid // kv_heads)
     start = tl.load(part_ + 2 * part) * BN
@@ -175,7 +185,7 @@ def dkdv_kernel(
                     q_row, q_col, do_row, do_col, slope2, scale, cap, low, high, distance,
                     BM, D0, D1, E0, E1, TMA, PRECISION, CAP, ALIBI, True,
                 )  # fmt: skip
-    # under a cap the factor differs from cell to cell and is already in
+    # with a softcap the factor differs between cells and ds already contains it
     factor = 1.0 if CAP else scale
     dk0, dk1 = dk0 * factor, dk1 * factor
     if slot < 0:
@@ -205,7 +215,7 @@ def _visit_keys(
     BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys for a tile of query rows."""
+    """Add the contribution of one key tile to dQ of a query tile."""
     k0 = load_tile(k_, n, k_col, keys, k_row, BN, D0, TMA)
     v0 = load_tile(v_, n, v_col, keys, v_row, BN, E0, TMA)
     s = tl.dot(q0, k0.T, input_precision=PRECISION)
@@ -245,7 +255,7 @@ def dq_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, ACC: tl.constexpr,
     FINAL: tl.constexpr,
 ):  # fmt: skip
-    """dq (rows, heads, D), fp32."""
+    """Compute dq (rows, heads, D) in fp32."""
     pid = tl.program_id(0)
     head = tl.cast(pid % heads, tl.int64)
     tile = tl.load(order_ + pid // heads)

@@ -1,10 +1,10 @@
-"""Forward kernel in plain Triton: one program owns a tile of query rows of one head and loops over its runs of key tiles.
+"""Forward kernel in plain Triton: each program owns a query tile of one head and loops over its runs of key tiles.
 
-Online softmax in base 2 (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691). Deterministic, no
-atomics. The result is written, or merged into a running (o, lse), so that a ring step needs no second kernel.
+It uses online softmax in base 2 (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691) and no atomics, so
+it is deterministic. The result is written, or merged into a running (o, lse) so that a ring step needs no second kernel.
 """
 
-# BM query rows, BN keys; head dim D = D0 + D1, value head dim E = E0 + E1, each part a power of two (or 0)
+# BM query rows, BN keys; head dim D = D0 + D1, value head dim E = E0 + E1, each part a power of two (or 0 for D1 and E1)
 
 import triton
 import triton.language as tl
@@ -29,15 +29,15 @@ def _visit(
     BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys: scores, running maximum and sum, and the values they weigh."""
+    """Visit one key tile. Return the updated (acc0, acc1, m, l): weighted sums of values, row maxima and row sums."""
     k0 = load_tile(k_, n, k_col, keys, k_stride, BN, D0, TMA)
     s = tl.dot(q0, k0.T, input_precision=PRECISION)
     if D1 > 0:
         k1 = load_tile(k1_, n, k_col + D0, keys, k_stride, BN, D1, TMA)
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
     column = n + tl.arange(0, BN)
-    # plain scores are scaled after the maximum is found, in the same instruction that subtracts it; in single precision that
-    # would take registers that large tiles do not have
+    # scale plain scores after the maximum is known: one instruction then multiplies and subtracts. Not in fp32, where this
+    # would take more registers than large tiles leave
     late = scale2
     if CAP:
         bent, _ = capped(s * scale2, cap)
@@ -51,7 +51,7 @@ def _visit(
     if MASK:
         s = tl.where((column[None, :] >= low[:, None]) & (column[None, :] < high[:, None]), s, -float("inf"))
     top = tl.maximum(m, tl.max(s, 1) * late)
-    # a row that has seen no key yet: -inf - -inf is not a number
+    # a row without keys so far: avoid -inf - -inf, which is NaN
     safe = tl.where(top == -float("inf"), 0.0, top) if MASK else top
     p = tl.math.exp2(s * late - safe[:, None])
     shrink = tl.math.exp2(m - safe)
@@ -70,7 +70,7 @@ def _store(
     acc, inverse, old, fresh, o_, final_, row, head, rows, o_row, o_head, column, turn, number,
     BM: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Write columns [column, column + WIDTH) of the result, or with MERGE fold them into what is there."""
+    """Write columns [column, column + WIDTH) of the result, or with MERGE merge them into the stored result."""
     r = row + tl.arange(0, BM)
     c = column + tl.arange(0, WIDTH)
     inside = (r < rows)[:, None]
@@ -104,10 +104,10 @@ def forward_kernel(
     TMA: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, MERGE: tl.constexpr,
     FINAL: tl.constexpr,
 ):  # fmt: skip
-    """o (rows, heads, E) and natural lse (rows, heads) of the runs; `shift`: query head h uses kv head (h + shift) // GROUP."""
-    # heads of one tile are neighbours: they share keys and values in the cache
+    """Compute o (rows, heads, E) and natural lse (rows, heads). Query head h uses KV head (h + shift) // GROUP."""
+    # programs for the heads of one tile run next to each other and share keys and values in the L2 cache
     pid = tl.program_id(0)
-    # strides of heads times heads may pass 32 bits
+    # a head's offset may exceed 32 bits
     head = tl.cast(pid % heads, tl.int64)
     tile = tl.load(order_ + pid // heads)
     kv_head = (head + shift) // GROUP
@@ -124,7 +124,7 @@ def forward_kernel(
         acc1 = tl.zeros([BM, E1], tl.float32)
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
-    # soft-capped scores are scaled before the cap and turned to base 2 after it
+    # soft-capped scores are scaled before the cap and converted to base 2 after it
     scale2 = scale if CAP else scale * LOG2E
     slope2 = 0.0
     if ALIBI:
@@ -153,7 +153,7 @@ def forward_kernel(
     lse = tl.where(some, (m + tl.math.log2(tl.where(some, l, 1.0))) * LN2, -float("inf"))
     inside = r < rows
     lse_at = lse_ + r.to(tl.int64) * lse_row + head * lse_head
-    # shares of what was there before and of what this launch computed
+    # weights of the stored result and of this launch's result
     old, fresh = inverse, inverse
     if MERGE:
         before = tl.load(lse_at, mask=inside, other=-float("inf"))

@@ -1,4 +1,4 @@
-"""The Triton kernels of `kernels.glue`: one program takes some rows of one head."""
+"""Triton kernels for `kernels.glue`. Each program processes a block of rows of one head."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.triton.tiles import merge_shares
 
-# elements of a program, and its most rows
+# target number of elements per program, and its maximum number of rows
 _NUMBERS, _MOST_ROWS = 4096, 64
 
 
 @triton.jit
 def _row_numbers(index_, start, r, inside, LISTED: tl.constexpr):
-    """Row numbers of rows r of a stretch or a list, in 64 bits: strides of rows times rows may pass 32."""
+    """Return the row numbers of entries r of a range or a list, as int64 because row offsets may exceed 32 bits."""
     if LISTED:
         number = tl.load(index_ + r, mask=inside, other=0).to(tl.int64)
     else:
@@ -32,7 +32,7 @@ def rows_kernel(
     count, heads, width,
     LISTED: tl.constexpr, SOURCE_LISTED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """target rows = or += source rows."""
+    """Copy source rows to target rows, or with ADD add them."""
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     r = (tl.program_id(0) // heads) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -54,7 +54,7 @@ def merge_kernel(
     count, heads, width,
     LISTED: tl.constexpr, OTHER_LISTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """(o, lse) rows merged with other rows."""
+    """Merge rows of another (o, lse) into rows of (o, lse)."""
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     r = (tl.program_id(0) // heads) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -65,8 +65,8 @@ def merge_kernel(
     lse_at = lse_ + row * lse_row + head * lse_head
     before = tl.load(lse_at, mask=there, other=-float("inf"))
     comes = tl.load(other_lse_ + other_row_ * other_lse_row + head * other_lse_head, mask=there, other=-float("inf"))
-    old, fresh, both = merge_shares(before, comes)
-    tl.store(lse_at, both, mask=there)
+    old, fresh, merged = merge_shares(before, comes)
+    tl.store(lse_at, merged, mask=there)
     at = o_ + row[:, None] * o_row + head * o_head + column[None, :]
     x = tl.load(other_ + other_row_[:, None] * other_row + head * other_head + column[None, :], mask=inside)
     held = tl.load(at, mask=inside)
@@ -77,7 +77,7 @@ def merge_kernel(
 def products_kernel(
     a_, b_, out_, a_row, a_head, b_row, b_head, rows, heads, width, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """out (rows, heads) = rowsum(a * b)."""
+    """Compute out (rows, heads) = rowsum(a * b)."""
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     r = (tl.program_id(0) // heads) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -95,7 +95,7 @@ def rows_with_products_kernel(
     count, heads, width,
     LISTED: tl.constexpr, SOURCE_LISTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """target rows = dO rows, products rows = rowsum(dO * O) of them."""
+    """Copy rows of dO to target rows, and write rowsum(dO * O) to the same rows of products."""
     head = tl.cast(tl.program_id(0) % heads, tl.int64)
     r = (tl.program_id(0) // heads) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -120,7 +120,7 @@ def run_rows(
     count: int,
     add: bool,
 ) -> None:
-    """See `glue.copy_rows` and `glue.add_rows`."""
+    """Copy rows, or add them if `add`. See `glue.copy_rows` and `glue.add_rows`."""
     target, source = _three_dims(target), _three_dims(source)
     assert target.stride(2) == source.stride(2) == 1 or target.shape[2] == 1, "rows of a head are contiguous"
     shape = _shape(target)
@@ -144,7 +144,7 @@ def run_merge(
     other_index: Tensor | None,
     count: int,
 ) -> None:
-    """See `glue.merge_rows`."""
+    """Merge rows of another (o, lse) into rows of (o, lse). See `glue.merge_rows`."""
     assert o.stride(2) == other_o.stride(2) == 1 or o.shape[2] == 1, "rows of a head are contiguous"
     shape = _shape(o)
     if count:
@@ -167,7 +167,7 @@ def run_rows_with_products(
     source_index: Tensor | None,
     count: int,
 ) -> None:
-    """See `glue.copy_rows_with_products`."""
+    """Copy rows of dO and write their rowsum(dO * O). See `glue.copy_rows_with_products`."""
     assert target.stride(2) == do.stride(2) == o.stride(2) == 1 or do.shape[2] == 1, "rows of a head lie in one piece"
     shape = _shape(target)
     if count:
@@ -180,7 +180,7 @@ def run_rows_with_products(
 
 
 def run_products(do_THE: Tensor, o_THE: Tensor) -> Tensor:
-    """See `glue.row_products`."""
+    """Return rowsum(dO * O), (T, H). See `glue.row_products`."""
     out = do_THE.new_empty(do_THE.shape[:2], dtype=accumulation_dtype(o_THE.dtype))
     rows, heads, width = do_THE.shape
     assert do_THE.stride(2) == o_THE.stride(2) == 1 or width == 1, "rows of a head are contiguous"
@@ -197,7 +197,7 @@ def _three_dims(x: Tensor) -> Tensor:
 
 
 def _shape(x: Tensor) -> dict[str, Any]:
-    """Return the rows and columns of a program, powers of two."""
+    """Return the number of rows and columns of a program, both powers of two."""
     width = triton.next_power_of_2(x.shape[-1] if x.dim() == 3 else 1)
     return {"ROWS": min(_MOST_ROWS, max(_NUMBERS // width, 1)), "WIDTH": width}
 

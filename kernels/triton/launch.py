@@ -1,4 +1,4 @@
-"""Arguments and launches of Triton and Gluon kernels: tiles, lists of runs, tensors with their strides."""
+"""Launches of Triton and Gluon kernels and their arguments: tile sizes, run lists, tensors and their strides."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from distattn.kernels.spec import FinalRows, ScoreMod
 from distattn.kernels.split_tiles import SplitTiles
 from distattn.kernels.tile_runs import TileRuns
 
-# coordinates of the tensor-memory accelerator have 32 bits
+# coordinates of the tensor memory accelerator (TMA) have 32 bits
 TMA_LIMIT = 1 << 31
 
 
 class Tile(NamedTuple):
-    """Sides of a tile in query rows and keys, warps of a program, and stages of its loads."""
+    """Tile size in query rows and keys, warps per program, and number of pipeline stages."""
 
     rows: int
     keys: int
@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 
 
 class TileRunTensors(NamedTuple):
-    """Runs as the kernels read them: int32 tensors, see `TileRuns`."""
+    """Run lists as int32 tensors, the form that kernels read. See `TileRuns`."""
 
     first: Tensor
     run: Tensor
@@ -37,7 +37,7 @@ class TileRunTensors(NamedTuple):
 
 
 class SplitTileTensors(NamedTuple):
-    """Runs of tiles of keys by part, see `SplitTiles`."""
+    """Run lists of key tiles, some split into parts. See `SplitTiles`."""
 
     runs: TileRunTensors
     part: Tensor
@@ -46,7 +46,7 @@ class SplitTileTensors(NamedTuple):
 
 
 class TritonLaunch(NamedTuple):
-    """One launch: the arguments of `kernel[grid](**arguments, **options)`, which the compile lint also reads."""
+    """A kernel launch, `kernel[grid](**arguments, **options)`. The compile lint reads these fields, too."""
 
     kernel: Any
     grid: tuple[int]
@@ -62,7 +62,7 @@ def run_launch(launch: TritonLaunch) -> None:
 
 @cache
 def compute_capability(device: torch.device) -> int:
-    """Return the compute capability of a device: 80, 90, ...; 80 in the interpreter."""
+    """Return the compute capability of a device as 80, 90, ...: 80 if it is not a GPU, as in the interpreter."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -71,25 +71,25 @@ def compute_capability(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a device; that of an H100 without a GPU."""
+    """Return the number of multiprocessors of a device. Without a GPU, return that of an H100."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def tile_run_tensors(runs: TileRuns) -> TileRunTensors:
-    """Copy runs into tensors on the host."""
+    """Return the runs as tensors on the host, without a copy."""
     return TileRunTensors(*(torch.from_numpy(column) for column in runs[:6]))
 
 
 def split_tile_tensors(tiles: SplitTiles) -> SplitTileTensors:
-    """Copy runs of split tiles into tensors on the host."""
+    """Return the runs of split tiles as tensors on the host, without a copy."""
     part, sums = (torch.from_numpy(column) for column in (tiles.part, tiles.sums))
     return SplitTileTensors(tile_run_tensors(tiles.runs), part, sums, tiles.slots)
 
 
 def schedule_to_device(schedule: Any, device: torch.device) -> Any:
-    """Return a kernel's schedule with all tensors on a device."""
+    """Return a kernel's schedule with all its tensors moved to `device`."""
     if isinstance(schedule, Tensor):
         return schedule.to(device)
     if not isinstance(schedule, tuple):
@@ -99,7 +99,7 @@ def schedule_to_device(schedule: Any, device: torch.device) -> Any:
 
 
 def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
-    """Return arguments for tensors (tokens, heads, ...) and their strides."""
+    """Return kernel arguments for tensors (tokens, heads, ...) and for their row and head strides."""
     out: dict[str, Any] = {}
     for name, x in tensors.items():
         out |= {f"{name}_": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
@@ -107,7 +107,7 @@ def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
 
 
 def final_arguments(sums: Tensor, final: FinalRows | None) -> dict[str, Any]:
-    """Return arguments for the finished rows of a result. Without them all are None, which is compiled to no argument."""
+    """Return the arguments for finished rows of a result. Without such rows all are None, so the kernel has none of them."""
     if final is None:
         return dict(final_=None, turn_=None, number=None, FINAL=False)
     # kernels compute one address for both
@@ -118,7 +118,7 @@ def final_arguments(sums: Tensor, final: FinalRows | None) -> dict[str, Any]:
 def call_arguments(
     lists: TileRunTensors, rows: int, keys: int, heads: int, group: int, first: int, score: ScoreMod
 ) -> dict[str, Any]:
-    """Return arguments for the runs, the shape of the call and the score."""
+    """Return kernel arguments for the run lists, the call's shape and the score."""
     columns = {f"{name}_": column for name, column in lists._asdict().items()}
     numbers = dict(rows=rows, keys=keys, heads=heads, tiles=len(lists.order), shift=first, GROUP=group)
     score_options = dict(scale=score.scale, cap=score.softcap, CAP=score.softcap > 0, ALIBI=score.slopes_H is not None)
@@ -126,8 +126,8 @@ def call_arguments(
 
 
 def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> TritonLaunch:
-    """Make a launch with those of the arguments that the kernel has."""
+    """Return a launch with those of the arguments that the kernel takes."""
     kernel_arguments = {name: arguments[name] for name in kernel.arg_names}
-    # Triton 3.10 no longer fuses products and sums by default
+    # Triton 3.10 no longer fuses multiplications and additions by default
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return TritonLaunch(kernel, (programs,), kernel_arguments, options)

@@ -1,4 +1,4 @@
-"""The last launch of a backward whose long tiles were cut: it adds up the sums of their parts, in a fixed order."""
+"""The last launch of a backward pass that split long tiles: it adds up the partial sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from distattn.kernels.spec import LaunchShape
 from distattn.kernels.triton.launch import SplitTileTensors, Tile, TritonLaunch, make_launch, tensor_arguments
 
-# rows of a program
+# rows per program
 _BLOCK = 16
 
 
 @triton.jit
 def _add_up(x_, x_row, parts_, stride, count, first_row, row, rows, WIDTH: tl.constexpr, PADDED: tl.constexpr,
             BLOCK: tl.constexpr, ACC: tl.constexpr, PLANE: tl.constexpr):  # fmt: skip
-    """Rows [row, row + BLOCK) of a result from the same rows of all parts, PLANE rows apart; PADDED: a power of two."""
+    """Sum rows [row, row + BLOCK) of a result over `count` parts, which are PLANE rows apart. PADDED: a power of two >= WIDTH."""
     i = tl.arange(0, BLOCK)
     column = tl.arange(0, PADDED)
     inside = ((row + i) < rows)[:, None] & (column < WIDTH)[None, :]
@@ -36,9 +36,9 @@ def sum_parts_kernel(
     parts_, sums_, dk_, dv_, keys, kv_heads, dk_row, dk_head, dv_row, dv_head,
     D: tl.constexpr, E: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the tiles that were cut; parts (slots, BN, kv_heads, D + E) in fp32."""
+    """Compute dk and dv of the split tiles from parts (slots, BN, kv_heads, D + E), in fp32."""
     blocks: tl.constexpr = BN // BLOCK
-    # strides of heads times heads may pass 32 bits
+    # a head's offset may exceed 32 bits
     kv_head = tl.cast(tl.program_id(0) % kv_heads, tl.int64)
     place = tl.program_id(0) // kv_heads
     entry = sums_ + place // blocks * 3
@@ -53,17 +53,17 @@ def sum_parts_kernel(
 
 
 def scratch_of_parts(dk: Tensor, dv: Tensor, lists: SplitTileTensors, tile: Tile) -> Tensor:
-    """Allocate the tensor for the sums of the parts of cut tiles: (slots, keys of a tile, kv_heads, D + E)."""
+    """Allocate the tensor for partial sums of split tiles: (slots, keys per tile, kv_heads, D + E), fp32."""
     return lists.part.new_empty(lists.slots, tile.keys, dk.shape[1], dk.shape[2] + dv.shape[2], dtype=torch.float32)
 
 
 def part_bytes(shape: LaunchShape, lists: SplitTileTensors, tile: Tile) -> int:
-    """Return the bytes of these sums for a launch of that shape."""
+    """Return the bytes that `scratch_of_parts` allocates for a launch of this shape."""
     return lists.slots * tile.keys * shape.kv_heads * (shape.head_dim + shape.v_head_dim) * 4
 
 
 def sums_launch(parts: Tensor, dk: Tensor, dv: Tensor, lists: SplitTileTensors, accumulate: bool) -> TritonLaunch:
-    """Return the launch that adds up the parts."""
+    """Return the launch that sums the parts into dk and dv, or with `accumulate` adds them."""
     _, keys_of_tile, kv_heads, _ = parts.shape
     dims = dk.shape[2], dv.shape[2]
     arguments = dict(

@@ -1,4 +1,4 @@
-"""The triton kernels with float32 products on tf32 matrix units: ten bits of mantissa, several times as fast."""
+"""The Triton kernels with float32 products in TF32: ten bits of mantissa, several times as fast."""
 
 from functools import partial
 

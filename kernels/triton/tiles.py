@@ -1,11 +1,11 @@
-"""Device functions that the Triton kernels share: tiles of operands, the keys that a row may see, the score of a cell."""
+"""Device functions shared by the Triton kernels: loading tiles and runs, the keys each row may attend to, softcap, merging."""
 
 import triton
 import triton.language as tl
 
 from distattn.kernels import spec
 
-# kernels stay in the mode that the environment set when Triton was first imported
+# whether kernels run in the interpreter is fixed when Triton is first imported
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -14,7 +14,7 @@ MOST_TURNS = tl.constexpr(spec.MOST_TURNS)
 
 @triton.jit
 def load_tile(x, row, column, rows, stride, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
-    """Rows [row, row + BLOCK) and columns [column, column + WIDTH) of a matrix; rows past its end are zero."""
+    """Load rows [row, row + BLOCK) and columns [column, column + WIDTH) of a matrix. Rows past its end are zero."""
     if TMA:
         tile = x.load([row, column.to(tl.int32)])
     else:
@@ -26,14 +26,14 @@ def load_tile(x, row, column, rows, stride, BLOCK: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def load_run(runs, i):
-    """Columns of run i, see kernels/tile_runs.py."""
+    """Load the six columns of run i. See kernels/tile_runs.py."""
     at = runs + i * 6
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
 
 
 @triton.jit
 def row_keys(bands, row_bands, band, rows_at, row, i):
-    """(low, high, shift): row + i may see keys [low_i, high_i), at axis distance key - row + shift_i."""
+    """Return (low, high, shift): row + i may attend to keys [low_i, high_i), at axis distance key - (row + i) + shift_i."""
     number = i * 0 + band
     if rows_at >= 0:
         number = tl.load(row_bands + rows_at + i)
@@ -48,30 +48,30 @@ def row_keys(bands, row_bands, band, rows_at, row, i):
 
 @triton.jit
 def was_written(turn, number):
-    """Whether a launch before this one has written these rows, by their turns (see `FinalRows`)."""
+    """Return which rows an earlier launch has written. turn: their turns (see `FinalRows`). number: this launch's."""
     return turn // MOST_TURNS < number
 
 
 @triton.jit
 def is_last(turn, number):
-    """Whether this launch is the last to write these rows."""
+    """Return which rows this launch is the last to write. For the arguments see `was_written`."""
     return turn % MOST_TURNS == number
 
 
 @triton.jit
 def capped(s, cap):
-    """cap * tanh(s / cap), by exponentials: there is no tanh for every target. Also tanh(s / cap) itself."""
+    """Return (cap * tanh(s / cap), tanh(s / cap)), computed by exponentials because not every target has tanh."""
     t = 1.0 - 2.0 / (1.0 + tl.math.exp2(s * (2.0 * LOG2E / cap)))
     return cap * t, t
 
 
 @triton.jit
 def merge_shares(before, lse):
-    """(share of what was there, share of what comes, log-sum-exp of both), by row; rows without keys have no share."""
+    """Return (weight of the stored result, weight of the new result, merged log-sum-exp) per row; 0 and -inf without keys."""
     top = tl.maximum(before, lse)
     top = tl.where(top == -float("inf"), 0.0, top)
     old, fresh = tl.math.exp2((before - top) * LOG2E), tl.math.exp2((lse - top) * LOG2E)
     total = old + fresh
     share = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
-    both = tl.where(total > 0, top + tl.math.log2(tl.where(total > 0, total, 1.0)) * LN2, -float("inf"))
-    return old * share, fresh * share, both
+    merged = tl.where(total > 0, top + tl.math.log2(tl.where(total > 0, total, 1.0)) * LN2, -float("inf"))
+    return old * share, fresh * share, merged

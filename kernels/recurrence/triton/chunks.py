@@ -1,47 +1,47 @@
-"""Device functions that the kernels of recurrences share: tokens of a chunk, tiles of states, sums of decays."""
+"""Device functions shared by the recurrence kernels: rows of a chunk, tiles of states, sums of log decays."""
 
-# C tokens of a chunk, K key dim, V value dim
+# C tokens per chunk, K key dim, V value dim
 
 import triton
 import triton.language as tl
 
-# exp of less is 0 in fp64, too; and differences of sums stay finite (see `transitions`)
+# smaller log decays are clamped: their exp is 0 even in fp64, and differences of sums stay finite (see `transitions`)
 LEAST_DECAY = tl.constexpr(-1000.0)
 
 
 @triton.jit
 def chunk_rows(chunks_, chunk, C: tl.constexpr):
-    """Return the rows of a chunk's tokens in the tensors (int64), and whether each is a token of the chunk."""
+    """Return C row numbers (int64) from the chunk's first token on, and whether each belongs to the chunk."""
     row = tl.load(chunks_ + 2 * chunk).to(tl.int64) + tl.arange(0, C)
     return row, row < tl.load(chunks_ + 2 * chunk + 1)
 
 
 @triton.jit
 def load_rows(x_, row, row_stride, inside, column, width):
-    """Load columns of rows of a matrix; what is no token, or right of the matrix, is 0."""
+    """Load a tile of a matrix. Elements outside the chunk or the matrix are 0."""
     mask = inside[:, None] & (column < width)[None, :]
     return tl.load(x_ + row[:, None] * row_stride + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(x_, row, row_stride, inside, column, width, value):
-    """Store columns of rows of a matrix; what is no token, or right of the matrix, is left out."""
+    """Store a tile of a matrix, without the elements outside the chunk or the matrix."""
     mask = inside[:, None] & (column < width)[None, :]
     tl.store(x_ + row[:, None] * row_stride + column[None, :], value, mask=mask)
 
 
 @triton.jit
 def state_places(number, K, V, channel, column):
-    """Return the places of a tile of state `number` in a tensor (..., K, V), and which of them there are."""
+    """Return the offsets of a tile of state `number` in a tensor (..., K, V), and which of them exist."""
     place = tl.cast(number, tl.int64) * (K * V) + channel[:, None] * V + column[None, :]
     return place, (channel < K)[:, None] & (column < V)[None, :]
 
 
 @triton.jit
 def decay_sums(g_, row, g_row, inside, DECAY: tl.constexpr, C: tl.constexpr):
-    """Return sums of the logarithms of decays up to and with each token, and of all tokens, in fp64.
+    """Return the cumulative sums of log decays, including each token, (C,), and their total, in fp64.
 
-    The difference of two large sums would lose in fp32 what matters.
+    In fp32 the difference between two large sums would lose its significant digits.
     """
     if DECAY:
         g = tl.load(g_ + row * g_row, mask=inside, other=0.0).to(tl.float64)
@@ -52,7 +52,7 @@ def decay_sums(g_, row, g_row, inside, DECAY: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def decays_between(total, C: tl.constexpr):
-    """Return what is left of token i at token t, (t, i): 0 where i is later than t."""
+    """Return the decay from token i to token t, (t, i): 0 if i is later than t."""
     i = tl.arange(0, C)
     difference = (total[:, None] - total[None, :]).to(tl.float32)
     return tl.exp(tl.where(i[:, None] >= i[None, :], difference, -float("inf")))
@@ -60,5 +60,5 @@ def decays_between(total, C: tl.constexpr):
 
 @triton.jit
 def product(a, b):
-    """Return a @ b of tiles of one dtype, in fp32; of fp32 tiles as three products of TF32, which lose nothing that matters."""
+    """Return a @ b in fp32, for tiles of one dtype. fp32 tiles take three TF32 products, with negligible loss."""
     return tl.dot(a, b, input_precision="tf32x3")

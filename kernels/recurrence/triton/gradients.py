@@ -1,6 +1,6 @@
-"""The kernel that ends a backward pass: gradients of the tokens of one chunk of one head."""
+"""The last kernel of a backward pass. Each program computes the gradients of one chunk's tokens for one head."""
 
-# C tokens of a chunk, K key dim, V value dim, BK columns of keys at a time, BV of values
+# C tokens per chunk, K key dim, V value dim, BK columns of keys at a time, BV of values
 
 import triton
 import triton.language as tl
@@ -26,13 +26,14 @@ def gradient_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, DG: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dv of a chunk's tokens, (T, H, ...) even where heads share queries and keys; with DG dg, with DELTA dbeta.
+    """Compute dq, dk and dv of a chunk's tokens, with DG also dg, with DELTA also dbeta.
 
-    Let X be the inverse, y = X^T du and S the state that enters. Then y is the gradient of beta v, -y S^T that of
-    beta k decay, and -y (u - w S)^T below the diagonal that of the triangular system. With DELTA y takes du's place.
+    All are (T, H, ...), even if heads share queries and keys. Let X be the inverse, y = X^T du, and S the state that enters
+    the chunk. Then the gradient of beta v is y, that of beta k decay is -y S^T, and that of the triangular system is
+    -y (u - w S)^T below the diagonal. With DELTA, y overwrites du.
 
-    What has C x C numbers is computed first, then what has a column for each channel, BK of them at a time: all at once
-    would need more registers than there are.
+    The C x C matrices come first, then the matrices with a column per channel, BK columns at a time: computing all at once
+    would need too many registers.
     """
     program = tl.program_id(0)
     head, chunk = tl.cast(program % heads, tl.int64), program // heads
@@ -70,7 +71,7 @@ def gradient_kernel(
     between = decays_between(total, C)
     dpairs *= between
     dsystem = tl.where(below, dsystem * between, 0.0)
-    # by token: gradients of the sums of decays by pairs of tokens, and below those before it and after it
+    # per token, the gradient of its sum of log decays through pairs of tokens, the entering state and the leaving state
     of_pairs, of_start, of_end = tl.zeros([C], tl.float32), tl.zeros([C], tl.float32), tl.zeros([C], tl.float32)
     if DG or DELTA:
         qk, kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
@@ -93,9 +94,9 @@ def gradient_kernel(
     near = dpairs.to(dtype)
     system = (dsystem * beta[:, None]).to(dtype)
     from_start, to_end = tl.exp(total.to(tl.float32)), tl.exp((end - total).to(tl.float32))
-    # of the factor by which the state decays in the chunk
+    # the gradient of the factor by which the state decays over the chunk
     ddecay = 0.0
-    # threads read what others have written in du's place
+    # with DELTA, threads read what other threads have written to du
     tl.debug_barrier()
     for first in range(0, K, BK):
         channel = first + tl.arange(0, BK)
@@ -131,12 +132,12 @@ def gradient_kernel(
     if DELTA:
         tl.store(dbeta_ + head * dbeta_head + row * dbeta_row, dbeta, mask=inside)
     if DG:
-        # a decay acts on what was read before it and is used with it or later. Triton 3.6 cannot compile for compute capability
-        # 10.0 a sum of numbers by token that come from products, but a cumulative one it can
+        # a token's decay affects later reads of earlier writes. The exclusive sum is a cumulative sum minus its own term:
+        # for compute capability 10.0, Triton 3.6 cannot compile a plain sum over tokens of results of products
         earlier = of_end.to(tl.float64)
         dg = tl.cumsum((of_start + of_pairs).to(tl.float64), 0, reverse=True) + tl.cumsum(earlier, 0) - earlier
         dg += (ddecay * tl.exp(end.to(tl.float32))).to(tl.float64)
-        # below the least decay nothing changes any more
+        # clamped log decays have no gradient
         g = tl.load(g_ + head * g_head + row * g_row, mask=inside, other=0.0)
         dg = tl.where(g >= LEAST_DECAY, dg.to(tl.float32), 0.0)
         tl.store(dg_ + head * dg_head + row * dg_row, dg, mask=inside)

@@ -1,15 +1,15 @@
-"""Recurrences with one decay a head, in Triton: chunk by chunk, all segments in one launch (kernel "triton_chunked").
+"""Recurrences with one decay per head, in Triton: chunk by chunk, all segments in one launch (kernel "triton_chunked").
 
-The algebra is that of `chunked`. Forward takes three launches: the effect of each chunk on any state, the scan of states over the
-chunks of each segment, and outputs. Backward takes five: the first two again, the part of the gradient that depends on a chunk's
-own outputs, the backward scan of gradients, and gradients of tokens. Without the delta rule the first launch is left out. There
-are no atomics: results have the same bits every time.
+The algebra is that of `chunked`. The forward takes three launches: the effect of each chunk on any state, the scan of states over
+each segment's chunks, and the outputs. The backward takes five: the first two again, the part of the gradient that comes from a
+chunk's own outputs, the backward scan of gradients, and the gradients of tokens. Without the delta rule there is no first
+launch. There are no atomics, so results are bitwise reproducible.
 
-Products have the inputs' dtype, for float32 as three products of TF32; tensors that launches leave to later ones have the inputs'
-dtype. Sums and states are float32, and sums of logarithms of decays have double precision.
+Products take operands of the inputs' dtype; float32 operands take three TF32 products. Tensors passed between launches have the
+inputs' dtype. Sums and states are float32; sums of log decays are float64.
 """
 
-# N segments, M chunks, C tokens of a chunk, T tokens, H heads, G heads of queries and keys, K key dim, V value dim;
+# N segments, M chunks, C tokens per chunk, T tokens, H heads, G heads of queries and keys, K key dim, V value dim;
 # a state is S_NHKV
 
 from __future__ import annotations
@@ -37,23 +37,25 @@ from distattn.kernels.triton.launch import (
 )
 from distattn.kernels.triton.tiles import INTERPRETED
 
-# the functions also take meta tensors, and then allocate as they do on devices
+# the functions also accept meta tensors, for which they allocate as they do on a device
 RUNS_ON_META = True
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_DIM = 256
-# most tokens of a chunk; wider keys leave registers and shared memory for fewer: the most bytes of a chunk's keys
+# maximum and minimum tokens per chunk, and maximum bytes of a chunk's keys: with wider keys, fewer tokens fit into registers and
+# shared memory
 _CHUNK, _LEAST_CHUNK, _BYTES_OF_KEYS = 64, 16, 1 << 14
-# most columns of values at a time, and bytes of a state's columns, which a scan keeps in registers; products have at least 16
+# maximum columns of values at a time, maximum bytes of the state's columns that a scan keeps in registers, and minimum side of a
+# product
 _COLUMNS, _BYTES_OF_STATE, _LEAST_SIDE = 32, 1 << 13, 16
-# most channels of keys at a time in the kernel that ends a backward pass: with 64 it spills registers on A100 and H100
+# maximum channels of keys at a time in the last kernel of a backward pass: with 64 it spills registers on A100 and H100
 _CHANNELS = 32
 
 
 class ChunkTable(NamedTuple):
-    """Table of chunks: rows [begin, end) of each chunk, int32 (M, 2), and the first chunk of each segment, int32 (N + 1).
+    """The chunks of all segments.
 
-    bounds: rows of each segment, int64 (N, 2). size: C. rows: number of rows of consecutive segments, 0 if segments leave
-    rows out.
+    chunks: rows [begin, end) of each chunk, int32 (M, 2). first: the first chunk of each segment, int32 (N + 1). bounds: rows
+    [begin, end) of each segment, int64 (N, 2). size: C. rows: the total number of rows, or 0 if there are gaps between segments.
     """
 
     chunks: Tensor
@@ -64,7 +66,7 @@ class ChunkTable(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return the reason why this kernel cannot serve such a call, or None."""
+    """Return why this kernel cannot serve such a call, or None if it can."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {device.type}"
@@ -81,13 +83,13 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def chunk_size(requirements: KernelRequirements) -> int:
-    """Return the tokens of a chunk, C."""
+    """Return the number of tokens per chunk, C."""
     bytes_of_key = max(triton.next_power_of_2(requirements.head_dim), _LEAST_SIDE) * requirements.dtype.itemsize
     return max(min(_CHUNK, _BYTES_OF_KEYS // bytes_of_key), _LEAST_CHUNK)
 
 
 def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkTable:
-    """Return the chunks of all segments, on the host."""
+    """Return the chunk table of the segments, on the host."""
     size = chunk_size(requirements)
     chunks: list[tuple[int, int]] = []
     first = [0]
@@ -103,7 +105,7 @@ def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkTable:
 
 
 def forward(x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (o_THV, the state after each segment), in float32. o is 0 outside of segments."""
+    """Compute (o_THV, the state after each segment), in float32. o is 0 outside the segments."""
     call = _Call(x, chunks, state_NHKV)
     leaving = call.passed_on(state_NHKV, keep=True)
     o = call.result(x.heads, x.v.shape[2])
@@ -114,12 +116,12 @@ def forward(x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor) -> tupl
 def states(
     x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the state after each segment, A of each or None), in float32; see `chunked.states`."""
+    """Compute (the state after each segment, with `transitions` also each segment's A), in float32. See `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         leaving = _Call(x, chunks, state_NHKV).passed_on(state_NHKV, keep=False)
         return leaving, diagonal_transitions(x, chunks.bounds, state_NHKV.dtype) if transitions else None
-    # with values 0 the recurrence maps a state linearly: from all unit vectors it computes A
+    # with zero values the recurrence is linear in the state, so applying it to the unit vectors gives A
     identity = torch.eye(key_dim, dtype=state_NHKV.dtype, device=state_NHKV.device)
     state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
     leaving = _Call(x._replace(v=F.pad(x.v, (0, key_dim))), chunks, state).passed_on(state, keep=False)
@@ -129,7 +131,7 @@ def states(
 def backward(
     x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor, do_THV: Tensor, dstate_NHKV: Tensor
 ) -> tuple[RecurrenceTokens, Tensor]:
-    """Compute (gradients of the tokens, gradients of the states that enter), in float32; see `chunked.backward`."""
+    """Compute (gradients of the tokens, gradients of the initial states), in float32. See `chunked.backward`."""
     call = _Call(x, chunks, state_NHKV)
     call.passed_on(state_NHKV, keep=True, inverses=True)
     dentering = call.passed_back(do_THV, dstate_NHKV, keep=True)
@@ -143,14 +145,17 @@ def backward(
     call.run(gradient_kernel, call.programs, **rows, **tensors, DG=dg is not None)
     if call.group > 1:
         dq, dk = (dy.unflatten(1, (-1, call.group)).sum(2) for dy in (dq, dk))
-    # a decay that all tokens share has no gradient
+    # a decay shared by all tokens gets no gradient
     return RecurrenceTokens(dq, dk, dv, x.g if dg is None else dg, dbeta), dentering
 
 
 def gradient_states(
     x: RecurrenceTokens, chunks: ChunkTable, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the gradient of the state before each segment, A of each or None), in float32; see `chunked.gradient_states`."""
+    """Compute (gradients of the initial states, with `transitions` also each segment's A), in float32.
+
+    See `chunked.gradient_states`.
+    """
     call = _Call(x, chunks, dstate_NHKV)
     if x.beta is not None:
         call.solve()
@@ -159,7 +164,7 @@ def gradient_states(
 
 
 class _Call:
-    """One call: its tensors as kernels take them, and the tensors that its launches leave to later ones."""
+    """One call: its tensors in the form that the kernels take, and the tensors passed between its launches."""
 
     def __init__(self, x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor):
         self.chunks, self.tokens, self.heads = chunks, len(x.v), x.heads
@@ -167,7 +172,7 @@ class _Call:
         self.key_dim, self.value_dim = x.q.shape[2], x.v.shape[2]
         self.is_delta, self.programs = x.beta is not None, len(chunks.chunks) * x.heads
         q, k, self.v = (_with_dense_rows(y) for y in (x.q, x.k, x.v))
-        # missing tensors are not read: pass any tensor
+        # kernels do not read absent tensors: pass any tensor in their place
         g = q if x.g is None else x.g.expand(self.tokens, -1)
         self.q, self.dtype = q, q.dtype
         tokens = {"q": q, "k": k, "v": self.v, "g": g, "beta": q if x.beta is None else x.beta}
@@ -188,12 +193,12 @@ class _Call:
             "DECAY": x.g is not None,
             "DELTA": self.is_delta,
         }
-        # tensors that launches write for later ones; any tensor if nothing is written
+        # tensors that launches write for later ones; until they are allocated, any tensor
         self.w = self.inverse = self.entering = self.dleaving = self.heard = self.du = self.do = self.v
         self.scans = len(chunks.bounds) * self.heads * triton.cdiv(self.value_dim, columns)
 
     def solve(self, inverses: bool = False) -> None:
-        """Compute u and w of all chunks. With `inverses` keep those of the triangular systems."""
+        """Compute u and w of all chunks. With `inverses`, keep the inverses of the triangular systems."""
         size = self.chunks.size
         self.w, self.heard = self._scratch(self.tokens, self.key_dim), self._scratch(self.tokens, self.value_dim)
         if inverses:
@@ -207,7 +212,10 @@ class _Call:
         )
 
     def passed_on(self, state_NHKV: Tensor, keep: bool, inverses: bool = False) -> Tensor:
-        """Return the state after each segment. With `keep` store what enters chunks and what tokens store, for later launches."""
+        """Return the state after each segment.
+
+        With `keep`, also keep the states that enter chunks and the values that tokens store, for later launches.
+        """
         if self.is_delta:
             self.solve(inverses)
         if keep:
@@ -218,9 +226,9 @@ class _Call:
         return leaving
 
     def passed_back(self, do_THV: Tensor, dstate_NHKV: Tensor, keep: bool) -> Tensor:
-        """Return the gradient of the state before each segment.
+        """Return the gradient of each segment's initial state.
 
-        With `keep` store du and what leaves chunks, for later launches.
+        With `keep`, also keep du and the gradients of the states that leave chunks, for later launches.
         """
         self.do = _with_dense_rows(do_THV)
         if keep:
@@ -235,16 +243,15 @@ class _Call:
         return dentering
 
     def result(self, *shape: int) -> Tensor:
-        """Return a float32 tensor (T, ...) for results; it is 0 where segments leave rows out."""
+        """Return a float32 tensor (T, ...) for results, 0 if there are rows outside the segments, otherwise uninitialized."""
         make = torch.empty if self.chunks.rows == self.tokens else torch.zeros
         return make((self.tokens, *shape), dtype=torch.float32, device=self.q.device)
 
     def run(self, kernel: Any, programs: int, **arguments: Any) -> None:
-        """Launch a kernel with the tensors of the call and these arguments."""
-        # many warps cannot share products of few rows
+        """Launch a kernel with the call's tensors and these arguments. With meta tensors, launch nothing."""
+        # with few rows per chunk, a product cannot be shared among many warps
         warps = 8 if self.chunks.size == _CHUNK else 4
         launch = make_launch(kernel, programs, self.arguments | arguments, Tile(0, 0, warps, 1))
-        # for meta tensors only the sizes matter
         if self.q.device != META:
             run_launch(launch)
 

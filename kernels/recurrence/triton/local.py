@@ -1,6 +1,6 @@
-"""Kernels that read one chunk of one head: its effect on any state, its outputs, and the gradient that these pass back."""
+"""Kernels whose programs each read one chunk of one head: its effect on any state, its outputs and their gradient."""
 
-# C tokens of a chunk, K key dim, V value dim, PK: K as a power of two, BV columns of values at a time
+# C tokens per chunk, K key dim, V value dim, PK: K rounded up to a power of two, BV columns of values at a time
 
 import triton
 import triton.language as tl
@@ -17,16 +17,16 @@ from distattn.kernels.recurrence.triton.chunks import (
 
 @triton.jit
 def inverse_of_unit_lower(lower, C: tl.constexpr):
-    """Return (I + lower)^-1 of a strictly lower triangular matrix, row by row.
+    """Return (I + lower)^-1 for a strictly lower triangular matrix (C, C), by forward substitution.
 
-    Powers of the matrix would be fewer steps. They are large where keys repeat, and cancel.
+    A series of matrix powers would take fewer steps, but with repeated keys its terms are large and cancel.
     """
     i = tl.arange(0, C)
     inverse = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     for number in range(1, C):
         at_row = (i == number)[:, None]
         factors = tl.sum(tl.where(at_row, lower, 0.0), 0)
-        # rows from this one on have no factor yet
+        # `lower` is strictly triangular, so only the finished rows above have nonzero factors
         row = tl.sum(factors[:, None] * inverse, 0)
         inverse = tl.where(at_row, inverse - row[None, :], inverse)
     return inverse
@@ -39,7 +39,10 @@ def triangular_kernel(
     K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """u and w of a chunk: its tokens store u - w S where the state S enters; with KEEP the inverse (M, H, C, C), too."""
+    """Compute u and w of a chunk: if the state S enters it, its tokens store u - w S.
+
+    With KEEP, also write the inverse, (M, H, C, C).
+    """
     program = tl.program_id(0)
     head, chunk = tl.cast(program % heads, tl.int64), program // heads
     row, inside = chunk_rows(chunks_, chunk, C)
@@ -69,7 +72,7 @@ def output_kernel(
     q_row, q_head, k_row, k_head, g_row, g_head, heard_row, heard_head, o_row, o_head,
     K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a chunk, of the state that enters it and of what its tokens store. entering: (M, H, K, V)."""
+    """Compute a chunk's outputs from the state that enters it, (M, H, K, V), and the values that its tokens store."""
     program = tl.program_id(0)
     head, chunk = tl.cast(program % heads, tl.int64), program // heads
     row, inside = chunk_rows(chunks_, chunk, C)
@@ -94,7 +97,7 @@ def asked_kernel(
     q_row, q_head, k_row, k_head, g_row, g_head, do_row, do_head, du_row, du_head,
     K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """The part of the gradient of what tokens store that outputs of their own chunk have."""
+    """Compute du, the gradient of the values that a chunk's tokens store, as far as it comes from the chunk's own outputs."""
     program = tl.program_id(0)
     head, chunk = tl.cast(program % heads, tl.int64), program // heads
     row, inside = chunk_rows(chunks_, chunk, C)

@@ -1,6 +1,9 @@
-"""Kernels that pass states through the chunks of a segment, and gradients back: one program per segment, head and columns."""
+"""Kernels that pass states forward, and gradients back, through a segment's chunks: one program per segment, head and block.
 
-# N segments, M chunks, H heads, C tokens of a chunk, K key dim, V value dim, PK: K as a power of two, BV columns of a program
+A block is BV columns of the state.
+"""
+
+# N segments, M chunks, H heads, C tokens per chunk, K key dim, V value dim, PK: K rounded up to a power of two
 
 import triton
 import triton.language as tl
@@ -22,16 +25,19 @@ def scan_kernel(
     K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The state after each stretch; with KEEP those that enter chunks (M, H, K, V), and u - w S in place of u."""
+    """Compute the state after each segment. With KEEP, also write the states that enter chunks (M, H, K, V).
+
+    With KEEP and DELTA, overwrite u with u - w S.
+    """
     blocks: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     column = program % blocks * BV + tl.arange(0, BV)
     owner = program // blocks
-    head, stretch = tl.cast(owner % heads, tl.int64), owner // heads
+    head, segment = tl.cast(owner % heads, tl.int64), owner // heads
     channel = tl.arange(0, PK)
     place, there = state_places(owner, K, V, channel, column)
     state = tl.load(state_ + place, mask=there, other=0.0).to(tl.float32)
-    for chunk in range(tl.load(first_ + stretch), tl.load(first_ + stretch + 1)):
+    for chunk in range(tl.load(first_ + segment), tl.load(first_ + segment + 1)):
         row, inside = chunk_rows(chunks_, chunk, C)
         k = load_rows(k_ + head // group * k_head, row, k_row, inside, channel, K)
         total, end = decay_sums(g_ + head * g_head, row, g_row, inside, DECAY, C)
@@ -56,16 +62,19 @@ def scan_back_kernel(
     K: tl.constexpr, V: tl.constexpr, PK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state before each stretch; with KEEP those of states that leave chunks, and the whole du."""
+    """Compute the gradient of each segment's initial state.
+
+    With KEEP, also write the gradients of the states that leave chunks (M, H, K, V), and the complete du.
+    """
     blocks: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
     column = program % blocks * BV + tl.arange(0, BV)
     owner = program // blocks
-    head, stretch = tl.cast(owner % heads, tl.int64), owner // heads
+    head, segment = tl.cast(owner % heads, tl.int64), owner // heads
     channel = tl.arange(0, PK)
     place, there = state_places(owner, K, V, channel, column)
     dstate = tl.load(dstate_ + place, mask=there, other=0.0).to(tl.float32)
-    first, after = tl.load(first_ + stretch), tl.load(first_ + stretch + 1)
+    first, after = tl.load(first_ + segment), tl.load(first_ + segment + 1)
     for number in range(after - first):
         chunk = after - 1 - number
         row, inside = chunk_rows(chunks_, chunk, C)
