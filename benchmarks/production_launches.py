@@ -129,7 +129,8 @@ def _plans(
 def _run_layer(plan: Plan, rank: int, kernel: str, shape: ShapeOfCall) -> None:
     """Run the forward and backward pass of one rank's layer call."""
     # not from the cache of executables, which knows of one architecture
-    program = lower(plan, rank, kernel_preparer(kernel, kernel_requirements(plan.call, CPU)))
+    finishes = getattr(load_kernel(kernel), "FINISHES", ())
+    program = lower(plan, rank, kernel_preparer(kernel, kernel_requirements(plan.call, CPU)), finishes=finishes)
     ready = Executable(program, ExecutionKey(rank, kernel, CPU), _NoTransport())
 
     def tensor(heads: int, width: int) -> Tensor:
