@@ -18,7 +18,7 @@ from distattn.parallel.strategies.double_ring import DoubleRingOptions, double_r
 from distattn.parallel.strategies.ring import RingOptions, ring
 from distattn.parallel.strategies.scan import ScanOptions, scan
 from distattn.parallel.strategies.ulysses import ulysses
-from distattn.parallel.strategies.usp import UspOptions, usp
+from distattn.parallel.strategies.usp import UspOptions, usp, usp_backward
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Strategy:
     described cluster the first is taken. own_backward: candidates for direction="backward" are backward tables themselves,
     not derived from forward ones. The function then also takes working_layout, and `seconds`, which simulates a table of that
     direction, or is None if speeds are unknown. recurrent, others: it plans recurrences, and all other ops.
+    choose_backward: returns the default backward policy of a call if that is not always `backward`.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -42,6 +43,7 @@ class Strategy:
     own_backward: bool = False
     recurrent: bool = False
     others: bool = True
+    choose_backward: Callable[..., str] | None = None
 
     @property
     def option_names(self) -> list[str]:
@@ -51,6 +53,12 @@ class Strategy:
     def takes(self, option: str) -> bool:
         """Return whether the strategy has an option of this name."""
         return option in self.option_names
+
+    def default_backward(self, call: Call, cluster: AnyCluster | None, options: Mapping[str, object]) -> str:
+        """Return the backward policy of a call for which none is set."""
+        if self.choose_backward is None or self.options is None:
+            return self.backward
+        return self.choose_backward(call, cluster, self.options(**options))
 
     def candidates(
         self,
@@ -82,7 +90,7 @@ _ALL_STRATEGIES: Mapping[str, Strategy] = {
     "double_ring": Strategy(double_ring, "refetch-follow", DoubleRingOptions),
     "allgather": Strategy(allgather, "refetch-home"),
     "ulysses": Strategy(ulysses, "keep", recurrent=True),
-    "usp": Strategy(usp, "refetch-follow", UspOptions),
+    "usp": Strategy(usp, "refetch-follow", UspOptions, choose_backward=usp_backward),
     "cad": Strategy(cad, "refetch-home", CadOptions, by_direction=True, choose_by="seconds"),
     "cad_greedy": Strategy(cad_greedy, "refetch-home", CadGreedyOptions),
 }
