@@ -1,7 +1,7 @@
 """The settings of attention: one record for run files, `ContextParallel`, planners and `make_plan`.
 
-Limits and choices stand beside the fields. A setting that run files have, too, is a field of `AttentionKeys`; one that only
-Python code sets is a field of `AttentionConfig`. Nothing else copies or lists them.
+Limits and choices are annotations of the fields. Settings that run files also have are fields of `AttentionKeys`. Settings for
+Python code only are fields of `AttentionConfig`. The fields are listed nowhere else.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from distattn.ir.plan import DTYPE_BYTES, POLICIES, dtype_name
 from distattn.kernels.registry import AUTO, KERNELS, load_kernel
 from distattn.parallel.strategy_table import STRATEGIES, check_names
 
-# of steps between proofs, and of tokens that are padded to
+# largest `verify_every` and largest `pad_to`
 _MOST = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionKeys:
-    """The settings of attention that run files have as well. Their docstrings are the help of `distattn train --help`."""
+    """The settings of attention that run files also have. The fields' docstrings are the help of `distattn train --help`."""
 
     strategy: Annotated[str, OneOf(STRATEGIES)] = "ring"
     """How attention is split: a name of distattn's strategies."""
@@ -48,22 +48,22 @@ class AttentionKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig(AttentionKeys):
-    """How attention of batches is split over ranks, planned and computed.
+    """Settings for how the attention of batches is split over ranks, planned and computed.
 
-    strategy, backward, comm_dtype, cluster, options and max_buffer_bytes are as in `make_plan`, kernel as in `attention`; layout
-    is a name of LAYOUTS, layout_options are its own. document_mask: what a document attends to in itself (see
-    `Mask.documents`). layers: settings of some layers, by number (0, 1, ...) or kind ("window", "full"): a mapping with strategy,
-    and maybe backward, options, layout and layout_options; tokens move to that layout and back inside those layers' calls.
-    verify_every: plans of every `verify_every`-th step are proven before they run, the first step's always. pad_to: each rank's
-    tokens are padded to a multiple of it.
+    strategy, backward, comm_dtype, cluster, options and max_buffer_bytes: see `make_plan`. kernel: see `attention`. layout: a key
+    of LAYOUTS. layout_options: the layout's own options. document_mask: the mask within each document (see `Mask.documents`).
+    layers: different settings for some layers, by number (0, 1, ...) or kind ("window", "full"). Each is a mapping with strategy
+    and optionally backward, options, layout and layout_options; the calls of these layers move tokens to that layout and back.
+    verify_every: prove the plans of the first step and of every `verify_every`-th step before they run. pad_to: pad each rank's
+    tokens to a multiple of this number.
 
-    data: "replicated", all ranks of the group hold the same batch and split it; or "per_rank", every rank, or every block of
-    `context_parallel_size` neighbouring ranks, has its own documents, and attention is shared over all of them. servers: number
-    of last ranks that have no model and call `serve` instead. adaptive: attention is shared out by measured speeds of ranks, or
-    by a log of them (see `RankSpeeds`). timeout: seconds after which a rank that does not answer is named; by default the process
-    group's own.
+    data: "replicated" if all ranks of the group hold the same batch and split it; "per_rank" if every rank, or every block of
+    `context_parallel_size` neighbouring ranks, has its own documents, and attention is shared by all of them. servers: the number
+    of ranks, the last ones, that have no model and call `serve` instead. adaptive: distribute attention by the measured speeds of
+    ranks, or by a log of them (see `RankSpeeds`). timeout: seconds after which a rank that does not answer is named in an error;
+    the default is the process group's timeout.
 
-    Raises DistattnError for values that do not exist, or do not go together.
+    Raises DistattnError for unknown values and invalid combinations.
     """
 
     layout_options: Mapping[str, Any] | None = None
@@ -79,7 +79,7 @@ class AttentionConfig(AttentionKeys):
     timeout: Annotated[float | None, Number(gt=0)] = None
 
     def __post_init__(self) -> None:
-        # ranks compare settings by value
+        # normalize, because ranks compare settings by value
         object.__setattr__(self, "cluster", resolve_cluster(self.cluster))
         object.__setattr__(self, "comm_dtype", dtype_name(self.comm_dtype) or None)
         check_fields(self)
@@ -98,9 +98,9 @@ class AttentionConfig(AttentionKeys):
 
     @classmethod
     def of(cls, base: AttentionKeys | None, /, **settings: Any) -> AttentionConfig:
-        """Return the settings of keyword arguments, or those of `base` where these replace some.
+        """Return the given settings, and those of `base` for the rest.
 
-        Raises DistattnError for a setting that does not exist, and without a strategy.
+        Raise DistattnError for an unknown setting, or if no strategy is given.
         """
         if not isinstance(base, AttentionKeys | None):
             raise DistattnError(f"config is an AttentionConfig, not a {type(base).__name__}.")
@@ -116,24 +116,24 @@ class AttentionConfig(AttentionKeys):
 
     @property
     def backward_policy(self) -> str:
-        """The backward policy: the one that is set, or the strategy's own."""
+        """The backward policy: the one set, or otherwise the strategy's own."""
         return self.backward or STRATEGIES[self.strategy].backward
 
     @property
     def strategy_options(self) -> dict[str, object]:
-        """The strategy's options, with max_buffer_bytes if the strategy can keep to it."""
+        """The strategy's options, including max_buffer_bytes if the strategy has that option."""
         is_limited = self.max_buffer_bytes is not None and STRATEGIES[self.strategy].takes("max_buffer_bytes")
         return {**({"max_buffer_bytes": self.max_buffer_bytes} if is_limited else {}), **(self.options or {})}
 
     def check_kernel(self) -> None:
-        """Import the kernel. Raise DistattnError if something that it needs is not installed."""
+        """Import the kernel. Raise DistattnError if anything that it needs is not installed."""
         if self.kernel not in (None, AUTO):
             load_kernel(self.kernel)
 
     def block_ranks(self, ranks: int) -> int:
-        """Return the number of neighbouring ranks of a group that hold the same batch. ranks: those of the group.
+        """Return the number of neighbouring ranks that hold the same batch, in a group of `ranks` ranks.
 
-        Raises DistattnError if servers or context_parallel_size do not fit the group.
+        Raise DistattnError if servers or context_parallel_size do not fit the group.
         """
         if type(self.servers) is not int or not 0 <= self.servers < ranks:
             raise DistattnError(f"servers is 0 to {ranks - 1} of the group's {ranks} ranks, not {self.servers!r}.")
@@ -147,10 +147,10 @@ class AttentionConfig(AttentionKeys):
 
 
 def check_layout(layout: str, options: Mapping[str, Any] | None, document_mask: str | tuple[int, int]) -> None:
-    """Raise DistattnError for a layout, its options or a document mask that do not exist."""
+    """Raise DistattnError if the layout, one of its options or the document mask does not exist."""
     if layout not in LAYOUTS:
         raise DistattnError(f"layout {layout!r} does not exist; there are {', '.join(LAYOUTS)}.")
     for name in (options or {}).keys() - inspect.signature(LAYOUTS[layout]).parameters.keys():
         raise DistattnError(f"layout {layout} has no option {name!r}.")
-    # refuse what no document and no layout can be: better now than at the first batch
+    # make a small layout, so that errors are raised now rather than at the first batch
     make_layout(layout, [64], 2, Mask.documents([64], document_mask), **(options or {}))

@@ -1,8 +1,9 @@
-"""Plans of multi-head latent attention: either latents move, or the keys and values that their owners expand them to.
+"""Plans of multi-head latent attention: either latents move, or the keys and values expanded from them by their owners.
 
-A latent of 512 and a rotary key of 64 have as many numbers as the keys and values of two heads. So if a rank reads the keys of
-many heads, latents take far fewer bytes. But every rank that receives a latent expands it again, in each direction, and a
-strategy that deals heads to ranks needs the keys of only a few heads. Both plans are made, and the faster one is taken.
+A latent of 512 numbers and a rotary key of 64 are as large as the keys and values of about two heads. If a rank needs the keys of
+many heads, sending latents therefore takes far fewer bytes. However, every rank that receives a latent expands it again, in each
+direction, and strategies that distribute heads over ranks need the keys of only a few heads. Both plans are made, and the faster
+one is used.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ def make_latent_plan(
     cluster: AnyCluster | str | Path | None = None,
     **settings: Any,
 ) -> Plan:
-    """Plan one call of latent attention: of `latent_op(rotary_dim, latent_dim)`, or of attention with one key head per query
-    head.
+    """Plan one call of latent attention, either as `latent_op(rotary_dim, latent_dim)` or as attention with one key head per
+    query head.
 
-    heads, head_dim (with the rotary part) and v_head_dim are those of queries and values; config, cluster and settings are
-    `make_plan`'s. On a described cluster take the plan that is faster in simulation, forward and backward together with all
-    expansions. Otherwise take the one that moves fewer bytes. If one cannot be planned, take the other. `latent_attention`
-    takes either. Raise as `make_plan` does.
+    heads, head_dim (including the rotary part) and v_head_dim are those of queries and values. config, cluster and settings are
+    those of `make_plan`. Given a ClusterSpec, return the plan that simulates faster, forward plus backward with all expansions.
+    Otherwise return the plan that moves fewer bytes. If one form cannot be planned, return the other. `latent_attention`
+    accepts both. Raise the errors of `make_plan`.
     """
     cluster = resolve_cluster(cluster)
     widths = partial(make_plan, mask, layout, heads=heads, head_dim=head_dim, v_head_dim=v_head_dim)
@@ -67,11 +68,11 @@ def make_latent_plan(
 
 
 def latent_seconds(plan: Plan, cluster: ClusterSpec, rotary_dim: int, latent_dim: int) -> float:
-    """Return the simulated seconds of either plan, forward and backward, with the owners' expansion of their latents."""
+    """Return the simulated seconds of either plan, forward plus backward, including the owners' expansions of latents."""
     call = plan.call
     total = simulated_seconds(plan, cluster)
     if call.op.kind == "latent_attention":
-        # its kernels include the expansions
+        # the simulated kernels of this op include the expansions
         return total
     most = np.array([max(call.layout.shard_sizes())])
     widths = latent_dim, call.head_dim - rotary_dim + call.v_head_dim

@@ -1,4 +1,4 @@
-"""Make plans: the function that runs a strategy of the table, and chooses between its candidates."""
+"""Make plans: run a strategy from the table, and choose between its candidates."""
 
 from __future__ import annotations
 
@@ -49,28 +49,28 @@ def make_plan(
     max_buffer_bytes: int | None = None,
     op: Op | str = ATTENTION,
 ) -> Plan:
-    """Plan one call: a pure host function without torch, with the same result on every rank.
+    """Plan one call. This is a pure host function without torch that returns the same plan on every rank.
 
-    heads and kv_heads are query and key/value heads on one tensor-parallel rank; dtype is that of q, k and v ("float16",
-    "bfloat16", "float32", "float64", or the dtype of torch or NumPy). backward is one of POLICIES, by default the strategy's
-    own. cluster says which ranks share a node, and, if it is a ClusterSpec, its name ("h200-8x8") or its TOML file, the
-    speeds of kernels and links. options are the strategy's own, by name. comm_dtype: the dtype in which outputs and gradients
-    are sent, q's or (by default) that of accumulation; if no two partial results are added, q's loses nothing.
-    working_layout: the layout that the strategy works on, if it is not that of q, k, v and o; tokens are moved there and back
-    inside the call. max_buffer_bytes: the most bytes of buffers that a rank may need at once (see `verify`). If a plan needs
-    more, heads are computed in several chunks, and the backward policy is "keep" only if it was asked for: kept tensors do
-    not shrink.
+    heads and kv_heads count the query and key/value heads on one tensor-parallel rank. dtype is that of q, k and v ("float16",
+    "bfloat16", "float32", "float64", or the dtype of torch or NumPy). backward is one of POLICIES; the default is the
+    strategy's own. cluster says which ranks share a node. As a ClusterSpec, the name of one ("h200-8x8") or a TOML file, it
+    also gives the speeds of kernels and links. options are the strategy's own options, by name. comm_dtype is the dtype in
+    which outputs and gradients are sent: q's, or by default the accumulation dtype. If no two partial results are added, q's
+    loses nothing. working_layout is the layout on which the strategy works, if it differs from that of q, k, v and o; the call
+    moves tokens there and back. max_buffer_bytes is the most bytes of buffers that a rank may need at once (see `verify`). If a
+    plan needs more, heads are computed in several chunks. The backward policy is then "keep" only if requested explicitly,
+    because kept tensors do not shrink.
 
-    op: the op to compute, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
-    `distattn.ir.op`). For a recurrence, heads are those of values and states, kv_heads those of queries and keys, head_dim
-    and v_head_dim the sides of a state; strategies are those of `strategies_of(op)`.
+    op is the op to compute, an Op or its name: "attention", or a recurrence ("gated_delta_rule", "ssd", "gla", ...; see
+    `distattn.ir.op`). For a recurrence, heads are those of values and states, kv_heads are those of queries and keys, head_dim
+    and v_head_dim are the dims of a state, and the strategies are those of `strategies_of(op)`.
 
-    config: settings in place of strategy, backward, options, comm_dtype, cluster and max_buffer_bytes. A strategy next to it
-    replaces the config's, together with its backward and options; options without a strategy are added to the config's.
+    config holds strategy, backward, options, comm_dtype, cluster and max_buffer_bytes in one record. A strategy given as well
+    replaces the config's strategy, backward and options. Options given without a strategy are added to the config's.
 
-    A strategy's candidates are compared by bytes or by simulated seconds (see `Strategy`), forward and backward separately
-    (together if the backward keeps what it received). Raise DistattnError if the call cannot be planned as asked, and
-    PlanError, with the least possible bytes, if no chunks are small enough.
+    A strategy's candidates are compared by bytes or by simulated seconds (see `Strategy`), separately for forward and backward,
+    or together if the backward keeps received tensors. Raise DistattnError if the call cannot be planned as requested, and
+    PlanError, with the least possible bytes, if no number of chunks is enough.
     """
     op = op_of(op)
     if config is not None:
@@ -125,14 +125,14 @@ def make_plan(
 
     policy = backward or chosen.default_backward(working, cluster, options or {})
     forwards = candidates("forward", policy)
-    # the backward pass has its own tasks
+    # True if the backward pass has tasks of its own
     has_backward_tasks = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))
     backwards = candidates("backward", policy) if has_backward_tasks else None
     plan = planned(policy, forwards, backwards)
     if max_buffer_bytes is None or (least := _most_needed(plan)) <= max_buffer_bytes:
         return plan
     chunked_policy = "refetch-home" if policy == "keep" and backward is None else policy
-    # states cannot be cut by heads
+    # the states of a recurrence cannot be cut by heads
     cuts = [] if op.is_recurrent else possible_head_chunks(working, forwards[0])
     for cut in cuts:
         plan = planned(chunked_policy, forwards, backwards, cut)
@@ -146,13 +146,13 @@ def make_plan(
 
 
 def _most_needed(plan: Plan) -> int:
-    """Return the bytes of buffers that the rank and pass with the largest need have at once."""
+    """Return the peak bytes of buffers, the maximum over ranks and passes."""
     proof = verify(plan)
     return int(max(proof.forward_peak.max(), proof.backward_peak.max()))
 
 
 def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], policy: str) -> tuple[Table, Table]:
-    """Return the forward and backward table that move fewest bytes, of one candidate if the backward keeps what it received."""
+    """Return the forward and backward tables that move the fewest bytes. With policy "keep", both come from one candidate."""
     forward_bytes, backward_bytes = (
         np.array([int(move_bytes(call, table.moves).sum()) for table in tables]) for tables in (forwards, backwards)
     )
@@ -163,19 +163,19 @@ def _fewest_bytes(call: Call, forwards: list[Table], backwards: list[Table], pol
 
 
 def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table], direction: str, policy: str) -> Table:
-    """Return the fastest candidate in simulation, or the first if speeds are unknown; see `Strategy.choose_by`."""
+    """Return the candidate that simulates fastest, or the first if speeds are unknown. See `Strategy`."""
     remaining = iter(candidates)
     asked_for = next(remaining)
     if not isinstance(cluster, ClusterSpec):
         return asked_for
     spec = cluster
-    # candidates are made lazily: do not plan tables that are not simulated
+    # candidates are generated lazily: do not plan tables that will not be simulated
     at_home = next(remaining, None)
     if at_home is None:
         return asked_for
 
     def seconds(table: Table) -> float:
-        # the backward pass moves what the forward pass does, and gradients
+        # the backward pass moves gradients as well
         whole = table if direction == "forward" else derive_backward(call, table, policy, spec)
         return simulate_pass(call, spec, direction, whole).seconds
 
@@ -189,7 +189,7 @@ def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table]
 
 
 def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -> Callable[[Table], float] | None:
-    """Return a function that simulates tables of one direction, in seconds; None if speeds are unknown."""
+    """Return a function that maps a table of one direction to simulated seconds, or None if speeds are unknown."""
     if not isinstance(cluster, ClusterSpec):
         return None
     spec = cluster
@@ -197,7 +197,7 @@ def _seconds_of_tables(call: Call, cluster: AnyCluster | None, direction: str) -
 
 
 def _without_idle_steps(table: Table) -> Table:
-    """Return the table with steps renumbered, without those in which no rank does anything."""
+    """Return the table without steps in which no rank does anything, and with the other steps renumbered."""
     busy = sorted_unique(np.concatenate([table.tasks["step"], table.moves["step"]]))
     tasks, moves = ({**part, "step": np.searchsorted(busy, part["step"])} for part in (table.tasks, table.moves))
     return Table(tasks, moves, table.label)

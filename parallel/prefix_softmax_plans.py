@@ -1,4 +1,4 @@
-"""Plans of a softmax over the preceding tokens: of its maxima, its sums, and the weighted sums of values."""
+"""Plans of a softmax over the preceding tokens: one each for its maxima, its sums, and the weighted sums of values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distattn.parallel.make_plan import make_plan
 
 
 class PrefixSoftmaxPlans(NamedTuple):
-    """Plans of `prefix_softmax`, or their executables, in the order in which they run.
+    """The plans of `prefix_softmax`, or their executables, in the order in which they run.
 
-    maximum: of "prefix_max", of each latent's logits. total: of "ssd" with a head for each latent, the sums of exponentials.
-    weighted: of "gla", the sums of values times exponentials, one row of a state for each latent.
+    maximum: a "prefix_max" over each latent's logits. total: an "ssd" with one head per latent, for the sums of exponentials.
+    weighted: a "gla" for the sums of values times exponentials, with one state row per latent.
     """
 
     maximum: Any
@@ -25,7 +25,7 @@ class PrefixSoftmaxPlans(NamedTuple):
 
 
 class CallSizes(TypedDict):
-    """Heads, dims, dtype and op of a call, as arguments of `make_plan`."""
+    """The heads, dims, dtype and op of a call, as keyword arguments for `make_plan`."""
 
     heads: int
     kv_heads: int
@@ -47,10 +47,11 @@ def make_prefix_softmax_plans(
     strategy: str = "scan",
     **settings: Any,
 ) -> PrefixSoftmaxPlans:
-    """Plan one call of `prefix_softmax` on causal documents: a pure host function without torch, equal on every rank.
+    """Plan one call of `prefix_softmax` on causal documents, on the host without torch. All ranks get the same plans.
 
-    latents: number of softmaxes over tokens in each head. dtype: of values. strategy, settings: those of `make_plan` for
-    recurrences (cluster, options, working_layout, ...), for all three plans. Raise what `make_plan` raises.
+    latents: the number of softmaxes over tokens in each head. dtype: the dtype of values. strategy, settings: those of
+    `make_plan` for recurrences (cluster, options, working_layout, ...), used for all three plans. Raise the errors of
+    `make_plan`.
     """
     shapes = prefix_softmax_shapes(heads, latents, v_head_dim, dtype_name(dtype))
     plans: list[Plan] = [make_plan(mask, layout, strategy=strategy, **shape, **settings) for shape in shapes]
@@ -58,7 +59,7 @@ def make_prefix_softmax_plans(
 
 
 def prefix_softmax_shapes(heads: int, latents: int, v_head_dim: int, dtype: str) -> list[CallSizes]:
-    """Return heads, dims, dtype and op of the three calls. Maxima and sums have the accumulation dtype."""
+    """Return the heads, dims, dtype and op of the three calls. Maxima and sums have the accumulation dtype."""
     wide = "float64" if dtype == "float64" else "float32"
     return [
         CallSizes(heads=heads, kv_heads=heads, head_dim=1, v_head_dim=latents, dtype=wide, op=PREFIX_MAX),

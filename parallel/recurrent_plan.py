@@ -1,7 +1,7 @@
 """Plans of recurrences: either states move and tokens stay (`scan`), or tokens move and states stay (`ulysses`).
 
 A state is smaller than the tokens of most segments, so `scan` is faster if documents have few segments. If a layout cuts
-documents into many, or gives ranks unequal numbers of tokens, two all-to-alls of tokens may take less time.
+documents into many segments, or gives ranks unequal numbers of tokens, two all-to-alls of tokens may take less time.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def make_recurrent_plan(
     options: Mapping[str, object] | None = None,
     **settings: Any,
 ) -> Plan:
-    """Plan one call of a recurrence by `scan` or by `ulysses`, whichever is faster in simulation, forward and backward together.
+    """Plan one call of a recurrence with `scan` or `ulysses`, whichever simulates faster, forward plus backward.
 
-    op and heads as in `make_plan`, which has the other settings; config's strategy, backward and options are attention's, and
-    not used. `explain` reports both times. The plan is scan's if its options are given, if speeds are unknown, if there are
-    fewer heads than ranks, and if a rank has no tokens: it may be a server, which computes attention only. Raise as
-    `make_plan` does; if both strategies are refused, raise scan's error.
+    op, heads and settings are those of `make_plan`. config's strategy, backward and options are for attention and not used
+    here. `explain` reports both times. The plan is always scan's if options for it are given, if speeds are unknown, if there
+    are fewer heads than ranks, or if a rank has no tokens: such a rank may be a server, which computes attention only. Raise
+    the errors of `make_plan`. If both strategies fail, the error is scan's.
     """
     cluster = resolve_cluster(cluster)
     plan = partial(make_plan, mask, layout, op=op, heads=heads, config=config, cluster=cluster, **settings)
@@ -57,7 +57,7 @@ def make_recurrent_plan(
             refusals.append(refusal)
     if not plans:
         raise refusals[0]
-    # scan comes first among equals, because its ranks keep less for the backward pass
+    # the sort is stable: scan comes first if times are equal, because it keeps less for the backward pass
     timed = sorted(((simulated_seconds(plan, cluster), plan) for plan in plans), key=lambda timed_plan: timed_plan[0])
     times = ", ".join(f"{plan.strategy} {1e3 * seconds:.3f} ms" for seconds, plan in timed)
     chosen = timed[0][1]

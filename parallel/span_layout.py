@@ -1,7 +1,7 @@
-"""The faster layout of a span of recurrent layers: that of the model, or contiguous slices with a re-layout at both ends.
+"""The choice of layout for a span of recurrent layers: the model's, or contiguous slices with a re-layout at both ends.
 
-Contiguous slices have the fewest states: a document of m segments moves at least m - 1 in every layer. Tokens that move before
-the span and back after it move once, however many layers it has.
+Contiguous slices have the fewest states to move: a document of m segments moves at least m - 1 states in every layer. Tokens
+move only once to the span's layout and once back, however many layers the span has.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from distattn.ir.plan import Plan
 from distattn.parallel.analysis.simulate import simulated_seconds
 from distattn.parallel.make_plan import make_plan
 
-# the name of the layout with the fewest segments
+# the layout with the fewest segments
 SPAN_LAYOUT = "contiguous"
 
 
 def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
-    """Return whether the other layout may be faster. No plan of it is made: none beats an equal share of the work on each rank.
+    """Return False if layout `there` cannot be faster, without planning it. No plan beats an equal share of work on each rank.
 
-    here, layers, width and cluster as in `relayout_is_faster`. Return False if both layouts are equal.
+    The other arguments are those of `relayout_is_faster`. Also return False if both layouts are equal.
     """
     call = here.call
     if there == call.layout:
@@ -38,10 +38,10 @@ def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int
 
 
 def relayout_is_faster(here: Plan, there: Plan, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
-    """Return whether a span of recurrent layers is faster in the layout of another plan, in simulation, forward and backward.
+    """Return whether a span of recurrent layers simulates faster in the layout of plan `there`, forward plus backward.
 
-    here, there: plans of one layer in the model's layout and in the other. layers: number of layers. width: of the hidden
-    states, which move in and out.
+    here, there: plans for one layer, in the model's layout and in the other. layers: the number of layers in the span. width:
+    the width of the hidden states, which move to the span's layout and back.
     """
     gained = layers * (simulated_seconds(here, cluster) - simulated_seconds(there, cluster))
     call = here.call
@@ -49,8 +49,8 @@ def relayout_is_faster(here: Plan, there: Plan, *, layers: int, width: int, clus
 
 
 def relayout_seconds(here: Layout, there: Layout, width: int, dtype: str, cluster: ClusterSpec) -> float:
-    """Return the simulated seconds in which rows of `width` numbers, and their gradients, move to another layout and back."""
-    # a convolution of one tap moves only tokens to the ranks that compute them, and results back
+    """Return the simulated seconds for moving rows of `width` numbers, and their gradients, to layout `there` and back."""
+    # plan a one-tap convolution, which only moves tokens to the ranks that compute them, and results back
     plan = make_plan(
         Mask.documents(here.lengths, (0, 0)),
         here,

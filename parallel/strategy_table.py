@@ -1,4 +1,4 @@
-"""The table of strategies: a name, the function that makes its tables, and how they are used."""
+"""The table of strategies: for each name, the function that makes the tables, and how they are used."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from distattn.parallel.strategies.usp import UspOptions, usp, usp_backward
 class Strategy:
     """A pure function (call, cluster[, options][, direction]) -> candidate forward tables, and how to use it.
 
-    backward: the backward policy that suits it. options: the frozen dataclass of its options, or None. by_direction: the
-    function also takes direction="backward", to assign tasks by their cost there. choose_by: "bytes" takes the candidate that
-    moves fewest. "seconds" simulates candidates on a described cluster: the first is what was asked for, the second moves
-    only what it must. The others lie between the two, and are made only if the first is not faster than the second. Without a
-    described cluster the first is taken. own_backward: candidates for direction="backward" are backward tables themselves,
-    not derived from forward ones. The function then also takes working_layout, and `seconds`, which simulates a table of that
-    direction, or is None if speeds are unknown. recurrent, others: it plans recurrences, and all other ops.
-    choose_backward: returns the default backward policy of a call if that is not always `backward`.
+    backward: the default backward policy. options: the frozen dataclass of its options, or None. by_direction: the function
+    also takes direction="backward", to assign tasks by their cost in that pass. choose_by: "bytes" takes the candidate that
+    moves the fewest. "seconds" simulates candidates on a ClusterSpec: the first candidate is the one requested, the second
+    moves only what it must. The others lie in between, and are made only if the first is not faster than the second. Without a
+    ClusterSpec, the first is taken. own_backward: candidates for direction="backward" are backward tables themselves, not
+    derived from forward tables. The function then also takes working_layout and `seconds`, a function that simulates a table
+    of that direction, or None if speeds are unknown. recurrent: it can plan recurrences. others: it can plan all other ops.
+    choose_backward: a function that returns a call's default backward policy, for strategies with more than one.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -47,11 +47,11 @@ class Strategy:
 
     @property
     def option_names(self) -> list[str]:
-        """Names of the options, in the order of their dataclass."""
+        """The names of the options, in the order of their dataclass."""
         return [] if self.options is None else [field.name for field in fields(self.options)]
 
     def takes(self, option: str) -> bool:
-        """Return whether the strategy has an option of this name."""
+        """Return whether the strategy has an option named `option`."""
         return option in self.option_names
 
     def default_backward(self, call: Call, cluster: AnyCluster | None, options: Mapping[str, object]) -> str:
@@ -69,9 +69,9 @@ class Strategy:
         working_layout: Layout | None,
         seconds: Callable[[Table], float] | None,
     ) -> Iterable[Table]:
-        """Yield the candidates of a call. Raise DistattnError if the strategy cannot plan it.
+        """Return the candidate tables for a call. Raise DistattnError if the strategy cannot plan it.
 
-        working_layout, seconds: for strategies with `own_backward`.
+        working_layout, seconds: used only by strategies with `own_backward`.
         """
         arguments: dict[str, object] = {}
         if self.options is not None:
@@ -97,7 +97,7 @@ _ALL_STRATEGIES: Mapping[str, Strategy] = {
 
 
 def strategies_of(op: Op) -> Mapping[str, Strategy]:
-    """Return the strategies that plan an op, by name."""
+    """Return the strategies that can plan an op, by name."""
     return {
         name: strategy
         for name, strategy in _ALL_STRATEGIES.items()
@@ -109,7 +109,7 @@ STRATEGIES: Mapping[str, Strategy] = strategies_of(ATTENTION)
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None, op: Op = ATTENTION) -> None:
-    """Refuse a strategy, backward policy or option that an op does not have, naming those that it has."""
+    """Raise DistattnError if the op does not support a strategy, backward policy or option. The error names those it supports."""
     strategies = strategies_of(op)
     if strategy not in strategies:
         of_op = "" if op == ATTENTION else f" for {op.name}"

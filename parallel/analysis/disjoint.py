@@ -1,4 +1,4 @@
-"""Find two rectangles of a group that overlap, by sorts and searches, in almost linear time for any rectangles."""
+"""Find two overlapping rectangles of one group by sorts and searches, in almost linear time for any rectangles."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import numpy as np
 
 from distattn.ir.intervals import Ints, elementary_intervals, lexicographic_argsort, sorted_unique, stable_argsort
 
-# rectangles cut into more slabs than this, on average, are checked by levels instead
+# rectangles that would be cut into more slabs than this on average are checked by levels instead
 _SLABS = 16
 
 
 def first_overlap(group: Ints, box: tuple[Ints, Ints, Ints, Ints]) -> tuple[int, int] | None:
-    """Return two rows of one group whose rectangles [q0, q1) x [k0, k1) share a cell, or None.
+    """Return two rows of one group whose rectangles [q0, q1) x [k0, k1) share a cell, or None if there are no such rows.
 
-    Rectangles of a plan are mostly aligned: cut at each other's ends along one axis they become few slabs, in which the other
-    axis must be disjoint. If they are not aligned (random cuts make M ** 1.5 slabs) a segment tree takes O(M log M).
+    The rectangles of a plan are mostly aligned. Cut at each other's ends along one axis, they become a few slabs, in which they
+    must be disjoint along the other axis. If they are not aligned (random cuts make M ** 1.5 slabs), a segment tree is used,
+    which takes O(M log M).
     """
     q0, q1, k0, k1 = box
     rows = len(group)
@@ -42,13 +43,14 @@ def _clash_in_slabs(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) 
 def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints) -> tuple[int, int] | None:
     """Search a segment tree over the first axis, level by level.
 
-    An interval covers at most two nodes of a level completely (it is *long* there) and meets at most two in part (*short*).
-    Two intervals overlap exactly if, at some node, both are long or one is long and the other short.
+    On each level, an interval is *long* at the nodes of its minimal cover (at most two) and *short* at the nodes that it covers
+    only in part (at most two). Two intervals overlap if and only if, at some node, both are long, or one is long and the other
+    short.
     """
     base = int(high.max()) + 2
     points = sorted_unique(np.concatenate([group * base + low, group * base + high]))
     a, b = np.searchsorted(points, group * base + low), np.searchsorted(points, group * base + high)
-    # the second axis as ranks that include the group: then a node and a rank fit in one number
+    # replace positions on the second axis by their rank over all groups, so that a node and a rank fit in one integer
     width = int(end.max()) + 2
     ranks = sorted_unique(np.concatenate([group * width + begin, group * width + end]))
     c, d = np.searchsorted(ranks, group * width + begin), np.searchsorted(ranks, group * width + end)
@@ -59,7 +61,7 @@ def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints)
         from_left, from_right = inside & (left % 2 == 1), inside & (right % 2 == 1)
         long = np.concatenate([index[from_left], index[from_right]])
         node = np.concatenate([left[from_left], right[from_right] - 1])
-        # a single odd node counts once
+        # count a node once if it is both the leftmost and the rightmost
         num_left = len(index[from_left])
         twice = np.zeros(len(long), bool)
         twice[num_left:] = (from_left & from_right & (left == right - 1))[index[from_right]]

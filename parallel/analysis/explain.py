@@ -1,4 +1,4 @@
-"""Explain a plan to users: the ranks that compute and send, the balance, and a picture of the score matrix."""
+"""Explain a plan to users: the work and messages of each rank, the balance, and a picture of the score matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distattn.parallel.analysis.score_matrix import draw_score_matrix, score_mat
 from distattn.parallel.analysis.text_format import align_columns, plural, readable_bytes
 from distattn.parallel.analysis.verify import Proof, verify
 
-# the most ranks that are listed; of more only the extremes are shown
+# largest number of ranks listed; if there are more, only the least and most loaded are shown
 _LISTED_RANKS = 16
 
 
@@ -37,7 +37,7 @@ _LISTED_RANKS = 16
 class Explanation:
     """Explanation of a plan.
 
-    `str()` is the text; `.html()` a page fragment with the picture; `.as_dict()` the facts as a dict.
+    `str()` is the text, `.html()` an HTML fragment with the picture, `.as_dict()` the facts as a dict.
     """
 
     plan: Plan
@@ -45,7 +45,7 @@ class Explanation:
     cluster: AnyCluster
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every number of the text, in bytes, tokens and cells x query heads."""
+        """Return every number in the text, in bytes, tokens and cells x query heads."""
         call, moved = self.plan.call, self.plan.bytes()
         payloads = [p for p in Payload if p in (*call.payloads("forward"), *call.payloads("backward"))]
         yardsticks = {
@@ -117,15 +117,15 @@ class Explanation:
         return f"{score_matrix_html(self.plan)}\n<pre>{html.escape(str(self))}</pre>"
 
     def picture(self) -> bytes:
-        """Return a PNG of the score matrix: the rank that computes each cell, and the step (forward). Needs matplotlib."""
+        """Return a PNG of the forward score matrix, coloured by rank and by step. Needs matplotlib."""
         return draw_score_matrix(self.plan)
 
 
 @checked
 def explain(plan: Plan, cluster: AnyCluster | None = None) -> Explanation:
-    """Prove and explain a plan. cluster: says which ranks share a node, all of them by default.
+    """Prove and explain a plan. cluster: determines which ranks share a node; by default, all do.
 
-    Raise PlanError if the plan cannot be proven, DistattnError if the cluster has another number of ranks.
+    Raise PlanError if the plan cannot be proven, DistattnError if the cluster has a different number of ranks.
     """
     cluster = Cluster(1, plan.call.ranks) if cluster is None else cluster
     if cluster.ranks != plan.call.ranks:

@@ -1,12 +1,12 @@
-"""The proof that every token is held where it is used, and that every partial result leaves once: one check for both.
+"""The proof that every token is held where it is used, and that every partial result leaves once. One check covers both.
 
 A payload is *held* (Q, KV, dO) or *reduced* (O, dQ, dKV). A (token, head) of a held payload arrives at a rank at most once,
-before every use, and is used. A (token, head) of a reduced payload leaves a rank at most once, after every deposit, and
-carries something. The second rule is the first with time and arrows reversed, so one routine checks both.
+before all of its uses, and is used. A (token, head) of a reduced payload leaves a rank at most once, after all contributions to
+it, of which there is at least one. The second rule is the first with time and moves reversed, so one routine checks both.
 
-Buffers are counted as the executor allocates them. Tokens that one rank receives of one payload in one step and head range live
-from their arrival to the last use of any of them; partial results that leave together live from the first of them until they
-leave.
+Buffers are counted as the executor allocates them. Tokens of one payload and head range that a rank receives in one step live
+from their arrival to the last use of any of them. Partial results that leave together live from the first contribution to any of
+them until they leave.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _EXTENT = ("rank", "t0", "t1", "h0", "h1", "step")
 
 
 class _Sentences(NamedTuple):
-    """The wording of errors."""
+    """The phrases used in errors."""
 
     arrives_twice: str
     missing: str
@@ -63,7 +63,7 @@ _REDUCED = _Sentences(
 
 @dataclass(frozen=True)
 class BufferLifetimes:
-    """One row per buffer: its rank, the first and last step in which it is alive, and its bytes."""
+    """The lifetimes of buffers, one row per buffer: its rank, the first and last step in which it is alive, and its bytes."""
 
     rank: Ints
     first: Ints
@@ -74,9 +74,9 @@ class BufferLifetimes:
 def check_payload(
     call: Call, table: Table, payload: Payload, direction: str, kept: Columns | None = None
 ) -> BufferLifetimes:
-    """Check the moves and uses of one payload in one table. Return its buffers; raise PlanError naming the first bad row.
+    """Check the moves and uses of one payload in one table. Return its buffers. Raise PlanError naming the first bad row.
 
-    kept: moves of the forward table whose tokens are still held.
+    kept: the moves of the forward table whose tokens are still held.
     """
     label = f"{direction}: {payload.name}"
     if payload in HELD_PAYLOADS:
@@ -84,7 +84,7 @@ def check_payload(
     mirrored = _HoldingCheck(call, table, payload, label, mirrored=True).run()
     last = table.steps - 1
     moves = moves_of_payloads(table.moves, (payload,))
-    # tokens that arrive at a step are merged at its end: alive for that step only
+    # results that arrive in a step are merged at its end, so they live for that step only
     return BufferLifetimes(
         np.concatenate([mirrored.rank, moves["dst"]]),
         np.concatenate([last - mirrored.last, moves["step"]]),
@@ -100,12 +100,12 @@ def moves_of_payloads(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
 
 
 def describe_row(rows: Columns, names: tuple[str, ...], i: int) -> str:
-    """Return row i as an error shows it."""
+    """Format row i for an error."""
     return "(" + ", ".join(f"{name} {rows[name][i]}" for name in names) + ")"
 
 
 class _Held(NamedTuple):
-    """Held intervals, sorted: [begin, end) on the line of `_HoldingCheck.to_line`, and the row of `holders`."""
+    """Held intervals, sorted: [begin, end) on the line made by `_HoldingCheck.to_line`, and the row in `holders`."""
 
     row: Ints
     begin: Ints
@@ -113,9 +113,9 @@ class _Held(NamedTuple):
 
 
 class _Used(NamedTuple):
-    """Used intervals, sorted and distinct, with the first and last step of their use; and all single uses.
+    """Used intervals, sorted and distinct, with the first and last step of their use, and all single uses.
 
-    row, step, interval: for each use its row of `uses`, its step, and the number of its interval.
+    row, step, interval: for each single use, its row in `uses`, its step, and the index of its interval.
     """
 
     begin: Ints
@@ -129,9 +129,10 @@ class _Used(NamedTuple):
 
 @dataclass(frozen=True)
 class _HoldingCheck:
-    """A check: a (token, head) is owned, kept or received at most once, held before every use, and every arrival is used.
+    """A check that each (token, head) is owned, kept or received only once, is held before every use, and is used if it arrives.
 
-    `mirrored` reads the table with time and arrows reversed: it leaves at most once, after every deposit, and is never empty.
+    mirrored: read the table with time and moves reversed. Then the check is that each (token, head) leaves at most once, after
+    all contributions to it, and never without any.
     """
 
     call: Call
@@ -142,7 +143,7 @@ class _HoldingCheck:
     mirrored: bool = False
 
     def run(self) -> BufferLifetimes:
-        """Run all checks. Return the lifetimes of the buffers of arrivals, counted in reading direction."""
+        """Run all checks. Return the lifetimes of the buffers of arrivals, with steps counted in reading direction."""
         held, used = self._held(), self._used()
         self._refuse_second_arrivals(held)
         self._refuse_missing(held, used)
@@ -160,7 +161,7 @@ class _HoldingCheck:
 
     @cached_property
     def moves(self) -> Columns:
-        """Return moves of the payload in reading direction, with their row numbers."""
+        """The moves of the payload in reading direction, with their row numbers."""
         moves = moves_of_payloads(self.table.moves, (self.payload,))
         if not self.mirrored:
             return moves
@@ -169,7 +170,7 @@ class _HoldingCheck:
 
     @cached_property
     def holders(self) -> Columns:
-        """Return the holders of each (token, head) by step: owners and keepers from -1, then receivers, from `first_move` on."""
+        """The holders of each (token, head): owners and keepers with step -1, then receivers, from row `first_move` on."""
         chunks, heads = self.call.layout.chunks, self.call.payload_heads(self.payload)
         before = np.full_like(chunks["t0"], -1)
         owners = {"rank": chunks["rank"], "t0": chunks["t0"], "t1": chunks["t1"], "step": before}
@@ -181,12 +182,12 @@ class _HoldingCheck:
 
     @property
     def first_move(self) -> int:
-        """Return the first row of `holders` that is a move."""
+        """The first row of `holders` that is a move."""
         return len(self.holders["rank"]) - len(self.moves["row"])
 
     @cached_property
     def uses(self) -> Columns:
-        """Return the users of each (token, head) by step: tasks, then moves at their source."""
+        """The users of each (token, head), with their steps: tasks, then moves at their source."""
         tasks = self.table.tasks
         step = self.table.steps - 1 - tasks["step"] if self.mirrored else tasks["step"]
         of_tasks = task_token_ranges(self.call, self.payload, tasks) | {"rank": tasks["rank"], "step": step}
@@ -195,13 +196,13 @@ class _HoldingCheck:
 
     @cached_property
     def head_limits(self) -> Ints:
-        """Return the ends of all head ranges: between two of them nothing changes."""
+        """The ends of all head ranges, sorted. Holders and users do not change between two of them."""
         return sorted_unique(
             np.concatenate([rows[name] for rows in (self.holders, self.uses) for name in ("h0", "h1")])
         )
 
     def to_line(self, rows: Columns) -> tuple[Ints, Ints, Ints]:
-        """Return rows as intervals of one line, which packs (rank, elementary head range, token): (row, begin, end)."""
+        """Map rows to intervals (row, begin, end) on one line that encodes (rank, elementary head range, token)."""
         limits = self.head_limits
         row, head = expand_ranges(np.searchsorted(limits, rows["h0"]), np.searchsorted(limits, rows["h1"]))
         base = (rows["rank"][row] * len(limits) + head) * (self.call.mask.n + 1)
@@ -213,7 +214,7 @@ class _HoldingCheck:
         return _Held(row[order], begin[order], end[order])
 
     def _used(self) -> _Used:
-        # many tasks use the same tokens: from here on a use is an interval with its first and last step
+        # many tasks use the same tokens, so reduce uses to distinct intervals with their first and last step
         row, begin, end = self.to_line(self.uses)
         order = lexicographic_argsort(begin, end)
         row, begin, end = row[order], begin[order], end[order]
@@ -240,7 +241,7 @@ class _HoldingCheck:
             raise PlanError(f"{self.label} {self.sentences.missing} {self._user(row)}.")
 
     def _refuse_late(self, held: _Held, used: _Used, use: Ints, holder: Ints) -> None:
-        # the step at which an interval is complete
+        # the step in which each interval becomes complete
         complete = np.full(len(used.begin), -1)
         np.maximum.at(complete, use, self.holders["step"][held.row[holder]])
         if (complete >= used.first).any():
@@ -258,19 +259,19 @@ class _HoldingCheck:
             raise PlanError(f"{self.label} of move {row} {shown} {self.sentences.unused}.")
 
     def _lifetimes(self, last: Ints) -> BufferLifetimes:
-        """Join arrivals of one (rank, step, head range): alive until the last use of any of them."""
+        """Join the arrivals of one (rank, step, head range) into one buffer, which is alive until the last use of any of them."""
         moves, heads = self.moves, max(self.call.heads, self.call.kv_heads) + 1
         key = ((moves["dst"] * MAX_STEP + moves["step"]) * heads + moves["h0"]) * heads + moves["h1"]
         buffer, row = np.unique(key, return_inverse=True)
         end, size = np.zeros(len(buffer), np.int64), np.zeros(len(buffer), np.int64)
         np.maximum.at(end, row, last)
-        # partial results are held in full width until they leave
+        # partial results are held at full precision until they leave
         np.add.at(size, row, move_bytes(self.call, moves, in_memory=self.mirrored))
         rank, step = np.divmod(buffer // heads**2, MAX_STEP)
         return BufferLifetimes(rank, step, end, size)
 
     def _user(self, row: int) -> str:
-        """Return the task or move of a row of `uses`, as an error shows it."""
+        """Format the task or move of a row of `uses` for an error."""
         tasks = num_rows(self.table.tasks)
         if row < tasks:
             return f"task {row} {describe_row(self.table.tasks, TASK_COLUMNS, row)}"
@@ -279,7 +280,7 @@ class _HoldingCheck:
 
 
 def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:
-    """Return whether the sorted disjoint intervals [low, high) cover all of [a_i, b_i)."""
+    """Return which intervals [a_i, b_i) the sorted disjoint intervals [low, high) cover completely, bool."""
     if not len(low):
         return a >= b
     before = np.append(0, np.cumsum(high - low))

@@ -1,4 +1,4 @@
-"""The bytes that a plan must move at least, and those of a plain ring: references for a plan's own bytes."""
+"""References for the bytes that a plan moves: the least possible for its tasks, and those of a plain ring."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from distattn.parallel.tables.routes import differs_from_previous, remote_users
 
 
 class Traffic(NamedTuple):
-    """Bytes of one attention call, forward and backward: all of them, and those between nodes."""
+    """Bytes that one attention call moves, forward plus backward: the total, and those between nodes."""
 
     total_bytes: int
     inter_node_bytes: int
 
 
 def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
-    """Return the bytes that the plan moves."""
+    """Return the bytes that a plan moves."""
     moves = concat_rows(MOVE_COLUMNS, [plan.forward.moves, plan.backward.moves])
     size = move_bytes(plan.call, moves)
     node = cluster.node
@@ -37,16 +37,16 @@ def plan_traffic(plan: Plan, cluster: AnyCluster) -> Traffic:
 
 
 def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
-    """Return the fewest bytes that any plan with the same tasks at the same ranks and the same policy moves.
+    """Return the fewest bytes that any plan with the same tasks on the same ranks, and the same policy, can move.
 
-    Every rank that uses a token it does not own receives it at least once, and so does every node without its owner;
-    every partial result leaves its rank, and its node, at least once.
+    Every rank that uses a token it does not own receives it at least once, and so does every node of such
+    ranks other than the owner's. Every partial result leaves its rank, and its node, at least once.
     """
     total = inter_node = 0
     for direction, table in (("forward", plan.forward), ("backward", plan.backward)):
         moved_states = np.isin(table.moves["payload"], STATE_PAYLOADS)
         if moved_states.any():
-            # the plan decides how states are combined, so it needs all its moves of states
+            # the plan decides how states are combined, so count all of its moves of states
             states = select_rows(table.moves, moved_states)
             size = move_bytes(plan.call, states)
             total += int(size.sum())
@@ -54,7 +54,7 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
         for payload in plan.call.payloads(direction):
             if payload in STATE_PAYLOADS:
                 continue
-            # tokens received in the forward are kept
+            # tokens received in the forward pass are kept
             if table is plan.backward and plan.policy == "keep" and payload in (Payload.Q, Payload.KV):
                 continue
             users = remote_users(plan.call, payload, table.tasks, latest=payload in REDUCED_PAYLOADS)
@@ -70,7 +70,7 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
 
 
 def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
-    """Return the bytes of a ring that sends every key and value to every rank with tokens, twice, and every dKV all around."""
+    """Return the bytes of a ring that sends all keys and values to all ranks with tokens in both passes, and dKV all around."""
     tokens = call.layout.shard_sizes()
     members = np.flatnonzero(tokens)
     ring_size = len(members)
@@ -78,7 +78,7 @@ def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
         return Traffic(0, 0)
     keys, grads = (call.kv_heads * call.token_head_bytes(payload) for payload in (Payload.KV, Payload.dKV))
     node = cluster.node[members]
-    # edge i leads from member i to the next; keys of member i travel all edges except the one that leads to it
+    # edge i leads from member i to the next; keys of member i travel along all edges except the one that leads to i
     crosses = node != np.roll(node, -1)
     travelled = int(crosses.sum()) - np.roll(crosses, 1)
     total = int(tokens.sum()) * (2 * (ring_size - 1) * keys + ring_size * grads)

@@ -1,4 +1,4 @@
-"""A vector drawing of one pass of a simulated plan: when every rank computes, and when its messages travel."""
+"""A vector drawing of one pass of a simulated plan, with the times of each rank's kernels and messages."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from distattn.parallel.analysis.text_format import with_common_unit
 if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Numbers, PassTimeline
 
-# the most ranks that a picture shows
+# largest number of ranks in a picture
 _MAX_DRAWN = 64
-# in CSS pixels at the natural size, as for score matrices: each rank has a line with its kernels above its messages
+# in CSS pixels at natural size, as for score matrices; each rank has a line with its kernels above its messages
 _LEFT, _TOP, _WIDTH, _RIGHT, _LINE, _BAR = 40, 18, 372, 8, 14, 6
-# our pages define colours for light and dark backgrounds; these are visible on both
+# our pages define these colours for light and dark backgrounds; the fallbacks are visible on both
 _COLOURS = {"kernels": "var(--kernels,#4a86d0)", "messages": "var(--waiting,#d97a12)"}
 
 
 def ranks_to_draw(ranks: int) -> Ints:
-    """Return the ranks that a picture shows: all, or some that are evenly spread."""
+    """Return the ranks that a picture shows: all, or an evenly spaced selection."""
     return np.unique(np.linspace(0, ranks - 1, min(ranks, _MAX_DRAWN)).astype(np.int64))
 
 
 def busy_intervals(timeline: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[Numbers, Numbers, Ints]:
-    """Return begin and end, in seconds, of the kernels or messages in each rank's steps, and the line of the rank in `ranks`.
+    """Return (begin, end, line) of each rank's kernels or messages by step: times in seconds, and the rank's index in `ranks`.
 
-    ends: seconds, (steps, all ranks): `computed` or `arrived` of the pass.
+    ends: `computed` or `arrived` of the timeline, in seconds, (steps, all ranks).
     """
     step, line = np.nonzero((ends > timeline.begin)[:, ranks])
     return timeline.begin[step, ranks[line]], ends[step, ranks[line]], line
 
 
 def pass_figure(timeline: PassTimeline, title: str) -> str:
-    """Return the drawing as an HTML figure with an inline SVG. title: describes it for users who cannot see it."""
+    """Return the drawing as an HTML figure with an inline SVG. title: a description for screen readers."""
     ranks = ranks_to_draw(timeline.begin.shape[1])
     bottom, wide = _TOP + _LINE * len(ranks), _WIDTH - _LEFT - _RIGHT
     scale = wide / (timeline.seconds or 1.0)
@@ -66,7 +66,7 @@ def pass_figure(timeline: PassTimeline, title: str) -> str:
 
 
 def _boxes(begin: Numbers, end: Numbers, line: Ints, scale: float, down: int) -> str:
-    """Return the path of rectangles. scale: pixels a second; down: from the top of a rank's line."""
+    """Return an SVG path of rectangles. scale: pixels per second. down: distance in pixels from the top of a rank's line."""
     x, wide, y = _LEFT + begin * scale, (end - begin) * scale, _TOP + _LINE * line + down
     return "".join(f"M{a:.2f} {c}h{b:.2f}v{_BAR - 1}h-{b:.2f}z" for a, b, c in zip(x, wide, y, strict=True))
 

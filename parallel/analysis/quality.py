@@ -1,4 +1,4 @@
-"""The quality of a plan: the busiest server, the bytes that move, and the fewest that any equally balanced plan moves."""
+"""The quality of a plan: the load of the busiest rank, the bytes moved, and the fewest that any equally balanced plan moves."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class PassStats:
-    """Statistics of one direction of a plan.
+    """Statistics for one direction of a plan.
 
-    cells_imbalance, cost_imbalance: the busiest rank over the mean, in cells x heads and in the kernels' cost of them
-    (`CostModel`). kernel_seconds: kernel time of the busiest rank by the cluster's table, None without one. moved_bytes: of
-    all ranks; max_sent_bytes: sent by one rank; inter_node_bytes: between nodes. lower_bound_bytes: the fewest that any plan
-    moves whose cells are as evenly distributed.
+    cells_imbalance, cost_imbalance: the busiest rank's load over the mean, in cells x heads and in kernel cost (`CostModel`).
+    kernel_seconds: kernel time of the busiest rank, None if the cluster's speeds are unknown. moved_bytes: total over all ranks.
+    max_sent_bytes: the most bytes sent by one rank. inter_node_bytes: bytes moved between nodes. lower_bound_bytes: the fewest
+    bytes that a plan with equally balanced cells can move.
     """
 
     cells_imbalance: float
@@ -58,7 +58,7 @@ class PassStats:
 
 @checked
 def quality(plan: Plan, cluster: AnyCluster | str | None = None) -> dict[str, PassStats]:
-    """Return statistics of both passes, by direction ("forward", "backward"). cluster: may be a name, such as "h200-8x8"."""
+    """Return the statistics of both passes, by direction ("forward", "backward"). cluster: a cluster or its name ("h200-8x8")."""
     cluster = resolve_cluster(cluster)
     return {name: _pass_stats(plan, name, cluster) for name in ("forward", "backward")}
 
@@ -98,24 +98,23 @@ def _pass_stats(plan: Plan, direction: str, cluster: AnyCluster | None) -> PassS
 
 
 def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
-    """Return the fewest bytes that move, (ranks,), if no rank computes more than `most` cells x heads and ranks hold only own
-    keys.
+    """Return the fewest bytes that each rank must move, (ranks,), if no rank computes more than `most` cells x heads.
 
-    Work above `most` has to be computed elsewhere. A server that computes w cells of one group of g heads needs R rows and C keys
-    of it with R * C >= w / g, and so at least 2 * sqrt(R * C * bytes of a row * bytes of a key) bytes of this group. The root is
-    concave: the bound is reached if few servers get as much as they can, and none gets more than `most`, or than all work that a
-    rank has of one group.
+    Ranks hold only their own keys, and work above `most` has to be computed elsewhere. A server that computes w cells of one
+    group of g heads needs R rows and C keys of that group with R * C >= w / g, and so moves at least
+    2 * sqrt(R * C * bytes per row * bytes per key) bytes. The square root is concave, so the minimum is reached if few servers
+    get as much as possible. No server gets more than `most`, or more than all of a rank's work in one group.
     """
     call = plan.call
     if call.op.is_recurrent:
-        # uneven work may move as states of any size
+        # a recurrence can be balanced by moving states, whose number is not bounded by the work
         return np.zeros(call.ranks)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
     tasks = select_rows(tasks, owns_range(call, rank, area.k0, area.k1))
     cells = task_areas(call, tasks).astype(float)
     excess = np.maximum(np.bincount(tasks["rank"], cells, call.ranks) - most, 0)
-    # cells of one group; if heads differ, at least that many
+    # the most cells that each rank has in one group; an overestimate if heads differ
     group_size = call.gqa_group_size
     largest = np.bincount(tasks["rank"], cells / (tasks["h1"] - tasks["h0"]) * group_size, call.ranks)
     portion = np.maximum(np.minimum(largest, most), 1.0)
@@ -124,7 +123,7 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
         # queries, keys and values are kept
         row -= call.heads * call.token_head_bytes(Payload.Q)
         key -= call.kv_heads * call.token_head_bytes(Payload.KV)
-    # bytes of a row times bytes of a key, of one group
+    # bytes per row times bytes per key, for one group
     row_times_key = (row / call.kv_heads) * (key / call.kv_heads)
     whole = np.floor(excess / portion)
     rest = excess - whole * portion

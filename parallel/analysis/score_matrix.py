@@ -1,4 +1,4 @@
-"""Pictures of a plan's score matrix, coloured by the rank that computes a cell and by its step. Needs matplotlib."""
+"""Pictures of a plan's score matrix, coloured by the rank and by the step that computes each cell. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from distattn.ir.intervals import Ints
 from distattn.ir.plan import Columns, Plan, has_rows_and_keys, select_rows, task_bands
 
 Numbers = np.ndarray
-# the most head ranges drawn side by side
+# largest number of head ranges drawn side by side
 _PANELS = 4
-# the most rows for which a task's outline is exact
+# largest number of rows for which a task's outline is exact
 _OUTLINE_ROWS = 48
-# relative luminance of all colours, so that they are visible on light and dark pages (contrast of 2.2 or more with both)
+# limits of relative luminance that keep colours visible on light and dark pages (a contrast of at least 2.2 with either)
 _DARKEST, _LIGHTEST = 0.11, 0.42
-# the used part of a palette, whose ends are nearly black
+# the part of a palette to use, because its ends are nearly black
 _COLOUR_RANGE = (0.06, 0.96)
 _PALETTES = {"rank": "turbo", "step": "viridis"}
-# red, green and blue in relative luminance (WCAG 2)
+# weights of red, green and blue in relative luminance (WCAG 2)
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 _MOST_TICKS = 8
-# a panel in a page, in CSS pixels at its natural size: the matrix is a square of _SIDE at (_LEFT, _TOP)
+# a panel on a page, in CSS pixels at natural size: the matrix is a square with side _SIDE at (_LEFT, _TOP)
 _LEFT, _TOP, _SIDE, _WIDTH, _HEIGHT = 72, 22, 240, 372, 302
 
 
 class Panel(NamedTuple):
-    """One picture of the score matrix. tasks: the rows to draw. colours: the number of ranks or steps."""
+    """One picture of the score matrix. tasks: the tasks to draw. colours: the number of colours, one per rank or step."""
 
     title: str
     colour_by: str
@@ -42,7 +42,7 @@ class Panel(NamedTuple):
 
 
 def draw_score_matrix(plan: Plan) -> bytes:
-    """Return a PNG of the score matrix on white, all panels side by side."""
+    """Return a PNG of the score matrix on a white background, with all panels side by side."""
     from matplotlib.figure import Figure
 
     panels = list(_panels(plan))
@@ -57,31 +57,31 @@ def draw_score_matrix(plan: Plan) -> bytes:
 def score_matrix_html(plan: Plan) -> str:
     """Return the panels as a self-contained HTML fragment.
 
-    Panels are placed side by side if there is room. Their text has the page's text colour and a fixed size.
+    The panels are placed side by side if there is room. Their text has the page's text colour and a fixed size.
     """
     figures = "".join(_figure_html(plan, panel) for panel in _panels(plan))
     return f'<div class="matrices" style="display:flex;flex-wrap:wrap;gap:1rem">{figures}</div>'
 
 
 def legible_colours(name: str, count: int) -> Numbers:
-    """Return `count` colours of a matplotlib palette, (count, 3) in [0, 1], none too light or too dark to see."""
+    """Return `count` colours of a matplotlib palette, (count, 3) in [0, 1], of which none is too light or too dark to see."""
     from matplotlib import colormaps
 
     srgb = colormaps[name](np.linspace(*_COLOUR_RANGE, max(count, 1)))[:, :3]
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     luminance = (linear @ _LUMINANCE)[:, None]
     linear *= np.minimum(1, _LIGHTEST / luminance)
-    # dark colours are mixed with white, which keeps their hue
+    # mix dark colours with white, which keeps their hue
     white = np.clip((_DARKEST - luminance) / (1 - luminance), 0, 1)
     linear += (1 - linear) * white
     return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
 def _panels(plan: Plan) -> Iterator[Panel]:
-    """Yield a panel by rank for each range of heads, at most _PANELS, and one by step."""
+    """Yield panels coloured by rank, one for each head range (at most _PANELS), and one panel coloured by step."""
     tasks = _drawn_tasks(plan)
     limits = np.unique(np.concatenate([tasks["h0"], tasks["h1"]]))
-    # a mask without cells has no tasks: one empty panel
+    # a mask without cells has no tasks: draw one empty panel
     ranges = list(pairwise(limits.tolist())) or [(0, plan.call.heads)]
     shown = ranges[:_PANELS]
     more = f" (of {len(ranges)} ranges)" if len(ranges) > len(shown) else ""
@@ -95,7 +95,7 @@ def _of_head(tasks: Columns, head: int) -> Columns:
 
 
 def _drawn_tasks(plan: Plan) -> Columns:
-    """Return the forward tasks. For a recurrence return tasks with outputs, each with all cells that pass through its segment."""
+    """Return the forward tasks, or for a recurrence only tasks with outputs: each has all cells that pass through its segment."""
     tasks = plan.forward.tasks
     return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 
@@ -105,7 +105,7 @@ def _fill(axis: Any, plan: Plan, panel: Panel) -> None:
     from matplotlib.collections import PolyCollection
 
     paint = _scale(panel).to_rgba(panel.tasks[panel.colour_by])
-    # edges in the face's colour close hairlines between neighbours
+    # edges in the colour of the face close hairline gaps between neighbours
     axis.add_collection(
         PolyCollection(task_outlines(plan, panel.tasks), facecolors=paint, edgecolors=paint, linewidths=0.4)
     )
@@ -122,7 +122,7 @@ def _scale(panel: Panel) -> Any:
 
 
 def _ticks(colours: int) -> Ints:
-    """Return the ranks or steps that a colour bar names."""
+    """Return the ranks or steps labelled on a colour bar."""
     return np.unique(np.linspace(0, colours - 1, min(colours, _MOST_TICKS)).round().astype(int))
 
 
@@ -132,7 +132,7 @@ def task_outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
     for band in task_bands(plan.call.mask, tasks):
         q: Ints = np.unique(np.linspace(band[Q0], band[Q1] - 1, _OUTLINE_ROWS).astype(np.int64))
         begin, end = row_key_ranges(np.broadcast_to(band, (len(q), len(band))), q)
-        # a row is one token high: its corners at q and q + 1
+        # a row is one token high, with corners at q and q + 1
         left = np.stack([np.repeat(begin, 2), np.stack([q, q + 1], 1).ravel()], 1)
         right = np.stack([np.repeat(end, 2), np.stack([q, q + 1], 1).ravel()], 1)
         out.append(np.concatenate([left, right[::-1]]))
@@ -140,7 +140,7 @@ def task_outlines(plan: Plan, tasks: Columns) -> list[np.ndarray]:
 
 
 def _figure_html(plan: Plan, panel: Panel) -> str:
-    """Return one panel: the cells as a transparent picture, with axes and colour bar as vectors and text around it."""
+    """Return one panel as HTML: the cells are a transparent picture, the axes and the colour bar are vectors and text."""
     n, bottom, bar = plan.call.mask.n, _TOP + _SIDE, _LEFT + _SIDE + 14
     x_axis = "".join(
         _text(_LEFT + _SIDE * share, bottom + 16, f"{round(n * share):,}", anchor)
@@ -178,7 +178,7 @@ def _image(png: bytes, x: float, y: float, width: float) -> str:
 
 
 def _cells_png(plan: Plan, panel: Panel) -> bytes:
-    """Return the cells of a panel alone, transparent."""
+    """Return a PNG of only the cells of a panel, on a transparent background."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 4), facecolor="none")
@@ -189,7 +189,7 @@ def _cells_png(plan: Plan, panel: Panel) -> bytes:
 
 
 def _bar_png(panel: Panel) -> bytes:
-    """Return the colours of a panel, the first at the top, one pixel wide and tall enough for sharp edges."""
+    """Return a PNG of a panel's colours, with the first at the top, one pixel wide and tall enough for sharp edges."""
     from matplotlib.image import imsave
 
     colours = legible_colours(_PALETTES[panel.colour_by], panel.colours)

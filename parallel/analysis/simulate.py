@@ -1,12 +1,12 @@
 """Time a plan on a described cluster without running it: kernels, messages, waiting and memory. All numbers are simulated.
 
-The simulation is of our executor (parallel.runtime.execute). On every rank a step begins when the rank's previous step has
-ended: its kernels are done and its messages have arrived. Then one launch computes the step's tasks on the compute stream,
-while the step's messages travel on the communication stream. A message begins when both of its ends have begun the step, and
-shares links with the other messages of the step. Packing before sending and merging of arrivals are copies on the
+The simulation models our executor (parallel.runtime.execution). On every rank, a step begins when the rank's previous step has
+ended, that is, when its kernels are done and its messages have arrived. One launch then computes the step's tasks on the compute
+stream, while the step's messages travel on the communication stream. A message starts when both of its ends have begun the step,
+and it shares links with the other messages of the step. Packing before sending and merging of arrivals count as copies on the
 device. A step cannot begin before the host has issued it.
 
-Everything is arrays over ranks and messages; the only loop is over steps.
+All values are arrays over ranks and messages. The only loop is over steps.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ Numbers = np.ndarray
 
 @checked
 def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None = None) -> Timeline:
-    """Time one attention call, forward and backward, on a ClusterSpec, or on anything that `distattn.cluster.spec.load` takes.
+    """Time one call, forward and backward, on a ClusterSpec or on anything that `distattn.cluster.spec.load` accepts.
 
-    proof: the result of `verify` for this plan, if available; otherwise the plan is proven here. Raise PlanError if the plan
-    cannot be proven, DistattnError if the cluster has not as many devices as the plan has ranks, or no speeds.
+    proof: the result of `verify` for this plan; without it, the plan is proven here. Raise PlanError if the plan cannot be
+    proven. Raise DistattnError if the cluster has no speeds, or not one device per rank of the plan.
     """
     spec = resolve_cluster(cluster)
     if not isinstance(spec, ClusterSpec):
@@ -69,19 +69,19 @@ def simulate(plan: Plan, cluster: AnyCluster | str | Path, proof: Proof | None =
 
 
 def simulated_seconds(plan: Plan, cluster: ClusterSpec) -> float:
-    """Return the simulated seconds of a plan, forward and backward, to choose between plans: it need not be proven yet."""
+    """Return the simulated seconds of a plan, forward plus backward, for choosing between plans. It need not be proven yet."""
     return sum(simulate_pass(plan.call, cluster, name, getattr(plan, name)).seconds for name in DIRECTIONS)
 
 
 def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> PassTimeline:
-    """Simulate one table, which need not be proven: one direction of a call."""
+    """Simulate one direction of a call. The table need not be proven."""
     ranks, steps = call.ranks, table.steps
     kernel_seconds = _kernel_seconds(call, cluster, direction, table)
     moves = table.moves
-    # a message: the moves of one step between two ranks
+    # the moves of one step from one rank to another are one message
     key = (moves["step"] * ranks + moves["src"]) * ranks + moves["dst"]
     size = move_bytes(call, moves)
-    # rows of a table are sorted by step, source and destination
+    # the rows of a table are sorted by step, source and destination
     first = np.flatnonzero(np.diff(key, prepend=-1))
     sizes, merged = np.zeros(0), np.zeros(0)
     if len(first):
@@ -97,13 +97,13 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
         step_messages = slice(bounds[step], bounds[step + 1])
         start = np.maximum(ready, host * (step + 1))
         s, d, n = src[step_messages], dst[step_messages], sizes[step_messages]
-        # a message waits for both ends, and until its sender has packed it
+        # a message waits for both ends, and for its sender to pack it
         packed = start + copy_seconds(cluster, np.bincount(s, n, ranks))
         delivered = np.maximum(packed[s], start[d]) + message_seconds(cluster, s, d, n)
         done = start.copy()
         np.maximum.at(done, d, delivered)
         np.maximum.at(done, s, delivered)
-        # a partial result is added: read twice and written once
+        # adding a partial result reads two tensors and writes one
         done += copy_seconds(cluster, 1.5 * np.bincount(d, merged[step_messages], ranks))
         begin[step], computed[step], arrived[step] = start, start + kernel_seconds[step], done
         ready = np.maximum(computed[step], done)
@@ -147,8 +147,9 @@ def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Tab
 
 
 def _expansion_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """Return the seconds in which latent attention expands latents: a launch expands each latent that it reads once, for its
-    heads."""
+    """Return the seconds that latent attention spends on expanding latents, (steps, ranks).
+
+    A launch expands each latent that it reads once, for its heads."""
     tasks = table.tasks
     launch = tasks["step"] * call.ranks + tasks["rank"]
     limits = sorted_unique(np.concatenate([tasks["h0"], tasks["h1"]]))
@@ -162,21 +163,21 @@ def _expansion_seconds(call: Call, cluster: ClusterSpec, direction: str, table: 
 
 
 def _recurrence_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """Estimate the kernel seconds of a recurrence, (steps, ranks): of tokens x heads, and fixed costs of launches and tasks."""
+    """Estimate the kernel seconds of a recurrence, (steps, ranks), from tokens x heads and fixed costs per launch and task."""
     tasks, device = table.tasks, cluster.device
     tokens, heads = tasks["k1"] - tasks["q0"], tasks["h1"] - tasks["h0"]
     shape = call.head_dim, call.v_head_dim
     seconds = recurrence_seconds(cluster, direction, *shape, tokens, heads, has_rows_and_keys(tasks))
     launch = tasks["step"] * call.ranks + tasks["rank"]
     size = table.steps * call.ranks
-    # tasks of one kind are one launch; both kinds in one step are rare
+    # count one launch per step: only tasks of different kinds need more, and these rarely share a step
     launches = np.bincount(launch, minlength=size) > 0
     total = np.bincount(launch, seconds + device.task_us * 1e-6, size) + launches * device.launch_us * 1e-6
     return total.reshape(table.steps, call.ranks)
 
 
 def _convolution_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """Return the kernel seconds of a convolution, (steps, ranks): its kernels only read and write rows."""
+    """Return the kernel seconds of a convolution, (steps, ranks). Its kernels only read and write rows."""
     tasks, device = table.tasks, cluster.device
     tensors = 2 if direction == "forward" else 4
     cells = (tasks["q1"] - tasks["q0"]) * (tasks["h1"] - tasks["h0"])

@@ -1,12 +1,12 @@
-"""The proof that every state of a recurrence that is read is available, sums up exactly its tokens, and arrives once.
+"""The proof that every state read in a recurrence is available, sums up exactly its tokens, and arrives only once.
 
-A task computes the state of the tokens that it has read, a move copies a state. A state is available from the end of that step
-on, or from the forward pass, which keeps the states that its tasks began with. An interval may be read if states tile it: they
-are adjacent, in order, and all available before the step. By induction each sums up its tokens once and in order. Since coverage
-forces tasks to begin where documents do, the state that enters a segment sums up all earlier tokens of its document and no
-others.
+A task computes the state of the tokens that it has read, and a move copies a state. The state is available from the end of that
+step on, or from the start if the forward pass has kept it because a task began with it. The state of an interval may be read if
+other states tile the interval: they are adjacent, in order, and all available before the step. By induction, each state sums up
+its tokens once and in order. Coverage forces tasks to begin where documents do, so the state that enters a segment sums up all
+earlier tokens of its document and no others.
 
-Gradients of states mirror this: the token axis is read from its end.
+The same holds for gradients of states, with the token axis read from its end.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from distattn.parallel.tables.held_states import HeldState, HeldStates
 
 
 class StateOrigin(NamedTuple):
-    """Origin of a state: a "task" or a "move" of the table, or a task of the forward pass ("kept"). row: its number."""
+    """The origin of a state: a "task" or "move" of the table, or a task of the forward pass ("kept"). row: its row number."""
 
     kind: str
     row: int
 
 
 class StateUse(NamedTuple):
-    """States that a task reads, or a move sends, for heads [h0, h1), in the order in which they are passed.
+    """The states, for heads [h0, h1), that a task reads or a move sends.
 
-    They tile an interval.
+    tiles: states that tile an interval, in the order in which the state passes through it.
     """
 
     user: StateOrigin
@@ -55,7 +55,7 @@ class StateUse(NamedTuple):
 
 
 class StateLife(NamedTuple):
-    """A state of tokens [t0, t1) at a rank, in `heads` heads: from the end of one step to the last step that uses it."""
+    """The life of a state of tokens [t0, t1) and `heads` heads at a rank, from the end of step `there` to its last use."""
 
     rank: int
     name: StateOrigin
@@ -67,21 +67,22 @@ class StateLife(NamedTuple):
 
 
 class StateTrace(NamedTuple):
-    """Uses of the states of one payload in a table (or of one rank in it), and the lives of the states that are used."""
+    """The uses of the states of one payload in a table, on all ranks or one, and the lives of the states used."""
 
     uses: list[StateUse]
     lives: list[StateLife]
 
 
 def begun_with_state(tasks: Columns) -> np.ndarray:
-    """Return which tasks compute outputs or gradients from a state of earlier tokens."""
+    """Return which tasks compute outputs or gradients from a state of earlier tokens, bool."""
     return has_rows_and_keys(tasks) & (tasks["k0"] < tasks["q0"])
 
 
 def trace_states(plan: Plan, direction: str, payload: Payload, rank: int | None = None) -> StateTrace:
-    """Find the origin and the uses of every state of a payload, at all ranks or at one.
+    """Find the origin and the uses of every state of a payload, on all ranks or on one.
 
-    Raise PlanError if a state is missing when it is read, arrives twice, or is never used.
+    The uses are returned only for a single rank. Raise PlanError if a state is missing when it is read, arrives twice, or is
+    never used.
     """
     table = plan.forward if direction == "forward" else plan.backward
     kept = None
@@ -91,7 +92,7 @@ def trace_states(plan: Plan, direction: str, payload: Payload, rank: int | None 
 
 
 def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> BufferLifetimes:
-    """Return the states as buffers, without those kept by the forward pass."""
+    """Return the lives of states as buffer lifetimes, without the states kept by the forward pass."""
     received = [life for life in lives if life.name.kind != "kept"]
     rank, heads, t0, t1, there, last = (
         np.array([getattr(life, name) for life in received], np.int64)
@@ -103,7 +104,7 @@ def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> Buf
 
 
 class _Tracing:
-    """Trace of one payload of one table. For gradients of states, tokens are counted from the end of the axis."""
+    """The tracing of one payload in one table. For gradients of states, tokens are counted from the end of the axis."""
 
     def __init__(
         self, call: Call, table: Table, payload: Payload, direction: str, kept: Columns | None, rank: int | None
@@ -124,14 +125,14 @@ class _Tracing:
         rows = [tasks, moves, *([] if kept is None else [kept])]
         self.limits = sorted_unique(np.concatenate([part[name] for part in rows for name in ("h0", "h1")]))
         self.held: dict[tuple[int, int], dict[tuple[int, int], HeldState]] = defaultdict(dict)
-        # states computed or sent for use, and not used yet
+        # states computed or sent for use that are not used yet
         self.unused: dict[tuple[int, int, Hashable], None] = {}
 
     def run(self) -> StateTrace:
         self._collect()
         held_states = {place: HeldStates(states.values()) for place, states in self.held.items()}
         uses = []
-        # by rank and part of the heads, then by first token: the last use of each interval
+        # maps (rank, head range), then first token, then end token to the last step that uses this interval
         last_uses: dict[tuple[int, int], dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
         for user, part, rank, t0, t1, step in self._wanted():
             there = held_states[rank, part].there(t0, t1) if (rank, part) in held_states else None
@@ -145,7 +146,7 @@ class _Tracing:
                 tiling = held_states[rank, part].find(t0, t1)
                 assert tiling is not None
                 uses.append(StateUse(user, int(self.limits[part]), int(self.limits[part + 1]), tiling.states))
-        # by rank and state: its heads that are used, and the last step
+        # for each (rank, state): the number of its heads that are used, and the last step
         lives: dict[tuple[int, HeldState], tuple[int, int]] = {}
         for (rank, part), starts in last_uses.items():
             width = int(self.limits[part + 1] - self.limits[part])
@@ -164,13 +165,13 @@ class _Tracing:
     def _life(self, rank: int, state: HeldState, heads: int, last: int) -> StateLife:
         assert isinstance(state.name, StateOrigin)
         if state.name.kind == "task":
-            # it is held as a whole, though others may use a part of its heads; of received states all heads are used
+            # a computed state is held as a whole, even if only a part of its heads is used; received states are used as a whole
             tasks, row = self.table.tasks, state.name.row
             heads = int(tasks["h1"][row] - tasks["h0"][row])
         return StateLife(rank, state.name, heads, *self._unmirrored(state.t0, state.t1), state.there, last)
 
     def _collect(self) -> None:
-        """Collect all states that ranks come to hold. A state that a rank already has is not kept again."""
+        """Collect all states that ranks ever hold. Ignore states computed where they are held already."""
         if self.kept is not None:
             for i, part in self._by_heads(self.kept):
                 row, rank, t0, t1 = _ints(self.kept, i, "row", "rank", "k0", "q0")
@@ -195,16 +196,16 @@ class _Tracing:
             self.unused[rank, part, name] = None
 
     def _makes(self) -> np.ndarray:
-        """Return the tasks that compute a state of this payload."""
+        """Return which tasks compute a state of this payload, bool."""
         tasks = self.tasks
-        # in the mirror a task without keys is one without rows
+        # in mirrored tables, tasks without keys appear as tasks without rows
         makes = tasks["q0"] == tasks["q1"]
         if self.mirrored or self.direction == "forward":
             makes = makes | has_rows_and_keys(tasks)
         return makes
 
     def _wanted(self) -> list[tuple[StateOrigin, int, int, int, int, int]]:
-        """Return (user, part of the heads, rank, t0, t1, step) of every state that is read."""
+        """Return (user, head range, rank, t0, t1, step) for every state that is read."""
         tasks, moves = self.tasks, self.moves
         reads = tasks["k0"] < tasks["q0"]
         out = []
@@ -219,7 +220,7 @@ class _Tracing:
         return out
 
     def _by_heads(self, rows: Columns) -> list[tuple[int, int]]:
-        """Return (row, part): rows cut at all ends of head ranges."""
+        """Cut rows at the ends of all head ranges. Return (row, number of the head range) of each part."""
         i, part = expand_ranges(np.searchsorted(self.limits, rows["h0"]), np.searchsorted(self.limits, rows["h1"]))
         return list(zip(i.tolist(), part.tolist(), strict=True))
 

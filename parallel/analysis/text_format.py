@@ -1,4 +1,4 @@
-"""Tables in plain text, with columns as wide as their content and one unit per column of numbers."""
+"""Plain-text tables, with columns as wide as their content and one unit per column of numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _UNITS = {
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Return the lines of a table, the first `left` columns left-aligned and the others right-aligned; short rows end early."""
+    """Return the lines of a table. The first `left` columns are left-aligned, the others right-aligned. Short rows end early."""
     columns = max(map(len, rows))
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(columns)]
     return [
@@ -24,7 +24,7 @@ def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def with_common_unit(values: Sequence[float], kind: str) -> list[str]:
-    """Format seconds ("s") or bytes ("B"), all in the unit of the largest."""
+    """Format values in seconds ("s") or bytes ("B"), all in the unit of the largest value."""
     largest = max(map(abs, values), default=0.0)
     size, unit = next(((size, unit) for size, unit in _UNITS[kind] if largest >= size), _UNITS[kind][-1])
     digits = {"s": 3, "B": 0}.get(unit, 2)
@@ -32,7 +32,7 @@ def with_common_unit(values: Sequence[float], kind: str) -> list[str]:
 
 
 def readable_bytes(number: int) -> str:
-    """Format bytes with a unit; powers of 1000."""
+    """Format a number of bytes with a decimal unit (kB = 1000 bytes)."""
     value = float(number)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -42,5 +42,5 @@ def readable_bytes(number: int) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Format a number of things. noun: the name of one."""
+    """Format a number with its noun, given in the singular."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

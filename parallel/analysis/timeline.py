@@ -1,4 +1,4 @@
-"""The result of a simulation: when every rank computed and waited; as text, numbers, a picture and a Perfetto trace."""
+"""The result of a simulation: when each rank computes and waits, as text, numbers, pictures and a Perfetto trace."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
 class PassTimeline:
     """Timeline of one direction of a plan.
 
-    begin, computed, arrived: seconds, (steps, ranks), at which each step began, its kernels ended and its messages ended. A
-    rank without kernels or messages in a step ends them when the step begins. seconds: of the whole pass. intra_node_bytes,
-    inter_node_bytes: sent by each rank within its node and to other nodes.
+    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels ended and its messages
+    ended. For a step without kernels or messages, it is the time at which the step began. seconds: duration of the pass.
+    flops: floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank within its node
+    and to other nodes.
     """
 
     direction: str
@@ -40,23 +41,23 @@ class PassTimeline:
 
     @property
     def busy(self) -> Numbers:
-        """Return the seconds in which each rank computes."""
+        """The seconds for which each rank computes, (ranks,)."""
         return (self.computed - self.begin).sum(0)
 
     @property
     def idle(self) -> Numbers:
-        """Return the seconds in which each rank does not compute, until the slowest rank has ended."""
+        """The seconds for which each rank does not compute before the slowest rank has finished, (ranks,)."""
         return self.seconds - self.busy
 
     @property
     def exposed(self) -> Numbers:
-        """Return the seconds in which each rank waits for messages and computes nothing."""
+        """The seconds for which each rank waits for messages without computing, (ranks,)."""
         return np.maximum(self.arrived - self.computed, 0).sum(0)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Simulated plan on a cluster. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
+    """A plan simulated on a cluster. `str()` is the text, `.as_dict()` the numbers, `.html()` and `.perfetto()` show it."""
 
     plan: Plan
     cluster: ClusterSpec
@@ -70,17 +71,17 @@ class Timeline:
 
     @cached_property
     def peak_bytes(self) -> Ints:
-        """Bytes of buffers that each rank needs at once in addition to its own tensors, including kept ones."""
+        """Peak bytes of each rank's buffers besides its own tensors, including kept buffers, (ranks,)."""
         return np.maximum(self.proof.forward_peak, self.proof.backward_peak) + self.proof.kept
 
     @property
     def balance(self) -> float:
-        """Cells of the busiest rank over the mean."""
+        """The cells of the busiest rank over the mean."""
         area = self.plan.area_by_rank().astype(float)
         return float(area.max() / area.mean()) if area.any() else 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every number of the text; seconds, bytes, 10^12 operations per second and device."""
+        """Return every number in the text, in seconds, bytes, and TFLOP/s per device."""
         out: dict[str, Any] = {
             "simulated": True,
             "strategy": self.plan.strategy,
@@ -116,7 +117,7 @@ class Timeline:
         return "\n".join(lines)
 
     def perfetto(self) -> dict[str, Any]:
-        """Return both passes as trace events for ui.perfetto.dev: a process for each rank, a thread for each stream."""
+        """Return both passes as trace events for ui.perfetto.dev, with a process for each rank and a thread for each stream."""
         events: list[dict[str, Any]] = []
         start = 0.0
         for timeline in self.passes:
@@ -140,10 +141,10 @@ class Timeline:
         return {"traceEvents": names + events, "displayTimeUnit": "ms"}
 
     def html(self) -> str:
-        """Return a drawing of each pass and the text, as a self-contained HTML fragment.
+        """Return a drawing of each pass, and the text, as a self-contained HTML fragment.
 
-        Passes are placed side by side if there is room. Drawings are vectors, as wide as their place, in the page's
-        colours.
+        The passes are placed side by side if there is room. The drawings are vectors that scale to the available width and use
+        the page's colours.
         """
         figures = "".join(
             pass_figure(timeline, f"{self.plan.strategy} on {self.cluster.name}") for timeline in self.passes
@@ -152,7 +153,7 @@ class Timeline:
         return f'<div style="display:flex;flex-wrap:wrap;gap:1rem">{figures}</div>\n{text}'
 
     def picture(self) -> bytes:
-        """Return a PNG: for each rank a line of kernels above a line of messages, forward then backward. Needs matplotlib."""
+        """Return a PNG with a line of kernels above a line of messages for each rank, forward then backward. Needs matplotlib."""
         from matplotlib.collections import PolyCollection
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -173,7 +174,7 @@ class Timeline:
         axis.set_yticks(np.arange(len(ranks)) + 0.45, [str(rank) for rank in ranks], fontsize=7)
         drawn = f"; {len(ranks)} of {self.plan.call.ranks} ranks" if len(ranks) < self.plan.call.ranks else ""
         axis.set_title("forward, then backward" + drawn)
-        # next to the axis: with few ranks it would cover their last kernels
+        # put the legend outside the axis: with few ranks it would cover their last kernels
         figure.legend(
             handles=[
                 Patch(color=_KERNELS, label="kernels"),

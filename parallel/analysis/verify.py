@@ -1,7 +1,7 @@
-"""The proof of a plan: every allowed cell computed once, every input present when used, every result at its owner.
+"""The proof of a plan: every allowed cell is computed once, inputs are present when used, and results reach their owners.
 
-`verify` reads only the tables, the mask and the layout; it does not depend on the strategy. All computations are sorts, joins
-and prefix sums over whole columns. Rules for moves are checked in `distattn.parallel.analysis.holding`, rules for states of
+`verify` reads only the tables, the mask and the layout, and does not depend on the strategy. All computations are sorts, joins
+and prefix sums over whole columns. The rules for moves are checked in `distattn.parallel.analysis.holding`, those for states of
 recurrences in `distattn.parallel.analysis.states`.
 """
 
@@ -38,11 +38,11 @@ from distattn.parallel.tables.written_once import written_once
 
 @dataclass(frozen=True)
 class Proof:
-    """Result of a proof, with the memory that the plan needs.
+    """The result of a proof, with the memory that the plan needs.
 
-    forward_peak, backward_peak: per rank, the most bytes of received tensors and of partial results for other ranks that are
-    alive at once in one pass; `kept` bytes excluded. kept: bytes per rank that stay from forward to backward, per
-    attention call (policy "keep"; they are alive during both passes).
+    forward_peak, backward_peak: for each rank, the peak bytes of received tensors and of partial results for other ranks in one
+    pass, not counting `kept`. kept: for each rank, the bytes kept from forward to backward in one call. They are alive during
+    both passes.
     """
 
     digest: str
@@ -55,8 +55,8 @@ class Proof:
 def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
     """Prove a plan, or raise PlanError naming the first wrong row (numbered within its canonical table).
 
-    max_buffer_bytes: the most bytes of buffers that a rank may need at once in one pass, without kept ones; no limit by
-    default.
+    max_buffer_bytes: the most bytes of buffers that a rank may need at once in one pass, not counting kept tensors. There is no
+    limit by default.
     """
     call = plan.call
     forward = _verify_table(plan, "forward", None)
@@ -71,7 +71,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
         # kept tensors are counted separately
         forward = {p: buffers for p, buffers in forward.items() if p not in (Payload.Q, Payload.KV)}
     if call.op.is_recurrent and call.op.has_gradient:
-        # states that tasks began with stay for the backward pass
+        # the states with which tasks began are kept for the backward pass
         reads = select_rows(plan.forward.tasks, begun_with_state(plan.forward.tasks))
         np.add.at(kept_bytes, reads["rank"], (reads["h1"] - reads["h0"]) * call.state_bytes(True))
     proof = Proof(plan.digest, _peak(call, forward), _peak(call, backward), kept_bytes)
@@ -81,7 +81,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
 
 
 def check_max_buffer_bytes(proof: Proof, max_buffer_bytes: int) -> None:
-    """Raise PlanError if a rank needs more bytes of buffers at once. Every rank raises the same error."""
+    """Raise PlanError if any rank needs more bytes of buffers at once. The error is the same on every rank."""
     for direction, peak in (("forward", proof.forward_peak), ("backward", proof.backward_peak)):
         if peak.max() > max_buffer_bytes:
             rank = int(peak.argmax())
@@ -92,7 +92,7 @@ def check_max_buffer_bytes(proof: Proof, max_buffer_bytes: int) -> None:
 
 
 def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payload, BufferLifetimes]:
-    """Verify a table, and return the buffers of each payload."""
+    """Verify one table and return the buffers of each payload."""
     call, table = plan.call, plan.forward if direction == "forward" else plan.backward
     payloads = call.payloads(direction)
     if direction == "backward" and not call.op.has_gradient:
@@ -120,12 +120,12 @@ def _verify_table(plan: Plan, direction: str, kept: Columns | None) -> dict[Payl
 
 
 def _check_task_numbers(call: Call, tasks: Columns, direction: str) -> None:
-    """Check that the numbers are in range, before anything is computed with them."""
+    """Check that all numbers are in range before anything is computed with them."""
     _refuse_task(_outside(tasks["piece"], len(call.mask.pieces)), tasks, direction, "names no piece of the mask")
     _refuse_task(_outside(tasks["rank"], call.ranks), tasks, direction, f"is at no rank of {call.ranks}")
     bad = _not_inside(tasks, "q", call.mask.n) | _not_inside(tasks, "k", call.mask.n)
     if call.op.is_recurrent:
-        # `_check_segments` checks the other columns
+        # empty ranges are allowed here: `_check_segments` checks them
         names = ("q0", "q1", "k0", "k1")
         bad = np.logical_or.reduce([(tasks[name] < 0) | (tasks[name] > call.mask.n) for name in names])
     _refuse_task(bad, tasks, direction, f"has an empty or impossible rectangle on {call.mask.n} tokens")
@@ -145,7 +145,7 @@ def _check_move_numbers(call: Call, moves: Columns, direction: str, payloads: tu
 
 
 def _check_segments(call: Call, tasks: Columns, direction: str) -> None:
-    """Check that rows and keys of a task meet in its segment, and that outputs and gradients are computed once from all
+    """Check that every task is a segment of its document, and that outputs and gradients are computed once from all their
     inputs."""
     q0, q1, k0, k1 = (tasks[name] for name in ("q0", "q1", "k0", "k1"))
     backward = direction == "backward"
@@ -157,14 +157,14 @@ def _check_segments(call: Call, tasks: Columns, direction: str) -> None:
     inside = (np.minimum(q0, k0) >= document[:, 0]) & (np.maximum(q1, k1) <= document[:, 1])
     _refuse_task(~(good & inside), tasks, direction, "is not a segment of its document with what passes through it")
     complete = select_rows(tasks, whole)
-    # outputs depend on all earlier keys, gradients of keys also on all later rows
+    # outputs depend on all earlier keys; gradients of keys depend on all later rows as well
     _check_coverage(call, {**complete, "q1": complete["k1"]}, direction)
     if backward:
         _check_coverage(call, {**complete, "k0": complete["q0"]}, direction)
 
 
 def _check_coverage(call: Call, tasks: Columns, direction: str) -> None:
-    """Check that tasks are tight rectangles of their pieces, disjoint for every head, with the areas of the mask."""
+    """Check that tasks are tight rectangles of their pieces, disjoint for every head, and that they cover the whole mask."""
     bands = task_bands(call.mask, tasks)
     tight = tighten(bands)
     rectangle = np.stack([tasks[name] for name in ("q0", "q1", "k0", "k1")], 1)
@@ -199,7 +199,7 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
 
 
 def _peak(call: Call, buffers: dict[Payload, BufferLifetimes]) -> Ints:
-    """Return the most bytes alive at one step, (ranks,)."""
+    """Return the peak bytes alive in any step, (ranks,)."""
     rank, first, last, size = (
         np.concatenate([np.zeros(0, np.int64), *(getattr(lifetimes, name) for lifetimes in buffers.values())])
         for name in ("rank", "first", "last", "size")
@@ -207,7 +207,7 @@ def _peak(call: Call, buffers: dict[Payload, BufferLifetimes]) -> Ints:
     peak = np.zeros(call.ranks, np.int64)
     if not len(rank):
         return peak
-    # a running sum over (rank, step) events; releases count after their step
+    # a running sum over (rank, step) events, in which memory is released one step after its last use
     event = np.concatenate([rank * (2 * MAX_STEP) + first, rank * (2 * MAX_STEP) + last + 1])
     change = np.concatenate([size, -size])
     by_event = np.lexsort((change, event))
@@ -224,7 +224,7 @@ def _refuse_move(bad: np.ndarray, moves: Columns, direction: str, why: str) -> N
 
 
 def _refuse(kind: str, bad: np.ndarray, rows: Columns, names: tuple[str, ...], direction: str, why: str) -> None:
-    """Raise PlanError for the first bad row, if there is one."""
+    """Raise PlanError for the first bad row, if any."""
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
         raise PlanError(f"{direction}: {kind} {i} {describe_row(rows, names, i)} {why}.")

@@ -1,13 +1,14 @@
-"""Arenas: the memory of passes, kept from pass to pass, one for each stream and for each unfinished pass on it.
+"""Arenas: the memory of passes, kept from pass to pass, with one arena per stream and per unfinished pass on it.
 
 NCCL's process group tells PyTorch's allocator about the storage of every message (`record_stream`). Memory freed after that is
-reused only once the device has passed that point, and the host runs many layers ahead: with a new arena for each pass, 8 to 18
-arenas would exist at once. So all messages are sent from and received in arenas of this pool, and arenas are not freed between
-passes. A pass works on one stream, which waits for the messages of each step: the stream itself orders the passes that use an
-arena.
+reused only once the device has passed that point, and the host runs many layers ahead. With a new arena for each pass, 8 to 18
+arenas would exist at once. All messages are therefore sent from and received in arenas of this pool, which are not freed between
+passes. A pass works on one stream, which waits for the messages of each step, so the stream itself orders the passes that use
+an arena.
 
-Tensors that a forward pass receives for the backward stay where they arrive. Activation checkpointing drops them at once in a
-layer's first forward pass, and uses them soon when that is repeated: the next pass receives in memory that nothing refers to.
+Tensors that a forward pass receives for the backward pass stay where they arrive. Activation checkpointing drops them at once
+after a layer's first forward pass, and when the layer is recomputed, it needs them only briefly. The next pass therefore receives
+into memory that no tensor uses any more.
 """
 
 from __future__ import annotations
@@ -27,29 +28,29 @@ from torch import Tensor
 from distattn.kernels.devices import has_streams
 from distattn.parallel.runtime.lowering.memory import ALIGNMENT
 
-# loans of arenas after which those of a stream that borrows no longer are freed: some steps of a large model
+# the arenas of a stream that has not borrowed are freed after this many loans: a few steps of a large model
 _FORGOTTEN_AFTER = 4096
-# a device and its stream, None for devices without streams
+# a device and its stream, which is None on devices without streams
 _Place = tuple[torch.device, Any]
 
 
 class ArenaPool:
-    """Pool of arenas that no pass uses now, by device and stream. Any thread may borrow and give back."""
+    """Pool of idle arenas, by device and stream. Any thread may borrow and return them."""
 
     def __init__(self) -> None:
-        # garbage collection may close a driver, which frees arenas, on a thread that holds the lock
+        # reentrant, since garbage collection may close a driver, which frees arenas, on a thread that holds the lock
         self._lock = threading.RLock()
-        # by place, sorted by size, the smallest first
+        # for each place, sorted by size, the smallest first
         self._idle: dict[_Place, list[Tensor]] = defaultdict(list)
-        # by place: memory for tensors received for a backward pass; it may be in use
+        # for each place, memory for tensors received for a backward pass; it may be in use
         self._kept: dict[_Place, list[Tensor]] = defaultdict(list)
         self._of_parents: list[Any] = []
-        # how many arenas have been lent, and that number at each place's last loan
+        # the number of loans so far, and what it was at each place's last loan
         self._loans = 0
         self._last_loan: dict[_Place, int] = {}
 
     def forget(self) -> None:
-        """Reset the pool in a forked process: the device's memory, and threads that held the lock, belong to the parent."""
+        """Reset the pool in a forked process: the device memory, and any thread that holds the lock, belong to the parent."""
         self._lock = threading.RLock()
         # keep them alive: freeing would call CUDA, which a forked process cannot use
         self._of_parents += [self._idle, self._kept, self._last_loan]
@@ -57,10 +58,10 @@ class ArenaPool:
 
     @contextmanager
     def borrowed(self, nbytes: int, device: torch.device) -> Iterator[Tensor]:
-        """Lend an arena of at least `nbytes` bytes, an uninitialized tensor of uint8, for work on the current stream.
+        """Lend an arena of at least `nbytes` bytes, an uninitialized uint8 tensor, for work on the current stream.
 
-        The block ends when all work on the arena is done or queued on that stream. If the block raises, the arena is dropped,
-        because messages may still use it. Raise torch.OutOfMemoryError.
+        The block must not end before all work on the arena is done or queued on that stream. If the block raises, the arena is
+        dropped, because messages may still use it. Raise torch.OutOfMemoryError if the device has too little memory.
         """
         if not nbytes:
             yield torch.empty(0, dtype=torch.uint8, device=device)
@@ -71,16 +72,16 @@ class ArenaPool:
             idle = self._idle[place]
         arena = self._take(place, nbytes, idle)
         yield arena
-        # not reached after an exception, nor if a generator is closed
+        # not reached after an exception or when a generator is closed
         with self._lock:
             insort(self._idle[place], arena, key=_size)
 
     @contextmanager
     def kept(self, count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-        """Give a forward pass an uninitialized tensor (count,) to receive tensors in that its backward pass needs.
+        """Give a forward pass an uninitialized tensor (count,) in which to receive tensors that its backward pass needs.
 
-        It may reuse memory of another pass that nothing refers to. If the block raises, the memory is not reused. Raise
-        torch.OutOfMemoryError.
+        The tensor may reuse memory of another pass that no tensor uses any more. If the block raises, its memory is not reused.
+        Raise torch.OutOfMemoryError if the device has too little memory.
         """
         if not count or _is_taken_by_hooks():
             yield torch.empty(count, dtype=dtype, device=device)
@@ -89,30 +90,30 @@ class ArenaPool:
         with self._lock:
             blocks = self._kept[place]
             unused = sorted((block for block in blocks if _is_unused(block)), key=_size)
-            # without checkpointing, received tensors are needed until much later: the pool forgets them
+            # outside a recomputation, received tensors stay in use for long, so the pool drops its references to them
             self._kept[place] = [block for block in blocks if not _is_unused(block)] if runs_backward() else []
         block = self._take(place, count * dtype.itemsize, unused)
-        # not a view, which autograd would track
+        # a new tensor on the same storage: autograd would track a view
         yield torch.empty(0, dtype=dtype, device=device).set_(block.untyped_storage(), 0, (count,), (1,))
         with self._lock:
             self._kept[place] += [block, *unused]
 
     def free(self, device: torch.device | None = None) -> None:
-        """Free the arenas that no pass uses, of one device or of all devices."""
+        """Free the idle arenas of one device, or of all devices."""
         with self._lock:
             for memory in (self._idle, self._kept):
                 for place in [place for place in memory if device is None or place[0] == device]:
                     del memory[place]
 
     def idle_bytes(self, device: torch.device) -> list[int]:
-        """Return the sizes in bytes of the arenas that no pass uses on a device, the smallest first."""
+        """Return the sizes in bytes of a device's idle arenas, the smallest first."""
         with self._lock:
             return sorted(
                 _size(arena) for place, arenas in self._idle.items() if place[0] == device for arena in arenas
             )
 
     def _note_loan(self, place: _Place) -> None:
-        """Count a loan, and free the memory of streams that have borrowed nothing for long."""
+        """Count a loan. Free the memory of streams that have not borrowed anything for a long time."""
         self._loans += 1
         self._last_loan[place] = self._loans
         if self._loans % _FORGOTTEN_AFTER == 0:
@@ -122,18 +123,18 @@ class ArenaPool:
                 self._kept.pop(old, None)
 
     def _take(self, place: _Place, nbytes: int, idle: list[Tensor]) -> Tensor:
-        """Take memory from a list sorted by size, or allocate it. Raise torch.OutOfMemoryError."""
+        """Take memory from `idle`, sorted by size, or allocate it. Raise torch.OutOfMemoryError if there is too little."""
         with self._lock:
             fitting = bisect_left(idle, nbytes, key=_size)
             if fitting < len(idle):
                 return idle.pop(fitting)
             if idle:
-                # a larger one replaces it; free the smaller one first
+                # the new arena replaces the largest idle one, which is freed first
                 idle.pop()
         try:
             return _new(nbytes, place[0])
         except torch.OutOfMemoryError:
-            # idle arenas of other streams or earlier schedules may hold the missing memory
+            # idle arenas of other streams or earlier passes may hold the missing memory
             self.free(place[0])
             with self._lock:
                 idle.clear()
@@ -141,40 +142,40 @@ class ArenaPool:
 
 
 class ArenaAllocator:
-    """An allocator that places tensors one after another in a part of an arena."""
+    """An allocator that places tensors one after another in an arena or a part of one."""
 
     def __init__(self, arena: Tensor):
-        """Begin with an empty arena. arena: bytes, aligned like an arena."""
+        """Start at the beginning of `arena`, a uint8 tensor with the alignment of an arena."""
         self._arena, self._used = arena, 0
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a contiguous tensor of the arena, uninitialized."""
+        """Return a contiguous, uninitialized tensor in the arena."""
         begin, size = self._used, prod(shape) * dtype.itemsize
         self._used += aligned_bytes(size)
         return self._arena[begin : begin + size].view(dtype).view(tuple(shape))
 
     def copy_of(self, x: Tensor) -> Tensor:
-        """Return a contiguous copy of a tensor, placed in the arena."""
+        """Return a contiguous copy of a tensor in the arena."""
         return self.tensor(x.shape, x.dtype).copy_(x)
 
     def clear(self) -> None:
-        """Place tensors from the beginning again."""
+        """Start again at the beginning of the arena."""
         self._used = 0
 
 
 def aligned_bytes(*sizes: int) -> int:
-    """Return the bytes of an arena that tensors of these sizes in bytes take, with alignment."""
+    """Return the bytes of an arena, with alignment, taken by tensors of these sizes in bytes."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def _new(nbytes: int, device: torch.device) -> Tensor:
-    # an arena first needed for inference also serves training, which cannot write inference tensors
+    # an arena first needed for inference may also serve training, which cannot write to inference tensors
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def runs_backward() -> bool:
-    """Return whether this thread runs a backward pass of autograd; a forward pass in it is repeated by a checkpoint."""
+    """Return whether this thread is inside an autograd backward pass, where a forward pass is a recomputation by a checkpoint."""
     return int(torch._C._current_graph_task_id()) >= 0
 
 
@@ -191,9 +192,9 @@ def _uses(memory: Tensor) -> int:
 
 
 def _is_taken_by_hooks() -> bool:
-    """Return whether hooks other than those of activation checkpointing or our own may still read freed saved tensors.
+    """Return whether saved-tensor hooks, other than our own or those of activation checkpointing, may read freed saved tensors.
 
-    Offloading by other libraries copies them on its own stream and tells only PyTorch's allocator (`record_stream`).
+    Other libraries' offloading copies saved tensors on its own stream and tells only PyTorch's allocator (`record_stream`).
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith(
@@ -202,7 +203,7 @@ def _is_taken_by_hooks() -> bool:
 
 
 def _is_unused(memory: Tensor) -> bool:
-    """Return whether no other tensor uses the memory of a tensor that only one list holds."""
+    """Return whether `memory` is the only tensor that uses its storage."""
     return _uses(memory) == _OF_ONE_TENSOR
 
 

@@ -1,6 +1,6 @@
-"""A plan lowered for one rank: buffers, messages, kernel launches and index lists, made once and shared by all layers.
+"""Programs: a plan lowered for one rank to buffers, messages, kernel launches and index lists, made once for all layers.
 
-Nothing after `lower` reads the plan's tables: a layer runs one loop over steps and messages.
+Only `lower` reads the plan's tables. After that, a layer runs one loop over steps and messages.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, View
 
 
 class Message(NamedTuple):
-    """The rows of one payload and head range that one peer sends or receives: the same, in the same order, at both ends.
+    """The rows of one payload and head range sent to or received from one peer. Both ends have the same rows in the same order.
 
-    segments: the rows of the view, cut where tokens are not contiguous; each travels separately. If there are too many of them,
-    all rows are one segment. bundle: the buffers whose rows travel in one message with this one's, see `row_bundles`; empty if
-    each tensor travels separately. row_bytes: the bytes of each payload in such a row; row_format: the row's layout.
+    segments: the rows of the view, cut where tokens are not contiguous. Each segment travels separately. If there would be too
+    many segments, all rows are one segment. bundle: the buffers whose rows travel in one message with this buffer's (see
+    `row_bundles`), empty if each tensor travels separately. row_bytes: the bytes per payload in a bundle's row. row_format: the
+    layout of that row.
     """
 
     peer: int
@@ -38,7 +39,7 @@ class Message(NamedTuple):
 
 
 class KernelLaunch(NamedTuple):
-    """A kernel launch: its query heads, operands to gather, the kernel's own schedule, and where results are accumulated."""
+    """A kernel launch: its query heads, the operands to gather, the kernel's own schedule, and the views for its results."""
 
     heads: slice
     operands: dict[Payload, View]
@@ -50,34 +51,34 @@ class KernelLaunch(NamedTuple):
 
 @dataclass
 class ProgramStep:
-    """What this rank does in one step of a table."""
+    """One rank's work in one step of a table."""
 
-    # rows of each new buffer; own rows that are copied into it (see `landing` and `staging`)
+    # the rows of each new buffer, and the own rows copied into it (see `landing` and `staging`)
     allocate: dict[BufferKey, int] = field(default_factory=dict)
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
-    # indices of the sends, and of the receives, that travel as one message
+    # indices of sends, and of receives, that travel as one message
     joined_sends: list[tuple[int, ...]] = field(default_factory=list)
     joined_receives: list[tuple[int, ...]] = field(default_factory=list)
-    # those of them that are packed from, or unpacked to, own tensors together
+    # the joined messages that are packed from, or unpacked into, own tensors in one copy
     packed_sends: tuple[PackedMessages, ...] = ()
     packed_receives: tuple[PackedMessages, ...] = ()
-    # one launch, unless head groups need such different tokens that most of a tensor with all of them would be unused
+    # usually one launch; several if one tensor with the tokens of all head groups would be mostly unused
     launches: list[KernelLaunch] = field(default_factory=list)
-    # own rows of buffers that the launches have written; they are accumulated from these buffers
+    # own rows that launches write to buffers, to be accumulated from there
     own_results: list[tuple[BufferKey, View]] = field(default_factory=list)
-    # whether all ranks exchange the messages of this step in one all-to-all
+    # True if all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
     release: list[BufferKey] = field(default_factory=list)
-    # which states of a recurrence are sent, received and released
+    # the states of a recurrence to send, receive and release
     states: StateStep | None = None
-    # the arena offsets of the step's tensors (see `memory`)
+    # places of the step's tensors in the arena (see `memory`)
     places: dict[PlaceKey, list[PlacedTensor]] = field(default_factory=dict)
 
     @property
     def has_messages(self) -> bool:
-        """Return whether this rank sends or receives rows of tokens in the step, so that kernels run while messages travel."""
+        """True if this rank sends or receives rows of tokens in the step, so that kernels overlap with messages."""
         return bool(self.sends or self.receives)
 
     def views(self) -> Iterator[View]:
@@ -93,16 +94,16 @@ class ProgramStep:
 class Program:
     """One rank's share of a plan.
 
-    tokens: rows of the rank's own tensors. kept: rows of each buffer that stays from the forward to the backward pass, by its key
-    in the forward pass. kept_places: their offsets in one flat tensor. proof: None for a plan that has not been proven. blank:
-    buffers of results that first writes do not fill completely, in both passes. unadded: own results to which this rank adds
-    nothing, and which need no wider numbers than the inputs. turns: of own results that launches sum up and return in the inputs'
-    dtype, for each row the first and the last launch that write it (see `final_rows`). own_tensors: of each payload.
-    forward_bytes, backward_bytes: size of each pass's arena (see `memory`). uploaded: the index lists, if they are on a GPU.
-    forward_states, backward_states: of a recurrence, the states with which each task begins and ends.
+    tokens: rows of the rank's own tensors. kept: the rows of each buffer kept for the backward pass, by its key in the forward
+    pass. kept_places: the places of these buffers in one flat tensor. proof: None for an unproven plan. blank: result buffers, of
+    both passes, that first writes do not fill completely. unadded: own results to which this rank adds nothing, so that they
+    need no wider dtype than the inputs. turns: for each row of an own result that launches sum up and finish, the first and the
+    last launch that write it (see `final_rows`). own_tensors: the rank's own tensors of each payload. forward_bytes,
+    backward_bytes: the size of each pass's arena (see `memory`). uploaded: the index lists, if they are on a GPU.
+    forward_states, backward_states: the states with which each task of a recurrence begins and ends.
     """
 
-    # not the plan itself: programs are cached for as long as their plan exists
+    # the call, not the plan: programs are cached as long as their plan exists, so they must not keep it alive
     call: Call
     proof: Proof | None
     rank: int
@@ -117,7 +118,7 @@ class Program:
     own_tensors: dict[Payload, OwnTensors]
     forward_bytes: int
     backward_bytes: int
-    # whether a rank's own dO is only copied to messages and buffers, so that these copies can compute rowsum(dO * O)
+    # True if the rank's own dO is only copied to messages and buffers, so that these copies can compute rowsum(dO * O)
     sums_where_copied: bool = False
     uploaded: Handover | None = None
     forward_states: StateProgram | None = None
@@ -125,5 +126,5 @@ class Program:
 
 
 def kept_key(key: BufferKey) -> BufferKey:
-    """Return the backward pass's key of a kept buffer, or the reverse. No buffer that arrives in that pass has the same key."""
+    """Translate a kept buffer's key from the forward to the backward pass, or back. No other buffer of that pass has this key."""
     return key._replace(step=OWN - 1 - key.step)

@@ -1,9 +1,9 @@
-"""All-gather attention: queries stay, and every rank fetches the keys and values that its own queries see.
+"""All-gather attention: queries stay, and every rank fetches the keys and values that its own queries attend to.
 
-Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here only keys that some local query needs are
-sent, once each, from their owner. With a cluster, keys that several ranks of another node need enter that node once and are
-passed on inside it. Tasks that need only local keys are computed while other keys travel, if they are a good part of a rank's
-work; with two kernel calls, rows are copied apart and together again.
+Llama 3 (Dubey et al. 2024, arXiv 2407.21783, section 3.3.2) gathers all keys. Here, only the keys that a rank's queries need are
+sent to it, once each, from their owner. Given a cluster, keys that several ranks of another node need enter that node once and
+are forwarded within it. Tasks that need only local keys run while other keys travel, but only if they are a large enough part of
+the rank's work, because a second kernel call makes copies that split the rows and join them again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from distattn.ir.plan import (
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 from distattn.parallel.tables.routes import remote_users, send_direct, send_hierarchical
 
-# the part of a rank's work that needs only local keys, from which on it is a separate kernel call
+# smallest fraction of a rank's work for which tasks on local keys get a kernel call of their own
 _LEAST_EARLY = 1 / 8
 
 
 def allgather(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
-    """Return the table of one pass: fetch at step 0, pass on at 1; compute at 0 (local keys, if many), 1, and 2 (passed-on
-    keys)."""
+    """Return one candidate table. Step 0 fetches keys, and step 1 forwards them within nodes.
+
+    Tasks run in step 0 (local keys, if that is enough work), step 1, or step 2 (forwarded keys)."""
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     early = owns_range(call, rank, area.k0, area.k1)
     tasks = make_columns(TASK_COLUMNS, step=np.where(early, 0, 1), rank=rank, **vars(area))
@@ -46,7 +47,7 @@ def allgather(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
 
 
 def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
-    """Return the ranks whose tasks of step 0 are a good part of all their work, bool (ranks,)."""
+    """Return which ranks have at least `_LEAST_EARLY` of their work in tasks of step 0, bool (ranks,)."""
     work = task_areas(call, tasks, task_bands(call.mask, tasks)).astype(np.float64)
     whole, early = (
         np.bincount(tasks["rank"], work * chosen, call.ranks) for chosen in (np.ones(len(work)), tasks["step"] == 0)
@@ -55,7 +56,7 @@ def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
 
 
 def _uses_late_keys(call: Call, tasks: Columns, late: Columns) -> Ints:
-    """Return 1 for each task that needs some (rank, head, token) of `late`, 0 for the others."""
+    """Return 1 for each task that needs any (rank, head, token) in `late`, and 0 for the others."""
     ranges = task_token_ranges(call, Payload.KV, tasks)
     task, task_head = expand_ranges(ranges["h0"], ranges["h1"])
     row, head = expand_ranges(late["h0"], late["h1"])

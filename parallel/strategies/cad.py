@@ -2,7 +2,8 @@
 
 Core attention has no weights, so any rank may compute any piece of it (Zhuang et al. 2025, arXiv 2510.18121). Queries, keys and
 values travel to the server and outputs return; everything else stays with the tokens. Unlike that paper's greedy rule
-(`cad_greedy`), every server's work is bounded, shares are head groups, rows and ranges of keys, and bytes are counted exactly.
+(`cad_greedy`), this strategy bounds every server's work, divides work by head groups, rows and key ranges, and counts bytes
+exactly.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_key_owner, split_by_query_owner
 from distattn.parallel.tables.routes import reduce_direct, remote_users, send_direct
 
-# about the largest fraction of an item that leaves, if there are other items: its first rows have little work for their bytes
+# roughly the largest fraction of an item to move if there are other items: its first rows have little work per byte
 _DENSE_FRACTION = 0.75
 _MILLION = 1_000_000
-# attempts to keep every rank within max_buffer_bytes
+# number of attempts at keeping every rank within max_buffer_bytes
 _MEMORY_ROUNDS = 6
-# tolerances of the further candidates: the larger, the less work moves
+# tolerances of further candidates: the larger the tolerance, the less work moves
 FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
 
 
@@ -58,10 +59,10 @@ FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
 class CadOptions:
     """Options of strategy "cad".
 
-    tolerance: no server gets more than (1 + tolerance) of its part of the work, except for the last block of cells.
-    speeds: a whole number for each rank, its throughput relative to the others'; a rank of speed 0 serves nothing.
-    max_buffer_bytes: bytes of other ranks' tensors that a rank may hold at once in one pass; ranks near it get less work.
-    block: rows and keys that kernels take at once; documents are cut at multiples of it.
+    tolerance: no server gets more than (1 + tolerance) times its share of the work, except for the last block of cells.
+    speeds: each rank's relative throughput, as an integer; a rank with speed 0 serves nothing.
+    max_buffer_bytes: bytes of other ranks' tensors that a rank may hold at once in one pass; ranks near the limit get less work.
+    block: rows and keys in a kernel's tile; documents are cut at multiples of it.
     """
 
     tolerance: float = 0.02
@@ -81,11 +82,11 @@ class CadOptions:
 def cad(
     call: Call, cluster: AnyCluster | None = None, options: CadOptions = CadOptions(), direction: str = "forward"
 ) -> Iterator[Table]:
-    """Yield tables of one pass: send at step 0, compute (at home at 0, away at 1), return outputs at 2.
+    """Yield candidate tables. Step 0 sends inputs and runs local work, step 1 runs moved work, step 2 returns outputs.
 
     Candidates are made one by one: first the work balanced within the tolerance, then all work at home, then less and less
-    balanced work. If ranks differ in speed there is only the first, because a cluster's table of speeds does not include
-    that.
+    balanced work. If ranks differ in speed, only the first is made, because a cluster's speed table does not describe such
+    differences.
     """
     speeds = _checked_speeds(call, options)
     cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, options.block)
@@ -103,7 +104,7 @@ def cad(
 
 
 def _checked_speeds(call: Call, options: CadOptions) -> Ints:
-    """Return the speeds of all ranks. Refuse work that int64 cannot count."""
+    """Return the speeds of all ranks. Raise DistattnError if they are invalid, or if the work does not fit in an int64."""
     speeds = np.ones(call.ranks, np.int64) if options.speeds is None else as_int64(options.speeds, "speeds")
     if speeds.shape != (call.ranks,) or (speeds < 0).any() or (speeds > _MILLION).any() or not speeds.any():
         raise DistattnError(
@@ -116,7 +117,7 @@ def _checked_speeds(call: Call, options: CadOptions) -> Ints:
 
 
 class _Limits(NamedTuple):
-    """Limits of a distribution of work: nodes and speeds of ranks, the tolerance, and bytes of buffers."""
+    """Constraints on the distribution of work: the node and speed of each rank, the tolerance, and the bytes of buffers."""
 
     node: Ints
     speeds: Ints
@@ -125,15 +126,15 @@ class _Limits(NamedTuple):
 
 
 def work_limits(work: int, speeds: Ints, tolerance: float) -> Ints:
-    """Return the most work of each rank: its part of all work, by its speed, times 1 + tolerance."""
-    # Python integers: the product exceeds int64
+    """Return the most work that each rank may have: its share of `work`, in proportion to its speed, times 1 + tolerance."""
+    # use Python integers, because the product may exceed int64
     scale = _MILLION + round(tolerance * _MILLION)
     parts = [-(-work * scale * rank_speed // (int(speeds.sum()) * _MILLION)) for rank_speed in speeds.tolist()]
     return np.array(parts, np.int64)
 
 
 def home_tasks(call: Call, cost_model: CostModel) -> Columns:
-    """Assign every task to the owner of its queries, or of its keys, or by groups of heads if that moves fewer bytes."""
+    """Assign every task to the owner of its queries, unless the owner of its keys or a split by heads moves fewer bytes."""
     weights = bytes_per_row_and_key(call, cost_model.direction)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
@@ -149,7 +150,7 @@ def home_tasks(call: Call, cost_model: CostModel) -> Columns:
 
 
 def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: tuple[int, int]) -> Columns:
-    """Cut mask pieces with many owners into head groups, an equal share for each owner, if that moves fewer bytes."""
+    """Cut mask pieces with many owners into head groups, with an equal share for each owner, if that moves fewer bytes."""
     order = lexicographic_argsort(tasks["piece"], tasks["rank"])
     first = run_starts(tasks["piece"][order], tasks["rank"][order])
     piece, owner = tasks["piece"][order][first], tasks["rank"][order][first]
@@ -164,7 +165,7 @@ def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: 
     everything = np.ones(len(wide))
     groups = num_head_groups(items, call.gqa_group_size)
     moved = choose_cut(items, groups, everything, owners[wide], cost_model, weights).moved_bytes
-    # every owner already has its own part of the rows and keys
+    # every owner already has its own rows and keys
     better = moved * (1 - 1 / owners[wide]) < weights[1] * keys[wide]
     wide, items = wide[better], items.at(better)
     if not len(wide):
@@ -181,11 +182,11 @@ def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: 
 
 
 def route_tasks(call: Call, tasks: Columns) -> Table:
-    """Return the table of these tasks: inputs come directly from their owners, outputs go directly to theirs."""
+    """Return a table of these tasks in which inputs come directly from their owners and outputs go directly to theirs."""
     owns_rows = owns_range(call, tasks["rank"], tasks["q0"], tasks["q1"])
     local = owns_rows & owns_range(call, tasks["rank"], tasks["k0"], tasks["k1"])
     tasks = {**tasks, "step": np.where(local, 0, 1)}
-    # most tasks need only local tensors
+    # skip the tasks that need only local tensors, which are the majority
     away = select_rows(tasks, ~local)
     moves = [
         send_direct(Payload.Q, remote_users(call, Payload.Q, away), 0),
@@ -196,7 +197,7 @@ def route_tasks(call: Call, tasks: Columns) -> Table:
 
 
 def _rebalance_within_memory(call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits) -> Columns:
-    """Balance the work so that no rank holds more than max_buffer_bytes. Raise DistattnError if that breaks the tolerance."""
+    """Balance the work so that no rank holds more than max_buffer_bytes. Raise DistattnError if the tolerance rules it out."""
     direction, budget = cost_model.direction, limits.max_buffer_bytes
     if budget is None:
         return _rebalance(call, tasks, cost_model, limits, np.ones(call.ranks))[0]
@@ -220,9 +221,9 @@ def _rebalance_within_memory(call: Call, tasks: Columns, cost_model: CostModel, 
 def _rebalance(
     call: Call, tasks: Columns, cost_model: CostModel, limits: _Limits, room_fraction: np.ndarray
 ) -> tuple[Columns, int]:
-    """Return (the same work with no rank above its limit, remaining cost above limits).
+    """Return (tasks for the same work with ranks within their limits where possible, the cost that remains above limits).
 
-    Receivers take a fraction of their room.
+    room_fraction: the part of its room that each receiver uses.
     """
     weights = bytes_per_row_and_key(call, cost_model.direction)
     cost = cost_model.task_costs(call, tasks)
@@ -236,11 +237,11 @@ def _rebalance(
     home, leaving = tasks["rank"][chosen], select_rows(tasks, chosen)
     items = WorkItems(leaving["piece"], task_bands(call.mask, leaving), leaving["h0"], leaving["h1"])
     fraction = np.minimum(excess / np.maximum(np.bincount(home, cost[chosen], call.ranks), 1), 1.0)[home]
-    # room of a typical receiver
+    # a typical receiver's room
     typical = max(sum(space * space for space in room.tolist()) // int(room.sum()), 1)
     receivers = -(-excess[home] // typical)
     cut = cut_into_lanes(items, home, fraction, receivers, cost_model, call.gqa_group_size, weights)
-    # cut work costs more: all ranks may have a little more
+    # cut work costs more, so all limits rise a little
     extra = np.append(cut.extra, np.zeros(call.ranks - len(cut.extra), np.int64))
     limit = work_limits(int(load.sum() + extra.sum()), limits.speeds, limits.tolerance)
     excess = np.where(excess > 0, np.maximum(load - limit, 0) + extra, 0)
@@ -256,7 +257,7 @@ def _rebalance(
 
 
 def _buffer_bytes(call: Call, table: Table) -> Ints:
-    """Return the most bytes of other ranks' tensors, and of results for others, that each rank can hold at once."""
+    """Return an upper bound on the bytes that each rank holds of other ranks' tensors and of results for other ranks."""
     size = move_bytes(call, table.moves)
     arriving = np.bincount(table.moves["dst"], size, call.ranks)
     is_result = np.isin(table.moves["payload"], REDUCED_PAYLOADS)
@@ -264,7 +265,7 @@ def _buffer_bytes(call: Call, table: Table) -> Ints:
 
 
 def _most_work_per_byte(tasks: Columns, cost: Ints, excess: Ints, weights: tuple[int, int]) -> Ints:
-    """Return the tasks from which ranks with an excess hand out work, by rank: those with most work for their bytes."""
+    """Return the tasks from which overloaded ranks hand out work: those with the most work per byte, sorted by rank."""
     mine = np.flatnonzero(excess[tasks["rank"]] > 0)
     rows, keys = tasks["q1"][mine] - tasks["q0"][mine], tasks["k1"][mine] - tasks["k0"][mine]
     work_per_byte = cost[mine] / (weights[0] * rows + weights[1] * keys)

@@ -1,9 +1,9 @@
-"""Cut attention of a few documents into pieces of given cost, each with as few rows and keys as possible.
+"""Cut the attention of a few documents into pieces of given cost, each with as few rows and keys as possible.
 
-Work that leaves a rank is arranged in *lanes*: the last rows of an item (a document, or the part of one that the rank owns), for
-one group of heads, and for one range of keys if that saves bytes. Transfers follow each other along the lanes, from the last row
-of each lane to its first; a transfer that ends inside a block of rows ends between its keys. So a transfer has whole head groups
-if there are several, and otherwise neighbouring rows of one group.
+Work that leaves a rank is arranged in *lanes*. A lane is the last rows of an item (a document, or the part of one that the rank
+owns) for one head group, and for one key range if that saves bytes. Transfers are laid out one after another along the lanes,
+from the last row of each lane to its first. If a transfer ends within a block of rows, the block is cut between keys. A transfer
+therefore consists of whole head groups, or of neighbouring rows of one group.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from distattn.ir.intervals import Ints, expand_ranges
 from distattn.ir.plan import TASK_COLUMNS, Columns, concat_rows, make_columns, nonempty_bands, select_rows
 from distattn.parallel.tables.cost import CostModel
 
-# the most ranges of keys to try for a group of heads
+# largest number of key ranges to try for a head group
 _MAX_KEY_RANGES = 4
 
 
 class WorkItems(NamedTuple):
-    """Rectangles of mask pieces: the piece, the piece clipped to the rectangle (M, 10), and query heads [h0, h1)."""
+    """Rectangles of mask pieces: piece number, the piece clipped to the rectangle (M, 10), and query heads [h0, h1)."""
 
     piece: Ints
     bands: Ints
@@ -30,11 +30,11 @@ class WorkItems(NamedTuple):
     h1: Ints
 
     def at(self, index: np.ndarray) -> WorkItems:
-        """Return the rectangles at an index."""
+        """Return the items selected by `index`."""
         return WorkItems(*(column[index] for column in self))
 
     def as_tasks(self, rank: Ints) -> Columns:
-        """Return tight tasks of these items at these ranks at step 0, without empty ones."""
+        """Return these items as tight tasks in step 0 on the given ranks. Leave out empty ones."""
         bands = tighten(self.bands)
         kept = nonempty_bands(bands)
         rectangle = {name: bands[:, column] for name, column in (("q0", Q0), ("q1", Q1), ("k0", K0), ("k1", K1))}
@@ -43,9 +43,9 @@ class WorkItems(NamedTuple):
 
 
 class LaneCut(NamedTuple):
-    """Items cut for their senders: the tasks that stay, and the lanes that may leave with the sender of each, in order.
+    """Items cut into the tasks that stay and the lanes that may leave, in order, with the sender of each lane.
 
-    extra: how much more the lanes of each rank cost than the same cells in one piece.
+    extra: how much more each rank's lanes cost than the same cells in one piece.
     """
 
     stays: Columns
@@ -55,7 +55,7 @@ class LaneCut(NamedTuple):
 
 
 class Transfers(NamedTuple):
-    """The cost that each sender hands to each receiver, sorted by sender."""
+    """Amounts of work, in units of cost, that senders hand to receivers, sorted by sender."""
 
     sender: Ints
     cost: Ints
@@ -63,7 +63,7 @@ class Transfers(NamedTuple):
 
 
 class CutShape(NamedTuple):
-    """A way to cut items: head groups and first row that leave, ranges of keys, and the bytes that move (estimated)."""
+    """A way to cut each item: number of head groups that leave, number of key ranges, first row that leaves, estimated bytes."""
 
     groups: Ints
     key_ranges: Ints
@@ -80,9 +80,9 @@ def cut_into_lanes(
     group_size: int,
     weights: tuple[int, int],
 ) -> LaneCut:
-    """Cut lanes from items. Each item's rank `home` (sorted) hands out `fraction` of it to this number of `receivers`.
+    """Cut lanes from items. The rank `home` of each item (sorted) hands `fraction` of it to about `receivers` ranks.
 
-    group_size: query heads that stay together. weights: bytes of a row and of a key, all heads.
+    group_size: query heads that stay together. weights: bytes per row and per key, over all heads.
     """
     groups = num_head_groups(items, group_size)
     shape = choose_cut(items, groups, fraction, receivers, cost_model, weights)
@@ -92,7 +92,7 @@ def cut_into_lanes(
     lanes, item = _lanes(items, heads, shape, cost_model)
     stays = [part.as_tasks(home) for part in (other_heads, earlier_rows)]
     stays = [select_rows(part, part["h0"] < part["h1"]) for part in stays]
-    # the same rows, without cuts
+    # the cost of the same rows in one piece
     leaving = tighten(clip(items.bands, shape.first_row, items.bands[:, Q1], 0, items.bands[:, K1]))
     uncut = cost_model.band_costs(leaving) * shape.groups * heads
     ranks = int(home.max()) + 1
@@ -102,11 +102,11 @@ def cut_into_lanes(
 
 
 def assign_lanes(cut: LaneCut, transfers: Transfers, cost_model: CostModel) -> Columns:
-    """Return the tasks of the lanes: each transfer at its receiver, in order, and the rest of the lanes at their senders."""
+    """Return all tasks: those that stay, each transfer at its receiver, and the rest of the lanes at their senders."""
     lane, place = _transfer_ends(cut, transfers, cost_model)
     ends = _cut_points(cut.lanes.at(lane), place, cost_model)
     lane_rows, near, far, transfer = _between_cuts(cut.lanes, lane, ends)
-    # work after the last transfer of a sender stays
+    # work after a sender's last transfer stays
     number = np.minimum(transfer, len(lane))
     is_sent = np.append(transfers.sender, -1)[number] == cut.sender[lane_rows]
     rank = np.where(is_sent, np.append(transfers.receiver, -1)[number], cut.sender[lane_rows])
@@ -115,7 +115,7 @@ def assign_lanes(cut: LaneCut, transfers: Transfers, cost_model: CostModel) -> C
 
 
 def num_head_groups(items: WorkItems, group_size: int) -> Ints:
-    """Return the number of parts of `group_size` heads that each item can be cut into."""
+    """Return the number of groups of `group_size` heads that each item can be cut into."""
     whole_groups = (items.h0 % group_size == 0) & (items.h1 % group_size == 0)
     return np.where(whole_groups, (items.h1 - items.h0) // group_size, 1)
 
@@ -128,7 +128,7 @@ def choose_cut(
     cost_model: CostModel,
     weights: tuple[int, int],
 ) -> CutShape:
-    """Choose the cut of each item that moves the fewest bytes, as estimated; rows from `first_row` on make up the fraction."""
+    """Choose, for each item, the cut estimated to move the fewest bytes. The rows from `first_row` on make up `fraction`."""
     i, groups_taken = expand_ranges(np.maximum(np.ceil(fraction * groups).astype(np.int64), 1), groups + 1)
     some = items.at(i)
     wanted_cost = cost_model.band_costs(some.bands) * np.minimum(fraction[i] * groups[i] / groups_taken, 1.0)
@@ -136,10 +136,10 @@ def choose_cut(
     leaving = tighten(clip(some.bands, first, some.bands[:, Q1], 0, some.bands[:, K1]))
     rows, keys = leaving[:, Q1] - leaving[:, Q0], leaving[:, K1] - leaving[:, K0]
     key_ranges = np.arange(1, _MAX_KEY_RANGES + 1)[:, None]
-    # transfers meet inside a lane receivers - 1 times, and then both receivers need the lane's keys
+    # two transfers meet within a lane up to receivers - 1 times, and both receivers need the lane's keys
     copies = 1 + (receivers[i] - 1) / (groups_taken * key_ranges)
     moved = (groups_taken / groups[i]) * (weights[0] * rows * key_ranges + weights[1] * keys * copies)
-    # the first of the cheapest, for each item
+    # for each item, the first of the cheapest cuts
     item = np.tile(i, len(key_ranges))
     order = np.lexsort((np.repeat(key_ranges.ravel(), len(i)), moved.ravel(), item))
     best = order[np.searchsorted(item[order], np.arange(len(items.piece)))]
@@ -148,12 +148,12 @@ def choose_cut(
 
 
 def _lanes(items: WorkItems, heads: Ints, shape: CutShape, cost_model: CostModel) -> tuple[WorkItems, Ints]:
-    """Return (lanes, item of each): the rows that leave, by head group, cut into ranges of keys of equal work."""
+    """Return (lanes, item of each lane): the rows that leave, by head group, cut into key ranges of equal work."""
     ranges = shape.key_ranges
     leaving = tighten(clip(items.bands, shape.first_row, items.bands[:, Q1], 0, items.bands[:, K1]))
     i, _ = expand_ranges(np.zeros_like(ranges), ranges)
     bands = tighten(clip(leaving[i], 0, leaving[i, Q1], *_key_ranges(leaving, ranges, cost_model)))
-    # the ranges of keys of a group are consecutive
+    # the key ranges of a head group are consecutive
     key_range_number, group = expand_ranges(np.zeros_like(shape.groups), shape.groups)
     offset = np.cumsum(ranges) - ranges
     row, lane_range = expand_ranges(offset[key_range_number], offset[key_range_number] + ranges[key_range_number])
@@ -163,7 +163,7 @@ def _lanes(items: WorkItems, heads: Ints, shape: CutShape, cost_model: CostModel
 
 
 def _key_ranges(bands: Ints, parts: Ints, cost_model: CostModel) -> tuple[Ints, Ints]:
-    """Cut the keys of each band into `parts` ranges of equal area: (first keys, ends), one row for each range."""
+    """Cut the keys of each band into `parts` ranges of equal area. Return (first keys, end keys), one row per range."""
     i, part = expand_ranges(np.zeros_like(parts), parts)
     begin = cost_model.last_keys_of_area(bands[i], areas(bands)[i] * (parts[i] - part) // parts[i])
     begin = np.where(part == 0, bands[i, K0], begin)
@@ -171,11 +171,11 @@ def _key_ranges(bands: Ints, parts: Ints, cost_model: CostModel) -> tuple[Ints, 
 
 
 def _transfer_ends(cut: LaneCut, transfers: Transfers, cost_model: CostModel) -> tuple[Ints, Ints]:
-    """Return (the lane in which each transfer ends, the cost of one head from the end of that lane to that point)."""
+    """Return (lane in which each transfer ends, cost per head from the last row of that lane to the end of the transfer)."""
     heads = cut.lanes.h1 - cut.lanes.h0
     cost = cost_model.band_costs(cut.lanes.bands) * heads
     end = np.cumsum(cost)
-    # the begin and end of each sender's lanes on the line of all lanes
+    # where each sender's lanes start and end when all lanes are laid end to end
     begin = np.append(0, end)[np.searchsorted(cut.sender, transfers.sender)]
     limit = end[np.searchsorted(cut.sender, transfers.sender, "right") - 1]
     so_far = np.cumsum(transfers.cost)
@@ -186,7 +186,7 @@ def _transfer_ends(cut: LaneCut, transfers: Transfers, cost_model: CostModel) ->
 
 
 def _cut_points(lanes: WorkItems, wanted: Ints, cost_model: CostModel) -> Ints:
-    """Return where the last rows that cost `wanted` begin, (M, 3): first and last + 1 row of the cut block, first key taken."""
+    """Return where the last rows that cost `wanted` begin, (M, 3): start and end row of the cut block, and first key taken."""
     bands = lanes.bands
     row, end = cost_model.last_rows_of_cost(bands, wanted)
     taken = cost_model.band_costs(clip(bands, end, bands[:, Q1], 0, bands[:, K1]))
@@ -195,10 +195,10 @@ def _cut_points(lanes: WorkItems, wanted: Ints, cost_model: CostModel) -> Ints:
 
 
 def _between_cuts(lanes: WorkItems, lane: Ints, ends: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-    """Cut lanes at the ends of transfers (`ends`, each in a `lane`). Return (lane, near cut, far cut, transfer), row by row.
+    """Cut lanes at the ends of transfers (`ends`, each in a `lane`). Return (lane, near cut, far cut, transfer) of the parts.
 
-    A lane with n ends has n + 1 rows. A row belongs to the transfer that ends at its far cut, or else to the first transfer
-    that ends in a later lane.
+    A lane with n ends has n + 1 parts. A part belongs to the transfer that ends at its far cut, or otherwise to the first
+    transfer that ends in a later lane.
     """
     count = len(lanes.piece)
     all_lanes = np.arange(count)
@@ -206,7 +206,7 @@ def _between_cuts(lanes: WorkItems, lane: Ints, ends: Ints) -> tuple[Ints, Ints,
     lane_begins, lane_ends = np.stack([q1, q1, k1], 1), np.stack([q0, q0, k0], 1)
     lane_of = np.concatenate([all_lanes, lane, all_lanes])
     rows = np.concatenate([lane_begins, ends, lane_ends])
-    # for each lane: its begin, the transfers that end in it, its end
+    # for each lane: its start, the transfers that end in it, its end
     kind = np.repeat([0, 1, 2], [count, len(lane), count])
     position = np.concatenate([np.zeros(count, np.int64), np.arange(len(lane)), np.zeros(count, np.int64)])
     order = np.lexsort((position, kind, lane_of))
@@ -218,7 +218,7 @@ def _between_cuts(lanes: WorkItems, lane: Ints, ends: Ints) -> tuple[Ints, Ints,
 
 
 def _pieces_between(lanes: WorkItems, near: Ints, far: Ints) -> tuple[WorkItems, Ints]:
-    """Return (pieces, row) of each lane between two cuts: the rest of the near block, whole rows, the begin of the far block."""
+    """Return (pieces, row) for each lane between two cuts: the rest of the near block, whole rows, the start of the far block."""
     k0, k1 = lanes.bands[:, K0], lanes.bands[:, K1]
     same_block = near[:, 0] == far[:, 0]
     cuts = [

@@ -1,9 +1,10 @@
-"""The greedy rule of the paper on core-attention disaggregation, for comparison; use `cad` otherwise.
+"""The greedy rule of the core-attention disaggregation paper, for comparison only. Use `cad` for real work.
 
-Zhuang et al. 2025, arXiv 2510.18121, section 4.2 and appendix B. Ranks below the mean, the emptiest first, take the piece with
-the most work for its bytes until they are within the tolerance. Pieces are head-tail pairs of a document (the i-th row from the
-front with the i-th from the back: every pair has the same work) with all the keys they see. Bytes are estimated in closed form.
-Only receivers are bounded: a rank that has too much may keep it. Masks other than causal documents stay at home.
+Zhuang et al. 2025, arXiv 2510.18121, section 4.2 and appendix B. Ranks below the mean load, the least loaded first, take the
+piece with the most work per byte until they are within the tolerance. A piece consists of head-tail pairs of a document's rows
+(the i-th row from the front and the i-th from the back, so that every pair has the same work) and all the keys they see. Bytes
+are estimated in closed form. Only receivers are bounded: an overloaded rank may stay overloaded. Only the work of causal
+documents moves.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from distattn.parallel.tables.partition import Rectangles, clip_rectangles, mask
 class CadGreedyOptions:
     """Options of "cad_greedy".
 
-    tolerance: how far below the mean a receiver may stay. block: halves of pairs have a multiple of this number of rows.
+    tolerance: how far below the mean load a receiver may stay, as a fraction of it. block: each half of a piece has a multiple of
+    this number of rows.
     """
 
     tolerance: float = 0.1
@@ -43,7 +45,7 @@ class CadGreedyOptions:
 def cad_greedy(
     call: Call, cluster: AnyCluster | None = None, options: CadGreedyOptions = CadGreedyOptions()
 ) -> list[Table]:
-    """Return the table of one pass: send at step 0, compute (at home at 0, away at 1), return outputs at 2."""
+    """Return one candidate table. Step 0 sends inputs and runs local work, step 1 runs moved work, step 2 returns outputs."""
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     pairs = _Pairs(area, rank, call, options.block)
     mean = pairs.load.sum() / call.ranks
@@ -56,7 +58,8 @@ def cad_greedy(
 
 
 class _Pairs:
-    """Items: pairs first..last of the rows of a document part, counted from outside, and the rank that computes them."""
+    """The pieces of work. Each is a range [first, last) of head-tail pairs of a document part's rows, counted from the outside,
+    and the rank that computes them."""
 
     def __init__(self, area: Rectangles, rank: Ints, call: Call, block: int):
         self.call, self.area, self.block = call, area, block
@@ -66,14 +69,14 @@ class _Pairs:
         pairs = rows / 2
         work = areas(clip(band, area.q0, area.q1, area.k0, area.k1)) * self.heads
         self.load = np.bincount(rank, work, call.ranks)
-        # work of every pair; an odd row in the middle is half a pair
+        # work per pair; an odd row in the middle is half a pair
         self.each = work / pairs
         causal = (band[:, [BQ, BK]] == 1).all(1) & (band[:, HI] + band[:, OK] == band[:, OQ])
         self.causal = causal & (band[:, LO] + band[:, OK] - band[:, OQ] <= -call.mask.n)
         self.items = {"part": np.arange(len(rank)), "first": np.zeros(len(rank)), "last": pairs, "rank": rank.copy()}
 
     def move(self, receiver: int, mean: float, weights: tuple[int, int]) -> bool:
-        """Hand the best available piece to the receiver; return whether there was one."""
+        """Hand the best available piece to the receiver. Return False if no piece is available."""
         surplus = self.load - mean
         items = self.items
         some = np.flatnonzero((surplus[items["rank"]] > 0) & self.causal[items["part"]])
@@ -85,9 +88,9 @@ class _Pairs:
         size = _estimated(moved / work, last - first, self.context[part] + last, self.length[part], weights)
         best = int(np.argmax(moved / (size * self.heads[part])))
         wanted = moved[best] / self.each[part[best]]
-        # whole blocks, except for the last bit of a receiver's need
+        # whole blocks, unless the receiver needs less than half a block
         item, count = int(some[best]), np.round(wanted / self.block) * self.block or np.ceil(wanted)
-        # the innermost pairs see the fewest keys for their work
+        # the innermost pairs need the fewest keys for their work
         begin = last[best] // 1 - count
         if begin <= first[best]:
             items["rank"][item], count = receiver, last[best] - first[best]
@@ -100,7 +103,7 @@ class _Pairs:
         return True
 
     def tasks(self) -> Columns:
-        """Return the tasks of all items: two rectangles each, or one if the halves touch."""
+        """Return the tasks of all pieces: two rectangles each, or one if the halves touch."""
         part, rank, area = self.items["part"].astype(np.int64), self.items["rank"].astype(np.int64), self.area
         first, last = self.items["first"].astype(np.int64), np.ceil(self.items["last"]).astype(np.int64)
         q0, q1 = area.q0[part], area.q1[part]
@@ -120,6 +123,6 @@ class _Pairs:
 def _estimated(
     share: np.ndarray, rows: np.ndarray, context: np.ndarray, length: np.ndarray, weights: tuple[int, int]
 ) -> np.ndarray:
-    """Estimate the bytes of a share of head-tail pairs of `rows` rows each, whose front half ends at `context` (appendix B)."""
+    """Estimate the bytes of a share of `rows` head-tail pairs whose front half ends at `context` (appendix B)."""
     queries = context - np.sqrt(np.maximum(context**2 - share * (2 * context - rows) * rows, 0))
     return queries * weights[0] + (length - (context - queries)) * weights[1]

@@ -1,4 +1,4 @@
-"""Match ranks that have too much work with ranks that have room: few pairs, and near ones."""
+"""Match overloaded ranks with ranks that have room, using few pairs and, where possible, nearby ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from distattn.ir.intervals import Ints
 
 
 def match_work(excess: Ints, room: Ints, node: Ints, peers: Mapping[int, Ints]) -> tuple[Ints, Ints, Ints]:
-    """Match the excess of each rank, (ranks,), with the room of others. Return (sender, cost, receiver), sorted by sender.
+    """Match each rank's excess work with other ranks' room. Return (sender, cost, receiver), sorted by sender.
 
-    Match first with ranks that see the same documents (`peers` of a sender), then inside nodes, then anywhere. The largest
-    excess chooses first: the smallest room that takes all of it, or else the largest room. Fewer pairs move fewer bytes.
+    excess, room: one value per rank, in units of cost. Match first with ranks that see the same documents (a sender's `peers`),
+    then within nodes, then anywhere. The sender with the largest excess chooses first: the smallest room that fits all of it,
+    or otherwise the largest room. Fewer pairs move fewer bytes.
     """
     left, free = excess.tolist(), room.tolist()
     transfers: list[tuple[int, int, int]] = []
@@ -43,7 +44,7 @@ def _match(
     free: list[int],
     transfers: list[tuple[int, int, int]],
 ) -> None:
-    """Match by best fit: append (sender, receiver, cost) to `transfers`, and subtract it from `left` and from `free`."""
+    """Match by best fit: append (sender, receiver, cost) to `transfers`, and subtract the cost from `left` and `free`."""
     rooms = sorted((free[receiver], -receiver) for receiver in receivers if free[receiver])
     for sender in senders:
         while left[sender] and rooms:

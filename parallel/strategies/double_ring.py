@@ -1,7 +1,7 @@
-"""Double ring: keys and values travel around inside a node while the next node's are on their way.
+"""Double ring: keys and values circulate within a node while those of the next node are on their way.
 
-Gu et al. 2024, LoongTrain, arXiv 2406.18485, section 4.4. The inner ring has one node's ranks, the outer ring the nodes.
-If inner rings are whole nodes, a token enters a node at most once, one outer hop ahead of its use there.
+Gu et al. 2024, LoongTrain, arXiv 2406.18485, section 4.4. The inner ring connects the ranks of a node, the outer ring
+the nodes. If inner rings are whole nodes, a token enters a node at most once, one outer hop before it is used there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from distattn.parallel.tables.routes import remote_users, send_along_double_ring
 class DoubleRingOptions:
     """Options of "double_ring".
 
-    inner_ring_size: ranks in an inner ring, by default those of a node; without a cluster about the square root of all ranks.
+    inner_ring_size: ranks in an inner ring. The default is a node's ranks, or about the square root of all ranks if no cluster is
+    given.
     """
 
     inner_ring_size: int | None = None
@@ -38,7 +39,7 @@ class DoubleRingOptions:
 def double_ring(
     call: Call, cluster: AnyCluster | None = None, options: DoubleRingOptions = DoubleRingOptions()
 ) -> list[Table]:
-    """Return the table of one pass: tokens from o outer and i inner hops away are used in step o * inner_ring_size + i."""
+    """Return one candidate table: tokens from o outer and i inner hops away are used in step o * inner_ring_size + i."""
     size = options.inner_ring_size
     if size is None:
         size = _near_root(call.ranks) if cluster is None else cluster.devices
@@ -48,7 +49,7 @@ def double_ring(
     node = np.arange(call.ranks) // size
     key_node, query_node = node[key_owner], node[query_owner]
     outer_hops = hops_in_rings(key_node, query_node, call.ranks // size)
-    # nodes that exchange tokens share one order of inner hops, which count positions in a node whatever the node is
+    # nodes that exchange tokens use the same order of inner hops, which are counted by position within a node
     place = connected_members(key_node, query_node, call.ranks // size)[query_node] * size
     inner_hops = hops_in_rings(place + key_owner % size, place + query_owner % size, call.ranks)
     tasks = make_columns(TASK_COLUMNS, step=outer_hops * size + inner_hops, rank=query_owner, **vars(area))
@@ -57,5 +58,5 @@ def double_ring(
 
 
 def _near_root(ranks: int) -> int:
-    """Return the largest divisor of the ranks up to their square root."""
+    """Return the largest divisor of `ranks` that is at most its square root."""
     return max(divisor for divisor in range(1, isqrt(ranks) + 1) if ranks % divisor == 0)

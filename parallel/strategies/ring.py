@@ -1,9 +1,9 @@
-"""Ring attention: tokens travel around the ranks, one neighbour per step, and are used where they pass.
+"""Ring attention: tokens travel around the ranks, one hop per step, and each rank uses them as they pass.
 
-Liu, Zaharia, Abbeel 2023, arXiv 2310.01889. Either keys and values travel and queries stay, or queries travel (and their
-outputs to their owners, as in BurstAttention, Sun et al. 2024, arXiv 2403.09347). Both are candidates, in the forward and in the
-backward pass. Ranks that do not use a token are skipped, and ranks that no documents connect are in separate rings. Balance
-comes from the layout (zigzag), not from here.
+Liu, Zaharia, Abbeel 2023, arXiv 2310.01889. Either keys and values travel and queries stay, or queries travel and
+outputs return to their owners (as in BurstAttention, Sun et al. 2024, arXiv 2403.09347). Both are candidates, in the forward and
+the backward pass. Ranks that do not use a token are skipped, and ranks that share no documents form separate rings. Balance
+comes from the layout (zigzag), not from this strategy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROTATIONS = ("fewest bytes", "keys", "queries")
 class RingOptions:
     """Options of "ring".
 
-    rotate: the tokens that travel: "keys" (with values), "queries", or the one of both that moves "fewest bytes".
+    rotate: the tokens that travel: "keys" (with their values), "queries", or "fewest bytes" for whichever moves less data.
     """
 
     rotate: str = "fewest bytes"
@@ -36,7 +36,7 @@ class RingOptions:
 
 
 def ring(call: Call, cluster: AnyCluster | None = None, options: RingOptions = RingOptions()) -> list[Table]:
-    """Return one table for each kind of rotation: tokens from d hops away are used in step d."""
+    """Return a candidate table for each allowed rotation. Tokens from d hops away are used in step d."""
     parts = split_by_owners(call)
     candidates = {"keys": _rotate_keys, "queries": _rotate_queries}
     return [make(call, *parts) for name, make in candidates.items() if options.rotate in (name, "fewest bytes")]

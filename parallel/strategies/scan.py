@@ -1,9 +1,9 @@
-"""Scan: every rank reads its own tokens of a recurrence, and states move from segment to segment.
+"""Scan: every rank runs a recurrence over its own tokens, and states move from segment to segment.
 
-A document is a chain of segments, each at the rank that owns its tokens. The state that enters a segment is the sum of everything
-before it. `scan_schedules` has the schedules that bring it there, one for each document, and `scan_mixture` searches those that
-are fastest together. The backward pass mirrors the forward pass: it reads the token axis from its end, and gradients of states
-move. Any layout is supported.
+A document is a chain of segments, each on the rank that owns its tokens. The state that enters a segment sums up everything
+before it. `scan_schedules` has the schedules that deliver it. Each document has its own schedule, and `scan_mixture` searches for
+the fastest combination. The backward pass mirrors the forward pass: it reads the token axis from the end and moves gradients
+of states. Any layout is supported.
 """
 
 # R ranks, N tokens on the axis, H heads
@@ -22,7 +22,7 @@ from distattn.parallel.strategies.scan_mixture import DocumentSchedule, fastest_
 from distattn.parallel.strategies.scan_schedules import LAST_STEP, SCHEDULES
 from distattn.parallel.strategies.scan_tables import layout_chains, ranks_of_chains, table_of_rows
 
-# the default if speeds are unknown: few steps, and about the same bytes per rank for any number of ranks
+# the default if speeds are unknown: it takes few steps, and its bytes per rank hardly depend on the number of ranks
 _DEFAULT = "head_sharded"
 _RENAMED_SCHEDULES = {
     "in_turn": "sequential",
@@ -36,11 +36,11 @@ _RENAMED_SCHEDULES = {
 class ScanOptions:
     """Options of `scan`.
 
-    schedule: "sequential", "allgather_states", "head_sharded" or "tree" for all documents, or "auto": for each document the one
-    that is fastest together with the others. "auto" needs a described cluster to simulate; without one it is "head_sharded".
-    state_first: the first segment of a document, which waits for nothing, computes its state before its outputs. head_groups:
-    with "sequential", this many groups of heads follow each other, with equal bits on any number of ranks. If "auto" simulates,
-    it ignores both.
+    schedule: "sequential", "allgather_states", "head_sharded" or "tree" for all documents, or "auto" to choose the combination of
+    schedules that simulates fastest. "auto" needs a cluster description; without one it means "head_sharded". state_first: the
+    first segment of each document, which waits for nothing, computes its state before its outputs. head_groups: the number of
+    head groups that "sequential" pipelines, with bitwise equal results on any number of ranks. When "auto" simulates, it ignores
+    `state_first` and `head_groups`.
     """
 
     schedule: str = "auto"
@@ -63,10 +63,10 @@ def scan(
     working_layout: Layout | None = None,
     seconds: Callable[[Table], float] | None = None,
 ) -> Iterable[Table]:
-    """Return the table of one direction, "forward" or "backward".
+    """Return one candidate table for a direction, "forward" or "backward".
 
-    working_layout: the layout in which tokens are computed; they are sent there and results come back. seconds: simulates a
-    table; None if speeds are unknown.
+    working_layout: the layout in which tokens are computed, if it is not the call's: tokens are sent to it and results come back.
+    seconds: a function that simulates a table; None if speeds are unknown.
     """
     chains = layout_chains(call, working_layout or call.layout)
     if options.schedule == "auto" and seconds is not None:

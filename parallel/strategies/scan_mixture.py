@@ -1,9 +1,9 @@
-"""Search for the schedules of a scan's documents that are fastest together, by simulation.
+"""Search by simulation for the combination of document schedules that makes a scan fastest.
 
-Documents of one segment wait for nothing: they may fill the steps in which other documents' states move. The best schedule of a
-longer document depends on the number and length of its segments, on whether its ranks share a node, and on the other documents in
-the same steps. So the search begins with the best single schedule for all documents, and then changes the schedule of one class
-of documents after another if that makes the whole faster. The result is never slower than any single schedule.
+Documents of one segment wait for nothing, so they may fill the steps in which other documents' states move. The best schedule
+for a longer document depends on the number and length of its segments, on whether its ranks share a node, and on the other
+documents in the same steps. The search therefore starts with the best single schedule for all documents, and then changes the
+schedule of one class of documents at a time if that makes the whole faster. The result is never slower than a single schedule.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from distattn.parallel.strategies.scan_tables import (
     table_of_rows,
 )
 
-# groups of heads that follow each other from rank to rank with "sequential"
+# head groups that "sequential" pipelines from rank to rank
 _SEQUENTIAL_HEAD_GROUPS = 8
-# up to this number of documents of several segments each chooses for itself; with more, similar ones choose together
+# up to this number of multi-segment documents, each gets its own schedule; beyond it, similar documents share one
 _FEW_DOCUMENTS = 6
 
 
 class DocumentSchedule(NamedTuple):
-    """A way to compute a document: its schedule, the step of its first segment, and groups of heads (see `scan_schedules`)."""
+    """A way to compute a document: schedule, step of its first segment, and number of head groups (see `scan_schedules`)."""
 
     schedule: str
     first_whole: int = 0
     head_groups: int = 1
 
     def rows(self, chain: Chain, ranks: Sequence[int], direction: str) -> list[TableRows]:
-        """Return the tasks and moves of a document, for each group of heads."""
+        """Return the document's tasks and moves, one pair for each head group."""
         schedule: Schedule = partial(alone, step=self.first_whole) if self.schedule == "alone" else self._of_states()
         return [chain_rows(part, schedule, ranks, direction) for part in chain.in_head_groups(self.head_groups)]
 
@@ -55,7 +55,7 @@ class DocumentSchedule(NamedTuple):
         return f"{name}{suffix} {'last' if self.first_whole == LAST_STEP else 'while states move'}"
 
 
-# candidates for all documents, which users can also ask for
+# candidates for all documents together; users can also ask for these
 _SINGLE = (
     DocumentSchedule("head_sharded"),
     DocumentSchedule("head_sharded", LAST_STEP),
@@ -67,7 +67,7 @@ _SINGLE = (
     DocumentSchedule("sequential", 0, _SEQUENTIAL_HEAD_GROUPS),
 )
 _OF_ONE_SEGMENT = (DocumentSchedule("alone"), DocumentSchedule("alone", 1), DocumentSchedule("alone", 2))
-# with two segments one state moves, and schedules differ in what waits for it
+# with two segments only one state moves, and schedules differ only in what waits for it
 _OF_TWO_SEGMENTS = (
     DocumentSchedule("sequential"),
     DocumentSchedule("sequential", 0, _SEQUENTIAL_HEAD_GROUPS),
@@ -90,9 +90,10 @@ def fastest_mixture(
     seconds: Callable[[Table], float],
     tokens_move: bool,
 ) -> Table:
-    """Return the fastest table found, with the schedules of its documents as its label.
+    """Return the fastest table found. Its label names the schedules of its documents.
 
-    devices: of a node. seconds: simulates a table; it is called about two hundred times, for any number of documents.
+    devices: devices per node. seconds: a function that simulates a table. It is called about 200 times, however many documents
+    there are.
     """
     classes, ranks = _classes(chains, devices), ranks_of_chains(chains)
 
@@ -125,7 +126,7 @@ def _candidates(chain: Chain) -> Sequence[DocumentSchedule]:
 
 
 def _classes(chains: Sequence[Chain], devices: int) -> list[list[Chain]]:
-    """Group documents that choose together, those with most segments first."""
+    """Group the documents that share a schedule, those with the most segments first."""
     num_multi_segment = sum(len(chain.segments) > 1 for chain in chains)
     classes: dict[tuple[int, ...], list[Chain]] = defaultdict(list)
     for chain in chains:
@@ -133,7 +134,7 @@ def _classes(chains: Sequence[Chain], devices: int) -> list[list[Chain]]:
         key: tuple[int, ...] = (segments,)
         if segments > 1:
             crosses = len({segment.rank // devices for segment in chain.segments}) > 1
-            # many segments count in powers of two, tokens in powers of four
+            # compare large numbers of segments by their power of two, and tokens by their power of four
             alike = min(segments, 2 + segments.bit_length()), crosses, (chain.t1 - chain.t0).bit_length() // 2
             key = (segments, chain.piece) if num_multi_segment <= _FEW_DOCUMENTS else alike
         classes[key].append(chain)

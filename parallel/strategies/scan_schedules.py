@@ -1,12 +1,12 @@
-"""The schedules of `scan`: the steps in which segments of a document are computed, and the states sent meanwhile.
+"""The schedules of `scan`: the step in which each segment of a document is computed, and the states sent in between.
 
-A document is a chain of segments, each at a rank. Either the state is passed on and ranks compute one after another
-("sequential"), or every rank first computes the state of its segment alone, in a pass over its keys that is cheaper than the
-whole, and states are combined while they move:
+A document is a chain of segments, each on one rank. Either ranks compute one after another and pass the state on
+("sequential"), or every rank first computes only the state of its segment, in a pass over its keys that is cheaper than the
+full computation, and states are combined on the way:
 
-    allgather_states  every segment's state goes to all ranks that have a later one (Sun et al. 2025, arXiv 2502.07563)
-    head_sharded      each rank combines the states of a share of the heads, and sends each segment the state before it
-    tree              up and down a tree of segments (Blelloch 1990, "Prefix sums and their applications")
+    allgather_states  every segment's state goes to all ranks with a later segment (Sun et al. 2025, arXiv 2502.07563)
+    head_sharded      each rank combines all states for its share of the heads, and sends each segment the state before it
+    tree              states move up and down a tree of segments (Blelloch 1990, "Prefix sums and their applications")
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from distattn.parallel.tables.held_states import HeldState, HeldStates
 
-# a step later than those of any chain
+# a step later than any that a chain has
 LAST_STEP = 1 << 30
 
 
@@ -30,7 +30,7 @@ class Segment(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Segments of a document for heads [h0, h1), in the order in which the state passes."""
+    """The segments of a document for heads [h0, h1), in the order in which the state passes through them."""
 
     piece: int
     t0: int
@@ -40,11 +40,11 @@ class Chain(NamedTuple):
     segments: list[Segment]
 
     def mirrored(self) -> Chain:
-        """Return the chain for gradients: from the end of the document to its start."""
+        """Return the chain for gradients, from the end of the document to its start."""
         return self._replace(segments=self.segments[::-1])
 
     def in_head_groups(self, groups: int) -> list[Chain]:
-        """Return the same chain for each of this number of groups of its heads, or for each head if there are fewer."""
+        """Split the heads into `groups` groups, or one per head if there are fewer heads, and return a chain for each group."""
         heads = self.h1 - self.h0
         groups = min(groups, heads)
         bounds = [self.h0 + group * heads // groups for group in range(groups + 1)]
@@ -52,7 +52,7 @@ class Chain(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """Computation of segment number `segment` of a chain: the whole of it, or only its state."""
+    """The computation of segment number `segment` of a chain, either in full (`whole`) or only of its state."""
 
     step: int
     segment: int
@@ -60,7 +60,7 @@ class Compute(NamedTuple):
 
 
 class Send(NamedTuple):
-    """Message with the state of segments [first, end) of a chain, for heads [h0, h1)."""
+    """A message with the state of segments [first, end) of a chain, for heads [h0, h1)."""
 
     step: int
     src: int
@@ -71,14 +71,14 @@ class Send(NamedTuple):
     h1: int
 
 
-# (chain, participating ranks) -> computations and messages, with their steps
+# maps (chain, participating ranks) to computations and messages
 Schedule = Callable[[Chain, Sequence[int]], tuple[list[Compute], list[Send]]]
 
 
 def sequential(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[Send]]:
-    """Compute one segment after another: nothing is computed twice, and the fewest bytes move.
+    """Compute one segment after another. Nothing is computed twice, and the fewest bytes move.
 
-    The state of a group of heads is a step behind that of the group before it.
+    The state of each head group is one step behind that of the previous group.
     """
     segments = chain.segments
     delay = -(-chain.h0 // max(chain.h1 - chain.h0, 1))
@@ -89,12 +89,12 @@ def sequential(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[
 
 
 def alone(chain: Chain, ranks: Sequence[int], step: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Compute a document of one segment, at a step in which its rank would only wait for other documents' states."""
+    """Compute a document of one segment in a step in which its rank would otherwise wait for other documents' states."""
     return [Compute(step, 0, True)], []
 
 
 def allgather_states(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Send every segment's state to all ranks that have a later one; each rank combines the states before its own."""
+    """Send every segment's state to all ranks with a later segment. Each rank combines the states before its own."""
     segments, last = chain.segments, len(chain.segments) - 1
     sends = []
     for i, segment in enumerate(segments[:-1]):
@@ -104,7 +104,7 @@ def allgather_states(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -
 
 
 def head_sharded(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Let every rank combine all states of the document for a share of the heads, and send each segment the state before it."""
+    """Let every rank combine all states for its share of the heads, and send each segment the state before it."""
     segments, last = chain.segments, len(chain.segments) - 1
     if last < 2:
         return allgather_states(chain, ranks, first_whole)
@@ -124,7 +124,7 @@ def head_sharded(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tu
 
 
 def tree(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Combine states up a tree of segments, and down again: the number of steps is logarithmic."""
+    """Combine states up a tree of segments and down again, in a logarithmic number of steps."""
     segments, last = chain.segments, len(chain.segments) - 1
     sends: list[Send] = []
     arrived: dict[tuple[int, int, int], int] = {}
@@ -132,7 +132,7 @@ def tree(chain: Chain, ranks: Sequence[int], first_whole: int = 0) -> tuple[list
     begins = [0] * (last + 1)
 
     def send(step: int, src: int, dst: int, first: int, end: int) -> int:
-        """Send a state, and return the step at the end of which it is at `dst`."""
+        """Send a state, and return the step at whose end `dst` has it."""
         if src == dst:
             return step - 1
         if (dst, first, end) not in arrived:
@@ -172,22 +172,23 @@ SCHEDULES: dict[str, Callable[..., tuple[list[Compute], list[Send]]]] = {
 
 
 def _states_then_all(begins: Sequence[int], first_whole: int) -> list[Compute]:
-    """Compute states first, then whole segments. begins: the step at which each segment may be computed whole.
+    """Return the computations of a chain: states first, then whole segments.
 
-    first_whole: the step at which the first segment is computed. At step 0 this also gives its state. If it is later, its
-    state is computed like all others: it is available earlier, for the price of another pass over its keys.
+    begins: the first step in which each segment may be computed in full. first_whole: the step in which the first segment is
+    computed in full. In step 0 that also gives its state. If it is later, its state is computed separately like all others,
+    which makes it available earlier at the cost of another pass over its keys.
     """
     last = len(begins) - 1
     if not last:
         return [Compute(0, 0, True)]
     states = [Compute(0, i, False) for i in range(1 if first_whole == 0 else 0, last)]
-    # after the last step no rank waits for it
+    # no other segment waits for the first one after the last step
     first = Compute(min(first_whole, max(begins)), 0, True)
     return [first, *states, *(Compute(begins[i], i, True) for i in range(1, last + 1))]
 
 
 def needed_sends(chain: Chain, computes: list[Compute], sends: list[Send]) -> list[Send]:
-    """Drop messages with states that no rank needs, or that the destination can combine itself (it may have several segments)."""
+    """Drop messages whose state no rank needs, or that a destination with several segments can combine itself."""
     needed: list[Send] = []
     for h0, h1 in sorted({(send.h0, send.h1) for send in sends}):
         held: dict[int, list[HeldState]] = {}
@@ -196,7 +197,7 @@ def needed_sends(chain: Chain, computes: list[Compute], sends: list[Send]) -> li
             held.setdefault(chain.segments[number].rank, []).append(held_state)
         for send in sorted(send for send in sends if (send.h0, send.h1) == (h0, h1)):
             held_there = held.setdefault(send.dst, [])
-            # a single segment cannot be combined from others
+            # a single segment's state cannot be combined from others
             tiling = HeldStates(held_there).find(send.first, send.end) if send.end - send.first > 1 else None
             if tiling is None or tiling.there > send.step:
                 held_there.append(HeldState(send.first, send.end, send.step, send))

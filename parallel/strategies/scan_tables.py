@@ -1,4 +1,4 @@
-"""Tables of `scan`: chains of segments, each with its schedule, as tasks and moves of one direction."""
+"""Make the tables of `scan`: turn chains of segments and their schedules into the tasks and moves of one direction."""
 
 # R ranks, N tokens on the axis, H heads
 
@@ -24,12 +24,12 @@ from distattn.ir.plan import (
 from distattn.parallel.strategies.scan_schedules import Chain, Schedule, Segment, needed_sends
 from distattn.parallel.tables.routes import remote_users, reversed_moves, send_direct
 
-# tasks (A, 9) and moves (B, 8), with the columns of a table
+# tasks (A, 9) and moves (B, 8), with a table's columns
 TableRows = tuple[Ints, Ints]
 
 
 def layout_chains(call: Call, layout: Layout) -> list[Chain]:
-    """Return the chain of each document: every rank computes the tokens that a layout gives it."""
+    """Return the chain of each document when every rank computes the tokens that `layout` assigns to it."""
     chunks = layout.chunks
     order = np.argsort(chunks["t0"])
     t0, t1, rank = (chunks[name][order] for name in ("t0", "t1", "rank"))
@@ -45,13 +45,13 @@ def layout_chains(call: Call, layout: Layout) -> list[Chain]:
 def ranks_of_chains(chains: Iterable[Chain]) -> list[int]:
     """Return the ranks that have tokens.
 
-    Others take no part in recurrences: they may be servers, which compute attention only.
+    The other ranks take no part in recurrences. They may be servers, which compute attention only.
     """
     return sorted({segment.rank for chain in chains for segment in chain.segments})
 
 
 def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction: str) -> TableRows:
-    """Return the tasks of one chain, and the moves of its states."""
+    """Return the tasks of a chain and the moves of its states."""
     back = direction == "backward"
     payload = int(Payload.dS if back else Payload.S)
     path = chain.mirrored() if back else chain
@@ -63,7 +63,7 @@ def chain_rows(chain: Chain, schedule: Schedule, ranks: Sequence[int], direction
             box = (t0, chain.t1 if back else t1, chain.t0, t1)
         else:
             box = (t0, t1, t1, t1) if back else (t0, t0, t0, t1)
-        # the step before the first is for tokens that move
+        # step 0 is reserved for moving tokens
         tasks.append((step + 1, rank, chain.piece, *box, chain.h0, chain.h1))
     for step, src, dst, first, end, h0, h1 in needed_sends(path, computes, sends):
         edges = path.segments[first], path.segments[end - 1]
@@ -85,9 +85,9 @@ def concatenate_rows(rows: Iterable[TableRows]) -> TableRows:
 def table_of_rows(
     call: Call, rows: Iterable[TableRows], direction: str, label: str = "", tokens_move: bool = True
 ) -> Table:
-    """Return the table of the rows of all chains, with moves of tokens to the ranks that compute them, and of results back.
+    """Return a table of the rows of all chains, and of the moves of tokens to the ranks that compute them and of results back.
 
-    tokens_move: False if all chains are at the owners of their tokens, so that there are no such moves.
+    tokens_move: False if all tokens are computed by their owners, so that no such moves are needed.
     """
     tasks, moves = concatenate_rows(rows)
     table = Table.from_rows(tasks, moves, label)
@@ -98,7 +98,7 @@ def table_of_rows(
 
 
 def _token_moves(call: Call, table: Table, back: bool) -> list[Columns]:
-    """Return moves of tokens to the ranks that compute them and of results back, without tokens computed at their owner."""
+    """Return the moves of tokens to the ranks that compute them and of results back. Tokens computed at home do not move."""
     tasks, last = table.tasks, table.steps
     whole = select_rows(tasks, has_rows_and_keys(tasks))
 

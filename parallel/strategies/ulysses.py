@@ -1,7 +1,7 @@
-"""Ulysses: every rank gathers all tokens of a few heads, computes whole sequences, and sends the outputs back.
+"""Ulysses: every rank gathers all tokens for a few heads, computes whole sequences, and sends the outputs back.
 
-Jacobs et al. 2023, arXiv 2309.14509. Query heads are split as evenly as whole heads allow; a key/value head goes to
-every rank that has a query head of its group. More ranks than query heads are refused.
+Jacobs et al. 2023, arXiv 2309.14509. Query heads are split as evenly as possible, and a key/value head goes to
+every rank that has a query head of its group. More ranks than query heads are an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from distattn.parallel.tables.routes import remote_users, reversed_moves, send_d
 
 
 def ulysses(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
-    """Return the table of one pass: queries, keys and values are sent at step 0, used at 1, and outputs return at 2."""
+    """Return one candidate table. Step 0 sends queries, keys and values, step 1 computes, step 2 returns outputs."""
     if call.ranks > call.heads:
         raise DistattnError(
             f"ulysses splits {call.heads} query heads over {call.ranks} ranks: at most {call.heads} ranks can take part. "
@@ -24,6 +24,6 @@ def ulysses(call: Call, cluster: AnyCluster | None = None) -> list[Table]:
     tasks = make_columns(TASK_COLUMNS, step=1, rank=rank, **vars(area))
     queries = send_direct(Payload.Q, remote_users(call, Payload.Q, tasks), 0)
     keys = send_direct(Payload.KV, remote_users(call, Payload.KV, tasks), 0)
-    # a recurrence's queries have fewer heads than its outputs
+    # in a recurrence, queries may have fewer heads than outputs
     outputs = send_direct(Payload.O, remote_users(call, Payload.O, tasks), 0)
     return [Table(tasks, concat_rows(MOVE_COLUMNS, [queries, keys, reversed_moves(outputs, Payload.O, 2)]))]

@@ -1,7 +1,7 @@
-"""USP: Ulysses in one dimension of a 2-D mesh of ranks, a ring in the other.
+"""USP: Ulysses along one dimension of a 2-D mesh of ranks, and a ring along the other.
 
-Fang & Zhao 2024, arXiv 2405.07719. A rank collects the tokens of its Ulysses group for its share of the query heads. Those keys
-and values then travel around the ranks that have the same share in the other groups.
+Fang & Zhao 2024, arXiv 2405.07719. A rank collects its Ulysses group's tokens for its own share of the query heads. The keys and
+values then travel around the ranks that have the same share in the other groups.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _DIMS = ("ulysses", "ring")
 class UspOptions:
     """Options of "usp".
 
-    ulysses: ranks in an Ulysses group, by default as many as copy no key/value head (and fit in a node, given a cluster).
-    inner_dim: the dimension, "ulysses" or "ring", that has neighbouring ranks (0, 1, 2, ...) in one group.
+    ulysses: ranks in a Ulysses group. The default is the largest number that duplicates no key/value head and, given a cluster,
+    fits in a node. inner_dim: the dimension, "ulysses" or "ring", whose groups consist of neighbouring ranks (0, 1, 2, ...).
     """
 
     ulysses: int | None = None
@@ -40,7 +40,7 @@ class UspOptions:
 
 
 def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = UspOptions()) -> list[Table]:
-    """Return the table of one pass: collect at step 0, compute keys from d groups away at step 1 + d, send outputs to owners."""
+    """Return one candidate table. Step 0 collects, step 1 + d uses keys from d groups away, and outputs go to their owners."""
     degree = _default_degree(call, cluster) if options.ulysses is None else options.ulysses
     if degree < 1 or call.ranks % degree or degree > call.heads:
         fitting = [u for u in range(1, call.heads + 1) if call.ranks % u == 0]
@@ -49,7 +49,7 @@ def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = Usp
             f"{', '.join(map(str, fitting))} would work."
         )
     groups, ranks = call.ranks // degree, np.arange(call.ranks)
-    # the Ulysses group of each rank, and its ring: the ranks with the same share of the heads
+    # each rank's Ulysses group, and its ring: the ranks with the same share of the heads
     neighbours = options.inner_dim == "ulysses"
     group, ring = (ranks // degree, ranks % degree) if neighbours else (ranks % groups, ranks // groups)
     whole, query_group, key_group = split_by_owners(call, chunks_of_groups(call, group))

@@ -1,12 +1,12 @@
 """Derive the backward table from the forward table.
 
-The tasks are the same. In attention dO travels as Q did, and dQ returns as O did. A recurrence's queries have another number of
-heads than its outputs, and several ranks may add to one dQ: dO goes directly to its users, and dQ is summed like dKV. For keys
-and values a policy decides:
+The tasks are the same. In attention, dO travels as Q did, and dQ returns as O did. In a recurrence, queries may have fewer heads
+than outputs, and several ranks may add to one dQ. There, dO goes directly to its users, and dQ is summed like dKV. The policy
+decides what happens to keys and values:
 
-    keep            tensors received in the forward are kept: the forward transposed, with time and arrows reversed
-    refetch-home    Q and KV are sent again; every rank sends its dKV directly to the owner after its last deposit
-    refetch-follow  Q and KV are sent again; dKV travels from its first user to its last, is summed on the way, then returns
+    keep            tensors received in the forward pass are kept; the table is the forward table with time and moves reversed
+    refetch-home    Q and KV are sent again; every rank sends its dKV directly to the owner after its last task
+    refetch-follow  Q and KV are sent again; dKV travels from its first user to its last, summed on the way, then to its owner
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TRANSPOSED = {Payload.Q: Payload.dQ, Payload.KV: Payload.dKV, Payload.O: Payloa
 
 
 def derive_backward(call: Call, forward: Table, policy: str, cluster: AnyCluster | None = None) -> Table:
-    """Derive the backward table of `forward` under `policy`. With a cluster, sum dKV inside a node before it leaves the node."""
+    """Derive the backward table of `forward` under `policy`. Given a cluster, sum dKV within a node before it leaves the node."""
     if policy == "keep":
         return _transpose(forward)
     tasks, moves = forward.tasks, forward.moves

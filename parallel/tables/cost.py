@@ -1,8 +1,8 @@
-"""The integer cost model that strategies balance work with: every rank computes the same plan, bit for bit.
+"""The integer cost model with which strategies balance work. It makes every rank compute the same plan, bit for bit.
 
-It is the kernel-time model of `distattn.cluster.cost` in whole numbers. A kernel takes whole blocks of rows, and each row costs
-`overhead` keys more than it has. So a document shorter than a block costs as much as a whole block, and short documents cost
-more than their cells.
+It is the kernel-time model of `distattn.cluster.cost` in integers. A kernel works on whole blocks of rows, and each row costs as
+much as `overhead` additional keys. A document shorter than a block therefore costs as much as a whole block, and short documents
+cost more than their cells.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Call, Columns, Payload, task_bands
 
-# the devices that are assumed for a cluster without a table of kernel speeds
+# the devices assumed for a cluster without a table of kernel speeds
 _DEFAULT_DEVICES = "h100-1x1"
-# a length from which on no kernel of a table gets faster
+# a length beyond which no kernel in a table gets faster
 _LONG = 1 << 20
-# candidates tested at once in a round of the search
+# candidates tested at once in each round of the search
 _PROBES = 16
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs in one direction ("forward" or "backward"), in blocks of cells: 1 is `block` rows x 1 key of one head.
+    """Costs in one direction ("forward" or "backward"). The unit is a block of cells: `block` rows x 1 key of one head.
 
-    block: rows that a kernel takes at once. overhead: fixed cost of a row, as a number of keys.
+    block: the rows in a kernel's tile. overhead: the fixed cost of a row, as a number of keys.
     """
 
     direction: str
@@ -40,7 +40,7 @@ class CostModel:
 
     @staticmethod
     def for_cluster(cluster: AnyCluster | None, direction: str, head_dim: int, block: int) -> CostModel:
-        """Return the model of a cluster's kernels; without a table of speeds, that of an H100 at head dim 128."""
+        """Return the cost model for a cluster's kernels, or for an H100 at head dim 128 if their speeds are unknown."""
         if isinstance(cluster, ClusterSpec):
             return CostModel(direction, block, overhead_keys(cluster, direction, head_dim))
         return CostModel(direction, block, _default_overhead(direction))
@@ -50,17 +50,17 @@ class CostModel:
         return -(-padded_cells(bands, self.block, self.overhead) // self.block)
 
     def task_costs(self, call: Call, tasks: Columns) -> Ints:
-        """Return the cost of each task with all its heads."""
+        """Return the cost of each task over all its heads."""
         return self.band_costs(task_bands(call.mask, tasks)) * (tasks["h1"] - tasks["h0"])
 
     def rank_costs(self, call: Call, tasks: Columns) -> Ints:
-        """Return the cost of all tasks of each rank, (ranks,)."""
+        """Return the total cost of each rank's tasks, (ranks,)."""
         out = np.zeros(call.ranks, np.int64)
         np.add.at(out, tasks["rank"], self.task_costs(call, tasks))
         return out
 
     def seconds(self, call: Call, cluster: ClusterSpec, cost: int) -> float:
-        """Return the kernel time of a cost on a cluster. Costs include overheads, so the speed is that of long sequences."""
+        """Convert a cost to kernel seconds on a cluster, with the speed for long sequences, as costs include overheads."""
         long = np.array([_LONG])
         speed = float(attention_speed(cluster, self.direction, call.head_dim, long, long)[0])
         return cost * self.block * flops_per_cell(self.direction, call.head_dim, call.v_head_dim) / speed
@@ -80,7 +80,7 @@ class CostModel:
         return np.maximum(q1 - blocks * self.block, q0), q1 - (blocks - 1) * self.block
 
     def last_keys_of_area(self, bands: Ints, wanted: Ints) -> Ints:
-        """Find the fewest whole blocks of keys at the end of each band that hold `wanted` cells; return their first keys,
+        """Find the fewest whole blocks of keys at the end of each band that hold `wanted` cells. Return their first keys,
         (M,)."""
         k0, k1 = bands[:, K0], bands[:, K1]
 
@@ -91,7 +91,7 @@ class CostModel:
 
 
 def bytes_per_row_and_key(call: Call, direction: str) -> tuple[int, int]:
-    """Return the bytes that move for each row, and for each key, that a task needs from other ranks, for all heads."""
+    """Return the bytes moved per row and per key that a task needs from other ranks, over all heads."""
     queries, keys = {
         "forward": ((Payload.Q, Payload.O), (Payload.KV,)),
         "backward": ((Payload.Q, Payload.dO, Payload.dQ), (Payload.KV, Payload.dKV)),
@@ -108,15 +108,15 @@ def _default_overhead(direction: str) -> int:
 
 
 def _smallest_sufficient(limit: Ints, is_enough: Callable[[Ints, Ints], np.ndarray]) -> Ints:
-    """Return for each i the least x in 1 .. limit_i for which is_enough(i, x), or limit_i. is_enough must be monotonic in x."""
+    """Return, for each i, the least x in 1 .. limit_i with is_enough(i, x), or limit_i. is_enough must be monotonic in x."""
     low, high = np.minimum(1, limit), limit
     i = np.repeat(np.arange(len(limit)), _PROBES)
-    # few rounds of many probes: the time of a round in numpy hardly grows with the probes
+    # use few rounds with many probes each, because the time of a round in numpy hardly depends on the number of probes
     while (low < high).any():
         probes = low[:, None] + (high - low)[:, None] * np.arange(_PROBES) // _PROBES
         sufficient = is_enough(i, probes.ravel()).reshape(probes.shape)
         failed = (~sufficient).sum(1)
-        # the probe after the last one that failed
+        # the first probe that did not fail, or the upper limit
         above = np.append(probes, high[:, None], 1)[np.arange(len(limit)), failed]
         low, high = np.where(failed > 0, probes[np.arange(len(limit)), failed - 1] + 1, low), above
         low = np.minimum(low, high)

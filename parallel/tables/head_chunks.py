@@ -1,9 +1,9 @@
-"""Attention in chunks of heads: the same tasks and moves with fewer heads at once, so that buffers are smaller.
+"""Attention in head chunks: the same tasks and moves with fewer heads at a time, so that buffers are smaller.
 
-Every rank's heads are cut into chunks. A chunk is the whole table again, for fewer heads and some steps later. Chunks may
-overlap, so that messages of one travel while another is computed. Untied Ulysses does this to Ulysses (UPipe, arXiv 2602.21196);
-here it works for every strategy. A key/value head that query heads of several chunks share is sent for the first of them, and
-stays.
+Every rank's heads are cut into chunks. Each chunk repeats the whole table for some of the heads, a few steps later. Chunks may
+overlap, so that the messages of one travel while another is computed. Untied Ulysses does this for Ulysses (UPipe, arXiv
+2602.21196); here it works for every strategy. A key/value head shared by query heads in several chunks is sent for the first of
+these chunks and stays.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from distattn.ir.plan import (
 
 
 class HeadChunks(NamedTuple):
-    """A cut of a table. chunks: number of chunks. stride: steps between the begin of one chunk and of the next."""
+    """A way to cut a table. chunks: the number of chunks. stride: steps from the start of one chunk to the start of the next."""
 
     chunks: int
     stride: int
 
 
 def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
-    """Yield ways to cut a forward table, fewest chunks first; of those that need least memory the slowest comes last.
+    """Yield ways to cut a forward table into head chunks, from the fastest to the one that needs the least memory.
 
-    If a table only sends, computes and returns, chunks overlap; in the last ways they follow one another. In longer tables
-    steps overlap anyway.
+    The number of chunks increases. If a table only sends, computes and returns, its chunks overlap, except in the last two
+    ways, where they overlap less or not at all. In longer tables, steps overlap anyway, so chunks follow one another.
     """
     low, high = _heads_of_ranks(call, table.tasks)
     most = int((high - low).max(initial=1))
@@ -47,15 +47,15 @@ def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
         yield from (HeadChunks(count, table.steps - 1) for count in counts)
         return
     yield from (HeadChunks(count, 1) for count in counts)
-    # results travel with the next chunk's inputs; then alone
+    # stride 2: results travel with the next chunk's inputs; stride 3: they travel alone
     yield from (HeadChunks(count, stride) for count in counts[-1:] for stride in (2, 3))
 
 
 def in_head_chunks(call: Call, table: Table, cut: HeadChunks) -> Table:
-    """Cut a forward table's heads into chunks. A move belongs to the chunk of the rank that uses or has computed its content."""
+    """Cut a forward table's heads into chunks. A move is cut at the chunks of the rank that uses or has computed its content."""
     low, high = _heads_of_ranks(call, table.tasks)
     limits = low[:, None] + (high - low)[:, None] * np.arange(cut.chunks + 1) // cut.chunks
-    # the group of a key/value head that two chunks share is sent with the first
+    # a key/value head shared by two chunks is sent with the first
     group = call.gqa_group_size
     key_limits = np.maximum.accumulate(-(-limits // group), 1)
     key_limits[:, 0] = 0
@@ -70,7 +70,7 @@ def in_head_chunks(call: Call, table: Table, cut: HeadChunks) -> Table:
 
 
 def _heads_of_ranks(call: Call, tasks: Columns) -> tuple[Ints, Ints]:
-    """Return the query heads [low, high) of each rank's tasks, (ranks,); all heads for ranks without tasks."""
+    """Return the query heads [low, high) of each rank's tasks, (ranks,). Ranks without tasks get all heads."""
     low, high = np.full(call.ranks, call.heads), np.zeros(call.ranks, np.int64)
     np.minimum.at(low, tasks["rank"], tasks["h0"])
     np.maximum.at(high, tasks["rank"], tasks["h1"])
@@ -79,7 +79,7 @@ def _heads_of_ranks(call: Call, tasks: Columns) -> tuple[Ints, Ints]:
 
 
 def _cut(rows: Columns, rank: Ints, limits: Ints, stride: int) -> Columns:
-    """Cut rows at the chunks of their rank. limits: (ranks, chunks + 1) of heads."""
+    """Cut rows at their rank's chunks. limits: the first head of each chunk, and the end, (ranks, chunks + 1)."""
     parts = []
     for chunk in range(limits.shape[1] - 1):
         h0 = np.maximum(rows["h0"], limits[rank, chunk])

@@ -1,4 +1,4 @@
-"""The states of a recurrence that one rank holds of one head: intervals of tokens. Adjacent states can be combined."""
+"""The states of a recurrence that one rank holds for one head. Each covers an interval of tokens; adjacent ones combine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class HeldState(NamedTuple):
-    """State `name` of tokens [t0, t1), available from the end of step `there` on (-1: before the first step)."""
+    """A state named `name` of tokens [t0, t1), available from the end of step `there` on (-1: before the first step)."""
 
     t0: int
     t1: int
@@ -16,37 +16,37 @@ class HeldState(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """States that tile an interval in order, and the step at the end of which the last of them is available."""
+    """The states that tile an interval, in order, and the step at whose end all of them are available."""
 
     there: int
     states: list[HeldState]
 
 
 class HeldStates:
-    """States that a rank comes to hold of one head, and the states that can be combined from them.
+    """All states that a rank ever holds for one head, and the states that can be combined from them.
 
-    Of all tilings of an interval the one that is available first counts, then the one whose last state is longest. So the
-    result is unique, and holding more states never makes a combination impossible.
+    If an interval has several tilings, the one available first is used, and among equals the one whose last state is longest.
+    The result is therefore unique, and holding more states never makes a combination impossible.
     """
 
     def __init__(self, states: Iterable[HeldState]):
-        # sorted by end: all tilings up to a state's first token are known before the state
+        # sorted by end, so that all tilings up to a state's first token are found before the state itself
         self._states = sorted(states, key=lambda state: (state.t1, state.t0, state.there))
-        # by first token: for each token that tilings from it reach, the earliest step and the last state
+        # maps each first token, then each token that tilings from it can reach, to the earliest step and the last state
         self._reached: dict[int, dict[int, tuple[int, HeldState | None]]] = {}
 
     def there(self, t0: int, t1: int) -> int | None:
-        """Return the step at the end of which tokens [t0, t1) can be combined; None if they never can."""
+        """Return the step at whose end the state of tokens [t0, t1) can be combined, or None if it never can."""
         reached = self._from(t0).get(t1)
         return None if reached is None else reached[0]
 
     def last_uses(self, t0: int, uses: Mapping[int, int]) -> dict[HeldState, int]:
-        """Return the states in tilings from t0, and the last step that uses each. uses: the last step by end t1.
+        """Return the states used in tilings from t0, with the last step that uses each. uses: maps each end t1 to its last step.
 
-        Tilings with the same beginning are walked once.
+        A common beginning of several tilings is visited only once.
         """
         reached, steps, last = self._from(t0), dict(uses), {}
-        # a tiling's last state first: what precedes it ends before it
+        # backwards: the states before a tiling's last state end earlier
         for t1 in sorted(reached, reverse=True):
             state = reached[t1][1]
             if state is not None and t1 in steps:

@@ -1,6 +1,6 @@
-"""Operations of strategies on rectangles of the score matrix, from a mask and a layout.
+"""Operations on rectangles of the score matrix, which strategies use to divide a mask.
 
-Every function is vectorised over int64 rows, and independent of the strategy.
+Every function is vectorised over int64 rows and independent of the strategy.
 """
 
 from dataclasses import dataclass
@@ -32,14 +32,14 @@ def mask_rectangles(call: Call) -> Rectangles:
 
 
 def split_by_query_owner(call: Call, area: Rectangles, chunks: Columns) -> tuple[Rectangles, Ints]:
-    """Cut rectangles where the owner of the queries changes. Return (rectangles, rank that owns their queries)."""
+    """Cut rectangles where the owner of the queries changes. Return (rectangles, owner of the queries)."""
     i, j = overlapping_pairs(chunks["t0"], chunks["t1"], area.q0, area.q1)
     parts, kept = clip_rectangles(call, area, i, chunks["t0"][j], chunks["t1"][j], area.k0[i], area.k1[i])
     return parts, chunks["rank"][j][kept]
 
 
 def split_by_key_owner(call: Call, area: Rectangles, chunks: Columns) -> tuple[Rectangles, Ints, Ints]:
-    """Cut rectangles where the owner of the keys changes. Return (rectangles, input row, rank that owns their keys)."""
+    """Cut rectangles where the owner of the keys changes. Return (rectangles, input row, owner of the keys)."""
     i, j = overlapping_pairs(chunks["t0"], chunks["t1"], area.k0, area.k1)
     k0, k1 = np.maximum(area.k0[i], chunks["t0"][j]), np.minimum(area.k1[i], chunks["t1"][j])
     parts, kept = clip_rectangles(call, area, i, area.q0[i], area.q1[i], k0, k1)
@@ -55,7 +55,7 @@ def split_by_owners(call: Call, chunks: Columns | None = None) -> tuple[Rectangl
 
 
 def split_heads(area: Rectangles, parts: int, heads: int) -> tuple[Rectangles, Ints, Ints]:
-    """Deal query heads to `parts` as evenly as whole heads allow. Return (rectangles, input row, part)."""
+    """Divide query heads into `parts` parts as evenly as possible. Return (rectangles, input row, part)."""
     bounds = np.arange(parts + 1) * heads // parts
     i, part = expand_ranges(np.searchsorted(bounds, area.h0, "right") - 1, np.searchsorted(bounds, area.h1, "left"))
     h0, h1 = np.maximum(area.h0[i], bounds[part]), np.minimum(area.h1[i], bounds[part + 1])
@@ -64,7 +64,7 @@ def split_heads(area: Rectangles, parts: int, heads: int) -> tuple[Rectangles, I
 
 
 def chunks_of_groups(call: Call, group: Ints) -> Columns:
-    """Return the layout's chunks by group of ranks (their column `rank`); adjacent chunks of a group are joined."""
+    """Return the layout's chunks with the group of each rank in column `rank`. Adjacent chunks of a group are joined."""
     chunks = call.layout.chunks
     owner = group[chunks["rank"]]
     is_first = np.ones(len(owner), bool)
@@ -85,7 +85,7 @@ def owns_range(call: Call, rank: Ints, a: Ints, b: Ints) -> np.ndarray:
 def clip_rectangles(
     call: Call, area: Rectangles, i: Ints, q0: Ints, q1: Ints, k0: Ints, k1: Ints
 ) -> tuple[Rectangles, Ints]:
-    """Clip rectangles i to [q0, q1) x [k0, k1), tight again, without empty ones. Return (rectangles, rows kept)."""
+    """Clip rectangles `i` to [q0, q1) x [k0, k1), tighten them, and drop empty ones. Return (rectangles, rows kept)."""
     tight = tighten(
         clip(clip(call.mask.pieces[area.piece[i]], area.q0[i], area.q1[i], area.k0[i], area.k1[i]), q0, q1, k0, k1)
     )

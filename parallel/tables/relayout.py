@@ -1,9 +1,9 @@
-"""Re-layout: a layer whose strategy works on another layout than that of q, k, v and o.
+"""Re-layout: run a layer's strategy on a working layout that differs from the layout of q, k, v and o.
 
-The strategy plans on its working layout. Its table is then rewritten for the layout of the call. A rank that owns a token in the
-working layout is its *working owner*. Tokens that the working owner uses itself are sent to it first, and its own results go to
-the true owner last. Tokens that it would only pass on are sent between the user and the true owner directly. The result is a
-table like any other: its backward is derived and it is proven in the same way.
+The strategy plans on the working layout, and its table is then rewritten for the layout of the call. The rank that owns a token
+in the working layout is its *working owner*. Tokens that the working owner uses itself are sent to it first, and its own results
+go to the true owner last. Tokens that it would only forward travel directly between the user and the true owner. The result is a
+table like any other: its backward table is derived, and it is proven, in the same way.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def relayout_table(call: Call, working: Call, table: Table) -> Table:
         moves = _cut_at_owners(call, working, select_rows(table.moves, table.moves["payload"] == payload), needed)
         passed_on = (moves[owner_end] == moves["working_owner"]) & ~moves["is_used"].astype(bool)
         moves[owner_end] = np.where(passed_on, moves["owner"], moves[owner_end])
-        # the owner already has its token, and keeps its own results
+        # the owner already has its tokens and keeps its own results
         moves = select_rows(moves, moves[user_end] != moves["owner"])
         brought = _to_working_owners(call, payload, needed)
         moves_of_payloads += [
@@ -51,7 +51,7 @@ def relayout_table(call: Call, working: Call, table: Table) -> Table:
 
 
 def _used_by_working_owners(working: Call, tasks: Columns, payload: Payload) -> Columns:
-    """Return tokens and heads that tasks at their working owner read or add to: disjoint rows (working_owner, t0, t1, h0, h1)."""
+    """Return the tokens and heads that tasks at their working owner use, as disjoint rows (working_owner, t0, t1, h0, h1)."""
     ranges = task_token_ranges(working, payload, tasks)
     cut, working_owner, i = _cut_by_owner(working.layout, ranges["t0"], ranges["t1"])
     is_local = working_owner == tasks["rank"][i]
@@ -70,14 +70,14 @@ def _used_by_working_owners(working: Call, tasks: Columns, payload: Payload) -> 
 
 
 def _cut_at_owners(call: Call, working: Call, moves: Columns, needed: Columns) -> Columns:
-    """Cut moves where the owner, the working owner, or the working owner's use of the token changes.
+    """Cut moves where the owner, the working owner, or the latter's use of the token changes.
 
     The result also has the columns `owner`, `working_owner` and `is_used` (0 or 1).
     """
     limits = sorted_unique(np.concatenate([needed["h0"], needed["h1"], moves["h0"], moves["h1"]]))
     i, head = expand_ranges(np.searchsorted(limits, moves["h0"]), np.searchsorted(limits, moves["h1"]))
     rows = {**select_rows(moves, i), "h0": limits[head], "h1": limits[np.minimum(head + 1, len(limits) - 1)]}
-    # intervals in use and the gaps between them, with all heads in sequence on one line
+    # intervals in use and the gaps between them, on one line with all heads end to end
     j, line = expand_ranges(np.searchsorted(limits, needed["h0"]), np.searchsorted(limits, needed["h1"]))
     width = call.mask.n + 1
     _, low, high = merge_intervals(np.zeros_like(line), line * width + needed["t0"][j], line * width + needed["t1"][j])
@@ -97,7 +97,7 @@ def _cut_at_owners(call: Call, working: Call, moves: Columns, needed: Columns) -
 
 
 def _to_working_owners(call: Call, payload: Payload, needed: Columns) -> Columns:
-    """Return moves at step 0 that bring tokens that working owners need from the owners."""
+    """Return the moves of step 0, which bring the tokens that working owners need from their owners."""
     cut, owner, i = _cut_by_owner(call.layout, needed["t0"], needed["t1"])
     rows = {**select_rows(needed, i), **cut}
     place = {name: rows[name] for name in ("t0", "t1", "h0", "h1")}

@@ -1,8 +1,8 @@
 """Routes: how tokens reach the ranks that use them, and how partial results are reduced to their owners.
 
-A strategy says which rank computes what in which step. Its tasks determine, by token and head, the ranks that use it (or add to
-it) without owning it: its remote users. A route visits only those, so the fewest bytes move that the assignment of tasks allows.
-Tokens and heads with the same users form a *segment* and travel together.
+A strategy decides which rank computes what in which step. For each token and head, its tasks determine the *remote users*: the
+ranks that use it (or add to it) without owning it. Routes visit only remote users, so they move the fewest bytes that the
+assignment of tasks allows. Tokens and heads with the same users form a *segment* and travel together.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from distattn.ir.plan import (
 
 
 def remote_users(call: Call, payload: Payload, tasks: Columns, latest: bool = False) -> Columns:
-    """Return the ranks that use tokens of a payload without owning them: rows (segment, owner, rank, t0, t1, h0, h1, step).
+    """Return the ranks that use tokens of a payload without owning them, as rows (segment, owner, rank, t0, t1, h0, h1, step).
 
-    step: the first step in which `rank` uses the segment, or the last one with `latest`. Rows are sorted by segment, step and
-    rank. Two segments are equal or disjoint, and each has one owner.
+    step: the first step in which `rank` uses the segment, or the last one if `latest`. Rows are sorted by segment, step and
+    rank. Segments are disjoint, and each has one owner.
     """
     chunks = call.layout.chunks
     ranges = task_token_ranges(call, payload, tasks)
@@ -72,10 +72,10 @@ def send_direct(payload: Payload, users: Columns, step: int | Ints) -> Columns:
 
 
 def send_along_ring(payload: Payload, users: Columns, ring: Ints | None = None) -> Columns:
-    """Return moves from the owner to its first user, from there to the next, each one step before its use.
+    """Return moves from the owner to the first user, from there to the next, and so on, each one step before its use.
 
-    The users of a segment have different steps. With `ring`, the number of the ring that each rank is in, the users of one
-    ring receive from each other, and the first user of every ring from the owner.
+    The users of a segment must have different steps. ring: the ring number of each rank; if given, users receive from users in
+    the same ring, and the first user of each ring receives from the owner.
     """
     if ring is not None:
         users = {**users, "segment": users["segment"] * (int(ring.max()) + 1) + ring[users["rank"]]}
@@ -86,14 +86,15 @@ def send_along_ring(payload: Payload, users: Columns, ring: Ints | None = None) 
 
 
 def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices: int) -> Columns:
-    """Return moves from node to node, and inside each node along its users: a token enters a node once.
+    """Return moves from node to node, and within each node along its users, so that a token enters each node once.
 
-    Users o nodes away from the owner compute in steps [o * devices, (o + 1) * devices). A token is sent on one node ahead.
+    Users o nodes away from the owner compute in steps [o * devices, (o + 1) * devices). A token enters a node one outer hop
+    before its use there.
     """
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
     is_first = differs_from_previous(users["segment"])
     enters = (user_node != owner_node) & (is_first | (user_node != np.append(-1, user_node[:-1])))
-    # the first rank with the token in each node: the user it arrives at, or the owner
+    # the first rank in each node that has the token: the user at which it arrives, or the owner
     leader = np.where(enters, users["rank"], users["owner"])
     entry = np.maximum.accumulate(np.where(enters | is_first, np.arange(len(user_node)), 0))
     previous_entry = np.append(0, entry[:-1]) if len(entry) else entry
@@ -105,13 +106,13 @@ def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices
 
 
 def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Columns, Columns]:
-    """Return moves to the users of the owner's node and to one leader in every other node (step 0), which pass tokens on (step
-    1).
+    """Return (moves, rows of `users` that receive in step 1).
 
-    Return (moves, the rows of `users` that receive in the second step).
+    In step 0, tokens go to the users in the owner's node and to one leader in every other node. In step 1, leaders forward them
+    within their nodes.
     """
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is the user nearest to the owner's place in its node: this spreads leaders as owners are spread
+    # the leader is the user nearest to the owner's position in its node, which spreads leaders as evenly as owners
     devices = int(np.bincount(node).max())
     order = lexicographic_argsort(users["segment"], user_node, (users["rank"] - users["owner"]) % devices)
     users, user_node, owner_node = select_rows(users, order), user_node[order], owner_node[order]
@@ -124,15 +125,16 @@ def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Col
 
 
 def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
-    """Return moves of partial results from every user to the owner, after the user's last deposit.
+    """Return moves of partial results from every user to the owner, one step after the user's last contribution.
 
-    With `node`, the users of another node are summed at a leader there first. `users`: by their latest step.
+    node: the node of each rank; if given, the results of another node's users are summed at a leader there first. users: the
+    remote users, with their last steps.
     """
     if node is None:
         return _make_moves(payload, users, users["rank"], users["owner"], users["step"] + 1)
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is one of the last users to deposit, the nearest to the owner's place in its node: this spreads leaders as owners
-    # are spread
+    # the leader is among the last users to contribute, the one nearest to the owner's position in its node, which spreads leaders
+    # as evenly as owners
     devices = int(np.bincount(node).max())
     nearness = -((users["rank"] - users["owner"]) % devices)
     order = lexicographic_argsort(users["segment"], user_node, users["step"], nearness)
@@ -149,10 +151,10 @@ def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) ->
 
 
 def reduce_along_ring(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
-    """Return moves of partial results along the users in the order of their last deposits, summed on the way, then to the owner.
+    """Return moves of partial results along the users, in the order of their last steps, summed on the way, then to the owner.
 
-    With `node`, the sum of the owner's own node goes to the owner separately, and the others are visited node by node, so
-    that the sum enters no node twice. `users`: by their latest step.
+    node: the node of each rank. If given, the sum of the owner's own node goes to the owner separately, and the other users are
+    visited node by node, so that the sum enters no node twice. users: the remote users, with their last steps.
     """
     rows = num_rows(users)
     if not rows:
@@ -162,8 +164,8 @@ def reduce_along_ring(payload: Payload, users: Columns, node: Ints | None = None
         users = {**users, "segment": 2 * users["segment"] + (distance > 0)}
         users = select_rows(users, lexicographic_argsort(users["segment"], distance, users["step"], users["rank"]))
     is_first = differs_from_previous(users["segment"])
-    # a sum leaves after the user's last deposit and its arrival: step_i = max_j<=i (deposit_j + i - j) + 1; an offset for each
-    # segment keeps the running maximum inside it
+    # a sum leaves after its arrival and the user's last contribution: step_i = max_j<=i (last_j + i - j) + 1; an offset per
+    # segment keeps the running maximum within the segment
     index, segment = np.arange(rows), np.cumsum(is_first)
     offset = int(users["step"].max()) + rows + 1
     step = np.maximum.accumulate(users["step"] - index + segment * offset) - segment * offset + index + 1
@@ -173,7 +175,7 @@ def reduce_along_ring(payload: Payload, users: Columns, node: Ints | None = None
 
 
 def differs_from_previous(*keys: Ints) -> np.ndarray:
-    """Return which rows differ from the row before in any of the keys; the first row does."""
+    """Return which rows differ from the previous row in any of the keys, bool. The first row always does."""
     differs = np.ones(len(keys[0]), bool)
     if len(differs):
         differs[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
@@ -181,13 +183,13 @@ def differs_from_previous(*keys: Ints) -> np.ndarray:
 
 
 def reversed_moves(moves: Columns, payload: Payload, step: int | Ints) -> Columns:
-    """Return moves with source and destination exchanged, with another payload and step."""
+    """Return the moves with source and destination exchanged, and with the given payload and step."""
     turned = {**moves, "src": moves["dst"], "dst": moves["src"], "payload": int(payload), "step": step}
     return make_columns(MOVE_COLUMNS, **turned)
 
 
 def coalesce(moves: Columns) -> Columns:
-    """Join moves that agree in all but touching token intervals, then those that agree in all but touching head ranges."""
+    """Join moves that are equal except for adjacent token intervals, then those equal except for adjacent head ranges."""
     return _joined(_joined(moves, "t0", "t1"), "h0", "h1")
 
 

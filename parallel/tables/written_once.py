@@ -1,4 +1,4 @@
-"""Results of a plan that no two kernel calls add to: held and sent in the inputs' dtype, they lose nothing."""
+"""Results of a plan to which no two kernel calls add. They lose nothing if held and sent in the inputs' dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distattn.ir.plan import REDUCED_PAYLOADS, Call, Columns, Payload, Table, se
 
 
 def written_once(call: Call, forward: Table, backward: Table) -> tuple[Payload, ...]:
-    """Return the payloads whose every number comes from one kernel call; none if the dtypes are equal anyway."""
+    """Return the payloads in which every number comes from one kernel call, or () if inputs have the accumulation dtype."""
     if call.dtype == call.accumulation_dtype:
         return ()
     tasks = {Payload.O: forward.tasks, Payload.dQ: backward.tasks, Payload.dKV: backward.tasks}
@@ -21,11 +21,11 @@ def _no_two_meet(call: Call, payload: Payload, tasks: Columns) -> bool:
     # tasks of a recurrence may have no results
     some = where["t0"] < where["t1"]
     tasks, where = select_rows(tasks, some), {name: column[some] for name, column in where.items()}
-    # tasks of a rank and step are one kernel call; with different heads they may be several
+    # the tasks of a rank and step are one kernel call, or possibly several if their heads differ
     call_number = numbers_of_rows(*(tasks[name] for name in ("rank", "step", "h0", "h1")))
     limits = sorted_unique(np.concatenate([where["h0"], where["h1"]]))
     task, head = expand_ranges(np.searchsorted(limits, where["h0"]), np.searchsorted(limits, where["h1"]))
-    # the rows that each call writes, by elementary head range; then check for overlaps
+    # find the rows that each call writes, by elementary head range, then check for overlaps
     group = call_number[task] * len(limits) + head
     group, t0, t1 = merge_intervals(group, where["t0"][task], where["t1"][task])
     head = group % max(len(limits), 1)

@@ -1,4 +1,4 @@
-"""All-reduce over some ranks through the transport of their plans: every rank gets the same bits, and so do gradients."""
+"""All-reduce over some of the ranks, through their plans' transport. Results and gradients are bitwise equal on all ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from distattn.parallel.runtime.communication.transport import Packet, Transport
 
 
 def all_reduce_sum(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
-    """Sum tensors of one shape and dtype over `ranks`; `rank` is this one. A collective call of these ranks.
+    """Sum tensors of equal shape and dtype over `ranks`, of which `rank` is this one. All of these ranks must call it.
 
-    Differentiable: the gradient is the sum of the ranks' gradients. Numbers are added in the order of the ranks. Raise
+    The sum is differentiable: its gradient is the sum of the ranks' gradients. Values are added in rank order. Raise
     LostRankError naming the peers that stopped answering.
     """
     summed: Tensor = _AllReduceSum.apply(x, ranks, rank, transport)
@@ -23,7 +23,7 @@ def all_reduce_sum(x: Tensor, ranks: Sequence[int], rank: int, transport: Transp
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks. It is its own gradient: every rank's sum depends equally on every rank's tensor."""
+    """Sum over ranks. Its gradient is the same operation, since every rank's sum depends equally on every rank's tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
@@ -36,8 +36,8 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def _summed(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
-    """Add a part of the numbers on each rank, and send it to all others: 2 (1 - 1/R) times the bytes of x, in two exchanges."""
-    # the ranks' parts of x and of the sum, and the other ranks' numbers for this rank's part
+    """Let each rank sum a part of x and send it to all others: 2 (1 - 1/R) times the bytes of x, in two exchanges."""
+    # memory for x, for the sum, and for every rank's values of this rank's part
     sizes = [part.numel() for part in x.reshape(-1).tensor_split(len(ranks))]
     part_size = sizes[list(ranks).index(rank)]
     nbytes = aligned_bytes(*(2 * [x.nbytes] + len(ranks) * [part_size * x.element_size()]))
@@ -56,7 +56,7 @@ def _summed(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) ->
 
 
 def _exchange(sent: dict[int, Tensor], received: dict[int, Tensor], rank: int, transport: Transport) -> None:
-    """Exchange one tensor with each other rank. Empty tensors are not sent."""
+    """Exchange one tensor with every other rank. Empty tensors are not sent."""
     sends, receives = (
         [Packet(peer, "sums", tensor) for peer, tensor in tensors.items() if peer != rank and tensor.numel()]
         for tensors in (sent, received)

@@ -1,4 +1,4 @@
-"""Collective calls that name missing ranks: each rank notes its calls in the job's store, which is read only after a failure."""
+"""Collective calls that name missing ranks. Each rank records its calls in the job's store, read only after a failure."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ import torch.distributed as dist
 from distattn.ir.errors import LostRankError, named_ranks
 
 Result = TypeVar("Result")
-# number of this rank's calls by name, by group
+# for each group, the number of this rank's calls by name
 _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
-# seconds that the store may take to answer, and by which other ranks may be late: a broken connection is noticed at once
+# seconds that the store may take to answer, and that other ranks may arrive late: only this rank has noticed the failure so far
 _ANSWER, _LATER = 5.0, 10.0
 
 
 def run_collective(group: dist.ProcessGroup, call: str, work: Callable[[], Result]) -> Result:
     """Run the collective `work` and return its result. If it fails, raise LostRankError naming the ranks that never joined.
 
-    call: the name of the call, for the error; all ranks of the group make it equally often. Ranks are those of the default
-    group.
+    call: the name of the call, for the error; all ranks of the group must make it equally often. The error names ranks of the
+    default group.
     """
     calls = _CALLS.setdefault(group, Counter())
     calls[call] += 1
     name = f"distattn/{call}/{group.group_name}"
-    # the note is needed only after a failure, and some stores have no process behind them
+    # ignore errors: the record is needed only after a failure, and some stores have no live process behind them
     with contextlib.suppress(RuntimeError):
         dist.PrefixStore(name, default_store()).set(str(dist.get_rank()), str(calls[call]))
     try:
         return work()
     except torch.OutOfMemoryError:
-        # a fault of this rank
+        # a failure of this rank, not of its peers
         raise
     except RuntimeError as error:
         raise _missing(name, dist.get_process_group_ranks(group), calls[call], call, error) from None
 
 
 def default_store() -> dist.Store:
-    """Return the store of the default process group, which PyTorch offers only under a private name."""
+    """Return the default process group's store, which PyTorch exposes only under a private name."""
     return dist.distributed_c10d._get_default_store()
 
 
@@ -64,7 +64,7 @@ def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
 
 def _missing(name: str, members: list[int], number: int, call: str, error: RuntimeError) -> LostRankError:
     def look_up() -> list[int]:
-        # a separate connection: other threads may block theirs
+        # a separate connection, since other threads may be blocked on the shared one
         store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
         ends, absent = time.monotonic() + _LATER, list(members)
         while absent and time.monotonic() < ends:

@@ -1,8 +1,8 @@
-"""Our own communicators next to a process group: the same ranks, without other users' messages.
+"""Our own communicators alongside a process group: they have the same ranks, but carry no other user's messages.
 
-They are made from the job's store and the kind of backend that the group has for a device. `new_group` is unsuitable: in a world
-that is bound to devices (`device_id=`) it splits that world's communicator, a call that ranks outside of the group do not make;
-and it keeps the new group until destroy_process_group.
+A communicator is made from the job's store and the kind of backend that the group has for a device. `new_group` is unsuitable for
+two reasons. If the world is bound to devices (`device_id=`), it splits the world's communicator, and ranks outside the group do
+not take part in that call. It also keeps the new group until destroy_process_group.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from distattn.parallel.runtime.communication.collective_calls import default_sto
 from distattn.parallel.runtime.communication.communicator_end import end_communicator, end_with_group
 from distattn.parallel.runtime.communication.sealed_values import seal, unseal
 
-# the time after which PyTorch's own watchdog may end a process that waits
+# time after which PyTorch's own watchdog may end a waiting process
 _WATCHDOG = timedelta(hours=1)
-# A new communicator connects each rank with this many neighbours on either side: all pairs of up to 65 ranks. The other pairs of
-# a larger group connect when a plan first uses them, because connecting all pairs of 240 ranks took 3 to 20 minutes
-# (github.com/NVIDIA/nccl-tests/issues/78).
+# A new communicator connects each rank with this many neighbours on either side, which means all pairs of up to 65 ranks. In a
+# larger group, the other pairs connect when a plan first uses them, because connecting all pairs of 240 ranks took 3 to 20
+# minutes (github.com/NVIDIA/nccl-tests/issues/78).
 _CONNECTED_NEIGHBOURS = 32
-# number of communicators that this process has opened next to a group
+# number of communicators that this process has opened for each group
 _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> Any:
-    """Open a backend for messages between such devices, of the group's kind. A collective call of the group's ranks.
+    """Open a backend of the group's kind for messages between devices like `device`. All ranks of the group must call it.
 
-    It is warm (`warm_up`). `end_communicator` ends it; otherwise it ends with the group, or at exit. timeout: the longest
-    wait for other ranks, here and in each message. Raise DistattnError if the group has no backend for the device,
-    LostRankError if a rank does not join.
+    The backend is already warm (`warm_up`). It ends with `end_communicator`, or otherwise with the group or at exit. timeout:
+    the longest wait for other ranks, here and in each message. Raise DistattnError if the group has no suitable backend for
+    the device, LostRankError if a rank does not join.
     """
     kind = backend_name(group, device)
     if kind is None or kind != _SENDS_FROM.get(device.type):
@@ -52,18 +52,18 @@ def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: t
 
 
 def warm_up(backend: Any, rank: int, ranks: int, device: torch.device, timeout: timedelta) -> None:
-    """Make the first calls of a communicator: a collective call of its ranks. Raise RuntimeError after the time-out.
+    """Make a communicator's first calls. All of its ranks must call this. Raise RuntimeError after the timeout.
 
-    NCCL requires all ranks in the first call of a communicator, and a step of a plan may leave some out. It also connects two
+    NCCL requires all ranks in a communicator's first call, but a step of a plan may involve only some. NCCL also connects two
     ranks at their first message, which blocks the host until both take part (github.com/NVIDIA/nccl/issues/415).
     """
     first = torch.zeros(1, device=device)
     if not backend.supports_coalescing:
-        # gloo connects all pairs when it is made, and its waits have a time-out
+        # gloo connects all pairs when it is created, and its waits have a timeout
         backend.allreduce([first]).wait()
         return
-    # neither of NCCL's waits has a time-out. abort ends the second; whether it ends the first, in which the communicator is made,
-    # was never tried on GPUs. All ranks have just shown that they are alive.
+    # Neither of NCCL's waits has a timeout. `abort` ends the second. It has never been tried on GPUs whether `abort` ends the
+    # first, in which the communicator is created, but all ranks have just shown that they are alive.
     alarm = threading.Timer(timeout.total_seconds(), backend.abort)
     alarm.daemon = True
     alarm.start()
@@ -75,7 +75,7 @@ def warm_up(backend: Any, rank: int, ranks: int, device: torch.device, timeout: 
 
 
 def _connect_pairs(backend: Any, rank: int, ranks: int, device: torch.device) -> None:
-    """Exchange one byte with up to _CONNECTED_NEIGHBOURS ranks on either side, in one call."""
+    """Exchange one byte with up to _CONNECTED_NEIGHBOURS ranks on either side, all in one call."""
     distances = range(1, min(_CONNECTED_NEIGHBOURS, ranks // 2) + 1)
     peers = sorted({(rank + sign * distance) % ranks for distance in distances for sign in (-1, 1)})
     if not peers:
@@ -89,12 +89,12 @@ def _connect_pairs(backend: Any, rank: int, ranks: int, device: torch.device) ->
 
 
 def open_host_communicator(group: dist.ProcessGroup, timeout: timedelta) -> Any:
-    """Open a gloo backend for small values between the processes of a group, whatever its own backend. A collective call."""
+    """Open a gloo backend for small values between a group's processes, whatever the group's backend. All ranks must call it."""
     return _opened(group, _open_gloo, torch.device("cpu"), timeout)
 
 
 def all_gather_objects_over_gloo(gloo: Any, value: Any) -> list[Any]:
-    """Gather every rank's value, by rank, over a gloo backend; values are pickled (`sealed_values`). A collective call."""
+    """Gather every rank's value over a gloo backend, in rank order. Values are pickled (`sealed_values`). All ranks call it."""
 
     def gather(parts: list[Tensor], mine: Tensor) -> None:
         gloo.allgather([parts], [mine]).wait()
@@ -103,7 +103,7 @@ def all_gather_objects_over_gloo(gloo: Any, value: Any) -> list[Any]:
 
 
 def all_gather_objects(group: dist.ProcessGroup, value: Any) -> list[Any]:
-    """Gather every rank's value over a process group, in its rank order."""
+    """Gather every rank's value over a process group, in the group's rank order. All ranks must call it."""
 
     def gather(parts: list[Tensor], mine: Tensor) -> None:
         dist.all_gather(parts, mine, group=group)
@@ -128,9 +128,9 @@ def _gathered(
 
 
 def backend_name(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Return the kind of backend ("nccl", "gloo") that a group has for a device; None without one.
+    """Return the kind of backend, such as "nccl" or "gloo", that a group has for a device, or None if it has no backend.
 
-    `dist.get_backend` does not work: it returns "undefined" for plain init_process_group(), and "cpu:gloo,cuda:nccl".
+    `dist.get_backend` is no use here: it returns "undefined" after a plain init_process_group(), or "cpu:gloo,cuda:nccl".
     """
     kinds = [kind.type for kind in group._device_types]  # type: ignore[attr-defined]
     if device.type not in kinds:
@@ -139,29 +139,29 @@ def backend_name(group: dist.ProcessGroup, device: torch.device) -> str | None:
 
 
 def sendable_device(group: dist.ProcessGroup) -> torch.device:
-    """Return a device whose tensors the group can send: the CPU if possible, otherwise the current one of this thread."""
+    """Return a device whose tensors the group can send: the CPU if possible, otherwise this thread's current GPU."""
     if backend_name(group, torch.device("cpu")) is not None:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """Return the time-out of a process group; the shortest if it has several backends."""
+    """Return the timeout of a process group, the shortest one if it has several backends."""
     kinds = group._device_types  # type: ignore[attr-defined]
     options = [group._get_backend(kind).options for kind in kinds]  # type: ignore[attr-defined]
-    # some backends have none
+    # some backends have no options
     return min((option._timeout for option in options if option is not None), default=default_pg_timeout)
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """Make a process group of these ranks of the default one, for trainers. A collective call of only these ranks."""
+    """Make a process group of these ranks of the default group, for trainers. These ranks, and no others, must call it."""
     with _unbound_world():
         return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 @contextmanager
 def _unbound_world() -> Iterator[None]:
-    """Let groups made in the block open their own communicators, instead of splitting that of a device-bound world."""
+    """Let groups made in the block open their own communicators, instead of splitting that of a world bound to devices."""
     world = dist.group.WORLD
     assert world is not None
     bound = world.bound_device_id  # type: ignore[attr-defined]
@@ -174,14 +174,14 @@ def _unbound_world() -> Iterator[None]:
 
 def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.device, timeout: timedelta) -> Any:
     members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-    # equal on all ranks, which make these calls equally often
+    # equal on all ranks, since all make these calls equally often
     number = _OPENED[group] = _OPENED.get(group, 0) + 1
     members_digest = hashlib.sha1(str(members).encode()).hexdigest()[:12]
     name = f"distattn/communicator {number} of {group.group_name} {members_digest}"
     store = dist.PrefixStore(name, default_store())
 
     def work() -> Any:
-        # on the host, before anything waits on a device without a time-out
+        # meet on the host before anything waits on a device without a timeout
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{other}" for other in range(len(members))], timeout)
         backend = make(store, rank, members, timeout, name)
@@ -190,7 +190,7 @@ def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.de
             store.set(f"gone/{rank}", "1")
             store.wait([f"gone/{other}" for other in range(len(members))], timedelta(seconds=seconds))
 
-        # gloo's shutdown waits for no rank
+        # only NCCL's shutdown waits for other ranks
         end_with_group(backend, group, farewell if backend.supports_coalescing else None)
         try:
             warm_up(backend, rank, len(members), device, timeout)
@@ -207,15 +207,15 @@ def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: ti
 
 
 def _open_nccl(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:
-    # messages start before the kernels that they overlap with
+    # a high priority lets messages start before the kernels that they overlap
     options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    # `driver.message_watch` names lost ranks sooner; PyTorch's watchdog would end the process without naming one
+    # `driver.message_watch` names lost ranks earlier, whereas PyTorch's watchdog would end the process without naming any
     options._timeout = max(10 * timeout, _WATCHDOG)
-    # for PyTorch's flight recorder
+    # set the names that PyTorch's flight recorder shows
     options.global_ranks_in_group, options.group_name = list(members), name
     return dist.ProcessGroupNCCL(store, rank, len(members), options)
 
 
-# of each kind of device, the backend that sends single messages from it
+# for each type of device, the backend that sends single messages from it
 _SENDS_FROM = {"cpu": "gloo", "cuda": "nccl"}
 _OPEN: dict[str, Callable[..., Any]] = {"gloo": _open_gloo, "nccl": _open_nccl}

@@ -1,9 +1,9 @@
-"""The end of our own communicators: each is shut down once, when its last driver closes, when its group is freed, or at exit.
+"""Shutdown of our own communicators: each is shut down once, when its last driver closes, when its group is freed, or at exit.
 
-PyTorch's NCCL backend prints a warning and aborts if it is destroyed without `shutdown` or `abort` (ProcessGroupNCCL.cpp,
-the destructor), and `destroy_process_group` ends only communicators that it has made. `shutdown` waits for unfinished messages
-and for the other ranks, without a time-out; `abort` ends messages. The base class of backends has both (Backend.hpp) in
-torch 2.11, 2.12 and 2.13.
+PyTorch's NCCL backend prints a warning and aborts if it is destroyed without `shutdown` or `abort` (see the destructor in
+ProcessGroupNCCL.cpp), and `destroy_process_group` ends only communicators that PyTorch itself has made. `shutdown` waits without
+a timeout for unfinished messages and for the other ranks; `abort` ends messages. The base class of backends (Backend.hpp) has
+both in torch 2.11, 2.12 and 2.13.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-# Seconds for all ranks to come to the end; after that the communicator is aborted.
+# Seconds for all ranks to reach the end. After that, the communicator is aborted.
 _END_SECONDS = 20.0
-# The same at exit, if `close` was forgotten: a rank that ends with an error must not be delayed for long.
+# The same at exit if `close` was not called: a rank that ends with an error must not be delayed for long.
 _LATE_SECONDS = 5.0
-# An abort continues in the background after this. It cannot end a shutdown that hangs: both take the same lock in NCCL's backend.
+# Seconds to wait for an abort, which then continues in the background. It cannot end a hanging shutdown, because both take the
+# same lock in the NCCL backend.
 _ABORT_SECONDS = 1.0
 
 
 class _Open(NamedTuple):
-    """An open communicator. finalizer: ends it with its group, or at exit. process: the id of the process that opened it."""
+    """An open communicator. finalizer: ends it when its group is freed, or at exit. process: id of the process that opened it."""
 
     backend: Any
     farewell: Callable[[float], None] | None
@@ -39,19 +40,19 @@ class _Open(NamedTuple):
     process: int
 
 
-# by id: the backend lives as long as its entry
+# by the backend's id, which is valid because the entry keeps the backend alive
 _OPEN: dict[int, _Open] = {}
-# NCCL's backend must not be aborted after its shutdown
+# a backend that has ended must not be ended again: NCCL's must not be aborted after its shutdown
 _ENDED: weakref.WeakSet[Any] = weakref.WeakSet()
-# garbage collection may end a group, and thereby a communicator, on a thread that holds the lock
+# reentrant, since garbage collection may end a group, and with it a communicator, on a thread that holds the lock
 _LOCK = threading.RLock()
 
 
 def end_with_group(backend: Any, group: dist.ProcessGroup, farewell: Callable[[float], None] | None = None) -> None:
-    """Register a new communicator to end with its process group or at exit, unless `end_communicator` ends it before.
+    """Register a new communicator to end with its process group or at exit, unless `end_communicator` ends it earlier.
 
-    farewell: returns once all ranks have called it, and raises if one has not within the given seconds. It precedes a
-    shutdown, which waits for the other ranks without a time-out.
+    farewell: a function that returns once all ranks have called it, and raises if any has not within the given seconds. It is
+    called before a shutdown, which waits for the other ranks without a timeout.
     """
     finalizer = weakref.finalize(group, _end_late, backend)
     with _LOCK:
@@ -59,11 +60,11 @@ def end_with_group(backend: Any, group: dist.ProcessGroup, farewell: Callable[[f
 
 
 def end_communicator(backend: Any, gracefully: bool = True, seconds: float | None = None) -> None:
-    """Shut a communicator down, unless it has ended: a collective call of its ranks, which make such calls in one order.
+    """Shut down a communicator unless it has already ended. All of its ranks must call this, for all communicators in one order.
 
-    gracefully: wait for unfinished messages and other ranks, for at most `seconds`, by default _END_SECONDS; otherwise abort
-    the communicator. It is also aborted if a rank does not come to the end, or a shutdown fails. Print and raise nothing.
-    Also end a backend for which `end_with_group` was not called.
+    gracefully: wait at most `seconds` (default: _END_SECONDS) for unfinished messages and other ranks; otherwise abort the
+    communicator. It is also aborted if a rank does not reach the end or the shutdown fails. Print and raise nothing. This also
+    works for a backend for which `end_with_group` was not called.
     """
     with _LOCK:
         if backend in _ENDED:
@@ -73,7 +74,7 @@ def end_communicator(backend: Any, gracefully: bool = True, seconds: float | Non
     if entry is not None:
         entry.finalizer.detach()
         if entry.process != os.getpid():
-            # a forked process does not own what its parent opened
+            # a forked process does not own its parent's communicators
             return
     helper = _Helper() if entry is None else entry.helper
     farewell = None if entry is None else entry.farewell
@@ -87,15 +88,15 @@ def end_communicator(backend: Any, gracefully: bool = True, seconds: float | Non
 
 
 def _end_late(backend: Any) -> None:
-    """End a communicator whose group was freed, or whose process ends; after an unhandled error do not wait for other ranks."""
+    """End a communicator when its group is freed or its process exits. After an unhandled error, do not wait for other ranks."""
     end_communicator(backend, gracefully=not hasattr(sys, "last_value"), seconds=_LATE_SECONDS)
 
 
 class _Helper:
     """Threads that wait for the end of a communicator, so that the caller's wait has a limit.
 
-    They are started with the communicator, since from Python 3.12 on a process that is ending cannot start threads. There are
-    two, because one may hang.
+    They are started with the communicator, because from Python 3.12 on an exiting process cannot start threads. There are two,
+    because one may hang.
     """
 
     def __init__(self) -> None:
@@ -108,7 +109,7 @@ class _Helper:
             thread.start()
 
     def run(self, work: Callable[[], None], seconds: float) -> bool:
-        """Return whether `work` ended well within some seconds."""
+        """Run `work` on a thread. Return whether it succeeded within `seconds`."""
         succeeded: list[bool] = []
         done = threading.Event()
         self._calls.put((work, succeeded, done))
@@ -121,7 +122,7 @@ class _Helper:
             self._calls.put(None)
         ends = time.monotonic() + 1.0
         for thread in self.threads:
-            # garbage collection may end a communicator on one of these threads
+            # skip the current thread: garbage collection may end a communicator on one of these threads
             if thread is not threading.current_thread():
                 thread.join(max(ends - time.monotonic(), 0.0))
 
@@ -129,7 +130,7 @@ class _Helper:
     def _work(calls: Any) -> None:
         while (call := calls.get()) is not None:
             work, succeeded, done = call
-            # the caller aborts what fails, and nothing can be done about an abort that fails
+            # the caller aborts after a failure, and nothing can be done if the abort fails
             with suppress(Exception):
                 work()
                 succeeded.append(True)

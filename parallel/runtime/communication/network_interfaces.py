@@ -1,4 +1,4 @@
-"""The address under which other ranks reach this machine: that of one interface, for sockets that must not listen on all."""
+"""The address at which other ranks reach this machine: that of one interface, for sockets that must not listen on all of them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communication.collective_calls import default_store
 
 LOOPBACK = "127.0.0.1"
-# Linux's call for the IPv4 address of an interface, and its table of IPv6 ones
+# Linux's ioctl for an interface's IPv4 address, and its table of IPv6 addresses
 _SIOCGIFADDR = 0x8915
 _IPV6_TABLE = Path("/proc/net/if_inet6")
-# scope of an IPv6 address that is valid everywhere
+# the scope of globally valid IPv6 addresses
 _GLOBAL_SCOPE = "00"
 
 
 def reachable_address() -> str:
-    """Return the address of this machine that ranks of other machines connect to, in numeric form.
+    """Return the numeric address of this machine to which ranks on other machines connect.
 
-    It is that of the interface in GLOO_SOCKET_IFNAME, or of the first if there are several; else that of the interface
-    towards the job's store, or the one that this machine's name resolves to, as in gloo. Raise DistattnError if there is
-    none.
+    It is the address of the first interface named in GLOO_SOCKET_IFNAME. Without that variable, it is the address of the
+    interface that reaches the job's store, or otherwise the one to which this machine's name resolves, as in gloo. Raise
+    DistattnError if no address is found.
     """
     if names := os.environ.get("GLOO_SOCKET_IFNAME"):
         name = names.split(",")[0].strip()
@@ -46,7 +46,7 @@ def reachable_address() -> str:
 
 
 def interface_address(name: str) -> str | None:
-    """Return the IPv4 address of an interface of this machine, or its global IPv6 address; None without either."""
+    """Return the IPv4 address of one of this machine's interfaces, or its global IPv6 address, or None if it has neither."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             reply = fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
@@ -61,7 +61,7 @@ def interface_address(name: str) -> str | None:
 
 
 def resolve_host(host: str) -> list[str]:
-    """Return the addresses that a name resolves to, in numeric form; [] if it resolves to nothing."""
+    """Return the numeric addresses to which a name resolves, or [] if it does not resolve."""
     try:
         return list(dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(host, None)))
     except OSError:
@@ -69,7 +69,7 @@ def resolve_host(host: str) -> list[str]:
 
 
 def listening_socket(address: str, port: int, waiting: int) -> socket.socket:
-    """Open a socket that listens on one address only. port: 0 for a free one; waiting: length of the queue. Raise OSError."""
+    """Open a socket that listens on one address only. port: 0 for any free port. waiting: the backlog. Raise OSError."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=waiting)
 
@@ -85,11 +85,11 @@ def _towards_store() -> Iterator[str]:
 
 
 def addresses_towards(host: str, port: int) -> Iterator[str]:
-    """Yield the addresses from which this machine sends to a host. host: a name or an address."""
+    """Yield the addresses from which this machine sends to `host`, a name or an address."""
     for address in resolve_host(host):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                # nothing is sent: the system only chooses an interface
+                # this sends nothing: the system only chooses an interface
                 probe.connect((address, port))
             except OSError:
                 continue

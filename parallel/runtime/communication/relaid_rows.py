@@ -1,6 +1,6 @@
-"""Move rows from one layout to another: every rank's rows (T, ...) become the rows that it has in the other layout."""
+"""Move rows between layouts: each rank passes its rows (T, ...) in the first layout and gets its rows in the second."""
 
-# T rows of this rank in the first layout, U in the second
+# T rows on this rank in the first layout, U in the second
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from distattn.parallel.runtime.communication.transport import Packet, Transport
 
 
 class RowMoves(NamedTuple):
-    """Rows that one rank sends to and receives from each peer, including itself, in the order of their tokens.
+    """The rows that one rank sends to and receives from each peer, including itself, in token order.
 
-    rows: number of rows in the second layout. sends, receives: the row numbers, by peer.
+    rows: the number of rows in the second layout. sends, receives: the row numbers, by peer.
     """
 
     rank: int
@@ -31,12 +31,12 @@ class RowMoves(NamedTuple):
 
     @staticmethod
     def of(here: Layout, there: Layout, rank: int) -> RowMoves:
-        """Find the moves from the rows that `rank` has in one layout to those in another, over the same tokens and ranks."""
+        """Compute the moves of `rank` from layout `here` to layout `there`, which must have the same tokens and ranks."""
         own_tokens, next_tokens = here.tokens(rank), there.tokens(rank)
         return RowMoves(rank, len(next_tokens), _rows_by_owner(own_tokens, there), _rows_by_owner(next_tokens, here))
 
     def to(self, device: torch.device) -> RowMoves:
-        """Return the moves with their row numbers on a device."""
+        """Return the moves with the row numbers on a device."""
         sends, receives = (
             {peer: copy_to_device(device, rows) for peer, rows in row_lists.items()}
             for row_lists in (self.sends, self.receives)
@@ -49,16 +49,16 @@ class RowMoves(NamedTuple):
 
 
 def move_rows(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
-    """Move rows (T, ...) of the first layout to (U, ...) of the second; differentiable. A collective call.
+    """Move rows (T, ...) of the first layout to rows (U, ...) of the second. Differentiable. All ranks must call it.
 
-    moves: with its row numbers on the device of x. Raise LostRankError naming the peers that stopped answering.
+    moves: its row numbers must be on the device of x. Raise LostRankError naming the peers that stopped answering.
     """
     moved: Tensor = _MoveRows.apply(x, moves, transport)
     return moved
 
 
 class _MoveRows(torch.autograd.Function):
-    """A permutation of the rows of all ranks: its gradient is the reverse permutation."""
+    """A permutation of the rows of all ranks, whose gradient is the inverse permutation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
@@ -98,7 +98,7 @@ def _moved(x: Tensor, moves: RowMoves, transport: Transport) -> Tensor:
 
 
 def _rows_by_owner(tokens: Ints, layout: Layout) -> dict[int, Tensor]:
-    """Return for each rank that owns some of these tokens in a layout their positions among the tokens, in order."""
+    """Map each rank that owns any of `tokens` in a layout to the positions of its tokens in `tokens`, in token order."""
     order = np.argsort(layout.chunks["t0"])
     begins, ranks = layout.chunks["t0"][order], layout.chunks["rank"][order]
     in_order = np.argsort(tokens)

@@ -1,7 +1,7 @@
-"""Values that ranks exchange, pickled behind a digest that is compared before anything is unpickled.
+"""Pickled values exchanged by ranks, each preceded by a digest that is checked before anything is unpickled.
 
-If the job has a secret, the digest is keyed with it: a process that does not know it cannot make a rank unpickle anything.
-Otherwise, as in another trainer's job, the digest detects values that were changed in transit.
+If the job has a secret, the digest is keyed with it, so that no process without the secret can make a rank unpickle anything.
+Otherwise, for example in another trainer's job, the digest only detects values that were changed in transit.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 _DIGEST_BYTES = 32
 _PURPOSE = b"distattn's values between ranks"
-# keys of this process: all ranks of a job have the same
+# the key of digests in this process; all ranks of a job have the same key
 _KEYS = [b""]
 
 
 def use_secret(secret: bytes) -> None:
-    """Use a job's secret as the key of digests from now on. All ranks call this between the same two exchanges."""
+    """Use a job's secret as the key of digests from now on. All ranks must call this between the same two exchanges."""
     _KEYS[0] = hmac.digest(secret, _PURPOSE, "sha256")
 
 
@@ -29,10 +29,10 @@ def seal(value: Any) -> bytes:
 
 
 def unseal(data: bytes) -> Any:
-    """Deserialize a value that `seal` has made in this job. Raise RuntimeError, and unpickle nothing, for anything else."""
+    """Deserialize a value serialized by `seal` in this job. For anything else, raise RuntimeError without unpickling."""
     digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     if not hmac.compare_digest(digest, _digest(content)):
-        # the error of gloo for a broken connection, which all ranks handle
+        # the type of error that gloo raises for a broken connection, which callers already handle
         raise RuntimeError(
             "a value from another rank does not match its digest: it was changed in transit, or is not from a rank of "
             "this job; nothing of it was unpickled."

@@ -1,4 +1,4 @@
-"""Devices whose work is queued on streams: events order the work of several threads, not the order of their calls."""
+"""Ordering of work between threads on devices with streams: events order the work, not the order of the calls."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from distattn.kernels.devices import has_streams
 
 
 def copy_to_device(device: torch.device, tensor: Tensor) -> Tensor:
-    """Copy a tensor of the host to a device; the host does not wait for the copy.
+    """Copy a host tensor to a device without blocking the host.
 
-    From pageable memory it would wait for all work on the device's current stream.
+    The copy goes through pinned memory. From pageable memory, the host would wait for all work on the device's current stream.
     """
     if not has_streams(device):
         return tensor.to(device)
@@ -23,7 +23,7 @@ def copy_to_device(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 class Handover(NamedTuple):
-    """Tensors that one thread makes in its current stream for other threads' streams, with the event after which they are
+    """Tensors that one thread makes on its current stream for other threads' streams, and an event that shows when they are
     ready."""
 
     tensors: list[Tensor]
@@ -31,12 +31,12 @@ class Handover(NamedTuple):
 
     @staticmethod
     def of(tensors: Iterable[Tensor]) -> Handover:
-        """Record tensors of this thread's current stream. Tensors on the host are ready anyway; all others are on one device."""
+        """Record an event on this thread's current stream. Host tensors are ready already. All others must be on one device."""
         streamed = [tensor for tensor in tensors if has_streams(tensor.device)]
         return Handover(streamed, torch.cuda.current_stream(streamed[0].device).record_event() if streamed else None)
 
     def join(self) -> None:
-        """Let the current stream wait for the tensors, and keep their memory from reuse until it is done."""
+        """Make the current stream wait for the tensors, and keep their memory from being reused while it works on them."""
         if self.tensors:
             stream = torch.cuda.current_stream(self.tensors[0].device)
             stream.wait_event(self.ready)

@@ -1,6 +1,6 @@
-"""Transports of the messages of a step: torch.distributed (NCCL, gloo), or ranks of one process in lock step.
+"""Transports for a step's messages: torch.distributed (NCCL, gloo), or the ranks of one process in lockstep.
 
-A transport has one method, `exchange`: it starts all sends and receives of a step and returns an object to wait for.
+A transport has one method, `exchange`, which starts all sends and receives of a step and returns an object to wait for.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from distattn.parallel.runtime.lowering.row_bundles import RowFormat
 
 
 class Packet(NamedTuple):
-    """One tensor to or from a peer (its rank in the group), contiguous at the receiver, and the payload that it is part of.
+    """One tensor sent to or received from a peer (its rank in the group), and its payload. A received tensor is contiguous.
 
-    row_bytes: if the tensor's rows hold several tensors, the bytes of each payload in a row. row_format: the layout of such a
-    row.
+    row_bytes: if the tensor's rows hold several tensors, the bytes per payload in a row. row_format: the layout of such a row.
     """
 
     peer: int
@@ -35,13 +34,13 @@ class Packet(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its payloads."""
+        """The names of the payloads that it carries."""
         if self.row_bytes:
             return ", ".join(dict.fromkeys(payload.name for payload, _ in self.row_bytes))
         return self.payload if isinstance(self.payload, str) else self.payload.name
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that it carries, each in its own dtype: views, (rows, numbers) if rows hold several tensors."""
+        """Return views of the tensors it carries, each in its own dtype, as (rows, numbers) if rows hold several tensors."""
         if self.row_format is None:
             return [self.tensor]
         fields = [field for part in self.row_format.tensors for field in part]
@@ -52,10 +51,10 @@ class Packet(NamedTuple):
 
 
 class PendingMessages(Protocol):
-    """Messages of a step in flight."""
+    """The messages of a step that are in flight."""
 
     def wait(self) -> None:
-        """Wait until all have arrived; on devices let the current stream wait for them.
+        """Wait until all messages have arrived. On GPUs, only make the current stream wait for them.
 
         Raise LostRankError naming the peers that stopped answering.
         """
@@ -63,35 +62,36 @@ class PendingMessages(Protocol):
 
 
 class Transport(Protocol):
-    """The interface of transports that the executor uses."""
+    """The interface of a transport, as the executor uses it."""
 
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
     ) -> PendingMessages:
-        """Start all sends and receives of a step. Packets between two ranks match in order.
+        """Start all sends and receives of a step. The packets between two ranks are matched in order.
 
-        collective: all ranks call, also those without packets, and packets may travel in one uneven all-to-all; otherwise they
-        are single messages. where: the step, for errors.
+        collective: if True, all ranks call this, even those without packets, and packets may travel in one uneven all-to-all.
+        Otherwise they travel as single messages. where: a description of the step, for errors.
         """
         ...
 
 
 class GroupTransport:
-    """Transport of messages on its own communicator next to a process group.
+    """Transport of messages on its own communicator, separate from the process group.
 
-    NCCL takes all messages of a step in one call, without copies. gloo takes them one by one, or as an all-to-all of packed
+    NCCL takes all messages of a step in one call, without copies. gloo takes them one at a time, or as one all-to-all of packed
     bytes.
     """
 
     def __init__(self, group: dist.ProcessGroup, backend: Any):
-        """Begin without drivers. backend: see `open_communicator`."""
-        # torch.distributed keeps the group until destroy_process_group; a longer life would abort the process at its end
+        """Create a transport that no driver uses yet. backend: see `open_communicator`."""
+        # a weak reference: torch.distributed keeps the group until destroy_process_group, and the process would abort at exit if
+        # the group lived longer
         self._group = weakref.ref(group)
         self._backend = backend
         self.is_open = True
-        # the number of drivers that send through it, and whether none of them has lost a rank; see `release`
+        # the number of drivers that use this transport, and True until one of them has lost a rank; see `release`
         self._users, self._is_healthy = 0, True
-        # waiting only orders streams, and this process continues
+        # True if waiting only orders streams, so that the host continues
         self.waits_on_stream = bool(backend.supports_coalescing)
 
     def exchange(
@@ -100,7 +100,7 @@ class GroupTransport:
         if self._group() is None:
             raise DistattnError("the process group this plan was prepared for has been destroyed; prepare it again.")
         if not self._is_healthy:
-            # the same type of error as NCCL raises: the code that waits for the messages then asks which rank is lost
+            # the type of error that NCCL raises, so that the code that waits for messages asks which rank is lost
             raise RuntimeError(
                 "the communicator of these messages was aborted, since a rank was lost or a message failed."
             )
@@ -110,12 +110,12 @@ class GroupTransport:
                 "after the last backward pass."
             )
         if self._backend.supports_coalescing:
-            # NCCL's all-to-all is the same messages, of packed bytes
+            # NCCL's all-to-all would send the same messages, but packed
             return self._all_at_once(sends, receives, where)
         return self._all_to_all(sends, receives, where) if collective else self._one_by_one(sends, receives, where)
 
     def abort(self) -> None:
-        """Give up all unfinished messages: kernels that wait for them on a device continue."""
+        """Give up all unfinished messages. Kernels that wait for them on a device continue."""
         self.close(gracefully=False)
 
     def acquire(self) -> None:
@@ -123,14 +123,14 @@ class GroupTransport:
         self._users += 1
 
     def release(self, gracefully: bool) -> None:
-        """Close the transport after its last driver. See `close`."""
+        """Drop one driver, and close the transport after the last one. See `close`."""
         self._users -= 1
         self._is_healthy = self._is_healthy and gracefully
         if not self._users:
             self.close(self._is_healthy)
 
     def close(self, gracefully: bool = True) -> None:
-        """End the communicator, once; if gracefully this is a collective call. See `end_communicator`."""
+        """End the communicator if it has not ended yet. If `gracefully`, all ranks must call this. See `end_communicator`."""
         self.is_open = False
         self._is_healthy = self._is_healthy and gracefully
         end_communicator(self._backend, gracefully)
@@ -148,7 +148,7 @@ class GroupTransport:
                 for packet in receives:
                     self._backend.recv([packet.tensor], packet.peer, 0)
             except BaseException:
-                # an open group of calls would include all later calls
+                # a group of calls left open would swallow all later calls
                 self.abort()
                 raise
             return [self._backend._end_coalescing()]
@@ -162,12 +162,12 @@ class GroupTransport:
             requests = [self._backend.send([packet.tensor], packet.peer, 0) for packet in sends]
             return requests + [self._backend.recv([packet.tensor], packet.peer, 0) for packet in receives]
 
-        # the tensors live until the work has been waited for
+        # the pending object keeps the tensors alive until the work is done
         return _PendingRequests(_started(start, sends, receives, where), (sends, receives), where)
 
     def _all_to_all(self, sends: list[Packet], receives: list[Packet], where: str) -> PendingMessages:
         size = self._backend.size()
-        # stable: packets of one peer keep their order
+        # the sort is stable: packets of one peer keep their order
         sends, receives = (sorted(packets, key=lambda packet: packet.peer) for packets in (sends, receives))
         splits = [[0] * size, [0] * size]
         for counts, packets in zip(splits, (sends, receives), strict=True):
@@ -186,7 +186,7 @@ class GroupTransport:
 
 
 def _started(start: Callable[[], list[Any]], sends: list[Packet], receives: list[Packet], where: str) -> list[Any]:
-    """Return the result of `start`. Raise LostRankError if a connection is broken."""
+    """Call `start` and return its result. Raise LostRankError if a connection is broken."""
     try:
         return start()
     except torch.OutOfMemoryError:
@@ -206,7 +206,7 @@ class _PendingRequests(NamedTuple):
             try:
                 request.wait()
             except RuntimeError as error:
-                # NCCL has one request for all messages
+                # NCCL has one request for all messages, gloo one for each
                 late = [packets[number]] if len(self.requests) == len(packets) else packets
                 raise _peer_stopped(late, self.where, error) from None
 
@@ -237,7 +237,7 @@ def _peer_stopped(packets: list[Packet], where: str, error: RuntimeError) -> Los
 
 
 def _pack(part: Tensor, tensor: Tensor) -> None:
-    """Write a tensor of any strides into bytes, in one pass if the place is aligned to its elements."""
+    """Copy a tensor with any strides into bytes, in one pass if `part` is aligned to the size of its elements."""
     if part.storage_offset() % tensor.element_size() == 0:
         part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
     else:
@@ -249,22 +249,22 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 
 class InProcessNetwork:
-    """Network of all ranks of one process: rank r uses `transport(r)`, and waits once every rank has posted its step.
+    """Network between ranks in one process. Rank r uses `transport(r)`, and waits only after every rank has posted its step.
 
-    A packet is copied as soon as both ends have posted it, so that neither end lives longer than its step.
+    A packet is copied as soon as both ends have posted it, so neither end needs to live longer than its step.
     """
 
     def __init__(self) -> None:
-        # per (source, destination): tensors whose other end has not been posted yet
+        # for each (source, destination): tensors whose other end has not been posted yet
         self._sent: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
         self._wanted: dict[tuple[int, int], deque[Tensor]] = defaultdict(deque)
 
     def transport(self, rank: int) -> Transport:
-        """Return the transport of one rank."""
+        """Return the transport for one rank."""
         return InProcessTransport(self, rank)
 
     def post(self, sent: list[tuple[int, int, Tensor]], received: list[tuple[int, int, Tensor]]) -> None:
-        """Post (source, destination, tensor) of packets that a rank sends, and of those that it receives."""
+        """Post the packets that a rank sends and receives, each as (source, destination, tensor)."""
         for queue, others, packets in ((self._sent, self._wanted, sent), (self._wanted, self._sent, received)):
             for src, dst, tensor in packets:
                 if others[src, dst]:
@@ -275,12 +275,12 @@ class InProcessNetwork:
                     queue[src, dst].append(tensor)
 
     def has_pending(self, rank: int) -> bool:
-        """Return whether this rank still waits for a packet."""
+        """Return whether a rank still waits for a packet."""
         return any(queue for (_, dst), queue in self._wanted.items() if dst == rank)
 
 
 class InProcessTransport(NamedTuple):
-    """The transport of one rank of a process that runs all ranks."""
+    """The transport of one rank in a process that runs all ranks."""
 
     network: InProcessNetwork
     rank: int
@@ -304,7 +304,7 @@ class _PendingInProcess(NamedTuple):
 
 
 class SingleRankTransport:
-    """Transport of a plan for one rank, which has no messages."""
+    """Transport for a plan for one rank, which has no messages."""
 
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""

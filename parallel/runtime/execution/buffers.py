@@ -1,4 +1,4 @@
-"""The tensors of one pass on one rank, by buffer, and operations on views of them."""
+"""The tensors of one pass on one rank, by buffer, and the operations on views of them."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, View
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Program
 
-# the tensors of a payload, (rows, heads, width) or (rows, heads) each; see `Call.payload_fields`
+# the tensors of a payload, each (rows, heads, width) or (rows, heads); see `Call.payload_fields`
 Fields = tuple[Tensor, ...]
-# places in the arena of the tensors of a payload
+# the places in the arena of a payload's tensors
 Places = Sequence[PlacedTensor]
 
 
 def convert_sums(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
-    """Convert tensors to these dtypes, and empty the list: sums are freed one by one, the smallest first."""
+    """Convert tensors to these dtypes and empty the list, so that sums are freed one by one, the smallest first."""
     dtype_of, out = dict(enumerate(dtypes)), {}
     for number in sorted(dtype_of, key=lambda number: sums[number].nbytes):
         out[number] = sums[number].to(dtype_of[number])
-        # from here on, another tensor may use the freed memory
+        # drop the sum: the next conversion may use its memory
         sums[number] = out[number]
     sums.clear()
     return tuple(out[number] for number in dtype_of)
 
 
 class Buffers:
-    """Tensors of one pass, in one arena except for the rank's own ones (see `memory`)."""
+    """The tensors of one pass. All are in one arena except for the rank's own tensors (see `memory`)."""
 
     def __init__(self, program: Program, arena: Tensor):
-        """Begin without buffers. arena: bytes on the device of the pass."""
+        """Start without buffers. arena: a uint8 tensor on the pass's device."""
         self._own, self._blank, self._turns = program.own_tensors, program.blank, program.turns
-        # of own results that launches sum up, the tensors of finished rows
+        # the tensors of finished rows of own results that launches sum up
         self._final: dict[Payload, Tensor] = {}
         self._merges_by_lse = program.call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
-        # of the backward pass, where sums of dO * O are made as dO is copied
+        # O, in backward passes that compute rowsum(dO * O) while copying dO
         self._outputs: Tensor | None = None
-        # the rows of bundles, (rows, numbers) each
+        # the rows of bundles, each (rows, numbers)
         self._rows: dict[PlaceKey, Tensor] = {}
-        # the same memory as tensors of each dtype
+        # the arena, viewed as each dtype
         self._arena = {torch.uint8: arena}
 
     def new_own(self, payload: Payload) -> Fields:
-        """Allocate and bind tensors for the rank's own part of a result."""
+        """Allocate and bind the rank's own tensors of a result."""
         (key, tensors), device, fields = self._own[payload], self._arena[torch.uint8].device, []
         for dtype, shape in tensors:
             fields.append(torch.empty(shape, dtype=dtype, device=device))
@@ -79,21 +79,21 @@ class Buffers:
         return FinalRows(target[only.rows], self._turns[payload][only.rows], number)
 
     def bind_own(self, tensors: Mapping[Payload, Fields]) -> None:
-        """Use these tensors as the rank's own ones of payloads."""
+        """Use `tensors` as the rank's own tensors, by payload."""
         for payload, fields in tensors.items():
             self.fields[self._own[payload].key] = fields
 
     def bind_outputs(self, do_THE: Tensor, lse_TH: Tensor, o_THE: Tensor) -> None:
-        """Bind dO without its delta, which is then rowsum(dO * O) of the rows that are copied to messages and buffers."""
+        """Bind dO without delta: rowsum(dO * O) is computed while rows of dO are copied to messages and buffers."""
         self.bind_own({Payload.dO: (do_THE, lse_TH)})
         self._outputs = o_THE
 
     def bind_flat(
         self, kept: FlatPlaces, flat: Tensor, renamed: Callable[[BufferKey], BufferKey] | None = None
     ) -> None:
-        """Make these buffers views of one flat tensor. renamed: the key of each in this pass."""
+        """Make the kept buffers views of one flat tensor. renamed: maps their keys to the keys in this pass."""
         for key, places in kept.places.items():
-            # hooks of saved tensors may return it as a part of another tensor
+            # saved-tensor hooks may return it as a part of another tensor
             begin = flat.storage_offset()
             fields = tuple(flat.as_strided(place.shape, place.strides, begin + place.offset) for place in places)
             if isinstance(key, BufferKey):
@@ -102,32 +102,32 @@ class Buffers:
                 self._rows[key] = fields[0]
 
     def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
-        """Use these tensors for these buffers."""
+        """Use `tensors` as the tensors of these buffers."""
         self.fields.update(tensors)
 
     def place(self, places: Places) -> Fields:
-        """Return uninitialized tensors at places in the arena."""
+        """Return uninitialized tensors at `places` in the arena."""
         out = tuple(self._view(place) for place in places)
         if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
-            # torch.empty does the same then
+            # as torch.empty does with this setting
             for tensor in out:
                 tensor.fill_(torch.nan)
         return out
 
     def allocate(self, key: BufferKey, places: Places, rows: Places = ()) -> None:
-        """Make a buffer. rows: the place of the bundle that begins with it."""
+        """Create a buffer. rows: the place of the bundle that begins with this buffer, if any."""
         for place in rows:
             self._rows["rows", key] = self._view(place)
         fields = self.place(places)
         self.fields[key] = self._begun(key, fields) if key in self._blank else fields
 
     def release(self, key: BufferKey) -> None:
-        """Forget a buffer: its place may be reused from now on."""
+        """Forget a buffer. Its place may be reused from now on."""
         del self.fields[key]
         self._rows.pop(("rows", key), None)
 
     def copy_own(self, key: BufferKey, view: View) -> None:
-        """Copy own rows into a buffer of copies."""
+        """Copy the rank's own rows into a buffer."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
             targets = _of_heads(self.fields[key], piece.view_heads)
@@ -145,7 +145,7 @@ class Buffers:
         self._arena.clear()
 
     def pack(self, packed: PackedMessages, places: Sequence[Places]) -> None:
-        """Copy own rows to messages. places: of each part of a row."""
+        """Copy own rows into messages. places: the places of each part of a row."""
         for part, of_part in zip(packed.parts, places, strict=True):
             own_fields = self.fields[self._own[part.payload].key]
             sources = tuple(tensor.reshape(-1, part.heads, *tensor.shape[2:]) for tensor in own_fields)
@@ -157,7 +157,7 @@ class Buffers:
             )
 
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
-        """Write received results to the own tensors, which have none yet. fields: of each part of a row."""
+        """Write received results into own tensors that hold no results yet. fields: the tensors of each part of a row."""
         for part, tensors in zip(packed.parts, fields, strict=True):
             own_fields = self.fields[self._own[part.payload].key]
             for whole, tensor in zip(own_fields, tensors, strict=True):
@@ -165,12 +165,12 @@ class Buffers:
                 copy_rows(target, RowSelection.of(part.rows), tensor, RowSelection(0, packed.rows))
 
     def place_rows(self, places: Places, segments: tuple[slice, ...], begin: int = 0) -> list[Fields]:
-        """Return rows of a bundle or of tensors in the arena, by segment of a message that begins at row `begin`."""
+        """Return rows of a bundle or of tensors in the arena, one entry per segment of a message that starts at row `begin`."""
         tensors = [self._view(place) for place in places]
         return [tuple(x[begin + part.start : begin + part.stop] for x in tensors) for part in segments]
 
     def message_parts(self, view: View, segments: tuple[slice, ...], in_rows: bool = False) -> list[Fields]:
-        """Return the tensors of a message by segment: parts of buffers, or of the bundles that begin with them (in_rows)."""
+        """Return a message's tensors by segment: parts of its buffers or, if in_rows, of the bundles that these buffers begin."""
         if len(view.slices) == 1:
             (only,) = view.slices
             assert isinstance(only.rows, slice), "messages are sent from and received in contiguous rows"
@@ -179,12 +179,12 @@ class Buffers:
         return [tuple(x[piece.rows] for x in self._whole(piece.buffer, in_rows)) for piece in view.slices]
 
     def part(self, view: View) -> Fields:
-        """Return the part of a buffer that a view is."""
+        """Return the part of a buffer that makes up a view."""
         (only,) = view.slices
         rows, heads, parts = only.rows, only.heads, []
         assert isinstance(rows, slice), "a part of a buffer has contiguous rows"
         for tensor in self.fields[only.buffer]:
-            # a view takes time, also of all rows and heads
+            # skip slices that would select everything: each costs host time
             if rows.start or rows.stop != tensor.shape[0]:
                 tensor = tensor[rows]
             if heads.start or heads.stop != tensor.shape[1]:
@@ -193,7 +193,7 @@ class Buffers:
         return tuple(parts)
 
     def accumulate(self, payload: Payload, view: View, fields: Fields) -> None:
-        """Accumulate the tensors of a view into its buffers: O by the op's rule, gradients by sum."""
+        """Accumulate the tensors of a view into its buffers. O is merged by the op's rule, gradients are added."""
         for piece in view.slices:
             rows, view_rows = RowSelection.of(piece.rows), RowSelection.of(piece.view_rows)
             parts, totals = _of_heads(fields, piece.view_heads), _of_heads(self.fields[piece.buffer], piece.heads)
@@ -201,11 +201,11 @@ class Buffers:
                 merge_rows(totals[0], totals[1], rows, parts[0], parts[1], view_rows)
                 continue
             for total, part in zip(totals, parts, strict=True):
-                # received tensors may be narrower
+                # received tensors may have a narrower dtype
                 (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
 
     def _begun(self, key: BufferKey, fields: Fields) -> Fields:
-        """Return the tensors of a new buffer, initialized to "nothing yet": first writes do not cover all of them."""
+        """Initialize the tensors of a new buffer that first writes do not fill: O and gradients to 0, LSE to -inf."""
         for tensor in fields:
             tensor.zero_()
         if key.payload == Payload.O and self._merges_by_lse:
@@ -213,10 +213,10 @@ class Buffers:
         return fields
 
     def gathered(self, view: View, places: Places) -> Fields:
-        """Copy the tensors of a view to `places`, in their dtypes."""
+        """Gather a view's tensors into the arena at `places`, converted to the dtypes of the places."""
         out = self.place(places)
         if not view.is_complete:
-            # kernels may read whole tiles: unused elements must be finite
+            # unused elements must be finite, because kernels may read whole tiles
             for tensor in out:
                 tensor.zero_()
         for piece in view.slices:
@@ -241,7 +241,7 @@ class Buffers:
 def _copy_fields(
     targets: Fields, target_rows: RowSelection, sources: Fields, rows: RowSelection, outputs: Tensor | None
 ) -> None:
-    """Copy rows of a payload's tensors; outputs: O, if the last tensor is to be rowsum(dO * O), which is in no source."""
+    """Copy rows of a payload's tensors. outputs: O, if the last target is to become rowsum(dO * O), which has no source."""
     if outputs is not None:
         copy_rows_with_products(targets[0], targets[-1], target_rows, sources[0], outputs, rows)
         targets, sources = targets[1:-1], sources[1:]
@@ -250,7 +250,7 @@ def _copy_fields(
 
 
 def _of_heads(fields: Fields, heads: slice) -> Fields:
-    """Return some heads of tensors (rows, heads, ...): the tensors themselves if these are all, since a view takes time."""
+    """Return the given heads of tensors (rows, heads, ...). Skip the slice, which costs host time, if these are all heads."""
     if not fields or heads.start == 0 and heads.stop == fields[0].shape[1]:
         return fields
     return tuple(tensor[:, heads] for tensor in fields)

@@ -1,8 +1,8 @@
-"""The executor: it runs a program on one rank, forward and backward, over any transport and kernel.
+"""The executor, which runs a program on one rank, forward and backward, with any transport and kernel.
 
-One loop serves both directions. In each step messages are posted first, then kernels run on the tensors available when the step
-began, then the loop waits for messages and merges received partial results: own tasks first, then arrivals in order. The
-functions are generators that pause while messages are in flight, so that the ranks of one process can run in lock step.
+One loop serves both directions. Each step first posts its messages, then runs kernels on the tensors available when the step
+began, then waits for messages and merges received partial results. Results of own tasks are merged first, then arrivals in order.
+The functions are generators that pause while messages are in flight, so that the ranks of one process can run in lockstep.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -31,9 +31,9 @@ PausableRun = Generator[None, None, Result]
 
 
 class Target(NamedTuple):
-    """Tensors that a kernel writes a result to. adds: the result is added or merged. is_part: they are part of a buffer.
+    """Tensors to which a kernel writes a result. adds: add or merge the result. is_part: the tensors are part of a buffer.
 
-    final: for rows that the launch is the last to add to, if they are returned in another dtype than they are summed in.
+    final: the tensor of the rows that this launch finishes, if rows are returned in another dtype than they are summed in.
     """
 
     fields: Fields
@@ -47,7 +47,7 @@ class Target(NamedTuple):
         return {} if self.final is None else {"final": self.final}
 
 
-# operands, and the targets of results: none if a kernel allocates its own tensors
+# (launch, operands, targets of results) -> results; there are no targets if a kernel allocates its own tensors
 Compute = Callable[[KernelLaunch, dict[Payload, Fields], dict[Payload, Target]], dict[Payload, Fields]]
 
 
@@ -60,10 +60,11 @@ def forward(
     v_TKE: Tensor,
     score: ScoreMod,
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
-    """Compute core attention of this rank's tokens: (o_THE, lse_TH, kept).
+    """Compute core attention for this rank's tokens: (o_THE, lse_TH, kept).
 
-    lse is in the accumulation dtype, and so is o, or in the inputs' dtype if nothing is added to it or launches finish it.
-    `kept` is one flat tensor of everything that the backward needs from the forward (empty unless the policy is "keep").
+    lse is in the accumulation dtype, and so is o unless nothing is added to it or launches finish it, in which case o is in the
+    inputs' dtype. `kept` is one flat tensor of the received tensors that the backward pass needs (empty unless the policy is
+    "keep").
     """
 
     def compute(
@@ -107,8 +108,8 @@ def backward(
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """Compute gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype.
 
-    delta_TH is rowsum(dO * O), minus the gradient of the log-sum-exp if there is one. If it is None, the sums are made of
-    o_THE as dO is copied, which `program.sums_where_copied` allows.
+    delta_TH: rowsum(dO * O), minus the gradient of the log-sum-exp if there is one. If it is None, `program.sums_where_copied`
+    must be True, and the sums are computed from o_THE while dO is copied.
     """
 
     def compute(
@@ -144,17 +145,17 @@ def backward(
 
 
 def run_to_completion(run: PausableRun[Result]) -> Result:
-    """Run one rank to its end; block while it waits for messages."""
+    """Run one rank to completion, blocking while it waits for messages."""
     while True:
         try:
             next(run)
         except StopIteration as stop:
-            # its type is known to the generator alone
+            # the type checker does not know the type of a generator's return value
             return stop.value  # type: ignore[no-any-return]
 
 
 def run_in_lock_step(runs: Iterable[PausableRun[Result]]) -> list[Result]:
-    """Run all ranks of a plan in one thread: every rank posts the messages of a step before any rank waits for them."""
+    """Run all ranks of a plan in one thread. Every rank posts the messages of a step before any rank waits for them."""
     waiting = list(enumerate(runs))
     results: dict[int, Result] = {}
     while waiting:
@@ -178,7 +179,7 @@ def run_steps(
     accumulates: bool,
     states: HeldStateTensors | None = None,
 ) -> PausableRun[None]:
-    """Run the steps of a pass. states: those of a recurrence."""
+    """Run the steps of a pass. states: the states of a recurrence, otherwise None."""
     for number, step in enumerate(steps):
         where = f"in step {number + 1} of {len(steps)} of the {direction} pass"
         messages = _begin_step(step, buffers, states)
@@ -195,7 +196,7 @@ def run_steps(
 
 
 class _StepMessages(NamedTuple):
-    """Messages of a step. arrived: the tensors of packed ones; incoming: of partial results, by message."""
+    """The messages of a step. arrived: tensors of packed messages. incoming: tensors of other results, by message number."""
 
     sends: list[Packet]
     receives: list[Packet]
@@ -204,7 +205,7 @@ class _StepMessages(NamedTuple):
 
 
 def _begin_step(step: ProgramStep, buffers: Buffers, states: HeldStateTensors | None) -> _StepMessages:
-    """Make the buffers of a step, and return its messages with the tensors that they are sent from and arrive in."""
+    """Create the buffers of a step. Return its messages with the tensors from which they are sent or in which they arrive."""
     messages = _StepMessages([], [], [], {})
     for key in step.allocate:
         buffers.allocate(key, step.places[key], step.places.get(("rows", key), ()))
@@ -219,7 +220,7 @@ def _begin_step(step: ProgramStep, buffers: Buffers, states: HeldStateTensors | 
     for numbers in step.joined_receives:
         messages.receives.extend(_incoming(buffers, step, numbers, messages.incoming))
     if states is not None and step.states is not None:
-        # messages are combined from states of earlier steps: nothing of this step is read in it
+        # only states of earlier steps are sent: no step reads its own results
         for state in step.states.sends:
             messages.sends.extend(states.packets(state))
         for state in step.states.receives:
@@ -228,9 +229,9 @@ def _begin_step(step: ProgramStep, buffers: Buffers, states: HeldStateTensors | 
 
 
 def _end_step(step: ProgramStep, buffers: Buffers, messages: _StepMessages, states: HeldStateTensors | None) -> None:
-    """Accumulate the arrived tensors, and release the buffers that this step is the last to use."""
+    """Accumulate the received tensors, and release the buffers last used in this step."""
     for packed, parts in zip(step.packed_receives, messages.arrived, strict=True):
-        # nothing was written there before
+        # these rows hold no results yet
         buffers.unpack(packed, parts)
     for number, fields in messages.incoming.items():
         payload, message = step.receives[number]
@@ -251,7 +252,7 @@ def _operands(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload,
 
 
 def _targets(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, Target]:
-    """Return the tensors that a kernel writes its results to."""
+    """Return the tensors to which a kernel writes its results."""
     targets = {}
     for payload, view in step.launches[number].results.items():
         if view.is_part:
@@ -265,19 +266,19 @@ def _targets(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, 
 def _accumulate(
     step: ProgramStep, number: int, buffers: Buffers, results: dict[Payload, Fields], targets: dict[Payload, Target]
 ) -> None:
-    """Accumulate those results of a launch that the kernel has not written to their buffers."""
+    """Accumulate the results of a launch, except those that the kernel has written directly to their buffers."""
     for payload, fields in results.items():
         if payload not in targets or not targets[payload].is_part:
             buffers.accumulate(payload, step.launches[number].results[payload], fields)
 
 
 def _places_of(step: ProgramStep, name: str, packed: PackedMessages) -> list[Places]:
-    """Return the places of the parts of the rows of all packed messages."""
+    """Return the places of each part of the packed messages' rows."""
     return [step.places[name, number] for number in packed.first]
 
 
 def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -> PackedMessages | None:
-    """Return the packed messages that include the messages with these numbers."""
+    """Return the packed messages that contain the messages `numbers`, or None."""
     for some in packed:
         if numbers in some.begins:
             return some
@@ -285,7 +286,7 @@ def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -
 
 
 def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> list[Packet]:
-    """Return the packets of messages that are sent together: from their buffer, or from a copy if one has a place."""
+    """Return the packets of messages sent together, from their buffer, or from a copy if one has a place."""
     payload, message = step.sends[numbers[0]]
     packed = _packed_with(numbers, step.packed_sends)
     if packed:
@@ -302,7 +303,7 @@ def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> 
 def _incoming(
     buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], results: dict[int, Fields]
 ) -> list[Packet]:
-    """Return the packets of messages that arrive together: copies in their buffer, partial results in `results`, by message."""
+    """Return the packets of messages that arrive together: copies in their buffer, partial results in tensors of `results`."""
     payload, message = step.receives[numbers[0]]
     packed = _packed_with(numbers, step.packed_receives)
     if packed:
@@ -320,7 +321,7 @@ def _incoming(
 
 
 def _cut(fields: Fields, message: Message) -> list[Fields]:
-    """Return the tensors of a message by segment."""
+    """Cut the tensors of a message into its segments."""
     return [tuple(tensor[segment] for tensor in fields) for segment in message.segments]
 
 

@@ -1,6 +1,6 @@
-"""The executor of convolutions: like attention's, with only values, and with weights that every rank has, if any.
+"""The executor of convolutions. It resembles attention's, but has only values. If there are weights, every rank holds them.
 
-A weight is (H, D, W), or (H, D, D, W) if channels of a head are mixed.
+A weight is (H, D, W), or (H, D, D, W) if the channels of a head are mixed.
 """
 
 # T tokens on this rank, H heads of D channels each, W taps
@@ -22,7 +22,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 
 
 class ConvolutionKernel(Protocol):
-    """Functions of a kernel module for convolutions; see `distattn.kernels.convolution.taps`."""
+    """Functions of a kernel module for convolutions. See `distattn.kernels.convolution.taps`."""
 
     def forward(self, x_SHD: Tensor, weight: Tensor | None, schedule: Any) -> Tensor: ...
 
@@ -34,7 +34,7 @@ class ConvolutionKernel(Protocol):
 def forward(
     program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight: Tensor | None
 ) -> PausableRun[tuple[Tensor, Tensor]]:
-    """Compute (y_THD in x's dtype, kept: the tensor that the backward needs)."""
+    """Compute (y_THD, kept). y is in x's dtype, and `kept` is one flat tensor for the backward pass."""
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]

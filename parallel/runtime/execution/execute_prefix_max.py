@@ -1,6 +1,6 @@
-"""The executor of prefix maxima: like that of recurrences, with only values, and only forward."""
+"""The executor of prefix maxima. It resembles that of recurrences, but has only values and only a forward pass."""
 
-# T tokens on this rank, H heads, V value dim, N segments of a launch, M documents
+# T tokens on this rank, H heads, V value dim, N segments in a launch, M documents
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Program
 
 
 class PrefixMaxKernel(Protocol):
-    """Functions of a kernel module for prefix maxima; see `distattn.kernels.recurrence.cummax`."""
+    """Functions of a kernel module for prefix maxima. See `distattn.kernels.recurrence.cummax`."""
 
     def prepare(self, segments: Segments, requirements: KernelRequirements) -> Any: ...
 
@@ -32,8 +32,8 @@ class PrefixMaxKernel(Protocol):
 
 
 class PrefixMaxResult(NamedTuple):
-    """Maximum before each token in x's dtype, and final maxima of documents that end on this rank (0 for others), if asked
-    for."""
+    """The maximum before each token, in x's dtype, and if requested the final maxima of documents that end on this rank (0 for
+    others)."""
 
     before_THV: Tensor
     final_MHV: Tensor | None
@@ -47,8 +47,8 @@ def forward(
     initial_MHV: Tensor | None,
     final_states: bool = True,
 ) -> PausableRun[PrefixMaxResult]:
-    """Compute maxima over the tokens before each of this rank's; -inf, or the initial state, for first tokens."""
-    # a state has one row
+    """Compute the maximum over the tokens before each of this rank's tokens. First tokens get the initial state or -inf."""
+    # states of a maximum have one row
     initial = None if initial_MHV is None else initial_MHV[:, :, None]
 
     def compute(

@@ -1,12 +1,11 @@
-"""The executor of recurrences: a program's segments and states on one rank, forward and backward.
+"""The executor of recurrences: it runs a program's segments and states on one rank, forward and backward.
 
-Steps, messages and buffers of tokens are those of `execute`. This module runs the launches: it combines the states before a
-launch's segments, or the gradients of states after them, passes them to the kernel side by side, and keeps the results for
-others.
+Steps, messages and token buffers are handled by `execute`. This module runs the launches. It combines the states before a
+launch's segments, or the gradients of the states after them, passes them to the kernel as one tensor, and keeps the states that
+other segments need.
 """
 
-# T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim, N segments of a launch,
-# M documents
+# T tokens on this rank, H value heads, G query and key heads, K key dim, V value dim, N segments in a launch, M documents
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ from distattn.parallel.runtime.program import KernelLaunch, Program, kept_key
 
 
 class RecurrenceKernel(Protocol):
-    """Functions of a kernel module for recurrences; see `distattn.kernels.recurrence.chunked`."""
+    """Functions of a kernel module for recurrences. See `distattn.kernels.recurrence.chunked`."""
 
     def prepare(self, segments: Segments, requirements: KernelRequirements) -> Any: ...
 
@@ -54,7 +53,7 @@ class RecurrenceKernel(Protocol):
 
 
 class ForwardResult(NamedTuple):
-    """o_THV, final states of documents that end on this rank (0 for others), if asked for, and tensors kept for the backward."""
+    """Outputs, final states of documents that end on this rank (0 for others) if requested, and tensors kept for the backward."""
 
     o: Tensor
     final_MHKV: Tensor | None
@@ -62,7 +61,7 @@ class ForwardResult(NamedTuple):
 
 
 class BackwardResult(NamedTuple):
-    """Gradients of this rank's tokens, and of the initial states, if any, of documents that begin on it (0 for others)."""
+    """Gradients of this rank's tokens, and of the initial states, if any, of documents that begin on this rank (0 for others)."""
 
     dx: RecurrenceTokens
     dinitial_MHKV: Tensor | None
@@ -76,7 +75,7 @@ def forward(
     initial_MHKV: Tensor | None,
     final_states: bool = True,
 ) -> PausableRun[ForwardResult]:
-    """Compute outputs of this rank's tokens in q's dtype, and final states in the accumulation dtype, if asked for."""
+    """Compute the outputs of this rank's tokens in q's dtype and, if requested, final states in the accumulation dtype."""
     places = KeptPlaces.of(program)
     with (
         ARENAS.kept(places.bytes, torch.uint8, x.v.device) as kept,
@@ -104,7 +103,7 @@ def backward(
     initial_MHKV: Tensor | None,
     kept: Tensor,
 ) -> PausableRun[BackwardResult]:
-    """Compute gradients in the dtypes of their tensors; those of initial states in the accumulation dtype."""
+    """Compute gradients in the dtypes of their tensors, and those of initial states in the accumulation dtype."""
     places = KeptPlaces.of(program)
     with ARENAS.borrowed(program.backward_bytes, x.v.device) as arena:
         run = _Pass(program, kernel, x, "backward", arena, initial_MHKV, dfinal_MHKV)
@@ -123,7 +122,7 @@ def backward(
 
 
 class _Pass(StatePass):
-    """One pass on one rank. begun: the states that tasks began with."""
+    """One pass on one rank. begun: the states with which tasks began."""
 
     def __init__(
         self,
@@ -182,7 +181,7 @@ class _Pass(StatePass):
         return {Payload.dQ: shared, Payload.dKV: tuple(rest)}
 
     def _leave_states(self, launch: KernelLaunch, x: RecurrenceTokens, tasks: Sequence[SegmentStates]) -> None:
-        """Keep (A, B) of segments, after the states before them."""
+        """Keep the states (A, B) of segments, combined with the states before them."""
         before = [self.entering(launch, task) for task in tasks]
         entering, with_transitions = self.side_by_side(launch, before), _need_transitions(tasks)
         leaving, transitions = self.kernel.states(x, launch.schedule.segments, entering, with_transitions)
@@ -195,7 +194,7 @@ class _Pass(StatePass):
     def _leave_gradient_states(
         self, launch: KernelLaunch, x: RecurrenceTokens, do_THV: Tensor, tasks: Sequence[SegmentStates]
     ) -> None:
-        """Keep (A, C) of segments, before the gradients after them."""
+        """Keep the gradient states of segments, combined with the gradients of the states after them."""
         after = [self._following(launch, task) for task in tasks]
         dleaving, with_transitions = self.side_by_side(launch, after), _need_transitions(tasks)
         dentering, transitions = self.kernel.gradient_states(
@@ -208,7 +207,7 @@ class _Pass(StatePass):
             self.leave(launch, task, State(a, dentering[i]))
 
     def _following(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
-        """Return the gradient of the state that leaves a segment: from later segments, or of its document's final state."""
+        """Return the gradient of the state that leaves a segment: from later segments, or that of its document's final state."""
         if task.after:
             return self.states.put_together(task.after)
         return self.edge(launch, self.dfinal, task.final)
@@ -225,17 +224,17 @@ class _Pass(StatePass):
         return RecurrenceTokens(q, k, v, g, gates[0] if op.delta else None)
 
     def _is_even(self, launch: KernelLaunch) -> bool:
-        """Return whether a launch has all heads of each of its heads of queries and keys."""
+        """Return whether a launch has all value heads of each of its query and key heads."""
         group = self.call.gqa_group_size
         return launch.heads.start % group == 0 and launch.heads.stop % group == 0
 
     def _group_index(self, launch: KernelLaunch, device: torch.device) -> Tensor:
-        """Return the head of queries and keys of each head of a launch, among those that the launch has."""
+        """Map each value head of a launch to the index of its query and key head within the launch."""
         group, heads = self.call.gqa_group_size, launch.heads
         return torch.arange(heads.start, heads.stop, device=device) // group - heads.start // group
 
     def _folded(self, launch: KernelLaunch, dy_THK: Tensor) -> Tensor:
-        """Sum gradients of queries or keys over the heads that share them, if `_tokens` has repeated those."""
+        """Sum gradients of queries or keys over the heads that share them, if `_tokens` has repeated the queries and keys."""
         if self._is_even(launch):
             return dy_THK
         index = self._group_index(launch, dy_THK.device)
@@ -246,5 +245,5 @@ class _Pass(StatePass):
 
 
 def _need_transitions(tasks: Sequence[SegmentStates]) -> bool:
-    """Return whether any segment has to leave its A."""
+    """Return whether any task must leave a transition A."""
     return not all(task.is_prefix for task in tasks)

@@ -1,4 +1,4 @@
-"""Tensors that the forward pass of a recurrence keeps for the backward, in one flat tensor: a checkpoint saves it as one."""
+"""Tensors that a recurrence keeps from the forward to the backward pass, in one flat tensor that a checkpoint can save."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from distattn.parallel.runtime.program import Program
 
 
 class KeptPlaces(NamedTuple):
-    """Places of received tokens, by buffer of the forward pass, and of the states that tasks began with, in order.
+    """Places in a flat tensor: those of received tokens, by forward buffer, and those of the states with which tasks began.
 
-    bytes: of the flat tensor that holds all of them.
+    bytes: the size of the flat tensor that holds them all.
     """
 
     tokens: dict[BufferKey, list[PlacedTensor]]
@@ -23,7 +23,7 @@ class KeptPlaces(NamedTuple):
 
     @staticmethod
     def of(program: Program) -> KeptPlaces:
-        """Return the places of a program's rank."""
+        """Compute the places for a program."""
         call, offset = program.call, 0
         tokens, states = {}, []
         for key, rows in program.kept.items():
@@ -37,20 +37,20 @@ class KeptPlaces(NamedTuple):
         return KeptPlaces(tokens, states, offset)
 
     def tokens_in(self, flat: Tensor) -> dict[BufferKey, tuple[Tensor, ...]]:
-        """Return the tensors of the tokens of each buffer."""
+        """Return the tensors of received tokens, by buffer, as views of `flat`."""
         return {key: tuple(_part(flat, place) for place in places) for key, places in self.tokens.items()}
 
     def states_in(self, flat: Tensor) -> list[Tensor]:
-        """Return the states, (H, K, V) each."""
+        """Return the states as views of `flat`, each (H, K, V)."""
         return [_part(flat, place) for place in self.states]
 
 
 def kept_size(program: Program) -> int:
-    """Return the bytes of the flat tensor of a program; 0 for other ops."""
+    """Return the bytes of a program's flat tensor, 0 unless the program is a recurrence."""
     return KeptPlaces.of(program).bytes if program.forward_states is not None else 0
 
 
 def _part(flat: Tensor, place: PlacedTensor) -> Tensor:
-    # hooks of saved tensors may return it as a part of another tensor
+    # saved-tensor hooks may return it as a part of another tensor
     numbers = flat.view(place.dtype)
     return numbers.as_strided(place.shape, place.strides, numbers.storage_offset() + place.offset)

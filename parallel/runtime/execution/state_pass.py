@@ -1,4 +1,4 @@
-"""Parts that passes of all recurrent ops share on one rank: states that enter and leave segments, edges of documents."""
+"""The part of a pass that all recurrent ops share: states that enter and leave segments, and states at document edges."""
 
 # T tokens on this rank, H heads, K key dim, V value dim, M documents
 
@@ -19,8 +19,8 @@ from distattn.parallel.runtime.program import KernelLaunch, Program
 class StatePass:
     """One pass on one rank.
 
-    initial: states that documents begin with, (M, H, K, V), if any. edge_states: final states of documents forward, gradients
-    of initial states backward, if asked for.
+    initial: the states with which documents begin, (M, H, K, V), or None. edge_states: if requested, final states of documents
+    in a forward pass, or gradients of initial states in a backward pass.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class StatePass:
         initial_MHKV: Tensor | None,
         g_H: Tensor | None = None,
     ):
-        """Begin a pass. arena: see `arenas`. g_H: the logarithm of each head's decay, if it is the same for all tokens."""
+        """Prepare a pass. arena: see `arenas`. g_H: the logarithm of each head's decay, if it is the same for all tokens."""
         is_forward = direction == "forward"
         states = program.forward_states if is_forward else program.backward_states
         assert states is not None, "a program of a recurrence has states"
@@ -42,50 +42,50 @@ class StatePass:
         self.dtype, self._device = getattr(torch, self.call.accumulation_dtype), arena.device
         allocator = ArenaAllocator(arena[nbytes - states.message_bytes : nbytes])
         self.states = HeldStateTensors(self.call, g_H, arena.device, allocator)
-        # of all documents; allocated on request
+        # one state per document, allocated on request
         self.edge_states: Tensor | None = None
 
     def make_edge_states(self) -> None:
-        """Allocate the states of all documents; those that are not computed on this rank stay 0."""
+        """Allocate a state for every document. Those that this rank does not compute stay 0."""
         shape = (len(self.call.documents), self.call.heads, self.call.head_dim, self.call.v_head_dim)
         self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self._device)
 
     def tasks(self, launch: KernelLaunch) -> list[SegmentStates]:
-        """Return the states of a launch's segments, in order."""
+        """Return the `SegmentStates` of a launch's tasks, in order."""
         return [self.program_states.tasks[number] for number in launch.schedule.tasks]
 
     def entering(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
-        """Return the state that enters a segment: that of earlier segments, or the initial state of its document, if any."""
+        """Return the state that enters a segment: that of earlier segments or its document's initial state, if any."""
         if task.before:
             return self.states.put_together(task.before)
         return self.edge(launch, self.initial, task.initial)
 
     def edge(self, launch: KernelLaunch, states_MHKV: Tensor | None, document: int) -> State | None:
-        """Return a document's state among the given ones; None, for that of no tokens, without given ones."""
+        """Return a document's state from `states_MHKV`, or None, the state of no tokens, if there is no such state."""
         if states_MHKV is None or document < 0:
             return None
         return State(None, states_MHKV[document, launch.heads].to(self.dtype))
 
     def side_by_side(self, launch: KernelLaunch, states: Sequence[State | None]) -> Tensor:
-        """Concatenate B of the states of a launch's segments, (N, H, K, V); None stands for the state of no tokens."""
+        """Put the states B of a launch's segments in one tensor (N, H, K, V). None stands for the state of no tokens."""
         present = [(number, state.b) for number, state in enumerate(states) if state is not None]
         if len(present) == len(states):
             return torch.stack([b for _, b in present])
-        # one operator for all segments without a state: packs of short documents have many
+        # fill all segments without a state in one operation: packs of short documents have many of them
         out = self.states.of_no_tokens(len(states), launch.heads.stop - launch.heads.start)
         for number, b in present:
             out[number].copy_(b)
         return out
 
     def leave(self, launch: KernelLaunch, task: SegmentStates, state: State) -> None:
-        """Keep the state that a segment leaves, if it is needed."""
+        """Keep the state that a segment leaves if it is needed."""
         if task.leaves is not None:
-            # a copy, so that the launch's stacked results are freed
+            # copy it, so that the launch's stacked results can be freed
             a = None if state.a is None else state.a.clone()
             self.states.put(task.leaves, launch.heads.start, State(a, state.b.clone()))
 
     def leave_final(self, launch: KernelLaunch, tasks: Sequence[SegmentStates], leaving_NHKV: Tensor) -> None:
-        """Keep states that whole segments of the forward pass leave, and the final states of documents that end with them."""
+        """Keep the states that segments of the forward pass leave, and the final states of documents that end with them."""
         for task, ends in zip(tasks, leaving_NHKV, strict=True):
             if task.final >= 0 and self.edge_states is not None:
                 self.edge_states[task.final, launch.heads] = ends

@@ -1,6 +1,6 @@
-"""The states that one rank holds during a pass of a recurrence: it combines, sends, receives and frees them."""
+"""The states that one rank holds during a pass of a recurrence, and how it combines, sends, receives and frees them."""
 
-# N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B (H, K, V); a maximum is a B
+# N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B is (H, K, V); a maximum is B only
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from distattn.parallel.runtime.lowering.state_program import StateKey, StateMess
 
 
 class State(NamedTuple):
-    """Effect of tokens on any state S that enters, A S + B. a: None if no state can enter. dS likewise, with A transposed.
+    """The effect of some tokens on an entering state S, which becomes A S + B. For dS, A is transposed.
 
-    For an op whose states are maxima the effect is max(S, B), and a is None.
+    a: None if no state can enter. If the op's states are maxima, the effect is max(S, B), and a is None.
     """
 
     a: Tensor | None
@@ -28,36 +28,36 @@ class State(NamedTuple):
 
 
 class HeldStateTensors:
-    """Tensors of all available states, by origin."""
+    """The tensors of all states that a rank holds, by key."""
 
     def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, allocator: ArenaAllocator):
-        """Begin without states.
+        """Start without states.
 
-        g_H: the logarithm of each head's decay, if all tokens share it. allocator: for a step's messages.
+        g_H: the logarithm of each head's decay, if all tokens share it. allocator: memory for a step's messages.
         """
         self._allocator = allocator
-        # for states received in a step: their final tensors, and those they arrive in
+        # for the states received in a step: the tensors to keep, and the tensors in which they arrive
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self.call, self._g_H, self._device = call, g_H, device
         self._dtype = getattr(torch, call.accumulation_dtype)
         self._held: dict[StateKey, tuple[int, State]] = {}
-        # states kept by the forward pass are counted separately
+        # states kept by the forward pass, whose memory is counted elsewhere
         self._kept: set[StateKey] = set()
         self.bytes = self.peak_bytes = 0
 
     def put(self, key: StateKey, h0: int, state: State) -> None:
-        """Keep a state, whose first head is h0."""
+        """Keep a state whose first head is h0."""
         self._held[key] = h0, state
         self.bytes += _nbytes(state)
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def put_kept(self, key: StateKey, h0: int, state: State) -> None:
-        """Register a state that the forward pass has kept."""
+        """Register a state kept by the forward pass."""
         self._held[key] = h0, state
         self._kept.add(key)
 
     def end_step(self, step: StateStep) -> None:
-        """Take the states that have arrived, and free those that are not used after this step."""
+        """Store the states that have arrived, and free those not used after this step."""
         for there, tensor in self._arriving:
             there.copy_(tensor)
         self._arriving.clear()
@@ -67,7 +67,7 @@ class HeldStateTensors:
             self.bytes -= 0 if key in self._kept else _nbytes(state)
 
     def put_together(self, parts: tuple[StatePart, ...]) -> State:
-        """Combine the states of all heads of consecutive `parts`."""
+        """Combine the states of `parts`, which cover consecutive heads, into one state."""
         states = [self._of(part) for part in parts]
         if len(states) == 1:
             return states[0]
@@ -75,13 +75,13 @@ class HeldStateTensors:
         return State(a, torch.cat([state.b for state in states]))
 
     def packets(self, message: StateMessage) -> list[Packet]:
-        """Return the packets of a state that is sent."""
+        """Return the packets of an outgoing state."""
         a, b = self.put_together(message.parts)
         tensors = [b] if message.is_prefix or not self.call.op.transition_travels else [b, _present(a)]
         return [Packet(message.peer, message.key.payload, self._allocator.copy_of(tensor)) for tensor in tensors]
 
     def receive(self, message: StateMessage) -> list[Packet]:
-        """Allocate tensors for a state to receive: available from the end of the step on."""
+        """Allocate tensors for an incoming state and return their packets. The state is available from the end of the step on."""
         heads, op = message.h1 - message.h0, self.call.op
         b = self._empty(heads, self.call.head_dim, self.call.v_head_dim)
         if message.is_prefix or op.is_maximum:
@@ -91,7 +91,7 @@ class HeldStateTensors:
             state, tensors = State(a, b), [b, a]
         else:
             g = None if self._g_H is None else self._g_H[message.h0 : message.h1]
-            # not from a list, for which the host would wait for the device
+            # not torch.tensor([...]), for which the host would wait for the device
             length = torch.full((1,), message.tokens, device=self._device)
             state, tensors = State(constant_transition(g, heads, length)[0].to(self._dtype), b), [b]
         self.put(message.key, message.h0, state)
@@ -100,7 +100,7 @@ class HeldStateTensors:
         return [Packet(message.peer, message.key.payload, tensor) for _, tensor in arriving]
 
     def of_no_tokens(self, segments: int, heads: int) -> Tensor:
-        """Return B of no tokens for each of some segments, (N, H, K, V): 0, or -inf for maxima."""
+        """Return the B of no tokens for each of N segments, (N, H, K, V): 0, or -inf for maxima."""
         b = self._empty(segments, heads, self.call.head_dim, self.call.v_head_dim)
         return b.fill_(-torch.inf if self.call.op.is_maximum else 0.0)
 
@@ -126,14 +126,14 @@ class HeldStateTensors:
 
 
 def apply_transition(a: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
-    """Compute A B, or A^T B, of states (..., K, V). a is a matrix if it has as many dims as b."""
+    """Compute A B, or A^T B if transposed. b: (..., K, V). a: a matrix if it has as many dims as b, otherwise a diagonal."""
     if a.dim() < b.dim():
         return a[..., None] * b
     return (a.transpose(-1, -2) if transposed else a) @ b
 
 
 def compose_transitions(a: Tensor, later: Tensor) -> Tensor:
-    """Return the transition of two segments, a's first: diagonals (H, K), or matrices (H, K, K)."""
+    """Return the transition of two consecutive segments, `a` and then `later`: a diagonal (H, K) or a matrix (H, K, K)."""
     return a * later if a.dim() == 2 else later @ a
 
 

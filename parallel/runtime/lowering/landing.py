@@ -1,9 +1,10 @@
-"""Buffers that are a launch's tensor, too: operands are read where they arrive, results are sent from where they are written.
+"""Landing: buffers that also serve as a launch's tensor. Operands are read where they arrive, results are sent from where they
+are written.
 
-Where a launch needs one received buffer and the rank's own tokens, that buffer is made as large as the working tensor that both
-would be gathered into, with the tokens in the same order. Messages then land between the own rows, which are copied in before.
-Results are treated alike: the kernel writes one tensor, messages leave from it, and the own rows are accumulated from it. A
-buffer that stays until the backward pass keeps its own rows as well, so it is enlarged only where that adds little memory.
+If a launch needs one received buffer and the rank's own tokens, that buffer is made as large as the working tensor into which
+both would be gathered, with the tokens in the same order. Own rows are copied in first, and messages then land between them.
+Results are treated alike: the kernel writes one tensor, messages leave from it, and own rows are accumulated from it. A buffer
+that lives until the backward pass keeps its copy of the own rows as long, so it is enlarged only if that adds little memory.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
 
-# a kept buffer becomes at most this many times as large, which allows an all-to-all on four ranks: then neither pass copies it
+# a kept buffer may grow by this factor at most, which suffices for an all-to-all on four ranks: neither pass then copies it
 _MOST_KEPT = 4 / 3
 
 
 class Landing(NamedTuple):
-    """A buffer that is a launch's working tensor. rows: of both; new_row: for each row of the buffer before, its row now.
+    """A buffer that is a launch's working tensor. rows: the rows of that tensor. new_row: the new row of each old row.
 
-    own_slices: those of the rank's own tensor among its rows.
+    own_slices: the slices that hold rows of the rank's own tensor.
     """
 
     rows: int
@@ -39,13 +40,13 @@ class Landing(NamedTuple):
 
     @property
     def own_view(self) -> View:
-        """Return the own rows in the buffer's order, as a view that does not cover the whole buffer."""
+        """The own rows in the buffer's order, as a view that does not cover the whole buffer."""
         return View(
             self.rows, self.own_slices[0].view_heads.stop if self.own_slices else 0, list(self.own_slices), False
         )
 
     def rows_of_own(self, tensor: BufferKey) -> Ints:
-        """Return for each row of an own tensor the row of the buffer that holds it, -1 for rows that are not in the buffer."""
+        """Map each row of an own tensor to the buffer row that holds it, or to -1 if the buffer does not have it."""
         rows = [
             (_numbers(piece.rows), _numbers(piece.view_rows)) for piece in self.own_slices if piece.buffer == tensor
         ]
@@ -62,11 +63,11 @@ def land(
     kept: Container[BufferKey],
     inherited: Mapping[BufferKey, Landing],
 ) -> dict[BufferKey, Landing]:
-    """Let buffers be working tensors where that saves copies, change the views of the steps, and return what each has become.
+    """Make buffers working tensors where that saves copies. Change the views of the steps, and return the landing of each buffer.
 
-    sizes: rows of the buffers that may become working tensors. bundles: for each buffer those that share its rows; they change
-    alike or not at all. kept: the buffers that stay until the next pass. inherited: what buffers of the previous pass have
-    become.
+    sizes: rows of the buffers that may become working tensors. bundles: for each buffer, the buffers that share its rows; they
+    change together or not at all. kept: the buffers kept until the next pass. inherited: the landings of buffers kept by the
+    previous pass.
     """
     launches: dict[BufferKey, list[tuple[BufferSlice, View]]] = defaultdict(list)
     messages: dict[BufferKey, list[tuple[BufferSlice, tuple[slice, ...]]]] = defaultdict(list)
@@ -76,7 +77,7 @@ def land(
                 for piece in view.slices:
                     launches[piece.buffer].append((piece, view))
         for _, message in (*step.sends, *step.receives):
-            # a message from several buffers is gathered before it is sent, wherever its rows are
+            # a message from several buffers is gathered before it is sent, so it may have its rows anywhere
             if len(message.view.slices) == 1:
                 (piece,) = message.view.slices
                 messages[piece.buffer].append((piece, message.segments))
@@ -93,10 +94,11 @@ def land(
 
 
 def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
-    """Return which moves are to or from a buffer that may be a launch's working tensor: the same at both ends of a message.
+    """Return which moves are to or from a buffer that may be a launch's working tensor. Both ends of a message agree on it.
 
-    The buffer is where copies arrive or where partial results leave. It would contain own rows as well, so it qualifies only
-    where the tasks of one step use own tokens and others' tokens, after the copies have arrived or before the results leave.
+    The buffer is where copies arrive or partial results leave. As a working tensor it also contains own rows, so it qualifies
+    only if the tasks of one step use both own tokens and other ranks' tokens, after the copies arrive or before the results
+    leave.
     """
     is_result = np.isin(moves["payload"], REDUCED_PAYLOADS)
     holder = np.where(is_result, moves["src"], moves["dst"])
@@ -107,13 +109,13 @@ def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
     chunks, ranks = call.layout.chunks, call.ranks
     is_of_keys = np.isin(moves["payload"], KEY_PAYLOADS)
     for of_kind, t0, t1 in ((is_of_keys, "k0", "k1"), (~is_of_keys, "q0", "q1")):
-        # whether the tasks of a rank and step use tokens of other ranks, and of the rank itself
+        # True if the tasks of a rank in a step use tokens of other ranks (0), or of the rank itself (1)
         has = np.zeros((2, ranks, table.steps), bool)
         i, j = overlapping_pairs(chunks["t0"], chunks["t1"], tasks[t0], tasks[t1])
         rank = tasks["rank"][i]
         has[(chunks["rank"][j] == rank).astype(np.int64), rank, tasks["step"][i]] = True
         mixes = has[0] & has[1]
-        # whether any step up to this one, or from this one on, uses both
+        # True if any step up to this one, or from this one on, uses both
         before = np.logical_or.accumulate(mixes, 1)
         after = np.logical_or.accumulate(mixes[:, ::-1], 1)[:, ::-1]
         for of_moves, mixed in ((of_kind & is_result, before), (of_kind & ~is_result, after)):
@@ -122,13 +124,13 @@ def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
 
 
 def _agrees(landing: Landing, bundle: Bundle, landings: Mapping[BufferKey, Landing]) -> bool:
-    """Return whether all buffers of a bundle have become equally large, with their rows in the same places."""
+    """Return whether all buffers of a bundle have landings of the same size, with their rows in the same places."""
     others = [landings.get(key) for key in bundle]
     return all(other and other.rows == landing.rows and (other.new_row == landing.new_row).all() for other in others)
 
 
 def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:
-    """Return what a buffer of `rows` rows would become as the working tensor of a view, None if it cannot be that."""
+    """Return the landing of a buffer of `rows` rows as the working tensor of a view, or None if it cannot be one."""
     own_slices = tuple(piece for piece in view.slices if piece.buffer.step == OWN)
     buffer_slices = [piece for piece in view.slices if piece.buffer == key]
     if (
@@ -143,7 +145,7 @@ def _landing(key: BufferKey, rows: int, view: View) -> Landing | None:
         return None
     new_row = np.empty(rows, np.int64)
     new_row[_numbers(piece.rows)] = _numbers(piece.view_rows)
-    # nothing is saved where the working tensor is the buffer already
+    # nothing is saved if the buffer already is the working tensor
     return None if not own_slices and (new_row == np.arange(rows)).all() else Landing(view.rows, new_row, own_slices)
 
 
@@ -153,9 +155,9 @@ def _fits(
     launches: list[tuple[BufferSlice, View]],
     messages: list[tuple[BufferSlice, tuple[slice, ...]]],
 ) -> bool:
-    """Return whether messages arrive in or leave from contiguous rows, and no launch needs the buffer's former order."""
+    """Return whether messages occupy contiguous rows of the landed buffer, and no launch needs the buffer's old order."""
     if key.payload in REDUCED_PAYLOADS and len(launches) != 1:
-        # a result that several kernels add to is not complete before the last of them
+        # a result to which several launches add is not complete until the last of them
         return False
     for piece, view in launches:
         was_direct = len(view.slices) == 1 and isinstance(piece.rows, slice)
@@ -168,7 +170,7 @@ def _fits(
 
 
 def _change(step: ProgramStep, landings: Mapping[BufferKey, Landing]) -> None:
-    """Change the rows in a step's views to where the landed buffers have them now."""
+    """Update the rows in a step's views to their new positions in landed buffers."""
     for launch in step.launches:
         for views in (launch.operands, launch.results):
             views.update({payload: _as_landed(view, landings) for payload, view in views.items()})
@@ -181,8 +183,7 @@ def _change(step: ProgramStep, landings: Mapping[BufferKey, Landing]) -> None:
 
 
 def _as_landed(view: View, landings: Mapping[BufferKey, Landing]) -> View:
-    """Return a launch's view: one range of rows of a landed buffer if that has all its rows in order, otherwise their new
-    rows."""
+    """Return a launch's view as one row range of a landed buffer if that holds all rows in order. Otherwise update its rows."""
     slices = [_moved(piece, landings) for piece in view.slices]
     for i, piece in enumerate(slices):
         landing = landings.get(piece.buffer)
@@ -194,9 +195,9 @@ def _as_landed(view: View, landings: Mapping[BufferKey, Landing]) -> View:
 
 
 def _run_of_landed(piece: BufferSlice, others: tuple[BufferSlice, ...], view: View, landing: Landing) -> slice | None:
-    """Return the contiguous rows of a landed buffer that hold all of a view in order, None if it has no such rows.
+    """Return the contiguous rows of a landed buffer that hold a whole view in order, or None if it has no such rows.
 
-    piece: the view's slice of that buffer, with its new rows; others: its other slices.
+    piece: the view's slice of that buffer, with its new rows. others: the view's other slices.
     """
     if not view.is_complete or any(part.view_heads != slice(0, view.heads) for part in (piece, *others)):
         return None
@@ -208,7 +209,7 @@ def _run_of_landed(piece: BufferSlice, others: tuple[BufferSlice, ...], view: Vi
         if other.heads.start != first_head + piece.heads.start or rows.max(initial=-1) >= len(new_rows):
             return None
         where[_numbers(other.view_rows)] = new_rows[rows]
-    # a result is accumulated from the buffer once, so it must be the whole buffer
+    # the own rows of a result are accumulated from the buffer once, so the view must be the whole buffer
     whole = piece.buffer.payload not in REDUCED_PAYLOADS or view.rows == landing.rows
     if not whole or not view.rows or (where < 0).any() or not _is_run(where):
         return None
@@ -216,7 +217,7 @@ def _run_of_landed(piece: BufferSlice, others: tuple[BufferSlice, ...], view: Vi
 
 
 def _moved(piece: BufferSlice, landings: Mapping[BufferKey, Landing]) -> BufferSlice:
-    """Return a slice with its rows where the landed buffer has them now."""
+    """Return a slice with its rows at their new positions in the landed buffer."""
     if piece.buffer not in landings:
         return piece
     return piece._replace(rows=_index(landings[piece.buffer].new_row[_numbers(piece.rows)]))
@@ -225,7 +226,7 @@ def _moved(piece: BufferSlice, landings: Mapping[BufferKey, Landing]) -> BufferS
 def _in_segments(
     piece: BufferSlice, segments: tuple[slice, ...], landings: Mapping[BufferKey, Landing]
 ) -> list[BufferSlice]:
-    """Return the slices of a message: one for each of its segments if its buffer has changed."""
+    """Return the slices of a message: one per segment if its buffer has landed, otherwise `piece`."""
     if piece.buffer not in landings:
         return [piece]
     rows = landings[piece.buffer].new_row[_numbers(piece.rows)]

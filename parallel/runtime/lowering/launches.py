@@ -1,4 +1,4 @@
-"""The kernel launches that a table's tasks become on one rank, and the tokens that each launch needs."""
+"""The kernel launches made from a table's tasks on one rank, and the tokens that each launch needs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from distattn.ir.plan import KEY_PAYLOADS, Columns, Payload, select_rows
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.parallel.runtime.lowering.views import ViewParts
 
-# one launch per step takes working tensors at most this many times as large as what its tasks need; and query rows in several
-# buffers are one launch if all of them are needed in the same heads, except for this factor
+# A step is one launch only if its working tensors are at most _MAX_PADDING times as large as what its tasks need. Query rows in
+# several buffers share a launch unless that makes query tensors more than _MAX_HOLES times as large.
 _MAX_PADDING, _MAX_HOLES = 2, 1.1
 
 
 class TokenIntervals(NamedTuple):
-    """Tokens that the tasks of each launch need, end to end in a working tensor, and the heads in which each is needed."""
+    """The tokens that each launch's tasks need, end to end in a working tensor, and the heads that need each token."""
 
-    # intervals sorted by launch and token: tokens [t0, t1) begin at row `row` of the launch's tensor
+    # intervals sorted by launch and token: tokens [t0, t1) start at row `row` of the launch's tensor
     launch: Ints
     t0: Ints
     t1: Ints
@@ -29,7 +29,7 @@ class TokenIntervals(NamedTuple):
     # heads [h0, h1) of each launch
     h0: Ints
     h1: Ints
-    # by elementary head range: launch and heads [h0, h1) of each part; then its intervals, and the part of each
+    # one part per elementary head range: its launch and heads [h0, h1); then all intervals of tokens, each with its part
     part_launch: Ints
     part_h0: Ints
     part_h1: Ints
@@ -39,7 +39,7 @@ class TokenIntervals(NamedTuple):
 
     @staticmethod
     def of(launch: Ints, t0: Ints, t1: Ints, low: Ints, high: Ints) -> TokenIntervals:
-        """Find the intervals of tasks, sorted by launch, that need tokens [t0_i, t1_i) in heads [low_i, high_i)."""
+        """Build the intervals for tasks that are sorted by launch. Task i needs tokens [t0_i, t1_i) in heads [low_i, high_i)."""
         where, begin, end = merge_intervals(launch, t0, t1)
         before = np.cumsum(end - begin) - (end - begin)
         row = before - before[np.searchsorted(where, where)]
@@ -54,26 +54,26 @@ class TokenIntervals(NamedTuple):
         return TokenIntervals(where, begin, end, row, h0, h1, part_launch, *bounds, part, part_t0, part_t1)
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view per launch."""
+        """Return the parts of one view per launch, for a payload."""
         launch, h0 = self.part_launch, self.part_h0
         row = self.part_t0 + self.to_row(launch[self.part], self.part_t0)
         heads = launch, np.full(len(launch), int(payload)), h0, self.part_h1, h0 - self.h0[launch]
         return ViewParts(*heads, self.part, self.part_t0, self.part_t1, row)
 
     def to_row(self, launch: Ints, token: Ints) -> Ints:
-        """Return the difference between the row of a token that some task of the launch needs, and the token."""
+        """Return row - token for each (launch, token). Some task of the launch must need the token."""
         span = int(self.t1.max(initial=0)) + 1
         i = np.searchsorted(self.launch * span + self.t0, launch * span + token, "right") - 1
         return self.row[i] - self.t0[i]
 
     def rows(self) -> Ints:
-        """Return the rows of each launch's tensor."""
+        """Return the number of rows of each launch's tensor."""
         total = np.zeros(len(self.h0), np.int64)
         np.add.at(total, self.launch, self.t1 - self.t0)
         return total
 
     def padding(self) -> np.ndarray:
-        """Return how many times larger each launch's tensor is than the part that its tasks need."""
+        """Return the ratio of each launch's tensor size to the size that its tasks need."""
         needed = np.zeros(len(self.h0), np.int64)
         heads = (self.part_h1 - self.part_h0)[self.part]
         np.add.at(needed, self.part_launch[self.part], heads * (self.part_t1 - self.part_t0))
@@ -83,10 +83,10 @@ class TokenIntervals(NamedTuple):
 class LaunchTable(NamedTuple):
     """All kernel launches of a table, sorted by step.
 
-    The tasks of one step are one launch, or one for each buffer with their query rows, or one for each head range.
+    The tasks of a step form one launch, or one launch per buffer of query rows, or one per head range.
     """
 
-    # by launch: its step and its query heads [h0, h1)
+    # for each launch: its step and its query heads [h0, h1)
     steps: list[int]
     heads: list[tuple[int, int]]
     # all tasks, and the launch number of each
@@ -100,34 +100,34 @@ class LaunchTable(NamedTuple):
     def of(tasks: Columns, group_size: int, buffer: Ints) -> LaunchTable:
         """Group one rank's tasks into launches.
 
-        buffer: a number for the buffer of each task's query rows, -1 for several buffers.
+        buffer: the number of the buffer that holds each task's query rows, or -1 if no single buffer does.
         """
         head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
         tasks = {**tasks, "buffer": buffer, "head_range": head_range}
-        # own rows together with rows received for fewer heads would be one tensor of mostly unused heads
+        # one tensor of own rows and of rows received for fewer heads would consist mostly of unused heads
         table = LaunchTable._numbered(tasks, group_size, tasks["step"])
         table = table._divided(table._smaller_by_buffer(), "buffer")
-        # launch head ranges that need too different tokens one by one
+        # head ranges that need very different tokens get separate launches
         wasteful = (table.rows.padding() > _MAX_PADDING) | (table.keys.padding() > _MAX_PADDING)
         return table._divided(wasteful, "head_range")
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view of a payload per launch."""
+        """Return the parts of one view per launch, for a payload."""
         return (self.keys if payload in KEY_PAYLOADS else self.rows).parts(payload)
 
     def uses(self, number: int, payload: Payload) -> bool:
-        """Return whether a launch reads or gives a payload; attention has all payloads."""
+        """Return True: every launch of attention reads or produces every payload."""
         return True
 
     def _divided(self, which: np.ndarray, column: str) -> LaunchTable:
-        """Divide some of the launches by the values of their tasks in a column."""
+        """Divide the selected launches by the values of a task column."""
         if not which.any():
             return self
         value = np.where(which[self.launch], self.tasks[column], 0)
         return LaunchTable._numbered(self.tasks, self.group_size, self.launch * (int(value.max()) + 1) + value)
 
     def _smaller_by_buffer(self) -> np.ndarray:
-        """Return the launches whose query tensors are clearly smaller in total if each buffer has a separate launch."""
+        """Return which launches have clearly smaller query tensors in total if each buffer gets a separate launch."""
         low, high = (np.full(len(self.steps), edge) for edge in (np.iinfo(np.int64).max, -1))
         np.minimum.at(low, self.launch, self.tasks["buffer"])
         np.maximum.at(high, self.launch, self.tasks["buffer"])
@@ -135,19 +135,19 @@ class LaunchTable(NamedTuple):
         apart = self._divided(has_several, "buffer")
         if apart is self:
             return has_several
-        # the first task of each launch tells which launch it was part of
+        # a step had one launch before, so the step of a launch tells which launch it was part of
         parent = np.searchsorted(self.steps, apart.steps)
         return has_several & (
             np.bincount(parent, apart._query_cells(), len(self.steps)) * _MAX_HOLES < self._query_cells()
         )
 
     def _query_cells(self) -> Ints:
-        """Return rows times heads of each launch's query tensor."""
+        """Return the number of rows times heads of each launch's query tensor."""
         return self.rows.rows() * (self.rows.h1 - self.rows.h0)
 
     @staticmethod
     def _numbered(tasks: Columns, group_size: int, label: Ints) -> LaunchTable:
-        """Make one launch for each label, in the order of the labels."""
+        """Make one launch per distinct label, in label order."""
         tasks = select_rows(tasks, stable_argsort(label))
         _, first, launch = np.unique(np.sort(label), return_index=True, return_inverse=True)
         low, high = tasks["h0"], tasks["h1"]
@@ -157,9 +157,9 @@ class LaunchTable(NamedTuple):
         return LaunchTable(tasks["step"][first].tolist(), heads, tasks, launch, rows, keys, group_size)
 
     def launch_masks(self, bands: Ints) -> list[LaunchMask]:
-        """Return the mask of each launch in the coordinates of its tensors. bands: of the tasks, in those of the axis."""
+        """Return the mask of each launch in the coordinates of its tensors. bands: the tasks' bands in token-axis coordinates."""
         rows, keys, bands = self.rows, self.keys, bands.copy()
-        # each task is inside one interval, so all its tokens are shifted by the same number
+        # each task lies within one interval, so all its tokens are shifted by the same amount
         to_row, to_key = rows.to_row(self.launch, self.tasks["q0"]), keys.to_row(self.launch, self.tasks["k0"])
         bands[:, [Q0, Q1, OQ]] += to_row[:, None]
         bands[:, [K0, K1, OK]] += to_key[:, None]

@@ -1,4 +1,4 @@
-"""Lowering: from the tables of a plan to the program of one rank."""
+"""Lowering: translate a plan's tables into one rank's program."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ from distattn.parallel.runtime.lowering.views import (
 )
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep, kept_key
 
-# makes a kernel's own schedule from the mask of a launch, or from the segments of a recurrence
+# makes a kernel's own schedule from a launch's mask or a recurrence's segments
 PrepareKernel = Callable[[Any], Any]
-# the most segments of a message that travel separately
+# largest number of segments that a message may be cut into
 _MOST_SEGMENTS = 4
 
 
@@ -69,14 +69,14 @@ def lower(
 ) -> Program:
     """Lower a plan for one rank. `prepare` makes the kernel's own schedule from a launch's mask or a recurrence's segments.
 
-    The proof is stored with the program; running an unproven plan is at the caller's risk. in_larger_job: the job has ranks that
-    are not in the plan, so messages may be in flight that a plan for one rank does not know of. The arenas have room for the
-    results of kernels that take `into`; other kernels allocate their results, and leave that room unused. finishes: the
-    directions in which the kernel takes `final`.
+    The proof is stored with the program. Running an unproven plan is at the caller's risk. in_larger_job: the job has ranks
+    outside the plan, so messages may be in flight even if the plan has only one rank. The arenas have room for the results of
+    kernels that accept `into`. Other kernels allocate their results and leave that room unused. finishes: the directions
+    in which the kernel takes `final`.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
-    # most launches of the backward pass have a mask of the forward pass
+    # most launches of the backward pass have the same mask as a launch of the forward pass
     prepare = _memoized(prepare, in_larger_job or call.ranks > 1)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
     kept = {
@@ -105,7 +105,7 @@ def lower(
 
 
 def _with_states(plan: Plan, program: Program) -> Program:
-    """Return the program of a recurrence with its states, whose messages have room at the end of the arenas."""
+    """Add the states to a recurrence's program, with room for their messages at the end of the arenas."""
     states = [lower_states(plan, program.rank, direction) for direction in ("forward", "backward")]
     for state_program, steps in zip(states, (program.forward, program.backward), strict=True):
         for moves, step in zip(state_program.steps, steps, strict=True):
@@ -117,7 +117,7 @@ def _with_states(plan: Plan, program: Program) -> Program:
 
 
 class _TableLowering:
-    """Lowers one table for one rank. `inherited`: buffers that an earlier pass has kept."""
+    """The lowering of one table for one rank. inherited: buffers kept by an earlier pass."""
 
     def __init__(
         self,
@@ -131,20 +131,20 @@ class _TableLowering:
         self.call, self.table, self.rank, self.prepare = call, table, rank, prepare
         self.payloads = payloads
         self.tokens = int(call.layout.shard_sizes()[rank])
-        # with their indices in the table
+        # `row` is the index of a task in the table
         tasks = {**table.tasks, "row": np.arange(num_rows(table.tasks))}
         tasks = select_rows(tasks, tasks["rank"] == rank)
         self.tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in ("step", "h0", "h1"))))
-        # states are not rows of tokens: see `state_program`
+        # states are lowered separately, as they are not rows of tokens: see `state_program`
         moves = select_rows(table.moves, ~np.isin(table.moves["payload"], STATE_PAYLOADS))
         self.outgoing = select_rows(moves, moves["src"] == rank)
         self.incoming = select_rows(moves, moves["dst"] == rank)
-        # buffers that arrive hold copies; buffers that leave hold partial results
+        # incoming buffers hold copies; outgoing buffers hold partial results
         self.buffers = [
             *self._buffers(self.incoming, HELD_PAYLOADS, "src"),
             *self._buffers(self.outgoing, REDUCED_PAYLOADS, "dst"),
         ]
-        # filled by `steps`
+        # filled in by `steps`
         self.blank: set[BufferKey] = set()
         self.unadded: set[Payload] = set()
         self.landings: dict[BufferKey, Landing] = {}
@@ -153,15 +153,15 @@ class _TableLowering:
         self.extents = [*self.buffers, *inherited, *(self._own(payload) for payload in payloads)]
         ends = sorted_unique(np.concatenate([[rank], self.outgoing["dst"], self.incoming["src"]]))
         self.bundles_of_ranks = find_bundles(call, table, ends)
-        # bytes of each payload in a row of a message, and its format, by payloads and heads of the bundle
+        # for the payloads and heads of each bundle: the bytes per payload in a message row, and the row format
         self._formats: dict[tuple[tuple[Payload, int], ...], tuple[tuple[tuple[Payload, int], ...], RowFormat]] = {}
-        # of this rank's buffers
+        # bundles of this rank only
         self.bundles = {key: bundle for (end, key), bundle in self.bundles_of_ranks.items() if end == rank}
 
     def steps(
         self, kept: Container[BufferKey] = (), inherited: Mapping[BufferKey, Landing] = MappingProxyType({})
     ) -> list[ProgramStep]:
-        """Return the steps of this rank. kept: buffers that are allocated already; inherited: see `land`."""
+        """Return the steps of this rank. kept: buffers that are already allocated. inherited: see `land`."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -171,10 +171,10 @@ class _TableLowering:
         else:
             launches = LaunchTable.of(self.tasks, self.call.gqa_group_size, self._query_buffers())
         of_payloads = [launches.parts(payload) for payload in self.payloads]
-        # one search for all views of the table
+        # resolve all views of the table at once
         views = iter(resolve_views(self.extents, ViewParts.joined([sends, receives, *of_payloads])))
         for (peer, key), segments in zip(outgoing, cut_sends, strict=True):
-            # copies have the row format of where they arrive, partial results that of where they leave
+            # copies have the row format of the receiver, partial results that of the sender
             holder = self.rank if key.payload in REDUCED_PAYLOADS else peer
             shared = self._shared_rows(holder, key)
             steps[key.step].sends.append((key.payload, Message(peer, next(views), segments, *shared)))
@@ -200,7 +200,7 @@ class _TableLowering:
     def _shared_rows(
         self, holder: int, key: BufferKey
     ) -> tuple[Bundle, tuple[tuple[Payload, int], ...], RowFormat | None]:
-        """Return the bundle of a buffer of rank `holder`, and bytes of each payload and format of its rows in a message."""
+        """Return the bundle of a buffer of rank `holder`, the bytes per payload in a message row, and the row format."""
         bundle = self.bundles_of_ranks.get((holder, key), ())
         if not bundle:
             return bundle, (), None
@@ -212,7 +212,7 @@ class _TableLowering:
         return bundle, *self._formats[heads]
 
     def _query_buffers(self) -> Ints:
-        """Return for each task the number of the buffer that has its query rows, by its first head; -1 if no single one has."""
+        """Return the number of the buffer with each task's query rows for its first head, or -1 if no single buffer has them."""
         q0, q1, head = (self.tasks[name] for name in ("q0", "q1", "h0"))
         buffers = np.full_like(q0, -1)
         queries = (extent for extent in self.extents if extent.key.payload == Payload.Q)
@@ -225,13 +225,13 @@ class _TableLowering:
         return buffers
 
     def _own(self, payload: Payload) -> BufferExtent:
-        """Return the rank's own tensor of a payload."""
+        """Return the extent of the rank's own tensor of a payload."""
         chunks = select_rows(self.call.layout.chunks, self.call.layout.chunks["rank"] == self.rank)
         key = BufferKey(payload, OWN, 0, self.call.payload_heads(payload))
         return BufferExtent(key, chunks["t0"], chunks["t1"], chunks["row"])
 
     def _buffers(self, moves: Columns, payloads: tuple[Payload, ...], peer: str) -> list[BufferExtent]:
-        """Return a buffer for each payload, step and head range of moves, sorted by peer, so that each message is a slice."""
+        """Return a buffer for each payload, step and head range. Its rows are sorted by peer, so that each message is a slice."""
         moves = select_rows(moves, np.isin(moves["payload"], payloads))
         moves, first = _grouped(moves, ("payload", "step", "h0", "h1"), (peer, "t0"))
         before = np.append(0, np.cumsum(moves["t1"] - moves["t0"]))
@@ -245,9 +245,9 @@ class _TableLowering:
     def _messages(
         self, moves: Columns, peer: str
     ) -> tuple[list[tuple[int, BufferKey]], ViewParts, list[tuple[slice, ...]]]:
-        """Return peer and buffer of every message, in order, its contents as a view with one part, and its segments.
+        """Return (peer, buffer) of all messages in order, their contents as views with one part each, and their segments.
 
-        peer: the column of `moves` that has the peer's rank, "src" or "dst".
+        peer: the column of `moves` that holds the peer's rank, "src" or "dst".
         """
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
@@ -260,7 +260,7 @@ class _TableLowering:
         row = before - before[np.array(first[:-1], np.int64)][part]
         intervals = part, moves["t0"], moves["t1"], row
         views = ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
-        # both ends cut a message using the table only, so they cut it at the same rows
+        # both ends cut a message at the same rows because they use nothing but the table
         is_cut = may_land(self.call, self.table, each)[part[1:]]
         begins = np.ones(len(part), bool)
         begins[1:] = (part[1:] != part[:-1]) | ((moves["t0"][1:] != moves["t1"][:-1]) & is_cut)
@@ -275,7 +275,7 @@ class _TableLowering:
     def _land(
         self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
     ) -> None:
-        """Let buffers be working tensors of launches where that saves copies; kept buffers only for attention."""
+        """Make buffers the working tensors of launches where that saves copies. Only attention does so with kept buffers."""
         sizes = {key: rows for key, rows in self.sizes.items() if key not in kept or self.call.op.is_softmax}
         self.landings = land(steps, sizes, self.bundles, kept, inherited)
         for key, landing in self.landings.items():
@@ -283,7 +283,7 @@ class _TableLowering:
             if not landing.own_slices or key.payload not in REDUCED_PAYLOADS:
                 continue
             for step in steps:
-                # launches that compute only states have no results
+                # launches that compute only states have no results of this payload
                 views = [launch.results[key.payload] for launch in step.launches if key.payload in launch.results]
                 if any(key == piece.buffer for view in views for piece in view.slices):
                     step.own_results.append((key, landing.own_view))
@@ -291,7 +291,7 @@ class _TableLowering:
     def _add_launches(
         self, steps: list[ProgramStep], launches: LaunchTable | SegmentLaunches, views: Iterator[View]
     ) -> None:
-        """Add the kernel launches to their steps; `views` of each payload come launch by launch."""
+        """Add the kernel launches to their steps. `views` yields one view per launch for the first payload, then the next."""
         of_payload = {payload: list(itertools.islice(views, len(launches.steps))) for payload in self.payloads}
         if isinstance(launches, SegmentLaunches):
             schedules: list[Any] = launches.schedules(self.prepare)
@@ -308,7 +308,7 @@ class _TableLowering:
             steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results, i))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Allocate each buffer in the first step that uses it, and release it in the last one, except those in `kept`."""
+        """Allocate each buffer in the first step that uses it and release it in the last. Skip those in `kept`."""
         first: dict[BufferKey, int] = {}
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
@@ -327,9 +327,9 @@ class _TableLowering:
                 steps[first[key]].own_copies.append((key, landing.own_view))
 
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
-        """Mark the slices that write results where none are yet, in the order in which the executor accumulates.
+        """Mark the slices that are first to write to their rows and heads, in the order in which the executor accumulates.
 
-        A buffer that first writes do not fill completely is added to `blank`, an own result with no other writes to `unadded`.
+        Buffers that first writes do not fill completely go to `blank`. Own results without any other writes go to `unadded`.
         """
         own_results = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
         self.unadded = set(own_results)
@@ -359,7 +359,7 @@ class _TableLowering:
 
         for step in steps:
             for launch in step.launches:
-                # a kernel writes or adds to all of a tensor
+                # a kernel either writes a whole tensor or adds to all of it
                 direct = {
                     payload for payload, view in launch.results.items() if view.is_complete and len(view.slices) == 1
                 }
@@ -375,7 +375,7 @@ class _TableLowering:
 
 
 def _result_views(step: ProgramStep) -> Iterator[View]:
-    """Yield the views that results of a step are accumulated into: those of its launches, then those of messages that arrive."""
+    """Yield the views that a step accumulates results into: those of its launches, then those of its incoming messages."""
     for launch in step.launches:
         yield from launch.results.values()
     yield from (view for _, view in step.own_results)
@@ -385,7 +385,7 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
-    """Return the same function with a cache for equal masks or segments; masks say whether the job has several ranks."""
+    """Return `prepare` with a cache for equal masks or segments. Masks are passed on with `in_larger_job` set."""
     prepared: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:
@@ -399,7 +399,7 @@ def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
 
 
 def _dense_steps(call: Call, table: Table) -> np.ndarray:
-    """Return, alike on every rank, the steps in which half of all pairs of ranks or more talk: those become one all-to-all."""
+    """Return which steps use one all-to-all: those in which at least half of all rank pairs communicate. All ranks agree."""
     moves, ranks = table.moves, call.ranks
     pairs = sorted_unique((moves["step"] * ranks + moves["src"]) * ranks + moves["dst"])
     talking = np.bincount(pairs // ranks**2, minlength=table.steps)
@@ -407,6 +407,6 @@ def _dense_steps(call: Call, table: Table) -> np.ndarray:
 
 
 def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:
-    """Return rows sorted by columns `by` and `then`, and where runs of equal `by` begin (and the end of the last)."""
+    """Return the rows sorted by columns `by` and `then`, and the start of each run of equal `by` (and the end of the last)."""
     rows = select_rows(rows, lexicographic_argsort(*(rows[name] for name in by + then)))
     return rows, [*run_starts(*(rows[name] for name in by)).tolist(), num_rows(rows)]

@@ -1,8 +1,8 @@
-"""Places of the tensors of a pass in one arena, laid out when a plan is lowered.
+"""Memory layout of a pass: all of its tensors get a place in one arena when a plan is lowered.
 
-All tensors that a pass allocates in addition to its results are known beforehand, with their sizes and lifetimes: buffers, packed
-messages, gathered operands and results of kernels. So a pass asks for memory once, and its need is known to the byte. Places are
-assigned to the largest tensors first, each the lowest that is free during the tensor's life (greedy by size,
+The sizes and lifetimes of all tensors that a pass allocates besides its results are known beforehand: buffers, packed messages,
+gathered operands and kernel results. A pass therefore asks for memory once, and its need is known to the byte. The largest
+tensors are placed first, each at the lowest offset that is free during its lifetime (greedy by size,
 https://arxiv.org/abs/2001.03288).
 """
 
@@ -24,18 +24,18 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, View, trave
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep
 
-# alignment of every tensor in the arena; that of torch's allocator, and more than kernels need
+# alignment of every tensor in the arena, in bytes: that of torch's allocator, and more than kernels need
 ALIGNMENT = 512
-# number of arena sizes between a power of two and the next
+# number of arena sizes between one power of two and the next
 _SIZES = 32
 
-# a tensor of a step: a buffer, or a packed message, operand or result, by its number among the step's (messages) or its launch's
-# number and payload; or the rows of a bundle, by its first buffer or message
+# identifies a tensor of a step: a buffer; a packed message, by its number in the step; an operand or result, by the number of the
+# launch and the payload; or the rows of a bundle, by its first buffer or message
 PlaceKey = BufferKey | tuple[str, int] | tuple[str, int, Payload] | tuple[str, BufferKey]
 
 
 class PlacedTensor(NamedTuple):
-    """A tensor in the arena. offset: elements of its dtype from the arena's begin to its first."""
+    """A tensor in the arena. offset: from the start of the arena, in elements of the tensor's dtype."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -44,8 +44,8 @@ class PlacedTensor(NamedTuple):
 
 
 class BundleKey(NamedTuple):
-    """Name of the matrix of a bundle among the tensors of a step: the key of its place, and its parts with their share of a
-    row."""
+    """Key of a bundle's matrix among the tensors of a step: the key of the matrix, the keys of its parts, and the row
+    format."""
 
     rows: PlaceKey
     parts: tuple[PlaceKey, ...]
@@ -53,7 +53,7 @@ class BundleKey(NamedTuple):
 
 
 class FlatPlaces(NamedTuple):
-    """Places of tensors in one flat tensor. numbers, bytes: its size."""
+    """Places of tensors in one flat tensor. numbers, bytes: the size of the flat tensor."""
 
     places: dict[PlaceKey, list[PlacedTensor]]
     numbers: int
@@ -61,7 +61,7 @@ class FlatPlaces(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Bytes needed from moment `begin` up to and including moment `end`."""
+    """A number of bytes needed from moment `begin` to moment `end`, inclusive."""
 
     bytes: int
     begin: int
@@ -69,7 +69,7 @@ class Request(NamedTuple):
 
 
 def place_fields(widths: Widths, rows: int, heads: int, offset: int) -> tuple[list[PlacedTensor], int]:
-    """Place tensors one after another from byte `offset` on; return them and the end of the last one."""
+    """Place tensors one after another from byte `offset` on. Return them and the end of the last one."""
     tensors = []
     for width, name in widths:
         dtype = getattr(torch, name)
@@ -81,21 +81,22 @@ def place_fields(widths: Widths, rows: int, heads: int, offset: int) -> tuple[li
 
 
 def result_fields(call: Call, payload: Payload) -> Widths:
-    """Return the fields of a payload that kernels compute, in the accumulation dtype."""
+    """Return the fields of a payload as kernels compute them, in the accumulation dtype."""
     return tuple((width, call.accumulation_dtype) for width, _ in call.payload_fields(payload))
 
 
 class PassMemory(NamedTuple):
-    """Bytes that a pass needs on the device in addition to q, k, v and a contiguous dO: `peak` at once, and its components.
+    """The bytes that a pass needs on the device besides q, k, v and a contiguous dO, by component.
 
-    arena: buffers, messages, gathered operands, partial results. It is kept between passes. Passes on one stream share the
-    largest of their arenas, for which a forward pass asks if a backward will follow (see `arenas`). results: the rank's own,
-    as they are summed up, with the tensors kept for the backward, or delta, and for latent attention the gradient of the
-    weights. Tensors for the backward are received where they stay. Layers that a checkpoint repeats receive them in one
-    place, which is kept between passes, too. workspace: the kernel's own, of the launch that needs most; 0 if the kernel
-    cannot count it, except for expanded latents and their gradients. returned: memory for results in the inputs' dtype in
-    addition to sums in another, which they replace one by one, the smallest first. states: of a recurrence, those that stay
-    from step to step. A sink's few numbers per row are not counted.
+    arena: buffers, messages, gathered operands and partial results. The arena is kept between passes. Passes on one stream share
+    the largest of their arenas; a forward pass asks for the size of the backward pass if one will follow (see `arenas`).
+    results: the rank's own results while they are accumulated. A forward pass adds the tensors kept for the backward pass, a
+    backward pass adds delta and, for latent attention, the gradient of the weights. Kept tensors are received in their final
+    place; layers recomputed by a checkpoint receive them in one place, which is also kept between passes. workspace: the largest
+    workspace that the kernel needs for a launch. It is 0 if the kernel cannot count it, except for expanded latents and their
+    gradients. returned: extra memory while results are converted from the accumulation dtype to the inputs' dtype, one by one,
+    the smallest first. states: the states of a recurrence that live across steps. A sink's few numbers per row are not
+    counted.
     """
 
     arena: int
@@ -106,17 +107,17 @@ class PassMemory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most bytes at once."""
+        """The peak in bytes."""
         return self.arena + self.beside_arena
 
     @property
     def beside_arena(self) -> int:
-        """The most bytes at once without the arena."""
+        """The peak in bytes, not counting the arena."""
         return self.results + self.states + max(self.workspace, self.returned)
 
 
 def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
-    """Return the memory of a program's forward pass on its rank."""
+    """Return the memory that a program's forward pass needs on its rank."""
     results, returned = _result_bytes(program, (Payload.O,))
     workspace_bytes = _workspace(program, "forward", program.forward, workspace)
     states = 0
@@ -128,7 +129,7 @@ def forward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
 
 
 def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory:
-    """Return the memory of a program's backward pass on its rank, without tensors that the forward has kept."""
+    """Return the memory that a program's backward pass needs on its rank, not counting tensors kept by the forward pass."""
     call = program.call
     if not call.op.has_gradient:
         return PassMemory(0, 0, 0, 0)
@@ -146,7 +147,7 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
         wide, narrow = (getattr(torch, name).itemsize for name in (call.accumulation_dtype, call.dtype))
         weights = call.heads * (call.head_dim - call.op.rotary_dim + call.v_head_dim) * call.op.latent_dim
         if wide > narrow:
-            # they are converted last, when the other sums are freed
+            # the weights' gradients are converted last, when the other sums are freed
             sums = _sums(program, (Payload.dQ, Payload.dKV))
             returned = max(returned, weights * narrow - sum(summed - final for summed, final in sums))
         results += weights * wide
@@ -154,9 +155,9 @@ def backward_memory(program: Program, workspace: Workspace | None) -> PassMemory
 
 
 def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
-    """Return the bytes of arena to ask for in a forward pass: those of both passes, if its inputs show that a backward follows.
+    """Return the arena size to request in a forward pass: enough for both passes if any input requires a gradient.
 
-    The arena then grows before the step has saved much for its backward passes, and the smaller one is no longer used.
+    The arena then grows early, before much has been saved for backward passes, and no smaller arena is left unused.
     """
     for x in inputs:
         if x is not None and x.requires_grad:
@@ -165,7 +166,7 @@ def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
 
 
 def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]) -> FlatPlaces:
-    """Place buffers that stay until the backward pass in one flat tensor of the inputs' dtype. kept: rows of each."""
+    """Place the buffers kept until the backward pass in one flat tensor of the inputs' dtype. kept: the rows of each buffer."""
     places: dict[PlaceKey, list[PlacedTensor]] = {}
     begin = size = 0
     for key, rows in kept.items():
@@ -191,19 +192,19 @@ def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[Buffe
 
 
 def own_result_fields(call: Call, payload: Payload, unadded: Container[Payload]) -> Widths:
-    """Return the rank's own tensors of a result: in the inputs' dtype if nothing is added to them, except for log-sum-exps."""
+    """Return the fields of the rank's own results: in the inputs' dtype if nothing is added to them, except for LSEs."""
     return call.payload_fields(payload, narrow=payload in unadded)
 
 
 class OwnTensors(NamedTuple):
-    """The rank's own tensors of a payload: their buffer, and the dtype and shape of each."""
+    """The rank's own tensors of a payload: their buffer key, and the dtype and shape of each tensor."""
 
     key: BufferKey
     tensors: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
 
 
 def describe_own_tensors(call: Call, tokens: int, unadded: Container[Payload]) -> dict[Payload, OwnTensors]:
-    """Return the rank's own tensors of all payloads of tokens."""
+    """Return the dtypes and shapes of the rank's own tensors, for all payloads that consist of tokens."""
     out = {}
     for payload in dict.fromkeys((*FORWARD_PAYLOADS, *BACKWARD_PAYLOADS)):
         heads = call.payload_heads(payload)
@@ -216,9 +217,9 @@ def describe_own_tensors(call: Call, tokens: int, unadded: Container[Payload]) -
 
 
 def assign_places(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]) -> int:
-    """Assign places to all tensors of a pass (`ProgramStep.places`); return the arena's size in bytes.
+    """Assign a place to every tensor of a pass (`ProgramStep.places`). Return the arena's size in bytes.
 
-    bundles: of the rank's buffers that are in one.
+    bundles: the bundle of each of the rank's buffers that is in one.
     """
     tensors, requests = [], []
     for step, key, widths, rows, heads, begin, end in _tensors(call, steps, bundles):
@@ -237,13 +238,13 @@ def assign_places(call: Call, steps: list[ProgramStep], bundles: Mapping[BufferK
 
 
 def _rows_key(call: Call, bundle: Bundle) -> BundleKey:
-    """Return the name and format of the rows that these buffers share."""
+    """Return the key of the matrix whose rows the buffers of a bundle share."""
     parts = [(key.h1 - key.h0, call.payload_fields(key.payload)) for key in bundle]
     return BundleKey(("rows", bundle[0]), bundle, RowFormat.of(parts))
 
 
 def _places_in_rows(key: BundleKey, matrix: PlacedTensor) -> dict[PlaceKey, list[PlacedTensor]]:
-    """Return the places of a bundle: of its rows, and of the tensors of its parts in them."""
+    """Return the places of a bundle: that of its matrix, and those of the tensors of its parts, which are views of the matrix."""
     places: dict[PlaceKey, list[PlacedTensor]] = {key.rows: [matrix]}
     begin, row_bytes = (size * matrix.dtype.itemsize for size in (matrix.offset, matrix.strides[0]))
     for part, tensors in zip(key.parts, key.format.tensors, strict=True):
@@ -256,16 +257,16 @@ def _places_in_rows(key: BundleKey, matrix: PlacedTensor) -> dict[PlaceKey, list
 
 
 def rounded_arena_bytes(size: int) -> int:
-    """Round an arena's size up by at most 1/32, so that batches of similar sizes have arenas of one size."""
+    """Round an arena's size up by at most 1/32, so that batches of similar size have equally large arenas."""
     unit = max(1 << max(size.bit_length() - 1, 0), _SIZES * ALIGNMENT) // _SIZES
     return -(-size // unit) * unit
 
 
 def find_places(requests: Iterable[Request]) -> tuple[list[int], int]:
-    """Find an offset for each request, so that requests of the same moment do not overlap, and the size of them all."""
+    """Return (an offset for each request, the total size), so that requests alive at the same moment do not overlap."""
     requests = list(requests)
     offsets = [0] * len(requests)
-    # by moment: the requests that are placed and alive then
+    # by moment: the placed requests that are alive at that moment
     placed: list[set[int]] = [set() for _ in range(max((request.end for request in requests), default=-1) + 1)]
     for i in sorted(range(len(requests)), key=lambda i: (-requests[i].bytes, i)):
         request = requests[i]
@@ -286,9 +287,9 @@ def find_places(requests: Iterable[Request]) -> tuple[list[int], int]:
 def _tensors(
     call: Call, steps: list[ProgramStep], bundles: Mapping[BufferKey, Bundle]
 ) -> Iterator[tuple[ProgramStep, PlaceKey | BundleKey, Widths, int, int, int, int]]:
-    """Yield all tensors of a pass: step, key, fields, rows, heads, and the first and last moment of their lives.
+    """Yield (step, key, fields, rows, heads, first moment, last moment) for every tensor of a pass.
 
-    A step has a moment for its begin, and one for each of its launches. A bundle is one tensor of one head.
+    A step has one moment for its start and one for each launch. A bundle is one tensor with one head.
     """
     begins, moment = [], 0
     for step in steps:
@@ -326,9 +327,9 @@ def _tensors(
 def _packed(
     call: Call, step: ProgramStep, name: str, numbers: tuple[int, ...], rows: int | None, begin: int, end: int
 ) -> Iterator[tuple[ProgramStep, PlaceKey | BundleKey, Widths, int, int, int, int]]:
-    """Yield the tensors of messages that travel together, in the dtypes that travel. name: "send" or "receive".
+    """Yield the tensors of messages that travel together, in the dtypes in which they travel. name: "send" or "receive".
 
-    rows: if the rows of other peers follow, the number of all rows.
+    rows: the total number of rows if other peers' rows follow, otherwise None.
     """
     messages = step.sends if name == "send" else step.receives
     first = messages[numbers[0]][1]
@@ -343,14 +344,14 @@ def _packed(
 
 
 def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -> list[tuple[int, ...]]:
-    """Return the messages that are not packed with others'."""
+    """Return the groups of messages that are not packed together with those of other peers."""
     return [numbers for numbers in joined if not any(numbers in some.begins for some in packed)]
 
 
 def _travels_from_its_buffer(
     call: Call, messages: list[tuple[Payload, Message]], bundles: Mapping[BufferKey, Bundle]
 ) -> bool:
-    """Return whether messages that travel together are sent from where they are: from tensors, or from rows of a bundle."""
+    """Return whether messages that travel together need no copy: they are sent straight from tensors or from rows of a bundle."""
     if not all(travels_from_its_buffer(call, payload, message.view, message.segments) for payload, message in messages):
         return False
     first = messages[0][1]
@@ -373,7 +374,7 @@ def _itemsize(program: Program) -> int:
 
 
 def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int, int]:
-    """Return (bytes of the rank's own results as sums, additional bytes of those returned in another dtype)."""
+    """Return (bytes of the rank's own results in the accumulation dtype, peak extra bytes while they are converted)."""
     call = program.call
     summed = sum(
         _cells(program, payload, width) * getattr(torch, name).itemsize
@@ -395,7 +396,7 @@ def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int,
 
 
 def _sums(program: Program, payloads: tuple[Payload, ...]) -> list[tuple[int, int]]:
-    """Return (bytes, bytes in the inputs' dtype) of each result that is summed in another dtype than it is returned in."""
+    """Return (bytes, bytes in the inputs' dtype) of each result that is summed in a dtype other than the inputs'."""
     call = program.call
     return [
         (cells * getattr(torch, name).itemsize, cells * _itemsize(program))
@@ -411,7 +412,7 @@ def _cells(program: Program, payload: Payload, width: int | None) -> int:
 
 
 def _workspace(program: Program, direction: str, steps: list[ProgramStep], workspace: Workspace | None) -> int:
-    """Return the bytes that the kernel allocates in the launch that needs most."""
+    """Return the bytes that the kernel allocates in its most demanding launch."""
     if workspace is None:
         return 0
     call, most = program.call, 0
@@ -424,7 +425,7 @@ def _workspace(program: Program, direction: str, steps: list[ProgramStep], works
 
 
 def _dq_bytes(program: Program, launch: KernelLaunch) -> int:
-    """Return the bytes per element of the tensor that the kernel writes dQ to."""
+    """Return the bytes per element of the tensor to which the kernel writes dQ."""
     call, view = program.call, launch.results[Payload.dQ]
     name = call.accumulation_dtype
     if view.is_part:

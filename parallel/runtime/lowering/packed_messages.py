@@ -1,8 +1,8 @@
-"""Messages of a step that are packed from, or unpacked to, a rank's own tensors: each tensor is copied at once for all peers.
+"""Packing of a step's messages from, or unpacking into, a rank's own tensors, with one copy per tensor for all peers.
 
-The rows of all these messages are consecutive, in one bundle (see `row_bundles`) or tensor by tensor. A tensor (tokens, heads,
-width) of which every peer has the same number of heads is viewed as (tokens x peers, heads of a peer, width): then one list of
-rows describes all copies.
+The rows of all these messages are consecutive, either in one bundle (see `row_bundles`) or tensor by tensor. If every peer has
+the same number of heads of a tensor (tokens, heads, width), the tensor is viewed as (tokens x peers, heads per peer, width), so
+that one list of rows describes all copies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class OwnRows(NamedTuple):
-    """Rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that are the rows of all messages."""
+    """Rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that make up the rows of all messages."""
 
     payload: Payload
     heads: int
@@ -31,10 +31,10 @@ class OwnRows(NamedTuple):
 
 
 class PackedMessages(NamedTuple):
-    """Messages with rows of one format.
+    """Messages whose rows have the same format.
 
-    begins: the first row of each peer's messages, by their numbers. rows: of all peers. parts: the parts of a row, one part
-    if tensors travel one by one.
+    begins: maps the numbers of each peer's messages to their first row. rows: the total number of rows. parts: the parts of a
+    row; a single part if tensors travel one by one.
     """
 
     begins: dict[tuple[int, ...], int]
@@ -43,12 +43,12 @@ class PackedMessages(NamedTuple):
 
     @property
     def first(self) -> tuple[int, ...]:
-        """Return the numbers of the first peer's messages, the key of the places of all rows."""
+        """The numbers of the first peer's messages, which are the key of the place of all rows."""
         return next(iter(self.begins))
 
 
 def joined_messages(messages: list[tuple[Payload, Message]]) -> list[tuple[int, ...]]:
-    """Return the numbers of the messages of a step that travel together, in the order of their first ones."""
+    """Group the numbers of the messages of a step that travel together, ordered by the first message of each group."""
     groups: dict[tuple[int, Bundle | int], tuple[int, ...]] = {}
     for number, (_, message) in enumerate(messages):
         together = (message.peer, message.bundle or number)
@@ -59,9 +59,10 @@ def joined_messages(messages: list[tuple[Payload, Message]]) -> list[tuple[int, 
 def pack(
     call: Call, messages: list[tuple[Payload, Message]], joined: list[tuple[int, ...]], are_results: bool
 ) -> tuple[PackedMessages, ...]:
-    """Group the messages of a step that are copied together: at least two of each format.
+    """Group the messages of a step that are copied together. A format with fewer than two is left out.
 
-    joined: the numbers of those that travel together. are_results: they are written to the own tensors, not read from them.
+    joined: the numbers of the messages that travel together. are_results: the messages are written to the rank's own tensors,
+    not read from them.
     """
     formats: dict[tuple[bool, tuple[tuple[Payload, int], ...]], dict[tuple[int, ...], list[Ints]]] = {}
     for numbers in joined:
@@ -79,7 +80,7 @@ def pack(
 
 
 def uses_copies_of(payload: Payload, step: ProgramStep) -> bool:
-    """Return whether a step uses a rank's own tensors of a payload in packed messages and own rows of buffers only."""
+    """Return whether a step uses the rank's own tensors of a payload only in packed messages and in the own rows of buffers."""
     packed = {number for some in step.packed_sends for numbers in some.begins for number in numbers}
     views = [message.view for number, (_, message) in enumerate(step.sends) if number not in packed]
     views += [view for launch in step.launches for view in launch.operands.values()]
@@ -89,7 +90,7 @@ def uses_copies_of(payload: Payload, step: ProgramStep) -> bool:
 
 
 def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...], list[Ints]]) -> PackedMessages:
-    """Make the messages of one format. rows: of the own tensors, by the messages' numbers and part."""
+    """Make the messages of one format. rows: rows of the own tensors, one list per part, by the messages' numbers."""
     begins = np.cumsum([0, *(len(of_peer[0]) for of_peer in rows.values())]).tolist()
     parts = [
         OwnRows(payload, heads, torch.from_numpy(np.concatenate(of_part)))
@@ -99,7 +100,7 @@ def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...]
 
 
 def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:
-    """Return for each row of the view the row of the own tensor, viewed with as many heads; None if there is no such row."""
+    """Map each row of the view to its row in the own tensor, viewed with as many heads. Return None if any row is missing."""
     heads, groups = view.heads, call.payload_heads(payload) // view.heads
     if not view.is_complete or groups * heads != call.payload_heads(payload):
         return None

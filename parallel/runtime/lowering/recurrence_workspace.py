@@ -1,9 +1,9 @@
-"""The bytes that a launch of a recurrence allocates on the device: counted on meta tensors, by the kernel's own functions.
+"""The bytes that a recurrence's launch allocates on the device, counted by running the kernel's own functions on meta tensors.
 
-Kernels of recurrences make tensors of many sizes, most of them inside PyTorch; a formula for their sum could become wrong.
+Recurrence kernels allocate tensors of many sizes, most of them inside PyTorch. A formula for the total could become outdated.
 """
 
-# T tokens, N segments, H heads of values, G heads of queries and keys, K key dim, V value dim
+# T tokens, N segments, H value heads, G query and key heads, K key dim, V value dim
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from distattn.parallel.runtime.program import KernelLaunch, Program
 
 
 def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
-    """Return the most bytes that a launch of a pass allocates: states side by side, the kernel's tensors, and its results.
+    """Return the most bytes that any launch of a pass allocates: its states, the kernel's tensors, and the results.
 
-    kernel: a module with the functions of `kernels.recurrence.chunked`. Return 0 for a kernel that does not take meta
+    kernel: a module with the functions of `kernels.recurrence.chunked`. Return 0 for a kernel that does not accept meta
     tensors.
     """
     if not getattr(kernel, "RUNS_ON_META", False):
@@ -33,7 +33,7 @@ def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
     states = program.forward_states if is_forward else program.backward_states
     assert states is not None, "a program of a recurrence has states"
     steps = program.forward if is_forward else program.backward
-    # launches of the same sizes are counted once
+    # launches of equal sizes are counted once
     bytes_of: dict[Any, int] = {}
     for launch in (launch for step in steps for launch in step.launches):
         tasks = [states.tasks[number] for number in launch.schedule.tasks]
@@ -46,14 +46,14 @@ def recurrence_workspace(program: Program, direction: str, kernel: Any) -> int:
 
 
 def _shape(program: Program, launch: KernelLaunch) -> tuple[int, int, int, bool]:
-    """Return T, H and G of a launch, and whether it has all heads of each of its heads of queries and keys."""
+    """Return T, H and G of a launch, and whether it has all value heads of each of its query and key heads."""
     heads, group = launch.heads, program.call.gqa_group_size
     is_even = heads.start % group == 0 and heads.stop % group == 0
     return launch.operands[Payload.KV].rows, heads.stop - heads.start, launch.operands[Payload.Q].heads, is_even
 
 
 def _sizes(schedule: Any) -> Iterator[Any]:
-    """Yield the shapes of the tensors of a kernel's schedule, and its numbers."""
+    """Yield the shapes of the tensors in a kernel's schedule, and its plain values."""
     if isinstance(schedule, Tensor):
         yield tuple(schedule.shape)
     elif isinstance(schedule, tuple):
@@ -64,7 +64,7 @@ def _sizes(schedule: Any) -> Iterator[Any]:
 
 
 def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_prefix: bool, kernel: Any) -> int:
-    """Return the bytes that a launch allocates in addition to its operands. is_prefix: no state can enter its results."""
+    """Return the bytes that a launch allocates besides its operands. is_prefix: its results depend on no earlier state."""
     call, kind = program.call, launch.schedule.kind
     narrow, wide = getattr(torch, call.dtype), getattr(torch, call.accumulation_dtype)
     rows, heads, shared_heads, is_even = _shape(program, launch)
@@ -84,7 +84,7 @@ def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_p
         beta = tensor(rows, heads) if call.op.delta else None
         lists = schedule_to_device(launch.schedule.segments, META)
         input_bytes = counted.peak = counted.alive
-        # if heads that share queries and keys are split, each head gets its own copy
+        # if the launch splits a group of heads that share queries and keys, each head gets its own copy
         queries_and_keys = (q, k) if is_even else tuple(tensor(rows, heads, call.head_dim) for _ in range(2))
         x, entering = RecurrenceTokens(queries_and_keys[0], queries_and_keys[1], v, g, beta), states()
         if kind is SegmentKind.STATE:
@@ -96,7 +96,7 @@ def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_p
         else:
             dleaving = states()
             dx, dentering = kernel.backward(x, lists, entering, do, dleaving)
-            # gradients of queries and keys are summed over the heads that share them
+            # the gradients of queries and keys are summed over the heads that share them
             sums = [] if is_even else [tensor(rows, shared_heads, call.head_dim, dtype=wide) for _ in range(2)]
             del dx, dentering, dleaving, sums
         return counted.peak - input_bytes

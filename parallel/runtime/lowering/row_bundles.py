@@ -1,9 +1,9 @@
-"""Which buffers of a rank share rows, so that one message carries everything that a peer sends to them in a step.
+"""Bundles: buffers of a rank that share rows, so that one message carries everything that a peer sends to them in a step.
 
-A *bundle* is a matrix with one row for each token. A row holds all heads of all tensors of its buffers, one after another. So the
-rows of one peer are contiguous, and kernels still read each tensor in place, by its strides. Own rows are copied to the arena
-before they are sent in any case, so a bundle costs nothing. Buffers with all heads are bundles of one buffer, since one copy of
-own rows serves all peers.
+A *bundle* is a matrix with one row per token. A row holds all heads of all tensors of the bundle's buffers, one after another.
+The rows of one peer are therefore contiguous, and kernels still read each tensor in place, by its strides. A bundle costs
+nothing, because own rows are copied to the arena before they are sent in any case. A buffer with all heads is a bundle by itself,
+since one copy of the own rows serves all peers.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from distattn.ir.plan import (
 from distattn.parallel.runtime.lowering.views import BufferKey
 from distattn.parallel.tables.partition import owns_range
 
-# in bytes: the tensor memory accelerator requires addresses and strides that are multiples of it
+# in bytes: the GPU's tensor memory accelerator requires addresses and strides that are multiples of this
 _ADDRESS_ALIGNMENT = 16
-# in numbers: Triton uses wide loads if the row stride is a multiple of it
+# in elements: Triton uses wide loads if the row stride is a multiple of this
 _ROW_ALIGNMENT = 16
-# most padding of a row, as a fraction of its tensors, since the padding is sent as well
+# largest padding of a row, as a fraction of its tensors, since padding is sent as well
 _MOST_PADDING = 1 / 8
-# most bytes of copies that are kept longer, and copied once more, so that several buffers are one message; that takes about as
-# long as separate messages would
+# most bytes that may be kept longer, and copied once more, to send several buffers in one message: above this, separate messages
+# are about as fast
 _MOST_EXTENDED = 64 << 20
 
-# the buffers of a bundle, in their order in a row
+# the buffers of a bundle, in row order
 Bundle = tuple[BufferKey, ...]
-# the tensors of a payload: (width, dtype) each, width None for one number per token and head
+# the tensors of a payload, each (width, dtype); a width of None means one number per token and head
 Widths = tuple[tuple[int | None, str], ...]
 
 
 class RowTensor(NamedTuple):
-    """A tensor in the rows of a bundle: heads and width (None: one number per head), and the index of its first number in a
-    row."""
+    """A tensor in the rows of a bundle: its heads, its width (None for one number per head), and the index in a row of its first
+    element, in elements of its dtype."""
 
     dtype: torch.dtype
     heads: int
@@ -59,10 +59,10 @@ class RowTensor(NamedTuple):
 
 
 class RowFormat(NamedTuple):
-    """The layout of a bundle's row. tensors: by part, in order; the row is `numbers` numbers of `dtype`.
+    """The layout of a bundle's row, which is `numbers` elements of `dtype`. tensors: the tensors of each part, in order.
 
-    Tensors with one number for each head (log-sum-exp, delta) come after the others. A row ends with padding, so that the row
-    stride is a multiple of 16 numbers of every other tensor.
+    Tensors with one number per head (log-sum-exp, delta) come after the others. A row ends with padding, so that the row stride
+    is a multiple of 16 elements of every other tensor.
     """
 
     dtype: str
@@ -71,12 +71,12 @@ class RowFormat(NamedTuple):
 
     @property
     def widths(self) -> Widths:
-        """Return the row as one tensor of one head."""
+        """The row as a single tensor with one head."""
         return ((self.numbers, self.dtype),)
 
     @staticmethod
     def of(parts: list[tuple[int, Widths]]) -> RowFormat:
-        """Return the format of parts with these numbers of heads and these tensors."""
+        """Return the row format of parts, each given as (number of heads, tensors)."""
         names = [(part, field) for part, (_, widths) in enumerate(parts) for field in range(len(widths))]
         at, placed = 0, {}
         for part, field in sorted(names, key=lambda name: parts[name[0]][1][name[1]][0] is None):
@@ -95,25 +95,25 @@ class RowFormat(NamedTuple):
 
 
 def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
-    """Return the bundle of each buffer of these ranks that is in one, by rank and buffer; the same at both ends of a message.
+    """Return the bundles of these ranks, by rank and buffer. Both ends of a message compute the same bundles.
 
-    All buffers that arrive at a rank in a step (or, with partial results, leave it) are one bundle if they hold the same tokens
-    of the same peers, some of them hold only some heads, and they are used equally long: all tasks of the rank are in one step,
-    and it passes nothing on. Small copies are one bundle even if they are not used equally long. Otherwise each buffer is a
-    bundle. A buffer whose tensors would not be aligned in a row is in no bundle, since fast kernels would refuse the tensors;
-    neither is one whose rows would need much padding.
+    All buffers that arrive at a rank in a step (or that leave it, for partial results) form one bundle if they hold the same
+    tokens of the same peers, some of them hold only some of the heads, and they have equal lifetimes. Lifetimes are equal if all
+    tasks of the rank are in one step and the rank forwards nothing. Small copies form one bundle even if their lifetimes
+    differ. Otherwise each buffer is a bundle. A buffer is in no bundle if its rows would need much padding, or if its tensors
+    would not be aligned in a row, since fast kernels refuse such tensors.
     """
     bundles: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = table.moves, table.tasks
     heads = [call.payload_heads(payload) for payload in Payload]
     is_aligned = cache(partial(_is_aligned, call))
-    # kernels of recurrences would copy a tensor that has gaps between its rows
+    # recurrence kernels would copy a tensor with gaps between its rows
     if not call.op.is_softmax:
         return bundles
     for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
         of_kind = np.isin(moves["payload"], payloads)
         rows = select_rows(moves, of_kind & np.isin(moves[end], ranks))
-        # ranks that send copies of others' tokens, or receive partial results for others' tokens
+        # ranks that send copies of other ranks' tokens, or receive partial results for them
         is_passed_on = of_kind & ~owns_range(call, moves[peer], moves["t0"], moves["t1"])
         passing_ranks = set(np.unique(moves[peer][is_passed_on]).tolist())
         for (rank, step), buffers in _buffers_by_step(rows, end, peer):
@@ -136,7 +136,7 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
 
 
 def _is_aligned(call: Call, payload: Payload, heads: int) -> bool:
-    """Return whether all of a payload's tensors are aligned in a row with little padding, in memory and in messages."""
+    """Return whether a payload's tensors are all aligned in a row, with little padding, both in memory and in messages."""
     for fields in (call.payload_fields(payload), call.comm_fields(payload)):
         sizes = [heads * (width or 1) * DTYPE_BYTES[name] for width, name in fields]
         wide = [size for size, (width, _) in zip(sizes, fields, strict=True) if width is not None]
@@ -148,7 +148,7 @@ def _is_aligned(call: Call, payload: Payload, heads: int) -> bool:
 
 
 def _extended_bytes(call: Call, tokens_of: dict[BufferKey, Ints], keys: list[BufferKey]) -> int:
-    """Return the bytes of a rank's copies that one bundle would keep longer: the smaller of those of queries and of keys."""
+    """Return the bytes of copies that a rank would keep longer in one bundle: those of queries or keys, whichever is smaller."""
     sizes = [0, 0]
     for key in keys:
         _, t0, t1 = tokens_of[key]
@@ -160,7 +160,7 @@ def _extended_bytes(call: Call, tokens_of: dict[BufferKey, Ints], keys: list[Buf
 def _buffers_by_step(
     moves: Columns, end: str, peer: str
 ) -> Iterator[tuple[tuple[int, int], list[tuple[int, int, int, Ints]]]]:
-    """Yield ((rank, step), buffers) of moves: payload, heads h0 and h1, and (3, intervals) of peer, t0 and t1, of each buffer."""
+    """Yield ((rank, step), buffers) of moves. A buffer is (payload, h0, h1, tokens); tokens are (3, intervals): peer, t0, t1."""
     by = (end, "step", "payload", "h0", "h1")
     moves = select_rows(moves, lexicographic_argsort(*(moves[name] for name in (*by, peer, "t0"))))
     tokens = np.stack([moves[name] for name in (peer, "t0", "t1")])

@@ -1,4 +1,4 @@
-"""The kernel launches of a recurrence's tasks on one rank: tasks of one step, kind and head range are one launch."""
+"""The kernel launches of a recurrence's tasks on one rank: tasks with the same step, kind and head range share a launch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from distattn.parallel.runtime.lowering.views import ViewParts
 
 
 class SegmentKind(Enum):
-    """Result of the tasks of a launch: outputs or gradients ("whole"), the state of keys, or the gradient state of rows."""
+    """The kind of result of a launch: outputs or gradients (WHOLE), states of keys, or gradient states of rows."""
 
     WHOLE = "whole"
     STATE = "state"
     GRADIENT_STATE = "gradient state"
 
 
-# a launch has a state for each of its segments: packs of short documents take several launches
+# largest number of segments per launch, as each needs a state: packs of short documents take several launches
 _MOST_SEGMENTS = 64
 _OPERANDS = {
     SegmentKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
@@ -36,9 +36,9 @@ _OPERANDS = {
 class SegmentLaunches(NamedTuple):
     """All launches of a table on one rank, sorted by step.
 
-    steps, kinds, heads: of each launch. tasks: with the number of each in the table (column `row`), sorted by launch and
-    token; launch: of each task. tokens, shared: the tokens of each launch, with its heads and with the heads of queries and
-    keys.
+    steps, kinds, heads: one entry per launch. tasks: sorted by launch and token; column `row` is the index in the table.
+    launch: the launch number of each task. tokens, shared: the tokens of each launch, once with its value heads and once with
+    its query and key heads.
     """
 
     steps: list[int]
@@ -72,18 +72,18 @@ class SegmentLaunches(NamedTuple):
         return SegmentLaunches(steps, kinds, heads, tasks, launch, tokens, shared, call.op.shared_payloads)
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view of a payload per launch."""
+        """Return the parts of one view per launch, for a payload."""
         return (self.shared if payload.name in self.shared_payloads else self.tokens).parts(payload)
 
     def uses(self, number: int, payload: Payload) -> bool:
-        """Return whether a launch reads or gives a payload."""
+        """Return whether a launch reads or produces a payload."""
         kind = self.kinds[number]
         return payload in _OPERANDS[kind] or (
             kind is SegmentKind.WHOLE and payload in (Payload.O, Payload.dQ, Payload.dKV)
         )
 
     def schedules(self, prepare: Callable[[Segments], Any]) -> list[SegmentSchedule]:
-        """Return the schedule of each launch. prepare: turns segments, in rows of its tensors, into the kernel's lists."""
+        """Return the schedule of each launch. prepare: turns segments, as row ranges of its tensors, into the kernel's lists."""
         shift = self.tokens.to_row(self.launch, self.tasks["q0"])
         begin, end = (self.tasks[name] + shift for name in ("q0", "k1"))
         rows = list(zip(begin.tolist(), end.tolist(), strict=True))
@@ -96,7 +96,7 @@ class SegmentLaunches(NamedTuple):
 
 
 class SegmentSchedule(NamedTuple):
-    """A launch: its kind, the numbers of its tasks in the table, and the kernel's schedule of their segments."""
+    """The work of a launch: its kind, the indices of its tasks in the table, and the kernel's schedule for their segments."""
 
     kind: SegmentKind
     tasks: tuple[int, ...]
@@ -104,5 +104,5 @@ class SegmentSchedule(NamedTuple):
 
 
 def kind_of(tasks: Columns, first: Ints) -> list[int]:
-    """Return the kinds of launches that begin at these tasks, as numbers."""
+    """Return the kinds, as numbers, of the launches whose first tasks are at indices `first`."""
     return [int(number) for number in tasks["kind"][first]]

@@ -1,8 +1,8 @@
-"""Messages of a rank's own rows are sent from the arena, as all others are: see `arenas`.
+"""Staging: messages of a rank's own rows are sent from the arena, like all other messages (see `arenas`).
 
-If a buffer of the arena has own rows between those that arrive (see `landing`), messages are sent from it. Otherwise each step
-copies the own rows that it sends, once for all peers, as rows of a bundle if messages are such rows (see `row_bundles`). Messages
-that are packed before they travel need neither.
+If a buffer in the arena has own rows between those that arrive (see `landing`), messages are sent from that buffer. Otherwise,
+each step copies the own rows that it sends once for all peers, as rows of a bundle if messages are rows of bundles (see
+`row_bundles`). Messages that are packed before they travel need neither.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Message, ProgramStep
 
-# keys of copies have this step or lower numbers, one less for each step
+# in the key of a copy, `step` is this number minus the number of the step that copies
 _COPIES = -(1 << 32)
 
 
 def stage(
     call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Landing], bundles: dict[BufferKey, Bundle]
 ) -> dict[BufferKey, View]:
-    """Let own rows be sent from the arena: change the sends of the steps, and add new buffers to the rank's bundles.
+    """Change the sends of the steps so that own rows are sent from the arena. Add the new buffers to the rank's bundles.
 
-    landings: of buffers that share rows with no others. Return for each new buffer a view of the own rows that it copies.
+    Return a view, for each new buffer, of the own rows copied into it. landings: only those of buffers that share their rows with
+    no other buffer.
     """
     copies: dict[BufferKey, View] = {}
     uses = _steps_of_use(steps)
@@ -70,7 +71,7 @@ def stage(
 
 
 class _CopiedRows:
-    """The own rows of one tensor that a step sends, contiguous in a buffer. view: of the own tensor."""
+    """The own rows of one tensor that a step sends, contiguous in a buffer. view: these rows of the own tensor."""
 
     def __init__(self, source: BufferKey, step: int, sent: list[slice]):
         begin, end = (np.array([getattr(rows, side) for rows in sent], np.int64) for side in ("start", "stop"))
@@ -86,7 +87,7 @@ class _CopiedRows:
         self.view = View(total, heads.stop, [piece], True)
 
     def moved(self, piece: BufferSlice) -> BufferSlice:
-        """Return a slice of the own tensor's rows as a slice of the buffer."""
+        """Translate a slice of the own tensor into a slice of the buffer."""
         assert isinstance(piece.rows, slice)
         part = int(np.searchsorted(self.begin, piece.rows.start, "right")) - 1
         start = int(self.first_row[part] + piece.rows.start - self.begin[part])
@@ -94,8 +95,8 @@ class _CopiedRows:
 
 
 def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[BufferSlice] | None:
-    """Return the slices of a landed buffer that hold a message's own rows; None if one of its segments is not contiguous
-    there."""
+    """Return the slices of a landed buffer that hold a message's own rows, or None if any segment is not contiguous in
+    it."""
     if len(message.view.slices) != 1:
         return None
     (piece,) = message.view.slices
@@ -114,7 +115,7 @@ def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[Buffe
 
 
 def _rows_in_landed(tensor: BufferKey, key: BufferKey, landing: Landing) -> np.ndarray | None:
-    """Return for each row of an own tensor its row in a landed buffer, -1 if that has it not; None if the heads differ."""
+    """Map each row of an own tensor to its row in a landed buffer (-1 if it has none). Return None if the heads differ."""
     parts = [piece for piece in landing.own_slices if piece.buffer == tensor]
     all_heads = slice(0, tensor.h1 - tensor.h0)
     if (key.h0, key.h1) != (tensor.h0, tensor.h1) or not parts or any(piece.heads != all_heads for piece in parts):
@@ -123,7 +124,7 @@ def _rows_in_landed(tensor: BufferKey, key: BufferKey, landing: Landing) -> np.n
 
 
 def _steps_of_use(steps: Iterable[ProgramStep]) -> dict[BufferKey, range]:
-    """Return the steps during which each buffer is in use: from its first use to its last."""
+    """Return the steps from the first to the last use of each buffer."""
     uses: dict[BufferKey, range] = {}
     for number, step in enumerate(steps):
         for key in (piece.buffer for view in step.views() for piece in view.slices):

@@ -1,4 +1,4 @@
-"""The work of one rank on states of a recurrence, step by step: states that it computes, sends, receives, combines and frees."""
+"""A rank's work on the states of a recurrence, step by step: the states it computes, sends, receives, combines and frees."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from distattn.parallel.runtime.lowering.memory import ALIGNMENT
 
 
 class StateKey(NamedTuple):
-    """A state that a rank holds: of S or dS, and its origin."""
+    """A state that a rank holds: its payload (S or dS) and its origin."""
 
     payload: Payload
     name: StateOrigin
 
 
 class StatePart(NamedTuple):
-    """Heads [h0, h1) of a state that is combined from others, in the order in which they are passed."""
+    """Heads [h0, h1) of a state, combined from other states (`tiles`) in the order in which the state passes through them."""
 
     h0: int
     h1: int
@@ -30,9 +30,9 @@ class StatePart(NamedTuple):
 
 
 class StateMessage(NamedTuple):
-    """A state that moves: heads [h0, h1) of `tokens` tokens, combined from `parts` by the sender, then known as `key`.
+    """A state that moves: heads [h0, h1) of the state of `tokens` tokens, combined from `parts` by the sender and named `key`.
 
-    is_prefix: no state can enter it, and its transition is not sent.
+    is_prefix: the state depends on no earlier state, so its transition is not sent.
     """
 
     peer: int
@@ -45,11 +45,12 @@ class StateMessage(NamedTuple):
 
 
 class SegmentStates(NamedTuple):
-    """States of one task.
+    """The states of one task.
 
-    before, after: states before the segment, gradient states after it; empty without such states. initial, final: the document
-    that begins, or ends, with the segment, or -1. leaves: the key of the state that it leaves, if needed. is_prefix: that
-    state has no transition. begun: the index of the state that it begins with among those kept for the backward pass, or -1.
+    before: the state before the segment. after: the gradient state after it. Either may be empty. initial, final: the
+    document that starts, or ends, with the segment, or -1. leaves: the key of the state that the task leaves, if it is used.
+    is_prefix: that state has no transition. begun: the index, among the states kept for the backward pass, of the state with
+    which the task starts, or -1.
     """
 
     before: tuple[StatePart, ...]
@@ -62,7 +63,7 @@ class SegmentStates(NamedTuple):
 
 
 class KeptState(NamedTuple):
-    """State that a forward task begins with, for heads [h0, h1), as the backward pass finds it."""
+    """The state, for heads [h0, h1), with which a forward task starts, under the key that the backward pass uses."""
 
     key: StateKey
     h0: int
@@ -71,7 +72,7 @@ class KeptState(NamedTuple):
 
 @dataclass
 class StateStep:
-    """States that a rank sends, receives and frees in one step."""
+    """The states that a rank sends, receives and frees in one step."""
 
     sends: list[StateMessage] = field(default_factory=list)
     receives: list[StateMessage] = field(default_factory=list)
@@ -80,10 +81,10 @@ class StateStep:
 
 @dataclass(frozen=True)
 class StateProgram:
-    """States of one table on one rank: by step, and by number of the task.
+    """The states of one table on one rank, by step and by task index.
 
-    kept: the states that forward tasks begin with, which stay for the backward pass; kept_bytes: of all of them. peak_bytes:
-    the most bytes of the others at once. message_bytes: bytes of the arena for the states that one step sends and receives.
+    kept: the states with which forward tasks start, kept for the backward pass. kept_bytes: their total size. peak_bytes: the
+    peak size of all other states. message_bytes: bytes in the arena for the states that one step sends and receives.
     """
 
     steps: list[StateStep]
@@ -95,7 +96,7 @@ class StateProgram:
 
 
 def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
-    """Lower the states of one table of a recurrent call for one rank."""
+    """Lower the states in one table of a recurrent call for one rank."""
     call, table = plan.call, plan.forward if direction == "forward" else plan.backward
     payloads = [payload for payload in call.payloads(direction) if payload in STATE_PAYLOADS]
     traces = {payload: trace_states(plan, direction, payload, rank) for payload in payloads}
@@ -115,7 +116,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
     for row in (table.tasks["rank"] == rank).nonzero()[0].tolist():
         q0, q1, k0, k1 = (columns[name][row] for name in ("q0", "q1", "k0", "k1"))
         only_state, name = q0 == q1, StateOrigin("task", row)
-        # a task leaves the state of its keys, or in a backward table the gradient state of its rows
+        # a task leaves the state of its keys or, in a backward table, the gradient state of its rows
         leaves = StateKey(Payload.S if only_state or direction == "forward" else Payload.dS, name)
         tasks[row] = SegmentStates(
             parts[Payload.S].get(name, ()) if k0 < q0 else (),
@@ -142,7 +143,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
 
 
 def _message_bytes(call: Call, message: StateMessage) -> int:
-    """Return the bytes of the tensors of a message: its transition, if any, and the rest."""
+    """Return the bytes of a message's tensors, with padding: its transition, if any, and the rest."""
     size = (message.h1 - message.h0) * call.state_bytes(message.is_prefix)
     return -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
 
@@ -171,7 +172,7 @@ def _add_moves(
 
 
 def _parts(payload: Payload, trace: StateTrace) -> dict[StateOrigin, tuple[StatePart, ...]]:
-    """Return the states that each task reads and each move sends, by head range; adjacent ranges of equal states are joined."""
+    """Return the states that each task reads and each move sends, by head range. Adjacent ranges with equal states are joined."""
     parts_by_user: dict[StateOrigin, list[StatePart]] = defaultdict(list)
     for use in sorted(trace.uses, key=lambda use: (use.user, use.h0)):
         tiles = tuple(StateKey(payload, name) for state in use.tiles if isinstance(name := state.name, StateOrigin))

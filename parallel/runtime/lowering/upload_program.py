@@ -1,4 +1,4 @@
-"""Copy a program's lists to the device that runs it."""
+"""Upload a program's lists to the device that runs it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from distattn.parallel.runtime.communication.streams import Handover
 from distattn.parallel.runtime.lowering.views import View
 from distattn.parallel.runtime.program import KernelLaunch, Message, Program, ProgramStep
 
-# bytes that lists on the device are aligned to
+# alignment of lists on the device, in bytes
 _ALIGNMENT = 16
 
 
 def copy_program_to_device(program: Program, device: torch.device) -> Program:
-    """Return the program with its lists on the device: one copy, from pinned memory if available.
+    """Return the program with its lists on the device, uploaded in one copy, from pinned memory if available.
 
-    The copy is in the current stream of this thread, which need not be the one that runs the program: before running it, join
-    `Program.uploaded`.
+    The copy runs on this thread's current stream, which need not be the stream that runs the program: join `Program.uploaded`
+    before running it.
     """
     if device.type == "cpu":
         return program
     lists: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        # steps share lists: copy each once
+        # copy a list shared by several steps only once
         lists[id(tensor)] = tensor
         return tensor
 
@@ -39,13 +39,13 @@ def copy_program_to_device(program: Program, device: torch.device) -> Program:
     if not lists:
         return program
     streams = has_streams(device)
-    # a program first prepared in inference mode also serves training, and autograd cannot save inference tensors. The current
-    # device belongs to a thread, and pinned memory to the current device.
+    # A program first prepared in inference mode may also serve training, and autograd cannot save inference tensors. Pinned
+    # memory belongs to the current device, which is set per thread.
     with torch.inference_mode(False), current_device(device):
         offsets = np.cumsum([0, *(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in lists.values())]).tolist()
         packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=streams)
         for tensor, begin in zip(lists.values(), offsets, strict=False):
-            # numpy gives empty lists strides that do not allow a view as bytes
+            # copy as the list's own dtype: the strides of empty numpy lists do not allow a view as bytes
             packed[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         copied = packed.to(device, non_blocking=True)
         uploaded = Handover.of([copied])
@@ -57,7 +57,7 @@ def copy_program_to_device(program: Program, device: torch.device) -> Program:
 
 
 def replace_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Program:
-    """Return the program with every tensor in its views and kernel schedules replaced."""
+    """Return the program with `change` applied to every tensor in its views and kernel schedules."""
 
     def view(old: View) -> View:
         slices = [piece._replace(rows=changed(piece.rows), view_rows=changed(piece.view_rows)) for piece in old.slices]
@@ -68,7 +68,7 @@ def replace_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Pro
             return change(value)
         if not isinstance(value, tuple):
             return value
-        # tuples of kernels, named or not, nested
+        # kernel schedules are nested tuples, named or plain
         parts = map(changed, value)
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 

@@ -1,6 +1,6 @@
-"""Views: contiguous working tensors that are gathered from buffers or accumulated into them.
+"""Views: contiguous working tensors gathered from buffers or accumulated into them.
 
-Rows of a buffer are tokens. *Slices* map rows and heads of a buffer to rows and heads of a view. When a plan is lowered, all
+The rows of a buffer are tokens. *Slices* map rows and heads of a buffer to rows and heads of a view. When a plan is lowered, all
 views of a table are resolved together (`resolve_views`), so that a step needs no search.
 """
 
@@ -20,7 +20,7 @@ RowIndex = slice | Tensor
 
 
 class BufferKey(NamedTuple):
-    """The rank's own tensor of a payload (step OWN), or tokens that arrive or leave at `step` with heads [h0, h1)."""
+    """Key of a buffer: the rank's own tensor of a payload (step OWN), or heads [h0, h1) of tokens that move in `step`."""
 
     payload: Payload
     step: int
@@ -32,14 +32,14 @@ OWN = -1
 
 
 class BufferSlice(NamedTuple):
-    """Rows and heads of a buffer that are these rows and heads of a view."""
+    """A mapping from rows and heads of a buffer to rows and heads of a view."""
 
     buffer: BufferKey
     rows: RowIndex
     heads: slice
     view_rows: RowIndex
     view_heads: slice
-    # nothing has been accumulated there before: write instead of adding
+    # True if nothing has been accumulated here before: write instead of adding
     is_first: bool = False
 
 
@@ -49,17 +49,17 @@ class View(NamedTuple):
     rows: int
     heads: int
     slices: list[BufferSlice]
-    # the slices cover every cell (a single one in order); if head groups differ they may not
+    # True if the slices cover every cell (and a single slice is in order). They may not if head groups differ.
     is_complete: bool
 
     @property
     def is_part(self) -> bool:
-        """Return whether the view is one part of one buffer, and needs no tensor of its own."""
+        """True if the view is one part of one buffer and needs no tensor of its own."""
         return self.is_complete and len(self.slices) == 1 and isinstance(self.slices[0].rows, slice)
 
 
 class BufferExtent(NamedTuple):
-    """Tokens of a buffer: rows from `row` on are tokens [t0, t1); one entry for each interval of tokens."""
+    """The tokens of a buffer, one entry per interval: the rows from `row` on are tokens [t0, t1)."""
 
     key: BufferKey
     t0: Ints
@@ -68,9 +68,10 @@ class BufferExtent(NamedTuple):
 
 
 class ViewParts(NamedTuple):
-    """Views in parts. Each part is heads [h0, h1) of a payload, which are heads `head`.. of view number `view`.
+    """Views as a list of parts. Each part is heads [h0, h1) of a payload; they start at head `head` of view number `view`.
 
-    Below, one entry for each interval of tokens: part number `part` has tokens [t0, t1) from row `row` of the view on.
+    From `part` on, columns have one entry per interval of tokens: part number `part` has tokens [t0, t1) from row `row` of the
+    view on.
     """
 
     view: Ints
@@ -85,7 +86,7 @@ class ViewParts(NamedTuple):
 
     @staticmethod
     def joined(sets: Iterable[ViewParts]) -> ViewParts:
-        """Join several sets of views, numbered one after another."""
+        """Join several sets of views and number them consecutively."""
         sets = list(sets)
         columns: list[list[Ints]] = [[] for _ in ViewParts._fields]
         views = parts = 0
@@ -103,7 +104,7 @@ class ViewParts(NamedTuple):
 
 
 def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[View]:
-    """Find the tokens and heads of all views in the buffers. A view is as large as its parts reach."""
+    """Find the tokens and heads of all views in the buffers. A view's size is the extent of its parts."""
     shapes = np.zeros((2, parts.views), np.int64)
     np.maximum.at(shapes[0], parts.view[parts.part], parts.row + parts.t1 - parts.t0)
     np.maximum.at(shapes[1], parts.view, parts.head + parts.h1 - parts.h0)
@@ -135,10 +136,10 @@ def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[Vie
 
 
 def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
-    """Join neighbouring heads of the same rows, since parts of a view are cut wherever heads differ anywhere."""
+    """Join adjacent heads with the same rows. Parts of a view were cut wherever the heads of any task differ."""
     if len(slices) < 2:
         return slices
-    # by the first head of a possible next slice
+    # keyed by the first heads that a next slice must have to be joined
     out: dict[tuple[BufferKey, int, int], list[BufferSlice]] = {}
     for piece in sorted(slices, key=lambda piece: piece.view_heads.start):
         before = out.get((piece.buffer, piece.heads.start, piece.view_heads.start), [])
@@ -155,14 +156,14 @@ def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
 
 
 def same_rows(these: RowIndex, those: RowIndex) -> bool:
-    """Return whether two indices select the same rows; an index of consecutive rows is a slice."""
+    """Return whether two indices select the same rows. Consecutive rows must be given as a slice."""
     if isinstance(these, slice) or isinstance(those, slice):
         return isinstance(these, slice) and isinstance(those, slice) and these == those
     return torch.equal(these, those)
 
 
 def travels_from_its_buffer(call: Call, payload: Payload, view: View, segments: tuple[slice, ...]) -> bool:
-    """Return whether a message of these segments is sent from where it is: whole rows of buffers, in the dtype that travels."""
+    """Return whether a message needs no copy before it is sent: it is whole rows of buffers, in the dtype that travels."""
     whole_rows = all(
         isinstance(piece.rows, slice)
         and piece.heads == slice(0, piece.buffer.h1 - piece.buffer.h0)
@@ -174,13 +175,13 @@ def travels_from_its_buffer(call: Call, payload: Payload, view: View, segments: 
 
 
 class _ExtentIndex(NamedTuple):
-    """All extents of one payload and head range, sorted by token: a (token, head) is in at most one of them."""
+    """All extents of one payload and head range, sorted by token. A (token, head) is in at most one of them."""
 
     payload: Payload
     h0: int
     h1: int
     keys: list[BufferKey]
-    # for each interval of tokens: number in `keys`, tokens [t0, t1), first row in the buffer
+    # for each interval: index of its buffer in `keys`, tokens [t0, t1), first row in the buffer
     buffer: Ints
     t0: Ints
     t1: Ints
@@ -202,14 +203,14 @@ def _extent_indices(extents: Iterable[BufferExtent]) -> list[_ExtentIndex]:
 
 
 def _row_indices(start: Ints, length: Ints, first: Ints) -> list[RowIndex]:
-    """Return rows [start_i, start_i + length_i), joined from each `first` to the next: a slice if consecutive, else an index."""
+    """Join the ranges [start_i, start_i + length_i) from each `first` to the next: a slice if consecutive, otherwise an index."""
     broken = np.zeros(len(start), bool)
     broken[1:] = start[1:] != start[:-1] + length[:-1]
     broken[first] = False
     scattered = np.logical_or.reduceat(broken, first)
     last = np.append(first[1:], len(start)) - 1
     cells = np.append(0, np.cumsum(length))
-    # an index only where needed
+    # build an index only where one is needed
     kept = np.repeat(scattered, np.diff(np.append(first, len(start))))
     _, index = expand_ranges(start[kept], (start + length)[kept])
     rows, begin_of_index = torch.from_numpy(index), 0
