@@ -243,11 +243,9 @@ def _write(
     at = far[:, None] * o_row + far_head * o_head + column[None, :]
     o = acc
     held = inside
-    last = r_out < rows
     if FINAL:
         turn = gl.load(turn_ + r_out, mask=r_out < rows, other=0)
         held = inside & was_written(turn, number)[:, None]
-        last = is_last(turn, number)
     if MERGE:
         old, fresh, lse = merge_shares(gl.load(lse_at, mask=r < rows, other=-float("inf")), lse)
         inverse = inverse * fresh
@@ -257,6 +255,7 @@ def _write(
         o = o * gl.convert_layout(inverse, OUT_ROWS)[:, None]
     # one branch after the other: both at once would take more registers
     if FINAL:
+        last = is_last(turn, number)
         if gl.max(last.to(gl.int32), 0) > 0:
             gl.store(final_ + at, o, mask=inside & last[:, None])
         if gl.max((~last).to(gl.int32), 0) > 0:
