@@ -1,11 +1,11 @@
-"""The cost of adapters without kernels and transfers: microseconds per layer, and the share of a step of the tiny model.
+"""The overhead of adapters, without kernels and transfers: microseconds per layer, and the share of a tiny model's step.
 
     python benchmarks/adapter_overhead.py
 
-There is one process, so nothing is transferred, and a kernel that returns at once. Each layer call is forward and backward.
-An adapter's calls are compared with the operators alone, on tensors in the operators' own layout. Short: 64 tokens, where
-only host time counts; long: a rank's 2,048 tokens of configs/tiny.toml, where copies count, too. The aims are 200 microseconds
-per layer and 2 %.
+A single process runs, so nothing is transferred, and the kernel returns at once. Each layer call is a forward and a
+backward pass. Adapters are compared with the bare operators on tensors in the operators' own layout. "short" has 64
+tokens, so only host time counts; "long" has 2,048, the tokens per rank of configs/tiny.toml, so copies count, too. The
+goals are 200 microseconds per layer and 2 % of a step.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from distattn.training.config.run_settings import build_model, configured_model
 
 ROOT = Path(__file__).parents[1]
 AIM_LAYER, AIM_STEP = 200, 0.02
-# calls per timing, so that the clock's cost does not count
+# calls per timing, so that the cost of reading the clock is negligible
 CALLS = 50
 
 
 class Instant(da.ContextParallel):
-    """Attention whose kernel returns at once."""
+    """Context parallelism whose attention kernel returns at once."""
 
     def watch(self, batch: Any, plan: Any, shape: Any) -> Any:
         return InstantWatch()
 
 
 class InstantWatch:
-    """See `distattn.ops.executable.PassObserver`."""
+    """A pass observer that replaces the kernel. See `distattn.ops.executable.PassObserver`."""
 
     alternates = False
 
@@ -60,7 +60,7 @@ class InstantWatch:
 
 
 def main() -> None:
-    """Print the table; --out appends the rows to a file."""
+    """Print the table. With --out, also append the rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=31)
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
-    """Time adapters and the operators on the same numbers."""
+    """Time the operators and the adapters on the same inputs. Return a cell for each."""
     shape = config.model
     heads, kv_heads, dim = (
         shape.num_attention_heads,
@@ -123,7 +123,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
         return repeated(call)
 
     def transformers():  # noqa: ANN202
-        # as models have them: (1, heads, tokens, dim), a view of (1, tokens, heads, dim)
+        # models pass (1, heads, tokens, dim), a view of (1, tokens, heads, dim)
         inputs = [x.clone()[None].requires_grad_() for x in (q, k, v)]
         module = torch.nn.Module()
         module.layer_idx = 0
@@ -151,13 +151,13 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
     contestants = {"operators": operators, "transformers": transformers}
     if importlib.util.find_spec("megatron") is not None:
         contestants["megatron-core"] = megatron
-    # tests check that adapters compute the right results
+    # check only the shape: tests cover the results of adapters
     check = lambda o: "" if o.shape == q.shape else "another result"  # noqa: E731
     return compare(case, contestants, check, repeats=repeats, warmup=3)
 
 
 def repeated(call: Any) -> Any:
-    """Return a function that makes CALLS calls and returns the result of the last."""
+    """Return a function that makes CALLS calls and returns the last result."""
 
     def calls() -> Any:
         for _ in range(CALLS):
@@ -169,7 +169,7 @@ def repeated(call: Any) -> Any:
 
 
 def megatron_core(shape: Any, batch: Any) -> Any:
-    """Return our core attention for Megatron."""
+    """Return our core attention module for Megatron."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -191,9 +191,10 @@ def megatron_core(shape: Any, batch: Any) -> Any:
 
 
 def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]:
-    """Return median seconds of a step of the tiny model, of sharding its batch, and of waiting for its plan and program.
+    """Return the median seconds of (a step of the tiny model, sharding its batch, waiting for its plan and program).
 
-    Loss and backward, without the optimizer; every step has other documents. ahead: the next batch is sharded before a step.
+    A step is loss and backward, without the optimizer. Every step has different documents. ahead: shard the next batch
+    before a step.
     """
     model = build_model(config, configured_model(config, 256, 4096), huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")

@@ -1,11 +1,11 @@
-"""Several GPUs over NCCL: whether attention is right, what moves, how fast, and how much of it hides under compute.
+"""Attention on several GPUs over NCCL: correctness, bytes moved, speed, and how much communication overlaps with compute.
 
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_cluster.py [--tokens 131072]
 
-On every rank all strategies are compared, outputs and gradients, with the same kernel on the whole axis at once. Then, medians
-of the slowest rank: a layer forward and backward, and a bare all-to-all of as many bytes as the busiest strategy moves; from
-its rate follows how long each strategy's moves would take alone. Without GPUs it runs on gloo (TRITON_INTERPRET=1), on a
-short axis, for the parity alone.
+Every rank compares the outputs and gradients of all strategies with the same kernel on the whole axis at once. Then the
+slowest rank's median times are printed: a layer forward and backward, and a bare all-to-all with as many bytes as the
+busiest strategy moves. The rate of the latter gives the time that each strategy's moves would take alone. Without GPUs
+the benchmark runs over gloo on a short axis (TRITON_INTERPRET=1) and only checks correctness.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from distattn.parallel.runtime.communication.transport import Transport
 
 
 def main() -> int:
-    """Return exit code 1 if any rank has a wrong result."""
+    """Run the checks and timings. Return exit code 1 if any rank has a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--findings", type=Path, help="where rank 0 keeps them, as JSON lines")
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 class Job(NamedTuple):
-    """This rank's part of the case, and the right results there."""
+    """A rank's part of the case, and the correct results for it."""
 
     rank: int
     ranks: int
@@ -82,7 +82,7 @@ class Job(NamedTuple):
 
     @staticmethod
     def join(tokens: int) -> Job:
-        """Join the process group of the launcher; on a CPU the axis is short, with any arguments."""
+        """Join the launcher's process group. On a CPU the axis is short, whatever `tokens` is."""
         rank, ranks, device = joined()
         cuda = device.type == "cuda"
         case = Case.of(tokens if cuda else 128, 128 if cuda else 32, ranks, device)
@@ -96,9 +96,9 @@ class Job(NamedTuple):
 def layer(
     plan: da.Plan, job: Job, wrap: Callable[[Transport], Transport] = lambda transport: transport
 ) -> Callable[[], dict[str, Tensor]]:
-    """Return a function that runs attention forward and backward of this rank's tokens.
+    """Return a function that runs attention forward and backward on this rank's tokens.
 
-    wrap: changes the transport of its messages.
+    wrap: replaces the transport of its messages.
     """
     ready = da.prepare(plan, kernel="triton", device=job.device)
     ready.transport = wrap(ready.transport)
@@ -113,7 +113,7 @@ def layer(
 
 
 def bare(share: int, ranks: int, device: torch.device) -> Callable[[], dict[str, Tensor]]:
-    """Return an all-to-all in which every rank sends `share` bytes to every other."""
+    """Return a function that runs an all-to-all in which every rank sends `share` bytes to every other rank."""
     ours, theirs = (torch.empty(share * ranks, dtype=torch.uint8, device=device) for _ in range(2))
 
     def run() -> dict[str, Tensor]:
@@ -124,12 +124,12 @@ def bare(share: int, ranks: int, device: torch.device) -> Callable[[], dict[str,
 
 
 def check(result: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    """Return what is wrong with a result, or an empty text. (A rank without tokens has nothing to compare.)"""
+    """Return what is wrong with a result, or an empty string. A rank without tokens has nothing to compare."""
     return too_far({name: far(got, wanted[name]) for name, got in result.items() if got.numel()})
 
 
 def exposure(cells: list[Cell]) -> str:
-    """Compare each strategy's layer with bare moves of the same bytes at the bare all-to-all's rate."""
+    """Return lines that compare each strategy's layer time with the time of its moves at the bare all-to-all's rate."""
     bare_cell = next((cell for cell in cells if cell.contestant == "bare all-to-all" and cell.median), None)
     if bare_cell is None:
         return ""

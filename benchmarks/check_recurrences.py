@@ -1,13 +1,14 @@
-"""Recurrent layers on several GPUs over NCCL: right on every rank, and their speed beside all-to-all and fla-core's own way.
+"""Recurrent layers on several GPUs over NCCL: correctness on every rank, and speed compared with all-to-all and fla-core.
 
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/check_recurrences.py [--tokens 32768]
 
-Outputs and gradients by token, of every op and schedule, are compared with fp64 in one process: on no rank may the error be more
-than twice that of one device's kernel on the same tokens, or 2e-5. One device's own error may be 2e-2 of the largest number in
-bfloat16, and 2e-5 in float32. Tests cover gradients of states: here documents begin with zeros. Then medians of the slowest rank,
-forward and backward, in one run: our schedules, tokens all to all, one device with the whole axis, and, for ops that have it,
-fla-core's own context parallelism (`fla.ops.cp`, contiguous and zigzag slices), which is left out if it is wrong.
-Without GPUs it runs on gloo, on a short axis, for the parity alone.
+The outputs and gradients of every op and schedule are compared, token by token, with fp64 in one process. On every rank
+the error may be at most twice that of one device's kernel on the same tokens, or 2e-5. One device's own error may be at
+most 2e-2 of the largest element in bfloat16, and 2e-5 in float32. Gradients of states are covered by tests: here
+documents start from zero states. Then the slowest rank's median times, forward and backward, are measured in one run:
+our schedules, an all-to-all of tokens, one device with the whole axis and, for ops that have it, fla-core's own context
+parallelism (`fla.ops.cp`, contiguous and zigzag slices), which is left out if its results are wrong. Without GPUs the
+benchmark runs over gloo on a short axis and only checks correctness.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from torch import Tensor
 
 import distattn as da
 from distattn.ir.op import OPS
+from distattn.ir.text_format import readable_bytes
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.recurrence.trial import RecurrenceInputs
 from distattn.kernels.spec import KernelRequirements
-from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.parallel.runtime.communication.transport import Transport
 
 WAYS = {
@@ -47,22 +48,23 @@ WAYS = {
     "by halves": RecurrencePlan("zigzag", schedule="tree"),
     "all-to-all": RecurrencePlan("zigzag", "ulysses"),
 }
-# ops with fla-core's context parallelism: the module and the function
+# ops that fla-core's context parallelism supports, with their module and function
 FLA = {
     "gated_delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     "kda": ("fla.ops.kda", "chunk_kda"),
 }
 SLICES_OF_FLA = {"fla": "contiguous", "fla, zigzag": "zigzag"}
-# a relative error of fp32; one device's own may be smaller by chance
+# allowed relative error of fp32, in case one device's own error is smaller by chance
 LEAST_ALLOWED = 2e-5
-# one device's own error, as a share of the largest number: a kernel that is wrong on a long axis makes all ranks equally wrong
+# allowed error of one device, as a share of the largest element: a kernel that is wrong on a long axis is equally wrong
+# on all ranks
 MOST_OF_ONE_DEVICE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
-# the number of heads that are computed in fp64 at once
+# number of heads computed in fp64 at once
 EXACT_HEADS = 4
 
 
 def main() -> int:
-    """Return exit code 1 if any rank has a wrong result."""
+    """Run the checks and timings. Return exit code 1 if any rank has a wrong result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--heads", type=int, default=32)
@@ -76,7 +78,7 @@ def main() -> int:
     rank, ranks, device = joined()
     cuda = device.type == "cuda"
     findings = Findings(arguments.findings, speaks=rank == 0)
-    # pieces of one length for all ranks: fla-core takes no others
+    # all ranks get pieces of the same length, because fla-core supports no others
     piece = 16 * 2 * ranks
     tokens, heads = (max(arguments.tokens // piece, 1) * piece, arguments.heads) if cuda else (128, 4)
     if without_fla := why_not_fla(device):
@@ -104,7 +106,7 @@ def main() -> int:
 
 
 class Case(NamedTuple):
-    """An op on packed documents, the whole axis on every rank: inputs, exact results, and the results of one device."""
+    """An op on packed documents. Every rank holds the whole axis: inputs, exact results, and the results of one device."""
 
     op: str
     lengths: Sequence[int]
@@ -115,10 +117,10 @@ class Case(NamedTuple):
 
     @staticmethod
     def of(op: str, lengths: Sequence[int], heads: int, device: torch.device) -> Case:
-        """Make a case in the usual precision of such a device, with the dims of most models, or small ones on a CPU."""
+        """Return a case: on a GPU bfloat16 with the head dim of most models, on a CPU float32 with a small head dim."""
         dtype, dim = (torch.bfloat16, 128) if device.type == "cuda" else (torch.float32, 16)
         inputs = RecurrenceInputs.random(lengths, heads, heads, KernelRequirements(dtype, dim, dim, device, op=OPS[op]))
-        # documents begin with zeros, and a state counts for hundreds of tokens
+        # zero initial states, and decays so weak that a state matters for hundreds of tokens
         x = inputs.x if inputs.x.g is None else inputs.x._replace(g=inputs.x.g / 100)
         inputs = inputs._replace(x=x, state=torch.zeros_like(inputs.state), dstate=torch.zeros_like(inputs.dstate))
         kernel = da.prepare(
@@ -132,7 +134,7 @@ class Case(NamedTuple):
         return Case(op, lengths, inputs, in_fp64(inputs), one_device, one_device()[1:])
 
     def contestants(self, with_fla: bool) -> dict[str, Contestant]:
-        """Return all contestants; each returns its tokens, their outputs, and the gradients of its inputs."""
+        """Return all contestants. Each returns its tokens, their outputs, and the gradients of its inputs."""
         ways: dict[str, Contestant] = {name: self.by(way) for name, way in WAYS.items()}
         if with_fla and self.op in FLA:
             ways |= {name: lambda slices=slices: of_fla(self, slices) for name, slices in SLICES_OF_FLA.items()}
@@ -141,17 +143,17 @@ class Case(NamedTuple):
     def by(
         self, way: RecurrencePlan, wrap: Callable[[Transport], Transport] = lambda transport: transport
     ) -> Contestant:
-        """Return a contestant by a plan. wrap: changes the transport of its messages."""
+        """Return the contestant that runs a plan. wrap: replaces the transport of its messages."""
         return contestant(way, self.op, self.lengths, self.inputs.x, self.inputs.do, wrap)
 
     def check(self, result: tuple[Tensor, ...]) -> str:
-        """Return what is wrong with a rank's result, or an empty text."""
+        """Return what is wrong with a rank's result, or an empty string."""
         tokens, *got = result
         names = ("o", *(f"d{name}" for name in self.inputs.x.by_token()))
         most = MOST_OF_ONE_DEVICE[self.inputs.x.v.dtype]
         for name, mine, alone_result, right in zip(names, got, self.of_one_device, self.exact, strict=True):
             alone = float((alone_result.double() - right).abs().max() / right.abs().max())
-            # NaN is wrong, too
+            # "not <=" also catches NaN
             if not alone <= most:
                 return f"{name} of one device is off by {alone:.1e} of the largest number (allowed: {most:.0e})"
             error, allowed = far(mine, right[tokens]), max(2 * far(alone_result[tokens], right[tokens]), LEAST_ALLOWED)
@@ -161,11 +163,11 @@ class Case(NamedTuple):
 
 
 def in_fp64(inputs: RecurrenceInputs) -> tuple[Tensor, ...]:
-    """Compute outputs and gradients by the chunked kernel in fp64, some heads after others."""
+    """Compute outputs and gradients with the chunked kernel in fp64, a few heads at a time."""
     parts = []
     for begin in range(0, inputs.x.heads, EXACT_HEADS):
         heads = slice(begin, begin + EXACT_HEADS)
-        # decays of a head that are constant over tokens are a list of heads
+        # decays shared by all tokens have only a head dimension
         some = {name: y[:, heads] if y.dim() > 1 else y[heads] for name, y in inputs.x.present().items()}
         x = RecurrenceTokens(**{name: y.double() for name, y in some.items()})
         state = inputs.state[:, heads].double()
@@ -176,7 +178,7 @@ def in_fp64(inputs: RecurrenceInputs) -> tuple[Tensor, ...]:
 
 
 def computed(kernel: Any, inputs: RecurrenceInputs) -> tuple[Tensor, ...]:
-    """Compute outputs, and gradients of all inputs by token, by a kernel on the whole axis at once."""
+    """Compute the outputs and the gradients of all per-token inputs with a kernel on the whole axis at once."""
     x, state, do, dstate = inputs[:4]
     schedule = inputs.schedule_of(kernel)
     o, _ = kernel.forward(x, schedule, state)
@@ -189,14 +191,14 @@ def far(got: Tensor, wanted: Tensor) -> float:
 
 
 def why_not_fla(device: torch.device) -> str:
-    """Return why fla-core's own context parallelism cannot be measured here, or an empty text."""
+    """Return why fla-core's own context parallelism cannot be measured here, or an empty string."""
     if find_spec("fla") is None or find_spec("fla.ops.cp") is None:
         return 'it is not installed: pip install "distattn[fla]"'
     return "" if device.type == "cuda" else "it runs on GPUs alone"
 
 
 def of_fla(case: Case, layout: str) -> Callable[[], tuple[Tensor, ...]]:
-    """Return fla-core's own context parallelism, by its public functions."""
+    """Return a function that runs fla-core's own context parallelism through its public functions."""
     module, function = FLA[case.op]
     compute = getattr(import_module(module), function)
     x, device = case.inputs.x, case.inputs.do.device
@@ -206,7 +208,7 @@ def of_fla(case: Case, layout: str) -> Callable[[], tuple[Tensor, ...]]:
     context = build(ends.to(device), dist.group.WORLD, cu_seqlens_cpu=ends, layout=layout)
     local = {name: value[tokens] for name, value in x.by_token().items()}
     do_local = case.inputs.do[tokens][None]
-    # a pass gathers a state and its transition of every piece, in fp32
+    # each pass gathers the state and the transition of every piece, in fp32
     heads, key_dim, value_dim = case.inputs.state.shape[1:]
     pieces = dist.get_world_size() * (2 if layout == "zigzag" else 1)
     gathered = 4 * pieces * heads * key_dim * (key_dim + value_dim) * (dist.get_world_size() - 1)
@@ -221,7 +223,7 @@ def of_fla(case: Case, layout: str) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def slices_of_fla(tokens: int, layout: str, rank: int, ranks: int) -> Tensor:
-    """Return the tokens of a rank as fla-core slices the axis; it takes pieces of one length only."""
+    """Return the tokens of a rank, as fla-core slices the axis into pieces of one length."""
     pieces = [rank] if layout == "contiguous" else [rank, 2 * ranks - 1 - rank]
     length = tokens // (ranks * len(pieces))
     return torch.cat([torch.arange(piece * length, (piece + 1) * length) for piece in pieces])

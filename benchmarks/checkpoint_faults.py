@@ -1,14 +1,15 @@
-"""Damage to checkpoints, and ranks that are killed while they save: the damage that is noticed, and the files that are left.
+"""Damaged checkpoints, and ranks killed while saving: is the damage noticed, and which files are left?
 
     python benchmarks/checkpoint_faults.py [--count 10000] [--kills 200] [--seed 0] [--folder FOLDER]
 
-Injections: of two checkpoints the newer is damaged, each time in another way, and the newest is loaded. Passed over: the older
-one is loaded, bitwise, and one warning names a damaged file. Harmless: the newer one is loaded, bitwise (a blank in the
-manifest). Silent: anything else. Beside it, the same damaged folder is loaded by plain torch.distributed.checkpoint (DCP).
+Injections: the newer of two checkpoints is damaged, in a different way each time, and the newest good checkpoint is
+loaded. "passed over": the older one loads bitwise equal, and one warning names a damaged file. "harmless": the newer
+one loads bitwise equal (for example, after an added blank in the manifest). "silent": anything else. For comparison,
+plain torch.distributed.checkpoint (DCP) loads the same damaged folder.
 
-Kills: two ranks train and save at every step without a pause; one of them is killed by SIGKILL at a random moment, the other must
-end with an error by itself. Then the newest good checkpoint must be no older than the newest before the kill, all ranks must load
-it bitwise, and nothing of the killed save may be left.
+Kills: two ranks train and save at every step without a pause. One of them is killed with SIGKILL at a random moment,
+and the other must end with an error on its own. Then the newest good checkpoint must be at least as new as before the
+kill, all ranks must load it bitwise equal, and nothing of the interrupted save may be left.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ from distattn.ir.errors import LostRankError
 
 PAGE = 4096
 OLDER, NEWER = "step-00000100", "step-00000200"
-# seconds that a rank may take to notice that the other one has ended
+# maximum seconds until a rank notices that the other one has ended
 NOTICE_SECONDS = 60.0
 
 
 def state_of(step: int, ranks: int = 2) -> dict[str, Any]:
-    """Return a state that is a function of its step: tensors that DCP has the ranks share, an optimizer's, plain values."""
+    """Return a state determined by its step: model tensors, which DCP divides among ranks, optimizer tensors and plain values."""
     generator = torch.Generator().manual_seed(step)
     model = {f"layer {n}": torch.rand(64, 48 + n, generator=generator) for n in range(4 * ranks)}
     moments = {f"layer {n}": torch.rand(4096, generator=generator) for n in range(4 * ranks)}
@@ -62,7 +63,7 @@ def state_of(step: int, ranks: int = 2) -> dict[str, Any]:
 
 
 def empty_state(ranks: int = 2) -> dict[str, Any]:
-    """Return the same state with other values."""
+    """Return a state of the same structure with other values (NaN in tensors)."""
     state = state_of(0, ranks)
     for tensors in (state["model"], state["optimizer"]["exp_avg"]):
         for tensor in tensors.values():
@@ -80,7 +81,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def no_warning(line: str) -> None:
-    """Assert that a warning only says that one save waits for another, as on a slow disk."""
+    """Assert that a warning only says that a save waited for the previous one, as on a slow disk."""
     assert " waited " in line, line
 
 
@@ -88,7 +89,7 @@ def no_warning(line: str) -> None:
 
 
 class Injection(NamedTuple):
-    """Damage to the newer checkpoint. files: a warning must name one of them."""
+    """Damage to the newer checkpoint. files: the damaged files, one of which a warning must name."""
 
     kind: str
     files: tuple[str, ...]
@@ -104,7 +105,7 @@ def flip(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def flip_data(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Change one bit in a file of tensors."""
+    """Change one bit of a tensor file."""
     file = rng.choice(_data_files(folder))
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -113,7 +114,7 @@ def flip_data(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def zero_page(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Replace a page of a file of tensors by zeros."""
+    """Replace a page of a tensor file with zeros."""
     file = rng.choice(_data_files(folder))
     content = bytearray(file.read_bytes())
     start = rng.randrange(len(content)) // PAGE * PAGE
@@ -124,7 +125,7 @@ def zero_page(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def overwrite(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Replace some bytes of a file."""
+    """Overwrite some bytes of a file."""
     file = rng.choice(_files(folder))
     content = bytearray(file.read_bytes())
     start = rng.randrange(len(content))
@@ -142,7 +143,7 @@ def truncate(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def extend(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Append bytes to a file."""
+    """Append bytes to a tensor file."""
     file = rng.choice(_data_files(folder))
     with open(file, "ab") as opened:
         opened.write(rng.randbytes(rng.randrange(1, PAGE)))
@@ -157,7 +158,7 @@ def delete(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def swap_ranks(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Swap the names of two ranks' files."""
+    """Swap two tensor files, such as those of two ranks."""
     first, other = rng.sample(_data_files(folder), 2)
     content = first.read_bytes()
     first.write_bytes(other.read_bytes())
@@ -166,16 +167,16 @@ def swap_ranks(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def swap_checkpoints(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Replace a file by that of the older checkpoint."""
+    """Replace a file with the older checkpoint's file of the same name."""
     file = rng.choice([*_data_files(folder), folder / ".metadata"])
-    # without the manifest: DCP's own description of both may be the same
+    # both checkpoints may have the same DCP metadata: then nothing was damaged
     before = file.read_bytes()
     file.write_bytes((folder.parent / OLDER / file.name).read_bytes())
     return () if file.read_bytes() == before else (file.name,)
 
 
 def stale_manifest(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Replace the manifest by the older checkpoint's, as it was or with the step altered."""
+    """Replace the manifest with the older checkpoint's, unchanged or with its step altered."""
     text = (folder.parent / OLDER / "manifest.json").read_text()
     if rng.random() < 0.5:
         text = text.replace('"step": 100', '"step": 200')
@@ -184,7 +185,7 @@ def stale_manifest(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def other_folder(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Replace all files by the older checkpoint's."""
+    """Replace all files with the older checkpoint's."""
     shutil.rmtree(folder)
     shutil.copytree(folder.parent / OLDER, folder)
     return ("manifest.json",)
@@ -224,7 +225,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], tuple[str, ...]]] = {
 
 
 def _files(folder: Path) -> list[Path]:
-    # a verdict is advice, and has no digest
+    # a verdict is only advice and has no digest
     return sorted(file for file in folder.iterdir() if file.name != VERDICT_FILE)
 
 
@@ -245,7 +246,11 @@ def save_pair(rank: int, folder: str) -> None:
 
 
 class Injector:
-    """A loader of damaged copies of a pair of checkpoints. `counts`: outcomes by kind of damage; `silent`: unnoticed damage."""
+    """A loader of damaged copies of a pair of checkpoints.
+
+    counts: the outcomes by kind of damage. plain: the same for plain DCP. silent: a line for each damage that went
+    unnoticed.
+    """
 
     def __init__(self, pair: Path, folder: Path, seed: int):
         self.pair, self.folder, self.rng = pair, folder, random.Random(seed)
@@ -259,7 +264,7 @@ class Injector:
         self._wanted = {100: state_of(100), 200: state_of(200)}
 
     def inject(self, kind: str, beside_dcp: bool = True) -> None:
-        """Make one damage of a kind. Note the outcome in `counts`, and plain DCP's in `plain`."""
+        """Damage the newer checkpoint, load, and count the outcome in `counts`, and that of plain DCP in `plain`."""
         newer = self.folder / NEWER
         shutil.rmtree(newer, ignore_errors=True)
         shutil.copytree(self.pair / NEWER, newer)
@@ -269,7 +274,7 @@ class Injector:
             self.plain[kind][self._plain_outcome(newer)] += 1
 
     def close(self) -> None:
-        """End the loader's thread."""
+        """Stop the loader's thread."""
         self._checkpoints.close()
 
     def _outcome(self, kind: str, files: tuple[str, ...]) -> str:
@@ -296,8 +301,8 @@ class Injector:
 
 
 def run_injections(count: int, seed: int, folder: Path) -> Injector:
-    """Make damage of all kinds in turn, `count` times in all."""
-    # DCP logs the tracebacks of all errors
+    """Inject damage `count` times, cycling through all kinds."""
+    # DCP logs a traceback for every error
     logging.disable(logging.WARNING)
     (folder / "pair").mkdir(parents=True)
     (folder / "damaged").mkdir()
@@ -317,7 +322,7 @@ def run_injections(count: int, seed: int, folder: Path) -> Injector:
 
 
 def train_and_save(rank: int, folder: str, checked: Any) -> None:
-    """Resume, check what was loaded, and save at every step until a rank is killed. Then end the process with code 7."""
+    """Resume, check the loaded state, and save at every step until a rank is killed. Then end the process with exit code 7."""
     warned: list[str] = []
     how: dict[str, Any] = {"group": dist.group.WORLD, "facts": {"config": "c"}, "keep": KeepRule(last=2)}
     saver = Checkpoints(Path(folder), warn=warned.append, **how)
@@ -327,7 +332,7 @@ def train_and_save(rank: int, folder: str, checked: Any) -> None:
     if loaded is not None:
         step = loaded.step
         assert equal(state, state_of(step)), f"step {step} loads other tensors than were saved"
-    # rank 0 removes leftovers, and it may not have ended when other ranks have loaded
+    # only rank 0 checks: it removes leftovers, and other ranks may finish loading before it has
     leftovers = [name for name in os.listdir(folder) if "." in name] if rank == 0 and Path(folder).exists() else []
     assert not leftovers, leftovers
     assert not warned, warned
@@ -341,7 +346,11 @@ def train_and_save(rank: int, folder: str, checked: Any) -> None:
 
 
 class KillResult(NamedTuple):
-    """The results of kills. amid_save: how many left a part of a checkpoint. notice: survivors' seconds to notice."""
+    """The results of all kills.
+
+    steps: the last saved step. amid_save: the number of kills that left a part of a checkpoint. notice: the maximum
+    seconds until a survivor noticed and ended.
+    """
 
     kills: int
     steps: int
@@ -350,7 +359,7 @@ class KillResult(NamedTuple):
 
 
 def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds: float = 0.5) -> KillResult:
-    """Start, kill a random rank at a random moment after all have resumed, check the files that are left; `kills` times."""
+    """Repeat `kills` times: start ranks, kill one at random at a random moment once all have resumed, and check what is left."""
     rng = random.Random(seed)
     context = multiprocessing.get_context("fork")
     port, checked = context.SimpleQueue(), context.SimpleQueue()
@@ -412,7 +421,7 @@ def _rank(
     rank: int, ranks: int, port: int, attempt: int, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
-    # prints where a rank stands that does not end
+    # print the stack of a rank that hangs
     faulthandler.dump_traceback_later(NOTICE_SECONDS - 5, exit=False)
     store = dist.PrefixStore(f"attempt {attempt}", dist.TCPStore("127.0.0.1", port, is_master=False))
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
@@ -437,7 +446,7 @@ def _forked(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
 
 
 def main() -> int:
-    """Print the results. Return exit code 1 if any damage was unnoticed."""
+    """Run the kills and the injections and print the results. Return exit code 1 if any damage went unnoticed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=200)

@@ -1,17 +1,18 @@
-"""The time that a training step waits for a checkpoint: ours beside plain torch.distributed.checkpoint (DCP), sync and async.
+"""The time that a training step waits for a checkpoint: ours and plain torch.distributed.checkpoint (DCP), sync and async.
 
     python benchmarks/checkpoint_stall.py [--folder FOLDER] [--megabytes 400] [--tensors 150] [--ranks 1] [--repeats 5]
 
-A loop of steps (matrix products, then an in-place update of every tensor of the state, as an optimizer's) saves its state once.
-Stall: seconds that the loop's thread waits in calls of the checkpoint, the longest of all ranks. Save: seconds from the call
-until the checkpoint is complete and synchronised with the disk. Steps amid it: what they take more than without a save, since
-the writer uses the same processor and disk. A contestant whose checkpoint does not load bitwise is not timed.
+A loop of steps (matrix products, then an in-place update of every tensor of the state, like an optimizer's) saves its
+state once. "stall": seconds that the loop's thread spends in checkpoint calls, on the slowest rank. "save": seconds
+from the call until the checkpoint is complete and synchronized with the disk. "steps amid it, more": how much longer
+steps take during a save, because the writer uses the same CPU and disk. A contestant whose checkpoint does not load
+bitwise equal is not timed.
 
-  ours             save(), returns when the tensors are copied
+  ours             save(), which returns when the tensors are copied
   ours, overlap    save(overlap=True), and wait_staged() before the update
   dcp              dcp.save
   dcp async        dcp.async_save
-  dcp async, kept  dcp.async_save whose writer keeps its copies from one save to the next; for GPUs only
+  dcp async, kept  dcp.async_save with a writer that reuses its copies from one save to the next; GPUs only
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from process_guard import guard_processes
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 
-# the loop: the width of a step's products, and the least seconds of a step
+# width of a step's matrix products, and minimum seconds per step
 _WIDTH, _STEP_SECONDS = 1024, 0.25
 
 
 class Timed(NamedTuple):
-    """Seconds of one loop with a save in it, and the folder of the checkpoint."""
+    """The seconds measured in one loop with a save, and the checkpoint's folder."""
 
     stall: float
     save: float
@@ -53,12 +54,12 @@ class Timed(NamedTuple):
     folder: Path
 
 
-# begins a save of a step: returns what to call before the update, and what waits until all is written
+# starts a save: (step, state) -> (a function to call before the update, a function that waits until all is written, the folder)
 Begin = Callable[[int, dict], tuple[Callable[[], Any], Callable[[], Any], Path]]
 
 
 def main() -> int:
-    """Print the table."""
+    """Run all contestants and print the table. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; by default a temporary one")
     parser.add_argument("--megabytes", type=int, default=400, help="of a rank's state")
@@ -120,7 +121,7 @@ def _run(rank: int, arguments: argparse.Namespace, store: str) -> None:
 
 
 def _tensors(arguments: argparse.Namespace, rank: int) -> dict[str, torch.Tensor]:
-    """Return the rank's own tensors: one in five is four times as large as the others."""
+    """Return tensors of the rank's own. Every fifth is four times as large as the others."""
     generator = torch.Generator().manual_seed(rank)
     shares = [4 if number % 5 == 0 else 1 for number in range(arguments.tensors)]
     unit = arguments.megabytes * 250_000 // sum(shares)
@@ -131,7 +132,7 @@ def _tensors(arguments: argparse.Namespace, rank: int) -> dict[str, torch.Tensor
 
 
 def _step(state: dict, before_update: Callable[[], Any] | None = None) -> float:
-    """Run products, then an update in place. Return the seconds without those of `before_update`."""
+    """Run matrix products, then an in-place update. Return the seconds without those spent in `before_update`."""
     began = time.perf_counter()
     a = torch.rand(_WIDTH, _WIDTH)
     while time.perf_counter() - began < _STEP_SECONDS:
@@ -145,7 +146,7 @@ def _step(state: dict, before_update: Callable[[], Any] | None = None) -> float:
 
 
 def _loop(state: dict, saved: dict, begin: Begin) -> Timed:
-    """Save once, amid steps, until the checkpoint is complete."""
+    """Save once, and run steps until the checkpoint is complete."""
     dist.barrier()
     state["step"] += 1
     saved |= {key: value.clone() for key, value in state["model"].items()}
@@ -172,7 +173,7 @@ def _loop(state: dict, saved: dict, begin: Begin) -> Timed:
 
 
 class _Waiter:
-    """A thread that only waits, and notes when a save is complete."""
+    """A thread that waits for a save, and records when it is complete."""
 
     def __init__(self, done: Callable[[], Any], finished: list[float]):
         self.error: Exception | None = None
@@ -230,7 +231,7 @@ def _dcp_async(folder: Path, keep: bool = False) -> Iterator[Begin]:
 
 
 def _fresh(folder: Path, step: int) -> Path:
-    """Return the folder of a step, and delete those before it, as a rule that keeps one does."""
+    """Make and return the folder for a step. Delete earlier folders, as keeping only the last checkpoint requires."""
     if dist.get_rank() == 0:
         for old in folder.glob("*"):
             shutil.rmtree(old)

@@ -1,12 +1,12 @@
-"""Planted faults of communication: the findings of `check_cluster` and the driver must name them.
+"""Planted communication faults, which the checks of `check_cluster` and the driver must name.
 
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py
     python -m torch.distributed.run --standalone --nproc-per-node gpu benchmarks/cluster_plants.py --stop
 
-One rank has another plan; a message of attention or of a recurrent layer is altered on its way; the memory of a message is used
-again before the wait. With --stop, in a run of its own, the last rank stops, and the others must name it and the message that
-they wait for, and end without an error.
-Each fault is a line; exit code 1 if one is not found. Over NCCL on several GPUs, otherwise over gloo (TRITON_INTERPRET=1).
+The faults: one rank has a different plan; a message of attention or of a recurrent layer is altered in flight; the
+memory of a message is reused before the wait. With --stop, in a run of its own, the last rank stops. The others must
+name it and the message for which they wait, and end without an error. Each fault is printed as a line, and the exit
+code is 1 if one is not found. The benchmark runs over NCCL on several GPUs, otherwise over gloo (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ import distattn as da
 from distattn.parallel.runtime.communication.transport import Packet, PendingMessages, Transport
 
 TOKENS = 16384
-# few tokens, so that a state counts for much of a rank's results
+# so few tokens that the received state contributes much to a rank's results
 STATE_TOKENS = 2048
-# the time-out of the driver whose rank stops: a step takes far less, also the first one, which compiles
+# the driver's time-out in seconds with --stop; every step takes far less, even the first, which compiles
 TIMEOUT = 30.0
 TIMEOUT_ON_CPU = 8.0
-# seconds in which every rank learns a verdict
+# seconds within which every rank learns a verdict
 SOON = 3.0
-# clock cycles, about 0.05 s: far longer than the host needs to continue
+# GPU clock cycles, about 0.05 s: far longer than the host needs to continue
 LONG = 85_000_000
 
 
 def main() -> int:
-    """Make all faults, one line each. Return exit code 1 if one is not found."""
+    """Plant all faults and print one line each. Return exit code 1 if any is not found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stop", action="store_true", help="only the rank that stops")
     parser.add_argument("--timeout", type=float, help="seconds after which a rank that does not answer is named")
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def other_plan(job: Job, findings: Findings) -> None:
-    """Let the last rank take another strategy than all others: every rank must refuse, and name it."""
+    """Give the last rank a different strategy. Every rank must refuse the plan and name that rank."""
     odd = job.ranks - 1
     plan = job.case.plan("allgather" if job.rank == odd else "ring")
     refusal_text = ""
@@ -88,7 +88,7 @@ def other_plan(job: Job, findings: Findings) -> None:
 
 
 class Parity(NamedTuple):
-    """A strategy by name, the computation for a transport of its messages, and the check of its results."""
+    """A strategy's name, a function that returns its computation for a transport, and the check of the results."""
 
     strategy: str
     contestant: Callable[[Callable[[Transport], Transport]], Contestant]
@@ -96,20 +96,20 @@ class Parity(NamedTuple):
 
 
 def attention_by(strategy: str, job: Job) -> Parity:
-    """Return attention forward and backward, compared with the whole axis at once."""
+    """Return the check of a strategy's attention, forward and backward, against the whole axis at once."""
     plan = job.case.plan(strategy)
     return Parity(strategy, lambda wrap: lambda: layer(plan, job, wrap), lambda result: check(result, job.wanted))
 
 
 def recurrence(job: Job) -> Parity:
-    """Return Gated DeltaNet by states that are passed from rank to rank, compared with fp64."""
+    """Return the check of Gated DeltaNet, with states passed from rank to rank, against fp64."""
     tokens, heads = (STATE_TOKENS, 32) if job.cuda else (128, 4)
     case = RecurrenceCase.of("gated_delta_rule", [tokens], heads, job.device)
     return Parity("scan", lambda wrap: case.by(RecurrencePlan("contiguous", schedule="sequential"), wrap), case.check)
 
 
 def found_by_parity(fault: str, parity: Parity, wrap: Callable[[Transport], Transport], findings: Findings) -> None:
-    """Check that the comparison of outputs and gradients names the strategy, and the ranks where it is wrong."""
+    """Check that comparing outputs and gradients names the strategy and the ranks on which it is wrong."""
     strategy = parity.strategy
 
     def judged(wrapped: Callable[[Transport], Transport]) -> str:
@@ -125,7 +125,7 @@ def found_by_parity(fault: str, parity: Parity, wrap: Callable[[Transport], Tran
 
 
 class Altered:
-    """A transport by which rank 0's first message arrives with another sign in an eighth of its numbers."""
+    """A transport that flips the sign of an eighth of the elements in rank 0's first message."""
 
     def __init__(self, transport: Transport, job: Job):
         self.transport, self.armed = transport, job.rank == 0
@@ -140,17 +140,18 @@ class Altered:
 
 
 def altered(x: Tensor) -> Tensor:
-    """Return a copy, of which the first eighth is negated."""
+    """Return a copy whose first eighth is negated."""
     copy = x.contiguous().clone()
     copy.view(-1)[: -(-copy.numel() // 8)].neg_()
     return copy
 
 
 class Reused:
-    """A transport by which rank 0 overwrites a tensor that it sends before the wait.
+    """A transport with which rank 0 overwrites the tensors it sends before the wait.
 
-    To make the fault show every time, the tensor is read late. On a GPU the messages wait for a stream that sleeps. On a CPU
-    they are read when the other end reaches them: rank 0 releases it by a message of the default group.
+    The tensors are read late, so that the fault shows every time. On a GPU the messages are queued on a stream that
+    sleeps. On a CPU they are read when the receiver posts its receives, which it does only after a message from rank 0
+    in the default group.
     """
 
     def __init__(self, transport: Transport, job: Job):
@@ -185,7 +186,10 @@ class Reused:
 
 
 def rank_stops(timeout: float | None, path: Path | None) -> int:
-    """Stop the last rank in a loop over attention: all others must name it and the missing message, and end."""
+    """Stop the last rank in a loop over attention. All others must name it and the missing message, and end.
+
+    Return the exit code.
+    """
     cuda = torch.cuda.is_available()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     findings = Findings(path, speaks=rank == 0)
@@ -200,15 +204,15 @@ def rank_stops(timeout: float | None, path: Path | None) -> int:
     timeout, lost = timeout or (TIMEOUT if cuda else TIMEOUT_ON_CPU), ranks - 1
     processes: list[Any] = [None] * ranks
     dist.all_gather_object(processes, os.getpid())
-    # each rank would print what is gathered below
+    # otherwise each rank would log the error that is gathered below
     logging.getLogger("distattn").disabled = True
     began = time.monotonic()
     error = error_of_loop(rank == lost, timeout, device)
     if rank == 0:
-        # the stopped rank continues, finds that it has been given up, and ends like all others
+        # the stopped rank continues, finds that the others have given it up, and ends like them
         os.kill(processes[lost], signal.SIGCONT)
     errors: list[Any] = [None] * ranks
-    # between hosts, independent of the device's messages
+    # this runs over gloo, independent of the device's messages
     dist.all_gather_object(errors, error)
     named = all(f"rank {lost}" in text for text in errors)
     detailed = next((text for text in errors[:-1] if "KV" in text and "in step" in text), "")
@@ -219,7 +223,7 @@ def rank_stops(timeout: float | None, path: Path | None) -> int:
 
 
 def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
-    """Return the error that ends a loop over attention, in which this rank stops or not; or an empty text."""
+    """Return the error that ends a loop over attention, or an empty string. stops: whether this rank stops in the loop."""
     cuda = device.type == "cuda"
     tokens, dim, dtype = (4096, 128, torch.bfloat16) if cuda else (256, 32, torch.float32)
     settings = dict(strategy="ring", layout="zigzag", kernel="triton" if cuda else "cpu", timeout=timeout)
@@ -235,16 +239,16 @@ def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
                 batch["context_parallel"].attention(q, k, v)
             if cuda:
                 torch.cuda.synchronize()
-            # all ranks are here, and no message is under way
+            # all ranks are here, and no message is in flight
             dist.all_reduce(torch.zeros(1))
             if stops:
                 os.kill(os.getpid(), signal.SIGSTOP)
-                # by then it knows that the others have given it up: messages to them would never end
+                # wait until this rank knows that the others have given it up: messages to them would never complete
                 time.sleep(SOON)
             ends = time.monotonic() + 4 * timeout
             while time.monotonic() < ends:
                 batch["context_parallel"].attention(q, k, v)
-                # a loop that never reads the outputs; kernels queue up behind the missing message
+                # outputs are never read, so kernels queue up behind the missing message
                 time.sleep(1)
     except da.LostRankError as error:
         return str(error)

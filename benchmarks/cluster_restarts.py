@@ -1,12 +1,13 @@
-"""Seconds until a run on Slurm or Ray trains again after one of its ranks was killed, or stopped.
+"""Seconds until a run on Slurm or Ray trains again after one of its ranks was killed or stopped.
 
     python benchmarks/cluster_restarts.py [--on local slurm ray] [--repeats 3] [--patience 5] [--data.tokens_per_step ...]
 
-The clusters are real, with two nodes of two ranks each, all on this machine, as in the tests. Rank 0 of a run of
-`configs/tiny.toml` gets a SIGKILL, that of another run a SIGSTOP: a node that is to blame twice in a row is left out. The table
-has medians of the seconds from the signal until the rank's node has named it (noticed), until the next attempt begins, and until
-its first step is done (trains again), which includes the new processes' imports: they are measured separately. `local` is
-`distattn launch local` with four ranks, whose restarts import nothing. Further arguments are the runs'.
+The clusters are real, with two nodes of two ranks each, all on this machine, as in the tests. Each fault gets a run of
+`configs/tiny.toml` of its own, because a node blamed twice in a row is left out: rank 0 receives a SIGKILL in one run
+and a SIGSTOP in the other. The table has the median seconds from the signal until the rank's node has named it
+(noticed), until the next attempt starts, and until its first step is done (trains again). The last includes the new
+processes' imports, which are also measured separately. `local` is `distattn launch local` with four ranks, whose
+restarts import nothing. Further arguments are passed to the runs.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from distattn.training.reporting.json_lines import read_rows
 ROOT = Path(__file__).parents[1]
 FAULTS = (signal.SIGKILL, signal.SIGSTOP)
 TARGETS = ("local", "slurm", "ray")
-# a wait takes this long only if the condition never becomes true
+# maximum seconds to wait for a condition
 _LIMIT_SECONDS = 600.0
 # seconds that ranks may take to save when the run is cancelled
 _ENDING_SECONDS = 60.0
-# ranks have more time until some steps are done
+# steps to wait for before the fault: ranks have more time to answer during the first steps
 _STEPS = 4
 
 
 class Times(NamedTuple):
-    """Seconds after a fault."""
+    """Seconds from a fault until it was noticed, the next attempt began, and training went on."""
 
     noticed: float
     begun: float
@@ -52,7 +53,7 @@ class Times(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A cluster. command: the arguments that start a run; environment: of the run, and of commands about it."""
+    """A cluster. command: the arguments that start a run. environment: variables for the run and for commands about it."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -60,7 +61,7 @@ class Target(NamedTuple):
 
 @contextlib.contextmanager
 def cluster(name: str, folder: Path) -> Iterator[Target]:
-    """Start a cluster of two nodes."""
+    """Start a cluster of two nodes for the block, and stop it at the end."""
     if name == "slurm":
         from slurm_cluster import SlurmCluster
 
@@ -83,7 +84,7 @@ def cluster(name: str, folder: Path) -> Iterator[Target]:
 
 
 def measured(target: Target, folder: Path, fault: signal.Signals, patience: float, further: Sequence[str]) -> Times:
-    """Measure the times of a fault in a run of its own, in a new folder. further: arguments of the run."""
+    """Measure the times of a fault in a run of its own, in a new folder. further: more arguments for the run."""
     options = (
         "--checkpoint.every_steps=2",
         "--checkpoint.keep_last=2",
@@ -152,7 +153,7 @@ def _until(condition: Callable[[], object], trouble: Callable[[], str]) -> None:
 
 
 def import_seconds() -> float:
-    """Return the seconds in which a new process imports the modules of a rank."""
+    """Return the seconds that a new process takes to import a rank's modules."""
     began = time.time()
     subprocess.run(
         [sys.executable, "-c", "import distattn.training.rank, distattn.training.loop"], cwd=ROOT, check=True
@@ -161,7 +162,7 @@ def import_seconds() -> float:
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure the restarts and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--repeats", type=int, default=3)
@@ -169,11 +170,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file that gets the numbers, too")
     arguments, further = parser.parse_known_args()
     sys.stdout.write("| on | fault | noticed | next attempt | trains again |\n|---|---|---|---|---|\n")
-    # the clusters are those of the tests
+    # the clusters' code is shared with the tests
     sys.path.append(str(ROOT / "tests" / "support"))
     cells, imports = [], import_seconds()
     for name in arguments.on:
-        # ranks of a cancelled job may still write
+        # ranks of a cancelled job may still be writing
         with (
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
             cluster(name, Path(folder, "cluster")) as target,

@@ -1,20 +1,21 @@
-"""The machine code of the kernels of attention and recurrences, compiled by Triton and checked without a GPU.
+"""A lint of the machine code that Triton compiles for the attention and recurrence kernels. It needs no GPU.
 
     python benchmarks/compile_lint.py [--arch 80 90 100] [--only REGULAR-EXPRESSION] [--production [STRATEGY ...]]
                                       [--all] [--update | --names]
 
-Every kernel, epilogue and tile goes through the real launch path with a stand-in for the driver, then the machine code is
-read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that ptxas
-made wait for each other, products that run under other work, narrow asynchronous loads; and, for the main loop (the shortest
-of the loops that multiply and have the most exponentials), instructions in all and by pipe. The numbers are compared with a
-committed budget, one file per version of Triton. A change that makes one worse fails; --update rewrites the file. Exit code 1 if
-something is worse.
+Every kernel, epilogue and tile size goes through the real launch path with a stand-in for the driver. Then the machine
+code is read: registers, stack, spills inside the loops that multiply, shared memory, matrix instructions, products that
+ptxas serialized, products that overlap with other work, and narrow asynchronous loads. For the main loop (of the loops
+that multiply, the one with the most exponentials, and the shortest of these) it also counts instructions, in total and
+by pipe. The numbers are compared with a committed budget, one file per version of Triton. The exit code is 1 if any
+number is worse; --update rewrites the file.
 
-The budget has a digest of what the compiler was given. A kernel whose digest is the same is not compiled again, since its machine
-code is what the budget was taken from; --all compiles it nevertheless.
+The budget has a digest of the compiler's input. A kernel with the same digest is not compiled again, since the budget
+was taken from the same machine code; --all compiles it nevertheless.
 
---production adds what layer calls launch and is not among the others, found by running the executor on plans of all strategies,
-or of those that are named (see `production_launches`). --names compiles nothing: it fails where a kernel has no budget.
+--production adds launches of layer calls that are not among the others. They are found by running the executor on plans
+of all strategies, or of the given ones (see `production_launches`). --names compiles nothing and fails if a kernel has
+no budget.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ from distattn.parallel.make_plan import STRATEGIES
 ARCHITECTURES = (80, 90, 100)
 DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 SINGLE_DIMS = ((64, 64), (128, 128), (256, 256))
-# bytes of shared memory a program may have (CUDA programming guide, compute capabilities)
+# maximum bytes of shared memory per program (CUDA programming guide, compute capabilities)
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
-# the operations that multiply matrices there
+# the matrix-multiply instruction of each architecture
 PRODUCTS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 WORSE_IF_MORE = (
     "registers",
@@ -71,9 +72,9 @@ WORSE_IF_MORE = (
     "mufu",
     "bar",
 )
-# words in the names of kernels whose matrices are not multiplied by these
+# words in the names of kernels that do not use matrix-multiply instructions
 WITHOUT_PRODUCTS = {"float32", "numbers", "row_numbers_kernel", "sums", "sum_parts_kernel", "spin", "glue"}
-# the pipe of an instruction, by how its name begins (nvdisasm of sm_80 to sm_100)
+# prefixes of the instructions of each pipe (nvdisasm, sm_80 to sm_100)
 PIPES = {
     "fma": ("FFMA", "FMUL", "FADD", "HFMA", "HADD", "HMUL", "IMAD"),
     "alu": (
@@ -96,14 +97,14 @@ PIPES = {
     "mufu": ("MUFU",),
     "bar": ("BAR",),
 }
-# registers per thread of the kernel that stands for messages: allocated by 8, its 1024 threads then hold 49,152 of 65,536
+# minimum registers per thread of the spinner: rounded up to a multiple of 8, its 1024 threads hold 49,152 of 65,536 registers
 HELD_BY_SPIN = 41
 HEADS, KV_HEADS, TOKENS = 8, 2, 256
 CPU = torch.device("cpu")
 
 
 class StandIn:
-    """A driver that knows only its target."""
+    """A stand-in for Triton's driver, which only knows its target."""
 
     def __init__(self, arch: int):
         self.target, self.utils = GPUTarget("cuda", arch, 32), None
@@ -112,7 +113,7 @@ class StandIn:
         return self.target
 
     def get_current_device(self) -> int:
-        # compiled kernels are cached by device
+        # compiled kernels are cached by device, so each architecture is a device of its own
         return int(self.target.arch)
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -129,7 +130,7 @@ class StandIn:
 
 
 def main() -> int:
-    """Compile, compare, report."""
+    """Compile the kernels, compare them with their budgets and report. Return exit code 1 if there is a complaint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", type=re.compile, default="", help="kernels whose names have this")
@@ -148,7 +149,7 @@ def main() -> int:
     names: set[str] = set()
     unchanged = 0
     for arch in arguments.arch:
-        # all digests come first: a compiled kernel does not tell what it was compiled from
+        # compute all digests first: a digest cannot be taken from a kernel that is already compiled
         described = [(name, launch, digest(launch, arch)) for name, launch in variants(arch)]
         if arguments.production is not None:
             described += launched(arch, {digest_ for _, _, digest_ in described}, arguments.production or STRATEGIES)
@@ -179,7 +180,7 @@ def main() -> int:
     )
     if arguments.update:
         if arguments.production == [] and not arguments.only.pattern:
-            # budgets of kernels that are not launched any more
+            # drop budgets of kernels that are no longer launched
             linted = tuple(f"sm_{arch} " for arch in arguments.arch)
             budget = {name: kept for name, kept in budget.items() if name in names or not name.startswith(linted)}
         path.parent.mkdir(exist_ok=True)
@@ -209,7 +210,7 @@ def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
 
 
 def launched(arch: int, known_digests: set[str], strategies: Iterable[str]) -> Iterator[tuple[str, TritonLaunch, str]]:
-    """Yield (name, launch, digest) of what layer calls launch on an architecture, but for known digests."""
+    """Yield (name, launch, digest) for each launch of layer calls on an architecture whose digest is not known yet."""
     launches_of_calls = [launch for shape in SHAPES for launch in production_launches(arch, shape, strategies)]
     for name, launch in named_launches(launches_of_calls).items():
         if (launch_digest := digest(launch, arch)) not in known_digests:
@@ -219,10 +220,10 @@ def launched(arch: int, known_digests: set[str], strategies: Iterable[str]) -> I
 def launches(
     arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool
 ) -> Iterator[tuple[str, TritonLaunch]]:
-    """Yield the launches of one kind of call."""
+    """Yield (name, launch) for each kernel that a call with these dtypes and dims launches."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, v_dim, modifiers)
     tiles = triton_attention.tiles_for(KernelRequirements(dtype, dim, v_dim, CPU), arch)
-    # with one processor no tile is cut
+    # with one multiprocessor no tile is split
     work = triton_attention.prepare_tiles(LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS), tiles, 1)
     with mock.patch.object(triton_attention, "compute_capability", lambda device: arch):
         for epilogue, how in epilogues():
@@ -251,7 +252,7 @@ def launches(
 
 
 def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tuple[str, TritonLaunch]]:
-    """Yield the same launches of the kernels for Hopper."""
+    """Yield (name, launch) for each kernel of the Gluon tier, which is for Hopper."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, dim, modifiers)
     cells = LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
     work = gluon_attention.prepare(cells, KernelRequirements(dtype, dim, dim, CPU))
@@ -265,7 +266,7 @@ def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tu
 
 
 def recurrence_launches(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, TritonLaunch]]:
-    """Yield the launches of Gated DeltaNet, forward and backward, each kernel once."""
+    """Yield (name, launch) for each kernel of Gated DeltaNet, forward and backward, once per kernel."""
 
     def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(TOKENS, *shape, dtype=of)
@@ -283,7 +284,7 @@ def recurrence_launches(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Tri
 
 
 def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what a forward may do with its result."""
+    """Yield the ways in which a forward can store its result: a name, and arguments of `forward_launch`."""
     yield "write", {}
     yield "merge", dict(merge=True)
 
@@ -294,7 +295,7 @@ def finished(sums: torch.Tensor, dtype: torch.dtype) -> FinalRows:
 
 
 def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, ScoreMod]:
-    """Return (operands, results, score) of a call. Nothing is computed: tensors need only have a shape."""
+    """Return (operands, results, score) for a call. Tensors are uninitialized, because nothing is computed."""
 
     def tensor(heads: int, width: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(TOKENS, heads, width, dtype=of)
@@ -306,7 +307,7 @@ def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[
 
 
 def digest(launch: TritonLaunch, arch: int) -> str:
-    """Return a digest of the compiler's whole input: the kernel with its callees, the kinds of its arguments, and options."""
+    """Return a digest of the compiler's whole input: the kernel and its callees, argument types, and options."""
     compiler_input: list[Any] = []
 
     def skip(*, key: Any, **others: Any) -> bool:
@@ -319,25 +320,25 @@ def digest(launch: TritonLaunch, arch: int) -> str:
 
 
 def compiled(launch: TritonLaunch, arch: int) -> Any:
-    """Return Triton's compiled kernel of a launch."""
+    """Compile a launch's kernel for an architecture and return it."""
     triton.runtime.driver.set_active(StandIn(arch))
     return launch.kernel.warmup(**launch.arguments, **launch.options, grid=(1,))
 
 
 def facts(kernel: Any, arch: int) -> dict[str, int]:
-    """Return the facts of a kernel's machine code."""
+    """Return the numbers that budgets limit, read from a kernel's machine code."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = output(tools / "cuobjdump", "-res-usage", file.name)
-        # without data-flow analysis, which takes a quarter of the time and changes none of these facts
+        # skip data-flow analysis (-ndf), which takes a quarter of the time and changes none of these numbers
         code = output(tools / "nvdisasm", "-ndf", "-c", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     operations, loops = parse(code)
     counts = Counter(operation.split(".")[0] for operation in operations)
     product = PRODUCTS[arch]
-    # innermost loops: the shortest, and those that overlap none of them (outer ones are rotated and begin anywhere)
+    # innermost loops: the shortest first, then those that overlap none of them. Outer loops are rotated and may start anywhere
     innermost: list[tuple[int, int]] = []
     for a, b in sorted(loops, key=lambda loop: loop[1] - loop[0]):
         multiplies = any(name.startswith(product) for name in operations[a:b])
@@ -356,7 +357,7 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
         "shared": kernel.metadata.shared,
         "products": products,
         "serialized": int(is_serialized(arrivals, dots, products)) if arch == 90 else 0,
-        # waits that leave a product running: the work until the next wait hides it
+        # waits that leave a product running, which then overlaps with the work until the next wait
         "overlapped": len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", code)),
         "narrow_loads": sum(name.startswith("LDGSTS") and not name.endswith(("128", "64")) for name in operations),
         "loop": len(main),
@@ -365,16 +366,17 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
 
 
 def is_serialized(arrivals: int, dots: int, products: int) -> bool:
-    """Return whether ptxas waits around every single product, as it does where it cannot prove them independent.
+    """Return whether ptxas waits around every matrix instruction, as it does if it cannot prove them independent.
 
-    arrivals: waits before products. dots: products of tiles in Triton's code. products: instructions that they became. An
-    unrolled loop has more arrivals than dots, too, but still one for all instructions of a product of tiles.
+    arrivals: waits before products. dots: tile products in Triton's code. products: the matrix instructions they
+    became. An unrolled loop also has more arrivals than dots, but still only one arrival for all instructions of a tile
+    product.
     """
     return arrivals > 2 * dots and 2 * arrivals > products
 
 
 def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Return operations in order, and loops as (first, last + 1) operation."""
+    """Return the operations in order, and each loop as the range (first, last + 1) of its operations."""
     operations: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -384,14 +386,14 @@ def parse(code: str) -> tuple[list[str], list[tuple[int, int]]]:
         elif operation := re.match(r"\s*/\*[0-9a-f]{4,5}\*/\s+(?:@!?\w+\s+)?([A-Z0-9_]+(?:\.[A-Z0-9_]+)*)", line):
             operations.append(operation[1])
             target = re.search(r"\((\.L_x_\d+)\)", line)
-            # a branch back
+            # a backward branch ends a loop
             if operation[1].startswith("BRA") and target and target[1] in labels:
                 loops.append((labels[target[1]], len(operations)))
     return operations, loops
 
 
 def broken_rules(measured: dict[str, int], arch: int, name: str) -> Iterator[str]:
-    """Yield the rules that a kernel breaks, independent of the budget."""
+    """Yield a message for each rule that a kernel breaks. These rules do not depend on the budget."""
     if measured["shared"] > SHARED[arch]:
         yield f"{measured['shared']:,} bytes of shared memory; the chip has {SHARED[arch]:,}"
     multiplies = not WITHOUT_PRODUCTS.intersection(name.split())
@@ -406,7 +408,7 @@ def broken_rules(measured: dict[str, int], arch: int, name: str) -> Iterator[str
 
 
 def worse(measured: dict[str, int], allowed: dict[str, Any] | None) -> Iterator[str]:
-    """Yield where a kernel exceeds its budget."""
+    """Yield a message for each number that exceeds the kernel's budget."""
     if allowed is None:
         yield "has no budget"
         return

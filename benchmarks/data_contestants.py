@@ -1,8 +1,8 @@
-"""The contestants of `data_loading.py`: our pack plan, and loaders of Megatron, torchtitan, mosaicml-streaming and litdata.
+"""The contestants of `data_loading.py`: our pack plan, and the loaders of Megatron, torchtitan, mosaicml-streaming and litdata.
 
-Each reads the same documents as sequences of the same length. All run in the loading process itself, without workers. Rivals get
-their best conditions: their own format on the local disk, token ids in place of text, and for the two that only pack when the
-data is written, sequences that were concatenated and cut beforehand.
+All read the same documents as sequences of the same length, in the loading process itself, without workers. Rivals get
+their best conditions: their own format on the local disk, and token ids instead of text. The two that pack only when
+data is written get sequences concatenated and cut beforehand.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ VOCABULARY = 65_000
 
 
 class Case(NamedTuple):
-    """corpus: prefix of the indexed file. folder: of the contestants' files. A step has `packs` packs of `context` tokens."""
+    """A setting: the prefix of the indexed file, the folder for the contestants' files, and the sizes.
+
+    A step has `packs` packs of `context` tokens, each shared by `cp` ranks.
+    """
 
     corpus: str
     folder: str
@@ -50,7 +53,7 @@ class Case(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """utilisation: tokens over room of all sequences. cuts: the number of cut documents. dropped: share of tokens left out."""
+    """How full sequences are: tokens over capacity, number of cuts through documents, and share of tokens left out."""
 
     utilisation: float
     cuts: int
@@ -58,7 +61,7 @@ class Filled(NamedTuple):
 
 
 class Contestant:
-    """A loader: its work before a run, and the sequences that it yields from any step on."""
+    """A loader: its preparation before a run, and the sequences that it yields from any step on."""
 
     name = ""
     planned = True
@@ -67,27 +70,27 @@ class Contestant:
         """Import the loader's packages. Raise Unsupported with the reason if that fails."""
 
     def convert(self, case: Case) -> None:
-        """Write the documents in the loader's own format, if it is not the indexed one."""
+        """Write the documents in the loader's own format, unless it reads the indexed file."""
 
     def plan(self, case: Case) -> None:
-        """Make what is made once before the run."""
+        """Make the plan or index that the loader needs once before a run."""
 
     def filled(self, case: Case) -> Filled:
         """Return how full the sequences are."""
         return concatenated(case)
 
     def sequences(self, case: Case, state: Any = None) -> Iterator[np.ndarray]:
-        """Yield the token ids of one sequence after another, int64 (T,), from the beginning or from a state on."""
+        """Yield the token ids of each sequence, int64 (T,), from the start or from a saved state on."""
         raise NotImplementedError
 
     def state(self, case: Case, step: int) -> Any:
-        """Return the state before a step. By default sequences are read up to it, and `saved` returns the state."""
+        """Return the state before a step. By default, read all sequences before it and return `saved()`."""
         for _ in itertools.islice(self.sequences(case), step * case.packs):
             pass
         return self.saved()
 
     def saved(self) -> Any:
-        """Return the state after the sequences that were read."""
+        """Return the state after the sequences read so far."""
         raise NotImplementedError
 
 
@@ -125,7 +128,7 @@ class Ours(Contestant):
 
 
 class OursUnchecked(Ours):
-    """The same without the tokens' digests: only the requested bytes are read, and none is checked."""
+    """Our loader without token digests: only the requested bytes are read, and nothing is checked."""
 
     name = "distattn, no digests"
     _plan = "unchecked.packs"
@@ -139,7 +142,7 @@ class OursUnchecked(Ours):
 
 
 class OursWhole(Ours):
-    """Whole packs, as the others yield them."""
+    """Our loader with whole packs, as the others yield them."""
 
     name = "distattn, whole packs"
     _plan = "whole.packs"
@@ -149,7 +152,7 @@ class OursWhole(Ours):
 
 
 class Megatron(Contestant):
-    """GPTDataset of megatron-core: shuffled documents concatenated and cut, samples shuffled. State: the number of samples."""
+    """GPTDataset of megatron-core: shuffled documents are concatenated and cut into shuffled samples. State: a sample count."""
 
     name = "Megatron GPTDataset"
 
@@ -187,7 +190,7 @@ class Megatron(Contestant):
             split="1,0,0",
             path_to_cache=case.path("megatron"),
             tokenizer=tokenizer,
-            # positions tell where documents begin
+            # reset positions mark where documents begin
             reset_position_ids=True,
             reset_attention_mask=False,
             eod_mask_loss=True,
@@ -198,7 +201,7 @@ class Megatron(Contestant):
 
 
 class Torchtitan(Contestant):
-    """HuggingFaceTextDataset in its own loader: documents as they come, concatenated and cut. State: buffers and a number."""
+    """torchtitan's HuggingFaceTextDataset and loader: documents in order, concatenated and cut. State: buffers and a count."""
 
     name = "torchtitan text dataset"
     planned = False
@@ -225,7 +228,7 @@ class Torchtitan(Contestant):
             loader=lambda path: datasets.load_from_disk(path).with_format("numpy"),
             sample_processor=lambda sample: sample["text"],
         )
-        # the tokenizer is left out: documents are token ids already
+        # no tokenizer is needed, because documents are token ids already
         tokenizer = types.SimpleNamespace(encode=lambda ids, add_bos, add_eos: ids.tolist())
         config = text_datasets.HuggingFaceTextDataLoader.Config(dataset="ids", infinite=False)
         self._loader = text_datasets.HuggingFaceTextDataLoader(
@@ -241,13 +244,13 @@ class Torchtitan(Contestant):
 
 
 class Streaming(Contestant):
-    """StreamingDataset of mosaicml-streaming, of sequences that were cut when the data was written. State: a sample count."""
+    """StreamingDataset of mosaicml-streaming, with sequences cut when the data was written. State: a sample count."""
 
     name = "mosaicml-streaming"
     planned = False
 
     def load(self) -> None:
-        # builds of torchvision need the exact torch they were made with, and only its image classes use it
+        # a build of torchvision needs exactly the torch it was built with, and only streaming's image classes use it
         for name in (
             "torchvision",
             "torchvision.datasets",
@@ -283,7 +286,7 @@ class Streaming(Contestant):
 
 
 class Litdata(Contestant):
-    """litdata's StreamingDataset with its TokensLoader: shuffled blocks of tokens. State: the number of samples read."""
+    """litdata's StreamingDataset with its TokensLoader: shuffled blocks of tokens. State: a sample count."""
 
     name = "litdata"
     planned = False
@@ -299,7 +302,7 @@ class Litdata(Contestant):
             fn=functools.partial(_documents, case.corpus),
             inputs=list(range(0, documents, _PART_DOCUMENTS)),
             output_dir=case.path("litdata"),
-            # whole blocks, as its documentation requires
+            # its documentation requires whole blocks
             chunk_size=case.context * max(1, (1 << 25) // case.context),
             item_loader=litdata.TokensLoader(block_size=case.context),
             num_workers=1,
@@ -329,7 +332,7 @@ _PART_DOCUMENTS = 1000
 
 
 def concatenated(case: Case) -> Filled:
-    """Concatenate documents and cut them: all sequences are full, and the rest is left out."""
+    """Return how full sequences are if documents are concatenated and cut: all are full, and the rest is dropped."""
     ends = np.cumsum(IndexedFile.open(case.corpus).document_lengths)
     count = int(ends[-1]) // case.context
     borders = np.arange(1, count + 1) * case.context
@@ -337,7 +340,7 @@ def concatenated(case: Case) -> Filled:
 
 
 def cut_sequences(case: Case) -> Iterator[np.ndarray]:
-    """Yield the sequences of `concatenated`, uint16 (context,), from the file's bytes: documents lie end to end there."""
+    """Yield the sequences of `concatenated`, uint16 (context,), from the file, in which documents lie end to end."""
     tokens = _tokens(case)
     for first in range(0, len(tokens) - case.context + 1, case.context):
         yield np.array(tokens[first : first + case.context])

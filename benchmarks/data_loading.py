@@ -1,18 +1,20 @@
-"""Resuming, packing and reading of long documents: ours beside Megatron, torchtitan, mosaicml-streaming and litdata, one run.
+"""Resuming, packing and reading long documents: ours, Megatron, torchtitan, mosaicml-streaming and litdata in one run.
 
     python benchmarks/data_loading.py [--documents 200000] [--context 32768] [--rivals FOLDER] [--out FILE.jsonl]
 
-FOLDER is where `pip install --target FOLDER mosaicml-streaming litdata torchtitan datasets torchdata` put the rivals that the
-environment does not have; what is missing is left out with the reason. The corpus is synthetic: lengths from quantiles of a
-long-context corpus (`pack_planning.py`) over --scale, ids of 16 bits. Each measurement is taken in a process of its own.
+FOLDER is the target of `pip install --target FOLDER mosaicml-streaming litdata torchtitan datasets torchdata`, for
+rivals that the environment lacks. A missing rival is left out with the reason. The corpus is synthetic: 16-bit ids, and
+lengths drawn from quantiles of a long-context corpus (`pack_planning.py`), divided by --scale. Each measurement runs in
+a process of its own.
 
-"plan": what is done once before a run, wall clock, CPU seconds and peak memory. "resume": from making the loader (imports
-excluded) to the token ids of the first sequence of a step in the middle, with files in the page cache: the median, the least, the
-median of the CPU time (which is less where a loader waits, and does not count other programs), and the peak memory beyond the
-imports', mapped pages included. Contestants are refused unless they yield there what they yield without an interruption.
-"state": bytes of the state, pickled. "next": median of the sequences after it. "filled": tokens over room; "cuts": of documents;
-"dropped": share of the tokens that no sequence has. "read/used": bytes that one of --cp ranks reads in a step, blocks that are
-read to check their digests included, over those of the tokens that it computes.
+"plan": the work done once before a run: wall-clock seconds, CPU seconds and peak memory. "resume": from making the
+loader (without imports) to the token ids of the first sequence of a step in the middle, with files in the page cache:
+the median, the minimum, the median CPU time (which excludes waiting and other programs), and the peak memory beyond
+that of the imports, mapped pages included. A contestant is refused unless it yields the same sequence there as without
+an interruption. "state": bytes of the pickled state. "next": the median time of the sequences after that. "filled":
+tokens over capacity. "cuts": number of cuts through documents. "dropped": share of tokens that are in no sequence.
+"read/used": the bytes that one of --cp ranks reads in a step, including blocks read to check their digests, over the
+bytes of the tokens that it computes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-# numpy imports it at the first np.unique
+# import it before anything is timed: otherwise numpy would import it at the first np.unique
 import numpy.ma  # noqa: F401
 import xxhash
 from data_contestants import CONTESTANTS, END_OF_DOCUMENT, TOKEN, VOCABULARY, Case, Contestant
@@ -47,7 +49,7 @@ PART = 10_000
 
 
 def main() -> None:
-    """Print one table."""
+    """Measure all contestants and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=200_000)
     parser.add_argument("--scale", type=float, default=SCALE, help="lengths are divided by it")
@@ -75,7 +77,7 @@ def main() -> None:
                 ready.append(name)
         resumed: dict[str, list[dict[str, Any]]] = {name: [] for name in ready}
         for repeat in range(arguments.repeats):
-            # another contestant begins each time
+            # start with a different contestant each time
             for name in ready[repeat % len(ready) :] + ready[: repeat % len(ready)]:
                 resumed[name].append(in_a_process(resume, CONTESTANTS[name], case, rows[name], arguments.rivals))
         for name, row in rows.items():
@@ -89,7 +91,10 @@ def main() -> None:
 
 
 def write_corpus(prefix: str, documents: int, scale: float = SCALE) -> int:
-    """Write documents of random ids, each with an end; lengths are divided by `scale`. Return their tokens."""
+    """Write documents of random ids, each with an end token. Return the number of tokens.
+
+    scale: the factor by which lengths are divided.
+    """
     rng = np.random.default_rng(0)
     total = 0
     with IndexedFileWriter(prefix, TOKEN) as writer:
@@ -104,7 +109,10 @@ def write_corpus(prefix: str, documents: int, scale: float = SCALE) -> int:
 
 
 def prepare(contestant: Contestant, case: Case, step: int) -> dict[str, Any]:
-    """Convert and plan, say how full sequences are, and find the state and the sequence of a step without interruption."""
+    """Convert and plan, and read up to a step without interruption.
+
+    Return the times, how full sequences are, the digest of the step's first sequence, and the state before it.
+    """
     began = time.perf_counter()
     contestant.convert(case)
     row: dict[str, Any] = {"convert s": time.perf_counter() - began}
@@ -128,7 +136,7 @@ def prepare(contestant: Contestant, case: Case, step: int) -> dict[str, Any]:
 
 
 def resume(contestant: Contestant, case: Case, row: dict[str, Any]) -> dict[str, Any]:
-    """Time the first sequence after a state, and those of the step after it."""
+    """Resume from the state in `row`. Return the times of the first sequence and of the sequences after it."""
     state = pickle.loads(row["state"])
     peak = PeakMemory()
     began, cpu = time.perf_counter(), time.process_time()
@@ -143,14 +151,14 @@ def resume(contestant: Contestant, case: Case, row: dict[str, Any]) -> dict[str,
         began = time.perf_counter()
         delivered += len(next(sequences))
         each.append(time.perf_counter() - began)
-    # mapped bytes are no reads, but at least the delivered ones count
+    # the operating system does not count reads from mapped files: count at least the delivered bytes
     read = max(bytes_read() - before, delivered * TOKEN().itemsize)
     used = case.packs * case.context / case.cp * TOKEN().itemsize
     return times | {"next": statistics.median(each), "read/used": read / used}
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return medians of some resumptions, and the least of their seconds."""
+    """Return the medians over all resumptions, their number, and the minimum of their seconds."""
     if not rows:
         return {}
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
@@ -164,7 +172,7 @@ HEAD = (
 
 
 def line(name: str, row: dict[str, Any], first: dict[str, Any]) -> str:
-    """Format a row of the table; CPU times of resuming are compared with those of the first."""
+    """Format a row of the table. The CPU time of resuming is also shown relative to that of `first`."""
     if "left out" in row:
         return f"{name:26s}left out: {row['left out']}"
     plan = f"{row['plan s']:7.2f}{row['plan CPU s']:7.2f}{row['plan MB']:5.0f}" if "plan s" in row else f"{'none':>19s}"
@@ -177,7 +185,7 @@ def line(name: str, row: dict[str, Any], first: dict[str, Any]) -> str:
 
 
 class PeakMemory:
-    """The most memory that this process has beyond what it has now."""
+    """The peak memory of this process beyond its memory at construction."""
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
@@ -193,12 +201,12 @@ def _status(field: str) -> int:
 
 
 def bytes_read() -> int:
-    """Return the bytes that this process has read so far."""
+    """Return the number of bytes that this process has read so far."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def digest(sequence: np.ndarray) -> str:
-    """Return a digest that distinguishes sequences."""
+    """Return a digest of a sequence's token ids."""
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(sequence, np.int64).tobytes())
 
 
@@ -221,7 +229,7 @@ def in_a_process(work: Callable[..., dict[str, Any]], contestant: Contestant, *a
 
 def _run(send: Any, work: Callable[..., dict[str, Any]], contestant: Contestant, *arguments: Any) -> None:
     *arguments, rivals = arguments
-    # rivals' packages come after those of the environment, and their output is discarded
+    # the environment's packages take precedence over those in the rivals' folder; all output is discarded
     sys.path += [rivals] if rivals else []
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -235,12 +243,12 @@ def _run(send: Any, work: Callable[..., dict[str, Any]], contestant: Contestant,
         result = {"left out": f"failed: {type(error).__name__}: {error}"}
     send.send(result)
     send.close()
-    # rivals' threads are not waited for
+    # do not wait for rivals' threads
     os._exit(0)
 
 
 def print_line(text: str) -> None:
-    """Print a line for the benchmark; the library does not print."""
+    """Print a line and flush stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -1,14 +1,15 @@
-"""The fill of packs that keep documents whole: our plan beside torchtitan's two packers, on the same documents.
+"""How full packs of whole documents are: our plan and torchtitan's two packers on the same documents.
 
     python benchmarks/data_packers.py [--documents 200000 20000] [--context 32768] [--rivals FOLDER]
 
-The documents are those of `data_loading.py`, which says what FOLDER is. torchtitan's packer of chats fills a sequence in turn
-until a document does not fit, and leaves out documents that are longer than a sequence. Its packer of images and text looks
-through a buffer for all that fit, and passes on only sequences that are quite full, so its buffer of 100 grows. It gets long
-documents cut beforehand, as ours are, and is left out above --most-scanned documents, since its time is quadratic. Both read the
-token ids, which our plan need not.
+The documents are those of `data_loading.py`, which also explains FOLDER. torchtitan's packer for chats fills a sequence
+until a document does not fit, and drops documents longer than a sequence. Its packer for images and text searches a
+buffer for all documents that fit and emits only almost full sequences, so its buffer of 100 grows. It gets long
+documents cut beforehand, as in our plan, and is left out above --most-scanned documents, because its time is quadratic.
+Both read the token ids, which our plan does not need.
 
-"utilisation": tokens over room of all packs, the last ones included. "cuts": of documents. "dropped": share of the tokens.
+"utilisation": tokens over capacity of all packs, including the last. "cuts": number of cuts through documents.
+"dropped": share of the tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def measure(packer: Contestant, case: Case) -> dict[str, Any]:
-    """Pack all documents."""
+    """Pack all documents. Return the seconds, CPU seconds and peak memory, and how full the packs are."""
     peak, began, cpu = PeakMemory(), time.perf_counter(), time.process_time()
     packer.plan(case)
     row = {"seconds": time.perf_counter() - began, "CPU": time.process_time() - cpu, "MB": peak.megabytes()}
@@ -73,7 +74,7 @@ class Plan(Ours):
 
 
 class Greedy(Contestant):
-    """ChatDataset: a chat is its document's number, which the tokenizer turns into the document's ids."""
+    """torchtitan's ChatDataset. Each chat is a document's number, which the tokenizer turns into the document's ids."""
 
     name = "torchtitan, chats"
 
@@ -106,19 +107,19 @@ class Greedy(Contestant):
         self._sequences = sum(1 for _ in chats)
 
     def filled(self, case: Case) -> Filled:
-        # a document's last id is only a label
+        # a document's last token is only a label
         lengths = IndexedFile.open(case.corpus).document_lengths - 1
         kept = lengths[lengths <= case.context].sum()
         return Filled(kept / (self._sequences * case.context), 0, 1 - kept / lengths.sum())
 
 
 class ScanAndPick(Contestant):
-    """MMSamplePacker."""
+    """torchtitan's MMSamplePacker."""
 
     name = "torchtitan, scan and pick"
 
     def __init__(self, most_documents: int) -> None:
-        """Make a packer that packs at most this many documents."""
+        """Create a packer that is unsupported for more documents than `most_documents`."""
         self._most = most_documents
 
     def load(self) -> None:
@@ -151,7 +152,7 @@ class ScanAndPick(Contestant):
 
 
 def _pieces(case: Case) -> np.ndarray:
-    """Return the lengths of documents cut at the context length, int64 (pieces,)."""
+    """Return the lengths of the documents' pieces after cutting at the context length, int64 (pieces,)."""
     whole, rest = np.divmod(IndexedFile.open(case.corpus).document_lengths, case.context)
     pieces = np.stack([whole * 0 + case.context, rest], 1)
     return np.repeat(pieces.reshape(-1), np.stack([whole, rest > 0], 1).reshape(-1))

@@ -1,19 +1,19 @@
-"""Opening and seeking in large plans and corpora, and many ranks that read one file: whether a rank waits.
+"""Opening large plans and corpora and seeking in them, and many ranks reading one file: does a rank have to wait?
 
     python benchmarks/data_ranks.py [--open-documents 1000000 100000000] [--processes 8 32] [--ranks 512] [--step-seconds 5]
 
-"open": in a process of its own, for a corpus with this many short documents (1 to 7 ids of 8 bits) and its plan, seconds to open
-the corpus, to open the plan, and to read the record of a step in the middle that was never read before; then all again with
-another step in the same process. Files are in the page cache.
+"open", measured: for a corpus of this many short documents (1 to 7 8-bit ids) and its plan, the times to open the
+corpus, to open the plan, to read the record of a step in the middle, and to make a loader and read a rank's first
+tokens. Each of 9 fresh processes does all of this once. Files are in the page cache.
 
-"read", measured: --processes processes, each a rank of CP 8 with its own loader, read their parts of the same steps at the same
-time from one file, in the page cache; each step begins together. Seconds that a rank needs for its part (token ids and labels of
-its micro-batches), the median, and the worst of all ranks and steps; of the wall clock, and of its own CPU.
+"read", measured: --processes processes, each a rank of CP 8 with its own loader, read their parts of the same steps
+from one file in the page cache. They start each step together. The time is what a rank needs for its part (token ids
+and labels of its micro-batches): median and maximum over all ranks and steps, as wall-clock time and as CPU time.
 
-Simulated from that: --ranks ranks as CP 8, each with its part of the next step to read while the present one computes. All ask
-at the same moment; the cores of one machine (--cores) serve them in turn, each for the CPU seconds measured of a part, or its
-memory does, at the bandwidth measured of copying from the page cache with all processes together, whatever takes longer. A rank
-waits where its part is not there before the step ends.
+Simulated from that: --ranks ranks with CP 8 each read their part of the next step while the current step computes. All
+ask at the same moment. The cores of one machine (--cores) serve them in turn, each for the CPU time measured for a
+part, or for the time its bytes take at the measured bandwidth of copying from the page cache with all processes
+together, whichever is longer. A rank waits if its part does not arrive before the step ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# numpy imports it at the first np.unique
+# import it before anything is timed: otherwise numpy would import it at the first np.unique
 import numpy.ma  # noqa: F401
 from data_loading import print_line, write_corpus
 from process_guard import guard_processes
@@ -49,7 +49,7 @@ COPIED_BYTES = 1 << 18
 
 
 class Read(NamedTuple):
-    """The work of one rank in one step: seconds, its own CPU seconds, bytes read."""
+    """One rank's reading in one step: wall-clock seconds, CPU seconds and bytes read."""
 
     seconds: float
     cpu_seconds: float
@@ -57,7 +57,7 @@ class Read(NamedTuple):
 
 
 def main() -> None:
-    """Print the measurements, then the simulation from them."""
+    """Print the measurements, then the simulation based on them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--open-documents", type=int, nargs="*", default=[1_000_000, 10_000_000])
     parser.add_argument("--documents", type=int, default=200_000, help="of the file that all read")
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def opening(folder: str, documents: int) -> str:
-    """Make a corpus and its plan, and measure in another process how long opening and seeking take."""
+    """Make a corpus and its plan, measure opening and seeking in fresh processes, and return lines with the times."""
     prefix, plan_file = os.path.join(folder, "short"), os.path.join(folder, "short.packs")
     rng = np.random.default_rng(0)
     with IndexedFileWriter(prefix, np.uint8) as writer:
@@ -122,7 +122,7 @@ def opening(folder: str, documents: int) -> str:
 
 
 def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.ndarray]:
-    """Return (seconds, CPU seconds) of each part, measured in a fresh process."""
+    """Return (seconds, CPU seconds) of each part by name. Call it in a fresh process."""
     laps: dict[str, np.ndarray] = {}
     clocks = lambda: np.array([time.perf_counter(), time.process_time()])  # noqa: E731
     began = clocks()
@@ -148,15 +148,15 @@ def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.nda
 
 
 def read_together(prefix: str, plan_file: str, processes: int, ranks: int, steps: int) -> list[Read]:
-    """Return the reads of these processes, each a rank, in some steps that all began together."""
-    # ranks far apart, so that they include all CP ranks of a pack and many packs
+    """Return the reads of all processes, each a rank, over steps that they start together."""
+    # choose ranks far apart, to cover all CP ranks of a pack and many packs
     chosen = np.linspace(0, ranks - 1, processes).astype(int).tolist()
     work = [(read_parts, prefix, plan_file, rank, ranks, steps) for rank in chosen]
     return [read for reads in in_processes(work) for read in reads]
 
 
 def read_parts(barrier: Any, prefix: str, plan_file: str, rank: int, ranks: int, steps: int) -> list[Read]:
-    """Read one rank's steps."""
+    """Read one rank's parts of all steps. Return a `Read` per step."""
     share, cp_rank = divmod(rank, CP)
     loader = PackLoader(plan_file, [Corpus.open("documents", [prefix])], rank=share, size=ranks // CP, steps=steps + 1)
     reads = []
@@ -172,13 +172,13 @@ def read_parts(barrier: Any, prefix: str, plan_file: str, rank: int, ranks: int,
 
 
 def copied_together(prefix: str, processes: int) -> float:
-    """Return the bytes per second that all processes together get from the page cache."""
+    """Return the bytes per second at which all processes together copy from the page cache."""
     seconds = in_processes([(copy_bytes, f"{prefix}.bin", number) for number in range(processes)])
     return processes * 256 * COPIED_BYTES / max(seconds)
 
 
 def copy_bytes(barrier: Any, path: str, number: int) -> float:
-    """Return the seconds to copy 256 places of the file."""
+    """Return the seconds that it takes to copy COPIED_BYTES at 256 random offsets of the file."""
     places = np.random.default_rng(number).integers(0, max(1, os.path.getsize(path) - COPIED_BYTES), 256).tolist()
     file, room = os.open(path, os.O_RDONLY), bytearray(COPIED_BYTES)
     barrier.wait()
@@ -189,7 +189,7 @@ def copy_bytes(barrier: Any, path: str, number: int) -> float:
 
 
 def measured(processes: int, rows: list[Read]) -> str:
-    """Format one line."""
+    """Return a line with the times and bytes of the reads."""
     seconds, cpu = ([getattr(row, name) * 1e3 for row in rows] for name in ("seconds", "cpu_seconds"))
     size = statistics.median(row.bytes for row in rows)
     return (
@@ -199,7 +199,10 @@ def measured(processes: int, rows: list[Read]) -> str:
 
 
 def simulated(rows: list[Read], bandwidth: float, ranks: int, cores: int, step_seconds: float) -> str:
-    """Simulate all ranks that ask at once for parts drawn from the measured ones; cores or memory serve them in turn."""
+    """Simulate all ranks asking at once for parts drawn from the measured ones. Return a line with the results.
+
+    The cores serve the ranks in turn, limited by the bandwidth in bytes per second.
+    """
     rng = np.random.default_rng(0)
     waits, ends = 0, []
     for _ in range(1000):
@@ -219,7 +222,7 @@ def simulated(rows: list[Read], bandwidth: float, ranks: int, cores: int, step_s
 
 
 def in_processes(work: list[tuple[Any, ...]]) -> list[Any]:
-    """Call each function in a process of its own, with a barrier of all as the first argument. Return the results."""
+    """Call each function in a process of its own, with a barrier for all processes as the first argument. Return the results."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(len(work))
     pipes = [context.Pipe(duplex=False) for _ in work]

@@ -1,21 +1,23 @@
-"""Core-attention disaggregation beside its rivals, on packs of real document lengths. Every time is simulated.
+"""Core-attention disaggregation and its rivals, on packs of real document lengths. All times are simulated, except planning.
 
     python benchmarks/disaggregation.py --lengths FILE.json [--servers 8 64] [--context 131072] [--scale 1 8] [--grouped]
         [--heads 32:8 64:16] [--tensor-parallel 8] [--inner causal] [--batches 3] [--hypergraph] [--out FILE.jsonl]
 
-FILE is a JSON list of document lengths. Every server (rank of the pool) gets a pack of --context tokens: documents drawn
-at random, --scale times as long, cut where a pack is full. Contestants: the packs as they came with attention where it is
-("plain"), `cad` and `cad_greedy` on the same packs, `cad` on the same documents where `placed` puts them, per-document
-context parallelism (`document_zigzag` ring) and allgather in chunks of equal work (`balanced` with eight chunks a rank).
+FILE is a JSON list of document lengths. Every server (a rank of the pool) gets a pack of --context tokens: documents
+drawn at random, --scale times as long, cut when the pack is full. The contestants: attention on the rank that has the
+pack ("plain"); `cad` and `cad_greedy` on the same packs; `cad` on the same documents in the layout `placed`;
+per-document context parallelism (`document_zigzag` ring); and allgather in chunks of equal work (`balanced` with eight
+chunks per rank).
 
---grouped: the packs of all batches are sorted by their work first, so that the ranks of a step have packs as equal as there
-are, for everybody. --tensor-parallel T: heads are divided by T, and nodes have 8 / T ranks of the pool. --inner: causal,
-window (4,096 keys), shared_question or causal_blockwise (each pack such a group). --hypergraph: mtkahypar as well
-(pip install mtkahypar). --wire: what outputs and gradients travel as.
+--grouped: sort the packs of all batches by work first, so that the ranks of a step have packs as equal as possible, for
+all contestants. --tensor-parallel T: divide heads by T; nodes then have 8 / T ranks of the pool. --inner: causal,
+window (4,096 keys), shared_question or causal_blockwise (each pack is one group). --hypergraph: also run mtkahypar (pip
+install mtkahypar). --wire: the dtype in which outputs and gradients are sent.
 
-cells, cost: max/mean of cells x heads, and of what kernels take for them; the worse of forward and backward, and the worst
-batch. Bytes are those of the move tables, forward and backward; ms is simulated for one attention call on h200 nodes,
-planning is on this machine, best of 3. Means over the batches.
+cells, cost: max/mean of cells x heads, and of the kernels' time for them, for the worse of forward and backward and the
+worst batch. GB is the sum of the move tables, forward and backward. forward and backward ms are simulated for one
+attention call on h200 nodes; plan ms is measured on this machine, best of 3. All but cells and cost are means over the
+batches.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ from distattn.ir.bands import K0, K1, OK, OQ, Q0, Q1
 from distattn.ir.layout import make_layout
 from distattn.parallel.analysis.quality import quality
 
-# pairs of chunks that a whole-pool strategy may have before its row is left out
+# maximum pairs of chunks: a whole-pool strategy with more is left out
 MOST_PAIRS = 3_000_000
 COLUMNS = ("contestant", "cells", "cost", "GB", "GB across", "GB busiest", "plan ms", "forward ms", "backward ms")
 
 
 def main() -> int:
-    """Print one table for each size."""
+    """Print one table per setting. Return exit code 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path, required=True)
     parser.add_argument("--servers", type=int, nargs="+", default=[8, 64])
@@ -115,7 +117,7 @@ def main() -> int:
 def packs(
     lengths: np.ndarray, servers: int, context: int, batches: int, seed: int, grouped: bool
 ) -> Iterator[list[list[int]]]:
-    """Yield batches of one pack for each server."""
+    """Yield batches: for each server, a pack as a list of document lengths."""
     generator = np.random.default_rng(seed)
     all_packs = []
     for _ in range(servers * batches):
@@ -130,7 +132,7 @@ def packs(
 
 
 def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Callable[..., da.Plan | None]]:
-    """Return, by name, functions from packs and shape to a plan, or to None if it is too large or impossible."""
+    """Return, by name, functions from packs and shape to a plan, or to None if it would be too large or is impossible."""
 
     def as_they_came(strategy: str, **options: Any) -> Callable[..., da.Plan]:
         def make(batch: list[list[int]], shape: dict[str, Any]) -> da.Plan:
@@ -148,7 +150,7 @@ def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Cal
                 and sum((min(2 * len(batch), length // 512) or 1) ** 2 for length in lengths) > MOST_PAIRS
             ):
                 return None
-            # chunks of equal work, eight a rank; without `chunk` balanced takes the cheapest of several layouts
+            # eight chunks of equal work per rank; without `chunk`, balanced would take the cheapest of several layouts
             chunk = {"chunk": -(-sum(lengths) // (8 * len(batch)))} if name == "balanced" else {}
             layout = make_layout(name, lengths, len(batch), mask, **chunk)
             return da.make_plan(mask, layout, strategy=strategy, options=options or None, **shape)
@@ -165,7 +167,7 @@ def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Cal
         "balanced allgather": laid_out("balanced", "allgather"),
     }
     if inner != "causal":
-        # it moves causal documents only
+        # cad_greedy only supports causal documents
         makers = {name: make for name, make in makers.items() if "greedy" not in name}
     if hypergraph:
         makers["mtkahypar 0.02"] = lambda batch, shape: partitioned(*mask_of(batch, inner), len(batch), shape, 0.02)
@@ -173,7 +175,7 @@ def contestants(inner: str, tolerance: float, hypergraph: bool) -> dict[str, Cal
 
 
 def mask_of(batch: list[list[int]], inner: str) -> tuple[da.Mask, list[int]]:
-    """Return (mask, document lengths) of all packs end to end."""
+    """Return (mask, document lengths) for all packs, concatenated."""
     lengths = [length for pack in batch for length in pack]
     if inner in ("causal", "window"):
         return da.Mask.documents(lengths, "causal" if inner == "causal" else (4095, 0)), lengths
@@ -189,7 +191,7 @@ def mask_of(batch: list[list[int]], inner: str) -> tuple[da.Mask, list[int]]:
 def measured(
     make: Callable[..., da.Plan | None], batch: list[list[int]], shape: dict[str, Any], cluster: ClusterSpec
 ) -> dict[str, float] | None:
-    """Measure one plan."""
+    """Make one plan and return its figures by column name, or None if there is no plan."""
     times, plan = [], None
     for _ in range(3):
         began = time.perf_counter()
@@ -218,7 +220,7 @@ def measured(
 
 
 def print_line(line: str) -> None:
-    """Print a line for the benchmark; the library does not print."""
+    """Print a line and flush stdout."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -1,12 +1,13 @@
-"""The first hour on GPUs as one command: planted faults first, then the checks, then a table and a verdict.
+"""The first hour on GPUs in one command: planted faults, then checks, then a table and a verdict.
 
     python benchmarks/first_hour.py gpu [--minutes 9] [options of gpu.py]
     python benchmarks/first_hour.py cluster [--minutes 9] [options of check_cluster.py]
 
-Every part is a program of its own and has its time: its output is passed on and kept, and the others run whatever its end. A part
-that exceeds its time is stopped, and named; a part for which no time is left is left out, and named. build/first-hour has all of
-it: the output, the findings as JSON lines, and the trials of kernels. Exit code 1 if something is wrong, a planted fault was not
-found, or a part failed. Without GPUs the same runs in Triton's interpreter and over gloo, with less.
+Every part is a program of its own with a time limit. Its output is passed on and recorded, and the other parts run
+however it ends. A part that exceeds its limit is stopped and named; a part for which no time is left is skipped and
+named. build/first-hour keeps everything: the output, the findings as JSON lines, and the trials of kernels. The exit
+code is 1 if something is wrong, a planted fault was not found, or a part failed. Without GPUs the same parts run,
+smaller, in Triton's interpreter and over gloo.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from distattn.kernels.trial_cache import cache_file
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "build" / "first-hour"
 MINUTES = 9.0
-# with less time than this a part is not begun
+# a part is not started if less time than this is left
 LEAST_SECONDS = 20.0
-# the share of its time to which a program is told to limit itself
+# the share of its time limit that is passed to a program as --seconds
 OWN_SHARE = 0.8
 # torchrun gives its ranks 30 s to end
 GRACE_SECONDS = 35.0
@@ -45,7 +46,7 @@ NO_GPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS"
 
 
 class Part(NamedTuple):
-    """A program, and its limit of time. keeps_time: it takes --seconds, and leaves out itself what would take longer."""
+    """A program and its time limit. keeps_time: the program takes --seconds and leaves out whatever would take longer."""
 
     name: str
     command: Sequence[str]
@@ -54,7 +55,7 @@ class Part(NamedTuple):
 
 
 def main() -> int:
-    """Run all parts, and print the table and the verdict."""
+    """Run all parts and print the table and the verdict. Return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -67,7 +68,7 @@ def main() -> int:
 
 
 def one_gpu(has_gpu: bool, more: Sequence[str]) -> list[list[Part]]:
-    """Return the parts of `make bench-gpu`. Those of one stage run side by side: compilers take most of their time."""
+    """Return the stages of `make bench-gpu`. The parts of a stage run side by side, since compilers take most of their time."""
     executor = [] if has_gpu else ["--ranks", "2"]
     stages = [
         [Part("planted faults", program("gpu_plants.py"), 150)],
@@ -84,7 +85,7 @@ def one_gpu(has_gpu: bool, more: Sequence[str]) -> list[list[Part]]:
 
 
 def cluster(gpus: int, more: Sequence[str]) -> list[list[Part]]:
-    """Return the parts of `make check-cluster`; the part that loses a rank is the last."""
+    """Return the stages of `make check-cluster`. The part that loses a rank comes last."""
     ranks = gpus if gpus > 1 else 2
     return [
         [Part("planted faults", launched(ranks, "cluster_plants.py"), 120)],
@@ -99,13 +100,13 @@ def program(script: str, *arguments: str) -> list[str]:
 
 
 def launched(ranks: int, script: str, *arguments: str) -> list[str]:
-    """Return a program on several ranks of this machine."""
+    """Return the command that runs a script with several ranks on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return [*launcher, str(HERE / script), *arguments]
 
 
 def missing(program_name: str, gpus: int) -> str:
-    """Return what cannot be shown with this many GPUs, as a sentence."""
+    """Return a sentence on what cannot be shown with this many GPUs, or an empty string."""
     if program_name == "cluster" and gpus == 1:
         return "One GPU here: messages went over gloo, between processes on the CPU. Nothing about NCCL or about speed was shown."
     if gpus == 0:
@@ -117,7 +118,7 @@ def missing(program_name: str, gpus: int) -> str:
 
 
 def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, without: str) -> int:
-    """Run all parts, and print their results. Return the exit code."""
+    """Run all parts and print their results. Return the exit code. without: see `missing`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began, outcomes = time.monotonic(), []
@@ -125,7 +126,7 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
         lock = threading.Lock()
 
         def print_line(text: str) -> None:
-            # parts that run together print from threads
+            # parts that run side by side print from different threads
             with lock:
                 for file in (sys.stdout, kept):
                     file.write(text + "\n")
@@ -157,20 +158,20 @@ def first_hour(stages: Sequence[Sequence[Part]], folder: Path, seconds: float, w
 def run_stage(
     stage: Sequence[Part], folder: Path, left: float, environment: dict[str, str], print_line: Callable[[str], None]
 ) -> list[Outcome]:
-    """Run parts side by side, each at most for its time and the time that is left. Return their outcomes."""
+    """Run parts side by side, each at most for its time limit and the time left. Return their outcomes."""
     running = [
         Running(part, folder, min(part.seconds, left), environment, print_line, len(stage) > 1) for part in stage
     ]
     try:
         return [part.outcome() for part in running]
     finally:
-        # also if a user interrupts
+        # this also runs if the user interrupts
         for part in running:
             part.stop()
 
 
 class Running:
-    """A part under way. Its output is passed on line by line, with its name if others run at the same time."""
+    """A running part. Its output is passed on line by line, prefixed with its name if other parts run at the same time."""
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class Running:
             text=True,
             errors="replace",
             env=environment,
-            # so that all its processes can be ended with it
+            # a session of its own, so that all its processes can be killed
             start_new_session=True,
         )
         self.last: deque[str] = deque([""], maxlen=1)
@@ -208,7 +209,7 @@ class Running:
                 self.last.append(line.strip())
 
     def outcome(self) -> Outcome:
-        """Return the outcome of the part, once it has ended or its time is over."""
+        """Wait until the part ends, or stop it at its time limit. Return its outcome."""
         failed = ""
         try:
             code = self.process.wait(max(self.ends - time.monotonic(), 0))
@@ -225,7 +226,7 @@ class Running:
         return Outcome(self.part.name, rows, failed)
 
     def stop(self) -> None:
-        """End the part and all its processes, if it still runs."""
+        """Stop the part and all its processes if it is still running."""
         if self.process.poll() is None:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):

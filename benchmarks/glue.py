@@ -1,13 +1,14 @@
-"""Messages and glue of one layer call: the bytes that a rank sends, and those it copies, adds and merges around its kernels.
+"""Messages and glue of one layer call: a rank's sends, and the bytes that it copies, adds and merges around its kernels.
 
     python benchmarks/glue.py [--tokens 65536] [--ranks 8] [--heads 64] [--kv-heads 8] [--strategies ulysses usp] [--kinds]
 
-`--kinds` prints what the bytes are: "pack" and "unpack" between a rank's own tensors and messages, "copy own" to where others'
-tokens arrive, "gather" into a kernel's operands, "write" and "add" of results to their tensors, and "other": row sums of dO * O,
-and casts of results.
+`--kinds` breaks the bytes down: "pack" and "unpack" between a rank's own tensors and messages, "copy own" of own tokens
+to where others' tokens arrive, "gather" into a kernel's operands, "write" and "add" of results to their tensors, and
+"other": row sums of dO * O and casts of results.
 
-Everything is counted on meta tensors, at full size: nothing is computed. Times are bytes read and written over 2.5 TB/s, and
-shares are of a rank's mean time of attention at 600 (forward) and 450 (backward) TFLOP/s; both speeds are assumed.
+Everything is counted on meta tensors at full size, and nothing is computed. Times are bytes read and written at 2.5
+TB/s. Shares are relative to a rank's mean attention time at 600 (forward) and 450 (backward) TFLOP/s. All speeds are
+assumptions.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from meta_run import MetaBackend, Watch, layer_call  # noqa: E402
 
 DIM = 128
 BYTES_PER_SECOND = 2.5e12
-# methods of Buffers that copy rows
+# the methods of Buffers that copy rows, and the names of their kinds
 KINDS = {"pack": "pack", "unpack": "unpack", "copy_own": "copy own", "gathered": "gather", "accumulate": "write"}
-# floating-point operations of a visible (query, key) pair and head, per number of the head dim; and per second
+# floating-point operations per allowed (query, key) pair, head and element of the head dim; and operations per second
 FORWARD, BACKWARD = (4, 600e12), (10, 450e12)
 
 
 def main() -> None:
-    """Print one line for each case and strategy, forward / backward, of the rank with the most glue among three."""
+    """Print one line per case and strategy, forward / backward, for the rank with the most glue out of three."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--ranks", type=int, default=8)
@@ -58,8 +59,11 @@ def main() -> None:
 
 
 def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seconds: list[float]) -> str:
-    """Return the figures of a strategy: glue, operators, and sends, in all and to one peer. seconds: of attention."""
-    # disaggregation moves work, not tokens
+    """Return a strategy's figures: glue, operators, sends in total and sends to one peer.
+
+    seconds: the attention time of a rank, forward and backward.
+    """
+    # disaggregation needs contiguous packs: it moves work, not tokens
     layout = (da.Layout.contiguous if strategy == "cad" else da.Layout.zigzag)(lengths, arguments.ranks)
     shape = dict(heads=arguments.heads, kv_heads=arguments.kv_heads, head_dim=DIM, dtype="bfloat16")
     plan = da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **shape)
@@ -80,7 +84,7 @@ def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seco
 
 
 def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
-    """Return the traffic of both passes of a rank, their bytes by kind, and the rank's sends by peer."""
+    """Return a rank's (traffic of both passes, their bytes by kind, its sends by peer)."""
     sends: Counter[int] = Counter()
     send = MetaBackend.send
 
@@ -95,7 +99,7 @@ def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
 
 @contextmanager
 def _bytes_by_kind() -> Iterator[dict[int, Counter[str]]]:
-    """Count the bytes of the methods in KINDS, by the id of a pass's traffic."""
+    """Count the bytes of each method in KINDS inside the block, keyed by the id of the pass's traffic."""
     by_pass: dict[int, Counter[str]] = defaultdict(Counter)
 
     def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

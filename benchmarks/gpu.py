@@ -1,14 +1,15 @@
-"""The attention kernels on one GPU, beside their rivals: correctness first, then speed.
+"""Our attention kernels and their rivals on one GPU: correctness first, then speed.
 
     python benchmarks/gpu.py [--out benchmarks/results/gpu.jsonl] [--fa3 PATH/flash_attn_3/_C.so]
                              [--tutorial PATH/06-fused-attention.py] [--quick] [--tiers-only] [--seconds 200]
 
-Rates are TFLOP/s of the mask's allowed cells (4 x area x heads x dim forward, 10 backward), medians over repeats; each
-timed repeat is a CUDA graph of several calls where one can be captured, and eager calls otherwise (marked). The share is of
-the matrix-product rate measured first in the same run. A contestant that is wrong is not timed; ours is wrong, too, where
-its error is more than one and a half times the best rival's. The trial of kernel="auto" chooses a tier for every case.
-Made to end within ten minutes on an H200; --quick takes a third of the cases, --tiers-only leaves out what epilogues cost,
-and --seconds begins no case that would take it past that time. On a machine without a GPU (TRITON_INTERPRET=1) tiny cases.
+Rates are TFLOP/s on the mask's allowed cells (4 x area x heads x dim forward, 10 backward), medians over repeats. Each
+timed repeat is a CUDA graph of several calls if one can be captured, otherwise eager calls (marked). The share is
+relative to the matrix-product rate measured first in the same run. A contestant with wrong results is not timed. Ours
+also counts as wrong if its error exceeds one and a half times the best rival's. The trial of kernel="auto" chooses a
+tier for every case. The benchmark is meant to end within ten minutes on an H200. --quick runs a third of the cases,
+--tiers-only leaves out the cost of epilogues, and --seconds starts no case that would exceed this time. Without a GPU
+(TRITON_INTERPRET=1) it runs tiny cases.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from torch import Tensor
 
 from distattn.ir.bands import row_key_ranges
 
-# the number of rows, and keys, that are compared with fp64, and rows at a time
+# number of rows, and of keys, to compare with fp64; and rows computed at a time
 CHECKED = 24
 BLOCK = 256
-# relative to the reference, Frobenius norm
+# allowed relative error (Frobenius norm)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 3e-3, torch.float32: 1e-5}
-# our error over the best rival's
+# allowed ratio of our error to the best rival's
 WORST_RATIO = 1.5
 CALLS = 5
 
 
 def main() -> int:
-    """Measure ceilings, then the cases one by one. Return exit code 1 if one of ours is wrong."""
+    """Measure the ceilings, then the cases one by one. Return exit code 1 if any of our kernels is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--fa3", type=Path)
@@ -90,7 +91,7 @@ def main() -> int:
 
 
 def note(findings: Findings, cell: Cell) -> None:
-    """Note a tier's cell as a check, if the tier serves the case, and every cell as a speed, or why it has no speed."""
+    """Record every cell as a speed or the reason why it has none. Record a tier's cell as a check, too, if it serves the case."""
     fault = f"{cell.status}: {cell.note}" if cell.status != "ok" else ""
     if is_ours(cell) and cell.status in ("ok", "wrong", "error"):
         findings.check(f"{cell.contestant}, {cell.case}", fault)
@@ -99,12 +100,12 @@ def note(findings: Findings, cell: Cell) -> None:
 
 
 def is_ours(cell: Cell) -> bool:
-    """Return whether a contestant is a tier, not a rival."""
+    """Return whether a cell's contestant is one of our tiers, not a rival."""
     return cell.contestant.startswith("distattn")
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    """Yield the cases, the most informative first: a limit of time cuts the others."""
+    """Yield the cases, the most informative first, because a time limit drops the last."""
     if device.type == "cpu":
         for direction in ("forward", "backward"):
             for pattern in ("causal", "documents"):
@@ -132,7 +133,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 
 def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case, Inputs], Run]]) -> list[Cell]:
-    """Run all contestants of a case."""
+    """Run all contestants of a case. Return their cells."""
     x = inputs_of(case, device)
     check = checker(case, x)
     makers = {name: (lambda make=make: Repeated(lambda: make(case, x), device)) for name, make in runners.items()}
@@ -146,9 +147,9 @@ def run_case(case: Case, device: torch.device, runners: dict[str, Callable[[Case
 
 
 class Repeated:
-    """Several calls that are timed as one: a CUDA graph if it can be captured. Returns the last result, and its facts.
+    """A function that makes several calls, as a CUDA graph if it can be captured, and returns the last result and its facts.
 
-    Everything, also its making, happens on one stream: autograd runs a backward on the stream of its forward.
+    Everything, including `make`, runs on one stream, because autograd runs a backward on the stream of its forward.
     """
 
     def __init__(self, make: Callable[[], Callable[[], Any]], device: torch.device):
@@ -189,7 +190,7 @@ class Repeated:
 
 
 def checker(case: Case, x: Inputs) -> Callable[[tuple[Any, dict[str, Any]]], str]:
-    """Compare outputs, or dq, of some rows, and dk and dv of some keys, with fp64. Note the error."""
+    """Return a check that compares some rows of o, or of dq, dk and dv, with fp64, and stores the error in the facts."""
     generator = np.random.default_rng(1)
     some = np.sort(generator.choice(case.tokens, min(CHECKED, case.tokens), replace=False)).tolist()
     wanted = by_definition(case, x, some)
@@ -207,13 +208,13 @@ def checker(case: Case, x: Inputs) -> Callable[[tuple[Any, dict[str, Any]]], str
 
 
 def by_definition(case: Case, x: Inputs, some: list[int]) -> dict[str, Tensor]:
-    """Compute o and dq of some rows, and dk and dv of the keys of the same numbers, in fp64, by blocks, without our kernels."""
+    """Compute rows `some` of o, dq, dk and dv in fp64, block by block, without our kernels."""
     group, scale, n = case.heads[0] // case.heads[1], case.dims[0] ** -0.5, case.tokens
     k, v = (part.double().repeat_interleave(group, 1) for part in (x.k, x.v))
     index = torch.tensor(some, device=x.q.device)
     dk, dv = torch.zeros_like(k[index]), torch.zeros_like(v[index])
     rows: dict[str, list[Tensor]] = {"o": [], "dq": []}
-    # outputs need their own rows only; dk and dv need all of them
+    # outputs only need their own rows; dk and dv need all rows
     blocks = [some] if case.direction == "forward" else [range(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
     for block in blocks:
         here = torch.tensor(list(block), device=x.q.device)
@@ -234,7 +235,7 @@ def by_definition(case: Case, x: Inputs, some: list[int]) -> dict[str, Tensor]:
 
 
 def allowed(case: Case, rows: Tensor) -> Tensor:
-    """Return which keys these rows may see, (rows, N)."""
+    """Return whether each of these rows may attend to each key, bool (rows, N)."""
     edges = torch.zeros(len(rows), case.tokens + 1, dtype=torch.int32, device=rows.device)
     at = np.arange(len(rows))
     wanted = rows.cpu().numpy()
@@ -249,12 +250,12 @@ def allowed(case: Case, rows: Tensor) -> Tensor:
 
 
 def error_of(got: Tensor, wanted: Tensor) -> float:
-    """Return the relative error, by Frobenius norms."""
+    """Return the relative error (Frobenius norm)."""
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """Measure this card's ceilings: a large product of random bf16 matrices and a large copy."""
+    """Measure the GPU's ceilings: a large product of random bf16 matrices and a large copy."""
     if device.type == "cpu":
         return {"product TFLOP/s": 1.0, "copy TB/s": 1.0}
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -266,7 +267,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
 
 
 def timed(work: Callable[[], Any], repeats: int = 20) -> float:
-    """Return median seconds by device events."""
+    """Return the median seconds of `work`, measured with device events."""
     for _ in range(3):
         work()
     seconds = []

@@ -31,7 +31,7 @@ from distattn.kernels.triton.launch import run_launch, schedule_to_device
 
 @dataclass(frozen=True)
 class Case:
-    """One mask over `tokens`, with `heads` (query, key/value), `dims` (query and key, value) and a direction."""
+    """A mask over `tokens` tokens, with `heads` (query, KV), `dims` (query and key, value), a direction and a dtype."""
 
     pattern: str
     tokens: int
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Two products of the mask's area forward, five backward (none counted twice)."""
+        """The floating-point operations: two products over the mask's area forward, five backward (without recomputation)."""
         (h, _), (d, e) = self.heads, self.dims
         per_cell = 2 * (d + e) if self.direction == "forward" else 2 * (3 * d + 2 * e)
         return int(self.mask.area()) * h * per_cell
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, do (tokens, heads, dim) and k, v (tokens, key/value heads, dim)."""
+    """Inputs of a case: q, do (tokens, heads, dim) and k, v (tokens, KV heads, dim)."""
 
     q: Tensor
     k: Tensor
@@ -69,13 +69,13 @@ class Inputs:
     do: Tensor
 
 
-# the result of a case's contestant: o, or (dq, dk, dv), with tokens first
+# runs a contestant once: returns o or (dq, dk, dv), with tokens first
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
 @cache
 def lengths_of(tokens: int) -> tuple[int, ...]:
-    """Return documents of very different lengths, each at most a quarter of the axis (heavy-tailed, as in web corpora)."""
+    """Return heavy-tailed document lengths, as in web corpora, each at most a quarter of the axis."""
     generator = np.random.default_rng(0)
     out: list[int] = []
     while sum(out) < tokens:
@@ -85,7 +85,7 @@ def lengths_of(tokens: int) -> tuple[int, ...]:
 
 @cache
 def mask_of(pattern: str, tokens: int) -> da.Mask:
-    """Return a mask of the benchmark by name."""
+    """Return the mask of a pattern."""
     return {
         "full": lambda: da.Mask.full(tokens),
         "causal": lambda: da.Mask.causal(tokens),
@@ -99,7 +99,7 @@ def mask_of(pattern: str, tokens: int) -> da.Mask:
 
 
 def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Return random tensors: zeros would be faster than real ones."""
+    """Return random tensors. On zeros, kernels would be faster than on real data."""
     generator = torch.Generator(device).manual_seed(seed)
     (h, k), (d, e) = case.heads, case.dims
 
@@ -112,7 +112,7 @@ def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
 
 def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
-    """Return one of our kernels on the whole mask, launched as `attention` launches it: o is in float32."""
+    """Return a contestant: one of our kernels on the whole mask, launched as `attention` launches it, with o in fp32."""
 
     def make(case: Case, x: Inputs) -> Run:
         work, score = prepared(tier, case, case.mask, x.q.device), ScoreMod(case.dims[0] ** -0.5)
@@ -134,7 +134,7 @@ def ours(tier: ModuleType) -> Callable[[Case, Inputs], Run]:
 
 
 def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
-    """Return the same in `chunks` steps over the keys, merged by the merge epilogue."""
+    """Return a contestant: one of our kernels in `chunks` steps over the keys, merged by the merge epilogue."""
 
     def make(case: Case, x: Inputs) -> Run:
         if case.direction != "forward":
@@ -158,7 +158,7 @@ def ring(tier: ModuleType, chunks: int = 8) -> Callable[[Case, Inputs], Run]:
 
 
 def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
-    """Return one launch that writes fp32, or merges into earlier results: the extra cost of a ring step."""
+    """Return a contestant: one launch that writes fp32, or with `merge` merges, to show the extra cost of a ring step."""
 
     def make(case: Case, x: Inputs) -> Run:
         if case.direction != "forward" or case.pattern not in ("full", "causal"):
@@ -178,7 +178,7 @@ def step(tier: ModuleType, merge: bool) -> Callable[[Case, Inputs], Run]:
 
 
 def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) -> Any:
-    """Return a kernel's lists of a mask with the case's shapes, on the device."""
+    """Return a kernel's schedule for a mask with the case's shapes, on the device. Raise Unsupported if the kernel refuses."""
     demand = KernelRequirements(case.dtype, *case.dims, device)
     if why_not := tier.unsupported_reason(demand):
         raise Unsupported(why_not)
@@ -186,7 +186,7 @@ def prepared(tier: ModuleType, case: Case, mask: da.Mask, device: torch.device) 
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:
-    """Return PyTorch's scaled_dot_product_attention by one of its backends: full and causal."""
+    """Return a contestant: PyTorch's scaled_dot_product_attention with one of its backends, for full and causal masks."""
 
     def make(case: Case, x: Inputs) -> Run:
         if case.pattern not in ("full", "causal"):
@@ -204,12 +204,12 @@ def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:
 
 
 def flex(case: Case, x: Inputs) -> Run:
-    """Return compiled FlexAttention, with the mask as its BlockMask."""
+    """Return a run of compiled FlexAttention with the mask as a BlockMask."""
     from torch.nn.attention.flex_attention import flex_attention
 
     block_mask = da.block_mask(case.mask, device=x.q.device)
     q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
-    # a fresh compiler for every case: past its limit of recompilations it would run unfused without a warning
+    # reset the compiler for every case: past its recompilation limit it would run unfused without a warning
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -220,7 +220,7 @@ def flex(case: Case, x: Inputs) -> Run:
 
 
 def varlen(case: Case, x: Inputs) -> Run:
-    """Return PyTorch's variable-length flash attention (FlashAttention 2): masks that cu_seqlens and a window can express."""
+    """Return a run of PyTorch's variable-length flash attention (FlashAttention 2), for masks that cu_seqlens can express."""
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest, _, window = packed(case, x.q.device)
@@ -234,7 +234,7 @@ def varlen(case: Case, x: Inputs) -> Run:
 
 
 def packed(case: Case, device: torch.device) -> tuple[Tensor, int, bool, tuple[int, int]]:
-    """Return a varlen kernel's description of the mask: cu_seqlens, longest document, causal, window."""
+    """Return the mask as arguments of a varlen kernel: (cu_seqlens, longest document, causal, window)."""
     try:
         ends, longest, causal, window = da.cu_seqlens(case.mask)
     except da.DistattnError as error:
@@ -243,7 +243,7 @@ def packed(case: Case, device: torch.device) -> tuple[Tensor, int, bool, tuple[i
 
 
 def flash2(case: Case, x: Inputs) -> Run:
-    """Return FlashAttention 2 from its own package."""
+    """Return a run of FlashAttention 2 from its own package."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
@@ -252,27 +252,30 @@ def flash2(case: Case, x: Inputs) -> Run:
     q, k, v = (part.detach() for part in (x.q, x.k, x.v))
 
     def forward() -> Tensor:
-        # with causal the right end of a window is the query's own place
+        # with causal, a window ends at the query's own position
         return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=causal, window_size=window)
 
     return differentiated(case, forward, (q, k, v), x.do, lambda y: y)
 
 
 def installed_flash3() -> Path | None:
-    """Return the loadable build inside an installed package flash_attn_3, or None."""
+    """Return the loadable build in an installed flash_attn_3 package, or None."""
     spec = importlib.util.find_spec("flash_attn_3")
     folders = spec.submodule_search_locations if spec else None
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("_C*.so"))), None)
 
 
 def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
-    """Return FlashAttention 3 from a loadable build (xformers 0.0.34: flash_attn_3/_C.so), by its operators' own schemas."""
+    """Return a contestant: FlashAttention 3 from a loadable build, such as flash_attn_3/_C.so in xformers 0.0.34.
+
+    Arguments are passed by name according to the operators' schemas, which differ between builds.
+    """
 
     def make(case: Case, x: Inputs) -> Run:
         build = library or installed_flash3()
         if build is None:
             raise Unsupported("no build of FlashAttention 3: pass --fa3 PATH/_C.so")
-        # the build finds the CUDA runtime among the loaded libraries
+        # the build expects the CUDA runtime to be loaded
         ctypes.CDLL("libcudart.so.12", ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(build))
         cu, longest, _, (left, right) = packed(case, x.q.device)
@@ -287,7 +290,7 @@ def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
             return lambda: forward()[0]
         o, lse, *_ = forward()
         values |= {"dout": x.do, "out": o, "softmax_lse": lse, "deterministic": False}
-        # some builds fill these, others return their own first
+        # some builds write to these tensors, others return gradients first
         gradients = {"dq": torch.empty_like(x.q), "dk": torch.empty_like(x.k), "dv": torch.empty_like(x.v)}
         operator = torch.ops.flash_attn_3.bwd.default
         filled = {argument.name for argument in operator._schema.arguments} >= set(gradients)
@@ -298,7 +301,7 @@ def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
 
 
 def tutorial(path: Path | None) -> Callable[[Case, Inputs], Run]:
-    """Return Triton's own tutorial (06-fused-attention.py): full and causal, as many key heads as query heads."""
+    """Return a contestant: Triton's tutorial (06-fused-attention.py), for full and causal masks without grouped heads."""
 
     def make(case: Case, x: Inputs) -> Run:
         if path is None:
@@ -307,7 +310,7 @@ def tutorial(path: Path | None) -> Callable[[Case, Inputs], Run]:
             raise Unsupported("the tutorial computes full and causal masks of equal heads and dims")
         q, k, v = (heads_first(part) for part in (x.q, x.k, x.v))
         function = loaded(path)._attention
-        # later versions also have an argument for specialised warps
+        # later versions have another argument, for warp specialization
         more = (False,) * (len(inspect.signature(function.forward).parameters) - 6)
 
         def forward() -> Tensor:
@@ -328,7 +331,7 @@ def loaded(path: Path) -> ModuleType:
 
 
 def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
-    """Return a call of an operator with the named values that it takes; its own defaults, or None, for all others."""
+    """Return a call of an operator with those of the values that it takes. Other arguments get their defaults, or None."""
     arguments = {a.name: values[a.name] for a in operator._schema.arguments if a.name in values}
     others = {a.name: None for a in operator._schema.arguments if a.name not in values and not a.has_default_value()}
     return lambda: operator(**arguments, **others)
@@ -337,7 +340,7 @@ def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
 def differentiated(
     case: Case, forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], do: Tensor, back: Callable[[Tensor], Tensor]
 ) -> Run:
-    """Return a rival's forward, or its backward alone by autograd; `back` puts tokens first again."""
+    """Return a run of a rival's forward, or of its backward alone through autograd. back: moves tokens first again."""
     if case.direction == "forward":
         return lambda: back(forward())
     for x in inputs:
@@ -347,11 +350,11 @@ def differentiated(
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """Return (1, heads, tokens, dim), contiguous, a leaf."""
+    """Return a contiguous leaf tensor (1, heads, tokens, dim) from x (tokens, heads, dim)."""
     return x.detach().transpose(0, 1)[None].contiguous()
 
 
-# tiers by the name of their contestant
+# our tiers, by the contestant's name
 TIERS = {
     "distattn triton": triton_attention,
     "distattn gluon": gluon_attention,
@@ -375,7 +378,7 @@ def contestants(fa3: Path | None, tutorial_file: Path | None) -> dict[str, Calla
 
 
 def epilogues() -> dict[str, Callable[[Case, Inputs], Run]]:
-    """Return the extra cost of a ring step's result, by tier."""
+    """Return contestants that show the extra cost of a ring step's result, for two tiers."""
     return {
         f"{name}, {label}": run
         for name, tier in list(TIERS.items())[:2]
@@ -388,7 +391,7 @@ def epilogues() -> dict[str, Callable[[Case, Inputs], Run]]:
 
 
 def auto_choice(case: Case, device: torch.device) -> str:
-    """Return the kernel that kernel="auto" takes for such a call, by its trial, or why it takes none."""
+    """Return the kernel that kernel="auto" chooses for a case by trial, or the reason why it chooses none."""
     (heads, kv_heads), (dim, v_dim) = case.heads, case.dims
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=dim, v_head_dim=v_dim, dtype=str(case.dtype)[6:])
     plan = da.make_plan(case.mask, da.Layout.contiguous([case.tokens], 1), strategy="ring", **shape)

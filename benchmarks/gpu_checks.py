@@ -1,14 +1,15 @@
-"""What a GPU must show of the attention kernels besides speed: right results, no stray access, the same bits every time.
+"""Checks of the attention kernels on a GPU: correct results, no out-of-bounds access, bitwise reproducibility.
 
     python benchmarks/gpu_checks.py [--tiers triton gluon gluon_split flash] [--seconds 200]
 
-Results, forward and backward, merged into what is there, are compared with the reference kernel in fp64: masks of every
-kind, all head dims, with and without score modifiers. Every operand and result lies between guards in a larger piece of
-memory: NaN around what is read, a pattern around what is written. A kernel that reads beyond a tensor then gives NaN, one
-that writes there breaks the pattern. Where compute-sanitizer is installed it runs the same calls. Each call is made twice
-and compared bit by bit (but for dQ of "gluon" and "flash", sums of no fixed order), and the host's time per launch is told.
-What runs around kernels (rows copied, added, merged) is compared with the CPU's. Exit code 1 where something is wrong.
-Without a GPU (TRITON_INTERPRET=1) the interpreter's kernels only, and less of them.
+Forward and backward results, also merged into existing contents, are compared with the reference kernel in fp64: for
+masks of every kind and all head dims, with and without score modifiers. Every operand and result lies between guards in
+a larger block of memory: NaN around inputs, a pattern around results. A kernel that reads out of bounds then returns
+NaN, and one that writes out of bounds changes the pattern. If compute-sanitizer is installed, it runs the same calls.
+Each call is made twice and compared bitwise (except dQ of "gluon" and "flash", whose sums have no fixed order), and the
+host time per launch is printed. The row operations around kernels (copy, add, merge) are compared with the CPU's. The
+exit code is 1 if anything is wrong. Without a GPU (TRITON_INTERPRET=1) only kernels that the interpreter supports run,
+with fewer cases.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.launch import schedule_to_device
 
 TIERS = {"triton": triton_attention, "gluon": gluon_attention, "gluon_split": gluon_split, "flash": flash_attention}
-# whose sum in dQ has no fixed order
+# tiers that sum dQ in no fixed order
 LOOSE = ("gluon", "flash")
 HEADS, KV_HEADS = 4, 2
-# head dims, and whether scores are capped and biased; those of most models first, as time may end
+# head dims, and whether scores have softcap and ALiBi; the most common first, because time may run out
 SHAPES = [((128, 128), False), ((64, 64), False), ((192, 128), False), ((128, 128), True)]
 SHAPES += [((dim, dim), False) for dim in (256, 96, 80, 192)]
-# relative to fp64, Frobenius norm
+# allowed error relative to fp64 (Frobenius norm)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 3e-3}
 GUARD = 1 << 14
 PATTERN = 12345.0
 LAUNCHES = 200
 SANITIZER_SECONDS = 120
-# in which it can find anything
+# with less time left, compute-sanitizer is not run
 LEAST_SECONDS = 15
 
 
 def main() -> int:
-    """Make all checks and print one line for each."""
+    """Run all checks and print one line for each. Return exit code 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only-run", action="store_true", help="a few calls, for a memory checker around them")
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=list(TIERS))
@@ -68,7 +69,7 @@ def main() -> int:
     arguments = parser.parse_args()
     findings, ends = Findings(arguments.findings), time.monotonic() + arguments.seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # under a memory checker every call takes a hundred times as long
+    # under compute-sanitizer every call takes a hundred times as long
     shapes = SHAPES if not arguments.only_run else [((64, 64), False), ((128, 128), True)]
     complaints, ran = [], []
     for dims, modifiers in shapes if device.type == "cuda" else [((32, 32), True)]:
@@ -82,7 +83,7 @@ def main() -> int:
             else:
                 complaints += checked(label, call, findings, arguments.only_run)
                 ran.append(name)
-    # the same whatever the tier: once, where each has a program of its own
+    # row operations do not depend on the tier: check them only once if each tier has a program of its own
     if next(iter(TIERS)) in arguments.tiers:
         differences = glue_differences(device)
         findings.check("rows around kernels", "; ".join(differences))
@@ -94,7 +95,7 @@ def main() -> int:
 
 
 def checked(label: str, call: Call, findings: Findings, only_run: bool) -> list[str]:
-    """Check all masks with a tier and shape; return what is wrong with them."""
+    """Check all masks with a tier and shape. Return a list of what is wrong."""
     began, complaints = time.perf_counter(), []
     chosen = dict(list(masks(call.device).items())[:2]) if only_run else masks(call.device)
     for name, mask in chosen.items():
@@ -105,7 +106,7 @@ def checked(label: str, call: Call, findings: Findings, only_run: bool) -> list[
         findings.check(f"{label} {name}", "; ".join(problems))
         complaints += [f"{label} {name}: {text}" for text in problems]
         if call.device.type == "cuda":
-            # what a compiler refuses is one call's trouble; a device that is lost ends the program here
+            # a compiler error only concerns one call, but a lost device ends the program here
             torch.cuda.synchronize()
     host = ""
     if not (only_run or call.modifiers or complaints):
@@ -115,7 +116,7 @@ def checked(label: str, call: Call, findings: Findings, only_run: bool) -> list[
 
 
 class Call(NamedTuple):
-    """A kernel and what it is asked for. loose: its dQ is a sum of no fixed order."""
+    """A kernel and the kind of call to make. loose: True if the kernel sums dQ in no fixed order."""
 
     tier: ModuleType
     loose: bool
@@ -125,7 +126,7 @@ class Call(NamedTuple):
     device: torch.device
 
     def work(self, mask: da.Mask) -> Any:
-        """Return the kernel's lists, on the device."""
+        """Return the kernel's schedule for a mask, on the device."""
         cells = LaunchMask.from_mask(mask, HEADS, KV_HEADS)
         return schedule_to_device(
             self.tier.prepare(cells, KernelRequirements(self.dtype, *self.dims, self.device)), self.device
@@ -133,13 +134,13 @@ class Call(NamedTuple):
 
 
 def call_of(name: str, dims: tuple[int, int], modifiers: bool, device: torch.device) -> Call:
-    """Return a call of a tier by its name, in the precision that is used on such a device."""
+    """Return a call of the tier `name`: in bfloat16 on a GPU, in float16 on a CPU."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     return Call(TIERS[name], name in LOOSE, dims, modifiers, dtype, device)
 
 
 def masks(device: torch.device) -> dict[str, da.Mask]:
-    """Return small masks with uneven ends."""
+    """Return small masks by name, with lengths that are no multiple of a tile."""
     n = 1037 if device.type == "cuda" else 77
     third = n // 3
     some = {
@@ -162,7 +163,7 @@ def masks(device: torch.device) -> dict[str, da.Mask]:
 
 
 def check(call: Call, mask: da.Mask) -> list[str]:
-    """Return what is wrong with one call, forward and backward, adding to zeros, and then to what is there."""
+    """Return a list of what is wrong with one call, forward and backward, adding first to zeros, then to the results."""
     torch.manual_seed(0)
     (dim, v_dim), device = call.dims, call.device
     work = call.work(mask)
@@ -193,7 +194,7 @@ def check(call: Call, mask: da.Mask) -> list[str]:
     complaints = [text for key, x in first.items() if (text := difference(key, x, wanted[key], call.dtype))]
     fixed = [key for key in first if key != "dq" or not call.loose]
     complaints += [f"{key} differs in bits" for key in fixed if not torch.equal(first[key], second[key])]
-    # a kernel that writes where it should add is right on zeros
+    # a kernel that overwrites instead of adding is right on zeros, so add a second time
     backward(second, first["lse"], delta)
     forward(second)
     doubled = {key: {"o": x, "lse": x + math.log(2)}.get(key, 2 * x) for key, x in wanted.items()}
@@ -203,7 +204,7 @@ def check(call: Call, mask: da.Mask) -> list[str]:
 
 
 def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: ScoreMod) -> dict[str, Tensor]:
-    """Compute the same by the reference kernel in fp64."""
+    """Return o, lse, dq, dk and dv by name, computed by the reference kernel in fp64. operands: (q, k, v, do)."""
     q, k, v, do = (x.double() for x in operands)
     cells = LaunchMask.from_mask(mask, HEADS, KV_HEADS)
     work = schedule_to_device(
@@ -215,30 +216,30 @@ def by_reference(mask: da.Mask, operands: tuple[Tensor, ...], score: ScoreMod) -
 
 
 def difference(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> str:
-    """Return what is wrong with a result, or an empty text; -inf is the log-sum-exp of rows without keys."""
+    """Return what is wrong with a result, or an empty string. Rows without keys have a log-sum-exp of -inf."""
     if not torch.equal(got == -torch.inf, wanted == -torch.inf):
         return f"{name} is -inf elsewhere"
     got, wanted = (torch.where(wanted == -torch.inf, 0.0, x.double()) for x in (got, wanted))
-    # one token alone: gradients of q and k are differences of equal numbers
+    # with a single token, the gradients of q and k are 0 up to rounding: divide by at least 1
     error = float((got - wanted).norm() / max(float(wanted.norm()), 1.0))
     return "" if error <= TOLERANCE[dtype] else f"{name} is off by {error:.1e} (allowed: {TOLERANCE[dtype]:.0e})"
 
 
 def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, guard: float) -> Tensor:
-    """Return random numbers between guards."""
+    """Return a random tensor with guards before and after it in memory, filled with `guard`."""
     size = torch.Size(shape).numel()
     around = torch.full((size + 2 * GUARD,), guard, dtype=dtype, device=device)
     return around[GUARD : GUARD + size].view(shape).normal_()
 
 
 def whole(x: Tensor) -> bool:
-    """Tell whether both guards of a result are as they were."""
+    """Return whether both guards of a result are unchanged."""
     around = torch.as_strided(x, (x.numel() + 2 * GUARD,), (1,), 0)
     return bool((around[:GUARD] == PATTERN).all() and (around[-GUARD:] == PATTERN).all())
 
 
 def glue_differences(device: torch.device) -> list[str]:
-    """Return what is wrong with the operators around kernels, compared with the CPU's."""
+    """Return a list of the row operators' results that differ from the CPU's."""
     torch.manual_seed(0)
     listed, segment = torch.randperm(900)[:500], RowSelection(7, 500)
 
@@ -268,7 +269,7 @@ def glue_differences(device: torch.device) -> list[str]:
 
 
 def host_time(call: Call) -> float:
-    """Measure the microseconds that the host needs to plan and begin one small forward."""
+    """Return the microseconds of host time per launch of a small forward."""
     (dim, v_dim), device, n = call.dims, call.device, 128
     q, k, v = (
         torch.randn(n, *shape, device=device, dtype=call.dtype)
@@ -286,7 +287,7 @@ def host_time(call: Call) -> float:
             call.tier.forward(q, k, v, work, ScoreMod(1.0), into=into)
         return time.perf_counter() - began
 
-    # the first time compiles
+    # the first call compiles
     spent()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -294,7 +295,7 @@ def host_time(call: Call) -> float:
 
 
 def sanitized(tiers: list[str], seconds: float, findings: Findings) -> list[str]:
-    """Make the same calls under compute-sanitizer."""
+    """Run some of the calls under compute-sanitizer. Return a list of what is wrong."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not tool:
         findings.left_out("compute-sanitizer", "it is not installed here; the guards alone have spoken")

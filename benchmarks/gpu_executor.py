@@ -1,12 +1,12 @@
-"""The whole executor on one GPU: all ranks of a plan in lock step, each with its own streams.
+"""The whole executor on one GPU: all ranks of a plan in lockstep, each with its own streams.
 
     python benchmarks/gpu_executor.py [--kernel triton|gluon] [--ranks 8] [--tokens 32768] [--delay 200] [--trace FILE.json]
 
-Moves are device copies on a stream of the receiver, begun `delay` microseconds after both ends are ready, as a slow wire would.
-First parity: outputs and gradients of every strategy, with NaN in uninitialised memory, against the triton kernel on the
-whole axis at once; any synchronisation of host and device is an error. Then the host time per rank and step (budget: 150
-microseconds), and from a trace the share of copying that ran under kernels. On a machine without a GPU
-(TRITON_INTERPRET=1) the parity alone, on a short axis.
+Moves are device copies on a stream of the receiver. They start `delay` microseconds after both ends are ready, as over
+a slow link. First, correctness is checked: the outputs and gradients of every strategy, with NaN in uninitialized
+memory, are compared with the Triton kernel on the whole axis at once, and any synchronization between host and device
+is an error. Then the host time per rank and step is measured (budget: 150 microseconds), and from a trace the share of
+copying that overlaps with kernels. Without a GPU (TRITON_INTERPRET=1) only correctness is checked, on a short axis.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ from distattn.parallel.runtime.lowering.upload_program import copy_program_to_de
 from distattn.parallel.runtime.program import Program
 
 BUDGET = 150
-# our kernels in a trace; what else runs there copies or merges
+# our kernels in a trace; all other kernels copy or merge
 KERNELS = ("forward_kernel", "dkdv_kernel", "dq_kernel", "backward_kernel", "row_numbers_kernel", "sum_parts_kernel")
-# relative to the one-shot result, Frobenius norm: fp32 sums in another order, of bf16 (fp16) products
+# allowed error relative to the one-shot result (Frobenius norm): fp32 sums of bf16 (fp16) products in a different order
 TOLERANCE = 5e-3
 HEADS, KV_HEADS = 16, 4
 
 
 class Streams:
-    """A compute stream and a copy stream for every rank; nothing of the kind without a GPU."""
+    """A compute stream and a copy stream for every rank, or None in their place without a GPU."""
 
     def __init__(self, ranks: int, device: torch.device, delay: float):
         self.cuda = device.type == "cuda"
         self.compute = [torch.cuda.Stream() if self.cuda else None for _ in range(ranks)]
         self.copy = [torch.cuda.Stream() if self.cuda else None for _ in range(ranks)]
-        # clock cycles, at about 1.7 GHz
+        # the delay in clock cycles, at about 1.7 GHz
         self.cycles = int(delay * 1700)
 
     def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(stream) if self.cuda else contextlib.nullcontext()
 
     def event(self) -> Any:
-        """Record an event after what the current stream has been given so far."""
+        """Record and return an event on the current stream. Without a GPU, return None."""
         return torch.cuda.current_stream().record_event() if self.cuda else None
 
 
 class DelayedCopies:
-    """Moves between ranks of one process, as copies that begin late; `transport(rank)` is what the executor takes."""
+    """Moves between the ranks in one process, as copies that start late. `transport(rank)` returns the executor's transport."""
 
     def __init__(self, streams: Streams):
         self.streams = streams
@@ -77,7 +77,7 @@ class DelayedCopies:
         return Mailbox(self, rank)
 
     def post(self, src: int, dst: int, sends: bool, tensor: Tensor, done: list[Any]) -> None:
-        """Post one end of a move; it starts when both have been posted. `done` gets the event of its end."""
+        """Post one end of a move, which starts when both ends have been posted. Append the event of its completion to `done`."""
         ready = self.streams.event()
         waiting = self.posted[src, dst, not sends]
         if not waiting:
@@ -98,7 +98,7 @@ class DelayedCopies:
 
 
 class Mailbox:
-    """One rank's end. Tensors in flight are kept until they are waited for."""
+    """One rank's transport. Tensors in flight are kept alive until the wait."""
 
     def __init__(self, hub: DelayedCopies, rank: int):
         self.hub, self.rank = hub, rank
@@ -124,7 +124,7 @@ class Mailbox:
 
 
 def main() -> int:
-    """Check parity, and measure host time and overlap of every strategy; exit code 1 where a result is wrong."""
+    """Check correctness and measure host time and overlap of every strategy. Return exit code 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=("triton", "gluon"), default="triton")
     parser.add_argument("--ranks", type=int, default=8)
@@ -159,7 +159,7 @@ def main() -> int:
 
 
 class Case(NamedTuple):
-    """Documents of unlike lengths on a zigzag layout, with random tensors of the whole axis."""
+    """Documents of different lengths in a zigzag layout, with random tensors for the whole axis."""
 
     mask: da.Mask
     layout: da.Layout
@@ -167,21 +167,21 @@ class Case(NamedTuple):
 
     @staticmethod
     def of(tokens: int, dim: int, ranks: int, device: torch.device) -> Case:
-        """Return a case in the precision that is used on such a device."""
+        """Return a case: in bfloat16 on a GPU, in float16 on a CPU."""
         lengths = [tokens // 2, tokens // 4, tokens // 8, tokens // 8]
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
         layout = da.Layout.zigzag(lengths, ranks)
         return Case(da.Mask.documents(lengths), layout, random_tensors(tokens, dim, dtype, device))
 
     def plan(self, strategy: str) -> da.Plan:
-        """Return how a strategy splits it. Raises DistattnError where it cannot."""
+        """Return a strategy's plan for the case. Raise DistattnError if the strategy refuses it."""
         q = self.x["q"]
         shape = dict(heads=HEADS, kv_heads=KV_HEADS, head_dim=q.shape[2], dtype=str(q.dtype)[6:])
         return da.make_plan(self.mask, self.layout, strategy=strategy, **shape)
 
 
 class Layer:
-    """One call of attention on all ranks, forward and backward."""
+    """One attention call on all ranks, forward and backward."""
 
     def __init__(self, plan: da.Plan, x: dict[str, Tensor], streams: Streams, kernel: str):
         device = x["q"].device
@@ -199,14 +199,14 @@ class Layer:
         self.steps = sum(len(program.forward) + len(program.backward) for program in self.programs)
 
     def run(self) -> dict[str, Tensor]:
-        """Return o, dq, dk, dv of the whole axis."""
+        """Run the call. Return o, dq, dk and dv of the whole axis."""
         shards = self.shards()
         return {name: self.layout.unshard([shard[name] for shard in shards]) for name in ("o", "dq", "dk", "dv")}
 
     def shards(self) -> list[dict[str, Tensor]]:
-        """Run the call on all ranks and return the same by rank, nothing waited for."""
+        """Run the call on all ranks. Return o, dq, dk and dv of each rank, without waiting for the device."""
         if self.streams.cuda:
-            # inputs come from the stream that is current here
+            # the inputs were made on the current stream
             for stream in self.streams.compute:
                 stream.wait_stream(torch.cuda.current_stream())
             torch.cuda.set_sync_debug_mode("error")
@@ -249,7 +249,7 @@ class Layer:
         return (yield from execute.backward(self.programs[rank], transport, self.kernel, *inputs))
 
     def host_microseconds(self) -> float:
-        """Measure the microseconds of the executor and all it calls, per rank and step, the device far behind."""
+        """Return the host microseconds per rank and step of the executor and all it calls, while the device lags far behind."""
         best = float("inf")
         for _ in range(5):
             torch.cuda.synchronize()
@@ -260,7 +260,10 @@ class Layer:
         return best * 1e6 / self.steps
 
     def overlap(self, keep: Path | None) -> float:
-        """Measure the share of the time of copies in which an attention kernel ran too, of any rank, by the profiler's trace."""
+        """Return the share of copying time in which an attention kernel of any rank ran, from the profiler's trace.
+
+        keep: where to keep the trace, or None.
+        """
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
             self.shards()
@@ -279,7 +282,7 @@ class Layer:
 
 
 def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Return random q, k, v and do of the whole axis."""
+    """Return random q, k, v and do for the whole axis."""
     generator = torch.Generator(device).manual_seed(0)
     heads = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS, "do": HEADS}
     return {
@@ -289,7 +292,7 @@ def random_tensors(tokens: int, dim: int, dtype: torch.dtype, device: torch.devi
 
 
 def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run the triton kernel on the whole axis."""
+    """Return o, dq, dk and dv, computed by the Triton kernel on the whole axis at once."""
     device, dim = x["q"].device, x["q"].shape[2]
     plan = Case(mask, da.Layout.contiguous([mask.n], 1), x).plan("ring")
     work = kernel_preparer("triton", kernel_requirements(plan.call, device))(
@@ -304,7 +307,7 @@ def at_once(mask: da.Mask, x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill all uninitialised memory with NaN."""
+    """Fill all uninitialized memory with NaN inside the block."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -317,16 +320,16 @@ def far(got: Tensor, wanted: Tensor) -> float:
 
 
 def too_far(errors: dict[str, float]) -> str:
-    """Return what is wrong with results that are so far off, or an empty text."""
+    """Return a message about the largest error if it exceeds the tolerance, otherwise an empty string."""
     name, error = max(
         errors.items(), key=lambda pair: pair[1] if pair[1] == pair[1] else float("inf"), default=("", 0.0)
     )
-    # what is no number is wrong, too
+    # "not <=" also catches NaN
     return "" if error <= TOLERANCE else f"{name} is off by {error:.1e} (allowed: {TOLERANCE:.0e})"
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Merge spans of time into disjoint ones."""
+    """Merge overlapping time spans. Return disjoint ones, in order."""
     out: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
         if out and begin <= out[-1][1]:

@@ -1,12 +1,13 @@
-"""Faults made on purpose in kernels and streams: the checks of `gpu_checks`, `gpu_executor` and kernel="auto" must find each.
+"""Planted faults in kernels and streams, which the checks of `gpu_checks`, `gpu_executor` and kernel="auto" must find.
 
     python benchmarks/gpu_plants.py
 
-A check that finds nothing says something only if it would have found something, on this very device. So a real tier is wrapped:
-it drops keys, scales by another number, moves the edge of a mask, forgets to add, writes or reads beyond its tensors (inside
-the guards: no access is illegal, and the device stays as it was), gives other bits each time. Then what is to be waited for is
-not: a message, and the lists of runs on their way to the device, both delayed so that the fault shows every time.
-Each fault is a line; exit code 1 where one is not found. Without a GPU (TRITON_INTERPRET=1) the kernels' faults only.
+A check that finds nothing proves something only if it would have found a fault on this very device. So a real tier is
+wrapped: it drops keys, scales scores wrongly, moves the edge of a mask, overwrites instead of adding, writes or reads
+out of bounds (inside the guards, so that no access is illegal and the device stays intact), or returns different bits
+each time. Then two waits are skipped: for a message, and for the upload of run lists to the device. Both are delayed so
+that the fault shows every time. Each fault is printed as a line, and the exit code is 1 if one is not found. Without a
+GPU (TRITON_INTERPRET=1) only kernels' faults run.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ from distattn.ops.executable import EXECUTABLES, Executable, ExecutionKey, kerne
 from distattn.ops.kernel_choice import local_kernel_trials
 from distattn.parallel.runtime.communication.transport import SingleRankTransport
 
-# the tier that is wrapped; what is planted does not depend on it
+# the tier to wrap; the faults do not depend on it
 TIER = "triton"
-# of faults of streams
+# sizes of the case for faults in streams
 TOKENS, DIM, RANKS = 4096, 128, 4
-# clock cycles, about 0.1 s: far longer than the host needs to go on
+# GPU clock cycles, about 0.1 s: far longer than the host needs to continue
 LONG = 170_000_000
 
 
 class Plant(NamedTuple):
-    """A tier with a fault. computes: its results are wrong, so that no trial may find it right."""
+    """A tier with a fault. computes: True if its results are wrong, so that trials must reject it, too."""
 
     fault: str
     tier: ModuleType
@@ -57,7 +58,7 @@ class Plant(NamedTuple):
 
 
 def main() -> int:
-    """Make all faults and print one line for each; exit code 1 where one is not found."""
+    """Plant all faults and print one line for each. Return exit code 1 if any is not found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--findings", type=Path, help="where they are kept, as JSON lines")
     findings = Findings(parser.parse_args().findings)
@@ -77,9 +78,9 @@ def main() -> int:
 
 
 def in_kernels(call: gpu_checks.Call, findings: Findings) -> None:
-    """Make faults in a kernel: comparison with fp64, guards, a second call and the trial of kernel="auto" must find them."""
+    """Plant faults in a kernel. The comparison with fp64, guards, a second call or the trial of kernel="auto" must find them."""
     masks = dict(list(gpu_checks.masks(call.device).items())[:2])
-    # otherwise whatever is planted would be found
+    # the checks must find nothing beforehand, otherwise every planted fault would seem to be found
     before = [f"{name}: {text}" for name, mask in masks.items() for text in gpu_checks.check(call, mask)]
     findings.check(f"{TIER} before anything is planted", "; ".join(before))
     planted = plants(call.tier, 128 if call.device.type == "cuda" else 16)
@@ -99,7 +100,7 @@ def in_kernels(call: gpu_checks.Call, findings: Findings) -> None:
 
 
 def plants(tier: ModuleType, tile: int) -> list[Plant]:
-    """Return all faults of kernels. tile: keys of the tile that is dropped."""
+    """Return all kernel faults. tile: the number of keys to drop."""
 
     def fewer_keys(mask: LaunchMask, requirements: KernelRequirements) -> Any:
         bands = mask.bands.copy()
@@ -128,7 +129,7 @@ def plants(tier: ModuleType, tile: int) -> list[Plant]:
 
     def reading_beyond(q: Tensor, k: Tensor, *others: Any, **into: Any) -> Any:
         o, lse = tier.forward(q, k, *others, **into)
-        # as a kernel does that multiplies what it must not see by zero
+        # like a kernel that multiplies masked elements by zero
         o[-1] += beyond(k).float() * 0
         return o, lse
 
@@ -153,19 +154,19 @@ def plants(tier: ModuleType, tile: int) -> list[Plant]:
 
 
 def changed(tier: ModuleType, **functions: Any) -> ModuleType:
-    """Return a kernel module like another one, but for these functions."""
+    """Return a copy of a kernel module with some functions replaced."""
     module = ModuleType("planted")
     vars(module).update({name: part for name, part in vars(tier).items() if not name.startswith("__")} | functions)
     return module
 
 
 def beyond(x: Tensor) -> Tensor:
-    """Return the number after the last one of a tensor that lies in a larger piece of memory."""
+    """Return the element after the end of a tensor that lies in a larger block of memory."""
     return torch.as_strided(x, (1,), (1,), x.storage_offset() + x.numel())
 
 
 def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, str]:
-    """Return what kernel="auto" finds of tiers with faults beside the one without; nothing of those that it would use."""
+    """Return, by fault, why kernel="auto" rejects the faulty tier in favor of the real one, or "" if it does not."""
     mask = next(iter(gpu_checks.masks(call.device).values()))
     shape = dict(heads=gpu_checks.HEADS, kv_heads=gpu_checks.KV_HEADS, head_dim=call.dims[0], dtype=str(call.dtype)[6:])
     plan = da.make_plan(mask, da.Layout.contiguous([mask.n], 1), strategy="ring", **shape)
@@ -180,21 +181,21 @@ def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, st
 
 @contextmanager
 def candidates(modules: dict[str, ModuleType], device: torch.device) -> Iterator[None]:
-    """Let kernel="auto" choose between these and the real tier, and remember nothing of it afterwards."""
+    """Let kernel="auto" choose between these modules and the real tier inside the block, with a cache of its own."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, XDG_CACHE_HOME=folder),
         mock.patch.dict(sys.modules, modules),
         mock.patch.dict(registry.KERNELS, {name: name for name in modules}),
         mock.patch.dict(registry.CANDIDATES, {device.type: (*modules, TIER)}),
-        # a reader would take what it says of planted kernels for a real finding
+        # a reader would take its messages about planted kernels for real findings
         mock.patch.object(logging.getLogger("distattn"), "disabled", True),
     ):
         yield
 
 
 def message_not_waited_for(device: torch.device, findings: Findings) -> None:
-    """Begin a step's messages 20 ms late, and use them at once."""
+    """Plant a missing wait: a step's messages start 20 ms late and are used at once."""
     case = Case.of(TOKENS, DIM, RANKS, device)
     wanted = at_once(case.mask, case.x)
     layer = Layer(case.plan("ring"), case.x, Streams(RANKS, device, 20_000.0), TIER)
@@ -202,7 +203,7 @@ def message_not_waited_for(device: torch.device, findings: Findings) -> None:
     def wrong() -> str:
         with poisoned():
             errors = {name: far(got, wanted[name]) for name, got in layer.run().items()}
-        # what is under way still reads and writes
+        # wait for copies that are still in flight
         torch.cuda.synchronize()
         return too_far(errors)
 
@@ -213,9 +214,9 @@ def message_not_waited_for(device: torch.device, findings: Findings) -> None:
 
 
 def lists_not_waited_for(device: torch.device, findings: Findings) -> None:
-    """Copy the lists of a program on another stream, 0.1 s late, and begin a pass without waiting for them.
+    """Plant a missing wait: a program's run lists are uploaded on another stream 0.1 s late, and a pass starts at once.
 
-    Until then they are zeros: lists of no work.
+    Until the upload the lists are zeros, which mean no work.
     """
     case = Case.of(TOKENS, DIM, 1, device)
     wanted = at_once(case.mask, case.x)["o"]

@@ -1,11 +1,12 @@
-"""Kernels of recurrent layers on one GPU: right results first, then the time of every kind of task, beside one another.
+"""Kernels of recurrent layers on one GPU: correctness first, then the time of every kind of task, side by side.
 
     python benchmarks/gpu_recurrence.py [--tokens 32768] [--heads 32] [--seconds 200] [--out benchmarks/results/gpu.jsonl]
 
-Every op's kernels, `fla` (package fla-core) and our `triton_chunked` and `chunked`, are compared with the chunked kernel in fp64:
-outputs, states that leave, (A, B) of segments, all gradients. Then a whole pass, a state pass, the backward and the gradients'
-state pass are timed on one segment, in bf16, with dims of 128; the state pass is what plans of several ranks do more than one GPU
-would. Exit code 1 where a kernel is installed and wrong. Without a GPU small cases in fp32, without `fla`.
+Every op's kernels, `fla` (package fla-core) and our `triton_chunked` and `chunked`, are compared with the chunked
+kernel in fp64: outputs, final states, (A, B) of segments and all gradients. Then a whole pass, a state pass, the
+backward and the gradients' state pass are timed on one segment, in bf16 with dims of 128. State passes are the extra
+work that plans for several ranks do. The exit code is 1 if an installed kernel is wrong. Without a GPU, small cases run
+in fp32, without `fla`.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from distattn.kernels.recurrence.trial import RecurrenceInputs, differences
 from distattn.kernels.registry import OTHER_KERNELS, load_kernel
 from distattn.kernels.spec import KernelRequirements
 
-# those that most models have first, as time may end
+# the most common ops first, because time may run out
 NAMES = ("gated_delta_rule", "ssd", "kda", "gla", "delta_rule", "retention", "linear_attention")
 KERNELS = tuple(reversed(OTHER_KERNELS["recurrence"]))
 LENGTHS = (500, 1, 64, 300)
-# without a GPU the Triton kernels are interpreted: still several chunks of 64, whole ones and not
+# shorter segments for the interpreter, still with several chunks of 64, full and partial
 INTERPRETED_LENGTHS = (130, 1, 64, 67)
-# relative to fp64, Frobenius norm
+# allowed error relative to fp64 (Frobenius norm)
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 
 def main() -> int:
-    """Make all checks, then measure all times."""
+    """Run all checks, then measure all times. Return exit code 1 if a kernel is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, help="by default 32768 on a GPU")
     parser.add_argument("--heads", type=int, help="by default 32 on a GPU")
@@ -76,7 +77,7 @@ def main() -> int:
 
 
 def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str:
-    """Return what is wrong with a kernel's results, if anything; where it does not serve the op nothing is looked at."""
+    """Return what is wrong with a kernel's results for an op, or an empty string. A kernel that refuses the op is left out."""
     label = f"kernel {kernel}, {needed.op.name}"
     try:
         module = served(kernel, needed)
@@ -96,7 +97,7 @@ def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str
 
 
 def served(kernel: str, needed: KernelRequirements) -> Any:
-    """Return the module of a kernel. Raises Unsupported where it is not installed, or does not serve such calls."""
+    """Return a kernel's module. Raise Unsupported if the kernel is not installed or refuses calls with these requirements."""
     try:
         module = load_kernel(kernel)
     except DistattnError as error:
@@ -109,7 +110,7 @@ def served(kernel: str, needed: KernelRequirements) -> Any:
 def times(
     case: str, needed: KernelRequirements, tokens: int, heads: int, faults: dict[tuple[str, str], str]
 ) -> list[Cell]:
-    """Time every kind of task on one segment, by every kernel whose results were right; faults: by kernel and op."""
+    """Time every kind of task on one segment, with every kernel whose results were right. faults: by (kernel, op)."""
     inputs = RecurrenceInputs.random((tokens,), heads, heads, needed)
     x, state, do, dstate = inputs[:4]
     tasks: dict[str, Callable[[Any, Any], Any]] = {
@@ -127,7 +128,7 @@ def times(
 
 
 def runner(work: Callable[[Any, Any], Any], kernel: str, inputs: RecurrenceInputs) -> Callable[[], str]:
-    """Return a task by a kernel, as something to time, which returns the kernel's name when the device has ended."""
+    """Return a function that runs a task with a kernel, waits for the device and returns the kernel's name."""
     module = served(kernel, inputs.requirements)
     schedule = inputs.schedule_of(module)
 

@@ -1,7 +1,7 @@
 """Contestants side by side in one run: a correctness gate, warm-up, interleaved timing, medians and spread.
 
-Every benchmark of this project uses this. A contestant that gives wrong results is not timed; what it cannot do, or
-fails at, is a cell of the table like any other. In a process group every rank calls; times are the slowest rank's.
+A contestant with wrong results is not timed. A case that it does not support, or in which it fails, is still a cell of
+the table. In a process group all ranks must call these functions, and times are those of the slowest rank.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# in the order of their weight: the worst of all ranks is the cell's
+# in order of severity: a cell has the worst status of all ranks
 STATUSES = ("ok", "unsupported", "wrong", "out of memory", "error")
 
 
 class Unsupported(Exception):
-    """Raised by a contestant that cannot do a case; its text says why."""
+    """The error of a contestant that does not support a case. Its message says why."""
 
 
 @dataclass
 class Cell:
-    """One contestant in one case. seconds: every timed repeat; facts: whatever else was counted."""
+    """The result of one contestant in one case. seconds: the time of every repeat. facts: other measured values, by name."""
 
     case: str
     contestant: str
@@ -48,11 +48,11 @@ class Cell:
 
     @property
     def spread(self) -> float | None:
-        """Half the distance between the slowest and the fastest repeat, over the median."""
+        """Half the difference between the slowest and the fastest repeat, divided by the median."""
         return (max(self.seconds) - min(self.seconds)) / 2 / self.median if self.seconds else None
 
 
-# makes the thing to time from nothing; called once per contestant and case
+# returns the function to time; called once per contestant and case
 Contestant = Callable[[], Callable[[], Any]]
 
 
@@ -66,17 +66,17 @@ def compare(
     count: Callable[[], Mapping[str, int]] = dict,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Cell]:
-    """Run all contestants of one case. `check(result)` returns what is wrong with a result, or "".
+    """Run all contestants of one case and return their cells. check: returns what is wrong with a result, or "".
 
-    count: running totals (bytes on a wire, say); what one call adds to them is noted in a cell's facts, and so is the
-    attribute `facts` of what a contestant returns.
+    count: returns running totals, such as bytes sent. What one call adds to them becomes part of a cell's facts, and so
+    does the attribute `facts` of a contestant's function.
     """
     cells = {name: Cell(case, name) for name in contestants}
     ready: dict[str, Callable[[], Any]] = {}
     for name, make in contestants.items():
         progress(f"{case}: {name}: check")
         _guarded(cells[name], lambda name=name, make=make: ready.__setitem__(name, make()))
-        # the first one is the correctness gate: never left out
+        # the first call checks correctness, so it is never left out
         for _ in range(max(warmup, 1)):
             _guarded(cells[name], lambda name=name: _judge(cells[name], check, ready[name]()))
         if cells[name].status == "ok":
@@ -85,7 +85,7 @@ def compare(
             cells[name].facts |= {key: value - before[key] for key, value in count().items()}
             cells[name].facts |= getattr(ready[name], "facts", {})
     for repeat in range(repeats):
-        # another one begins each time
+        # start with a different contestant each time
         order = list(contestants)[repeat % len(contestants) :] + list(contestants)[: repeat % len(contestants)]
         for name in order:
             if cells[name].status == "ok":
@@ -95,7 +95,7 @@ def compare(
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, machine and command, for the record."""
+    """Return the versions, machine, commit and command of this run, for the record."""
     versions = {}
     for name in ("torch", "numpy", "triton", "deepspeed", "transformers", "nvidia-resiliency-ext", "torchft"):
         try:
@@ -131,7 +131,10 @@ def write(path: Path, cells: Sequence[Cell], **more: Any) -> None:
 
 
 def table(cells: Sequence[Cell], facts: Mapping[str, Callable[[Any], str]] | None = None) -> str:
-    """Format the cells as text, the fastest of each case marked; what did not run says why."""
+    """Format the cells as a text table. The fastest of each case is marked; a cell without times says why.
+
+    facts: how to format further columns, by the name of the fact.
+    """
     facts = facts or {}
     width = max(len(cell.contestant) for cell in cells)
     lines = []
@@ -154,7 +157,7 @@ def table(cells: Sequence[Cell], facts: Mapping[str, Callable[[Any], str]] | Non
 
 
 def joined() -> tuple[int, int, torch.device]:
-    """Join the process group of the launcher, NCCL where there are GPUs, otherwise gloo: (this rank, ranks, its device)."""
+    """Join the launcher's process group, NCCL with GPUs, otherwise gloo. Return (this rank, number of ranks, its device)."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -164,7 +167,7 @@ def joined() -> tuple[int, int, torch.device]:
 
 
 def slowest(value: float) -> float:
-    """Return the largest value of any rank; on all of them the same."""
+    """Return the largest value of all ranks, on every rank."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -179,7 +182,7 @@ def _judge(cell: Cell, check: Callable[[Any], str], result: Any) -> None:
 
 
 def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
-    """Run a contestant's work unless it has failed before; all ranks end with the same status."""
+    """Run a contestant's work unless it has failed before. Give its cell the same status on all ranks."""
     if cell.status != "ok":
         return
     try:
@@ -199,7 +202,7 @@ def _guarded(cell: Cell, work: Callable[[], Any]) -> None:
 
 
 def _named(cell: Cell, worst: str) -> str:
-    """Return the notes of the ranks whose status is the worst, with their numbers where they are not all alike."""
+    """Return the notes of the ranks with the worst status, prefixed with their numbers unless all ranks are alike."""
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (cell.status, cell.note))
     if len(set(outcomes)) == 1:
@@ -208,14 +211,16 @@ def _named(cell: Cell, worst: str) -> str:
 
 
 def _timed(work: Callable[[], Any]) -> float:
-    """Measure the seconds of one call (work.calls of them, if it says so), from a common start to the slowest rank's end."""
+    """Return the seconds of one call, from a common start to the end on the slowest rank.
+
+    If `work` has an attribute `calls`, it makes that many calls at once.
+    """
     if dist.is_initialized():
         dist.barrier()
     _finish()
     began = time.perf_counter()
     work()
     _finish()
-    # some are several calls at once
     return slowest(time.perf_counter() - began) / getattr(work, "calls", 1)
 
 

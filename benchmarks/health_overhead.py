@@ -1,10 +1,10 @@
-"""Measure what health checks cost a training step on 4 ranks: reports (each wait, each step, the report), and state digests.
+"""The cost of health checks per training step on 4 ranks: reports (per wait, step and report) and state digests.
 
     torchrun --nproc-per-node 4 benchmarks/health_overhead.py [CONFIG] [--tokens N] [--engine NAME]
 
-The ranks train the tiny Llama of configs/tiny.toml by FSDP2 on packs of 2,048 tokens. Medians of rank 0; ranks meet before each
-report and each digest, so that waiting for a slow one does not count. The aim is 0.1 % of a step for reports, and 0.5 % for
-digests: one after each update, and one before the next.
+The ranks train the tiny Llama of configs/tiny.toml with FSDP2 on packs of 2,048 tokens. Times are medians of rank 0. A
+barrier precedes each report and each digest, so that waiting for a slow rank does not count. The goal is 0.1 % of a
+step for reports, and 0.5 % for two digests: one after each update and one before the next.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STEPS, EVERY, CALLS = 12, 50, 200
 
 
 def main() -> None:
-    """Print the tables."""
+    """Measure the costs and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default=str(ROOT / "configs/tiny.toml"))
     parser.add_argument("--tokens", type=int, default=2048)
@@ -78,7 +78,7 @@ def main() -> None:
     digest, growth = StateDigest(engine.state_tensors, dist.group.WORLD), WeightGrowth(engine.state_tensors)
     taken = median(lambda: digest.take("an update"), before=dist.barrier)
     changed = median(digest.changed, before=dist.barrier)
-    # the number that ranks without a common loss are told by: by itself, beside the loss, and after it
+    # sharing digests with ranks that have no common loss: the loss alone, the digest next to the loss, and after it
     kinds = {
         "loss": lambda: engine.cp.mean_loss(losses),
         "beside": lambda: (digest.share(False), engine.cp.mean_loss(losses))[0](),
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def median(work: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
-    """Return the median seconds of a call."""
+    """Return the median seconds of `work`. before: called before each call of `work`, without being timed."""
     seconds = []
     for _ in range(CALLS):
         before()

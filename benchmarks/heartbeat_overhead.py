@@ -1,10 +1,11 @@
-"""Measure what heartbeats cost a training step, end to end: the training loop with and without them, in one run.
+"""The end-to-end cost of heartbeats per training step: the training loop with and without them, in one run.
 
     python benchmarks/heartbeat_overhead.py --steps 400
 
-Ranks train the tiny Llama of configs/tiny.toml by FSDP2. Each step is drawn to be told on a board, as for a launcher, or not at
-all, the same on all ranks; or it is told and every call is timed. Of steps the wall time and the processor time of rank 0 are
-compared: ratios of medians, with the interval that holds 95 % of those of the steps drawn again. The aim is 0.1 % of a step.
+Ranks train the tiny Llama of configs/tiny.toml with FSDP2. Each step is assigned at random, equally on all ranks, to
+one of three arms: "told" writes heartbeats to a board, as for a launcher; "untold" writes none; "timed" writes them and
+times every call. The wall time and the CPU time of rank 0's steps are compared: ratios of medians, with 95 % bootstrap
+intervals. The goal is 0.1 % of a step.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ ARMS, FIRST, DRAWN = ("told", "untold", "timed"), 6, 1000
 
 
 def main() -> None:
-    """Print the table."""
+    """Start the run and print the table. With --folder, train as one of the run's ranks instead."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=8192, help="of a step")
-    # of a rank
+    # passed to ranks only
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.folder:
@@ -62,20 +63,23 @@ def main() -> None:
         config = configuration.load(ROOT / "configs/tiny.toml", overrides)
         run = start_run(config, no_progress)
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.ranks}"]
-        # a line for each step
+        # discard the output, a line per step
         subprocess.run([*command, __file__, f"--folder={run.folder}"], check=True, stdout=subprocess.DEVNULL)
         steps = json.loads((run.folder / "costs.json").read_text())
     show(steps[FIRST:])
 
 
 def rank(run: RunFolder, config: Config, device: torch.device) -> int:
-    """Train as one rank. Rank 0 leaves [arm, wall seconds, processor seconds, beats, seconds of telling] of each step."""
+    """Train as one rank. Rank 0 writes [arm, wall seconds, CPU seconds, beats, seconds spent on heartbeats] of each step.
+
+    The file is costs.json in the run folder.
+    """
     draws, told, tell = random.Random(1), heartbeats._CURRENT, loop.set_activity
     board = heartbeats.HeartbeatBoard.make(1)
     write, spent, steps = board.writer(0, 1), [0.0], []
 
     def timed(*values: Any) -> None:
-        # of this thread: what others do meanwhile does not count; without what looking at the clock takes
+        # CPU time of this thread, so that other threads do not count, minus the time of reading the clock
         before, began = time.thread_time(), time.thread_time()
         type(told).set(told, *values)
         spent[0] += time.thread_time() - began - (began - before)
@@ -87,14 +91,14 @@ def rank(run: RunFolder, config: Config, device: torch.device) -> int:
     arm, before = "", marks()
 
     def tell_step(activity: str, **fields: Any) -> None:
-        """Note the times of the step before, which ends where another one begins."""
+        """Record the times of the previous step when another step begins, and draw the new step's arm."""
         nonlocal arm, before
         if "step" in fields:
             now = marks()
             steps.append([arm, *(now_at - earlier for earlier, now_at in zip(before, now, strict=True))])
             arm = draws.choice(ARMS)
             told.write = None if arm == "untold" else write
-            # where it is found instead of the class's
+            # an attribute of the instance takes precedence over the class's method
             vars(told).pop("set", None)
             if arm == "timed":
                 told.set = timed  # type: ignore[method-assign]
@@ -109,7 +113,7 @@ def rank(run: RunFolder, config: Config, device: torch.device) -> int:
 
 
 def show(steps: list[list[Any]]) -> None:
-    """Print what steps cost."""
+    """Print the comparison of the arms."""
     arms = {arm: [step[1:] for step in steps if step[0] == arm] for arm in ARMS}
     counts = ", ".join(f"{len(rows)} {arm}" for arm, rows in arms.items())
     sys.stdout.write(f"steps: {counts}, {environment()['cores']} cores\n")
@@ -127,7 +131,7 @@ def show(steps: list[list[Any]]) -> None:
 
 
 def ratio(told: list[float], untold: list[float]) -> float:
-    """Return by how much the median of steps is longer where they are told, as a share."""
+    """Return the relative increase of the median step from `untold` to `told`."""
     return statistics.median(told) / statistics.median(untold) - 1
 
 

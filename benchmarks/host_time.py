@@ -1,10 +1,11 @@
-"""Host time in the layer: what the executor itself costs per rank and step, forward and backward, kernels and moves left out.
+"""Host time of the executor per rank and step, forward and backward, without kernels and moves.
 
     python benchmarks/host_time.py [--ranks 8] [--tokens 1024] [--heads 8] [--kv-heads 2] [--dim 64] [--strategies ulysses usp]
 
 The design's budget is 150 microseconds per rank and step. Kernel and transport are stand-ins that return at once, and
-the axis is short, so that compute and memory traffic hardly count: what is left is Python, and PyTorch's dispatch of
-the views, copies and merges around kernels. With many heads copies on a CPU count all the same: take fewer tokens, a small dim.
+the axis is short, so that compute and memory traffic hardly count. What remains is Python, and PyTorch's dispatch of
+the views, copies and merges around kernels. With many heads, copies on a CPU still count: use fewer tokens and a small
+dim.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BUDGET = 150
 
 
 class InstantKernel:
-    """Results of the right shape, at once."""
+    """A kernel that returns uninitialized results of the right shape at once."""
 
     ACCUMULATES = False
 
@@ -52,7 +53,7 @@ class Nowhere:
 
 
 def main() -> None:
-    """Measure one case per strategy and mask; each timed call is all steps of forward and backward of one rank."""
+    """Measure every strategy and mask. Each timed call runs all forward and backward steps of one rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     arguments = parser.parse_args()
-    # copies of a few rows would wait for other threads where processors are busy
+    # with several threads, copies of a few rows would wait for threads on busy cores
     torch.set_num_threads(1)
     shape = dict(heads=arguments.heads, kv_heads=arguments.kv_heads, head_dim=arguments.dim, dtype="bfloat16")
     lengths = [arguments.tokens // 32] * 32
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def layer(program: Program):  # noqa: ANN201
-    """Return a call of one layer: the forward and backward tables of one rank."""
+    """Return a function that runs one rank's forward and backward steps of a layer."""
     call = program.call
     q, do = (torch.empty(program.tokens, call.heads, call.head_dim, dtype=torch.bfloat16) for _ in range(2))
     k, v = (torch.empty(program.tokens, call.kv_heads, call.head_dim, dtype=torch.bfloat16) for _ in range(2))

@@ -1,23 +1,27 @@
-"""Simulated times of a hybrid model's layers, and of latent attention's two forms, over GPUs. One command, no GPU.
+"""Simulated times of a hybrid model's layers, and of the two forms of latent attention, on GPU clusters. It needs no GPU.
 
     python benchmarks/hybrid_layers.py [--tokens 131072 ...] [--clusters h100-1x8 ...] [--documents 1]
     python benchmarks/hybrid_layers.py --choices [--documents 1 16 100]
     python benchmarks/hybrid_layers.py --latent
 
-The hybrid has 32 layers, 4,096 wide: of four, three are Gated DeltaNet (32 heads of 128 x 128 and 16 of queries and keys), one is
-attention (32 query and 8 key/value heads of 128), as an 8B model has them. Counted are the cores of all layers, forward and
-backward, in bf16: projections, MLPs, norms and convolutions are on every rank's own tokens and the same in all columns.
+The hybrid has 32 layers of width 4,096, like an 8B model: of every four layers, three are Gated DeltaNet (32 heads of
+128 x 128, 16 heads of queries and keys) and one is attention (32 query heads and 8 KV heads of 128). The times are
+those of all layers' cores, forward and backward, in bf16. Projections, MLPs, norms and convolutions run on every rank's
+own tokens and are the same in all columns.
 
-    ours          zigzag; of each kind of layer the fastest strategy; recurrences also on contiguous slices, re-laid around runs
-    all-to-all    zigzag; tokens are dealt by heads for every layer, as Megatron's context parallelism of both kinds does
-    fla           contiguous or zigzag slices; every state goes to every rank, as flash-linear-attention 0.6 does; attention by
-                  the faster of ring and gathered keys. Planned by us from what its code does; it was not run
+    ours          zigzag; the fastest strategy for each kind of layer; recurrences also on contiguous slices, with a relayout
+                  around each span
+    all-to-all    zigzag; every layer is split by heads, as Megatron's context parallelism does for both kinds
+    fla           contiguous or zigzag slices; every state goes to every rank, as in flash-linear-attention 0.6; attention by the
+                  faster of ring and allgather. We planned this from its code; it was not run
 
-With --choices: one recurrent layer by both strategies, of documents of random lengths in several layouts, with the seconds that
-planning takes; and what is gained for runs of three layers where tokens move to contiguous slices before and back after them.
+--choices shows one recurrent layer with both strategies, for documents of random lengths in several layouts, and the
+seconds that planning takes. It also shows the gain for spans of three layers if tokens move to contiguous slices before
+them and back after.
 
-Latent attention has DeepSeek-V3's shapes: 128 heads of 192 and 128, a latent of 512 beside 64 rotary numbers, one document.
-Kernel times of recurrences and of expansions are estimates from published ones: see distattn/cluster/cost.py.
+Latent attention has DeepSeek-V3's shapes: 128 heads of 192 and 128, a latent dim of 512 plus 64 rotary dims, and one
+document. Kernel times of recurrences and of expansions are estimates based on published times: see
+distattn/cluster/cost.py.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ import distattn as da
 from distattn.cluster.spec import DIRECTIONS, ClusterSpec, load
 from distattn.ir.op import op_of
 from distattn.ir.plan import Call, Payload, Table
+from distattn.ir.text_format import align_columns, readable_bytes
 from distattn.parallel.analysis.simulate import simulate_pass, simulated_seconds
-from distattn.parallel.analysis.text_format import align_columns, readable_bytes
 from distattn.parallel.latent_plan import latent_seconds
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.span_layout import relayout_seconds
@@ -50,7 +54,7 @@ CLUSTERS = ("h100-1x8", "h100-2x8", "h100-4x8", "h100-8x8")
 
 
 def main() -> None:
-    """Print one of the two tables."""
+    """Print one of the three tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1 << 17, 1 << 18, 1 << 19, 1 << 20])
     parser.add_argument("--clusters", nargs="+", default=CLUSTERS)
@@ -70,7 +74,7 @@ def main() -> None:
 
 
 def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    """Return the table of a hybrid: milliseconds of attention's layers + recurrent ones, and all of them over ours."""
+    """Return the rows for the hybrid: milliseconds of attention layers + recurrent layers, and their sum relative to ours."""
     head = ["tokens", "GPUs", "ours", "all-to-all", "fla, contiguous", "fla, zigzag", "ours: attention, recurrences"]
     rows = [head]
     for documents, tokens, name in itertools.product(arguments.documents, arguments.tokens, arguments.clusters):
@@ -107,7 +111,7 @@ def hybrid_rows(arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def choice_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    """Return the table of choices for recurrent layers: milliseconds of a layer, by strategy and layout, and of a run."""
+    """Return the rows for recurrent layers: milliseconds of a layer by strategy and layout, and of a span of layers."""
     head = [
         "GPUs",
         "documents",
@@ -150,19 +154,19 @@ def choice_rows(arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def chosen_recurrence(layout: da.Layout, cluster: ClusterSpec) -> float:
-    """Return the seconds of one recurrent layer by the faster strategy."""
+    """Return the seconds of one recurrent layer with the faster strategy."""
     return simulated_seconds(
         da.make_recurrent_plan(da.Mask.documents(layout.lengths), layout, cluster=cluster, **RECURRENCE), cluster
     )
 
 
 def milliseconds(seconds: float | None) -> str:
-    """Format a number of the table; None where a strategy refuses."""
+    """Format seconds as milliseconds. None means that the strategy refuses."""
     return "refused" if seconds is None else f"{1e3 * seconds:.2f}"
 
 
 def cell(of_attention: float | None, of_recurrence: float | None, ours: float) -> str:
-    """Format one contestant of a row; None where it refuses."""
+    """Format one contestant's cell. None means that the contestant refuses."""
     if of_attention is None or of_recurrence is None:
         return "refused"
     parts = ATTENTION_LAYERS * of_attention, RECURRENT_LAYERS * of_recurrence
@@ -170,22 +174,22 @@ def cell(of_attention: float | None, of_recurrence: float | None, ours: float) -
 
 
 def fastest(seconds: Iterable[tuple[str, float | None]]) -> tuple[str, float]:
-    """Name and seconds of the fastest that is not refused."""
+    """Return (name, seconds) of the fastest strategy that does not refuse."""
     return min(((name, time) for name, time in seconds if time is not None), key=lambda named: named[1])
 
 
 def attention(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:
-    """Return the seconds of one layer of attention; None where the strategy refuses."""
+    """Return the seconds of one attention layer, or None if the strategy refuses."""
     return planned(layout, strategy, cluster, **ATTENTION)
 
 
 def recurrence(layout: da.Layout, strategy: str, cluster: ClusterSpec) -> float | None:
-    """Return the seconds of one recurrent layer; None where the strategy refuses."""
+    """Return the seconds of one recurrent layer, or None if the strategy refuses."""
     return planned(layout, strategy, cluster, **RECURRENCE)
 
 
 def planned(layout: da.Layout, strategy: str, cluster: ClusterSpec, **shape: Any) -> float | None:
-    """Return the seconds of one layer, forward and backward; None where the strategy refuses."""
+    """Return the seconds of one layer, forward and backward, or None if the strategy refuses."""
     try:
         plan = da.make_plan(da.Mask.documents(layout.lengths), layout, strategy=strategy, cluster=cluster, **shape)
     except da.DistattnError:
@@ -194,7 +198,7 @@ def planned(layout: da.Layout, strategy: str, cluster: ClusterSpec, **shape: Any
 
 
 def fla(layout: da.Layout, cluster: ClusterSpec) -> float:
-    """Return the seconds of one recurrent layer where each rank sends the states of its slices to all ranks before it goes on."""
+    """Return the seconds of one recurrent layer if each rank sends the states of its slices to all ranks before it continues."""
     call = Call(
         da.Mask.documents(layout.lengths), layout, v_head_dim=128, **{**RECURRENCE, "op": op_of("gated_delta_rule")}
     )
@@ -202,10 +206,10 @@ def fla(layout: da.Layout, cluster: ClusterSpec) -> float:
 
 
 def gather_of_all(call: Call, cluster: ClusterSpec, direction: str) -> Table:
-    """Make the states of all slices in step 0, send them to all other ranks in steps 1 and 2, and do the rest in step 3.
+    """Return a table that computes all slices' states in step 0, sends them to all ranks in steps 1 and 2, and ends in step 3.
 
-    For simulation alone. The all-gather knows of nodes: a state goes to one rank of each other node, and from there to the
-    others of that node.
+    It is for simulation only. The all-gather is node-aware: a state goes to one rank of each other node, and from there
+    to the other ranks of that node.
     """
     back = direction == "backward"
     chunks, ends = call.layout.chunks, call.documents
@@ -217,7 +221,7 @@ def gather_of_all(call: Call, cluster: ClusterSpec, direction: str) -> Table:
                 continue
             tasks.append((0, rank, piece, *((a, b, b, b) if back else (a, a, a, b)), 0, call.heads))
             tasks.append((3, rank, piece, *((a, d1, d0, b) if back else (a, b, d0, b)), 0, call.heads))
-        # a slice has one slot, whatever its documents are
+        # a slice sends one state, however many documents it has
         payload = int(Payload.dS if back else Payload.S)
         for node in range(cluster.nodes):
             here = range(node * cluster.devices, (node + 1) * cluster.devices)
@@ -230,7 +234,7 @@ def gather_of_all(call: Call, cluster: ClusterSpec, direction: str) -> Table:
 
 
 def latent_rows(arguments: argparse.Namespace) -> list[list[str]]:
-    """Return the table of latent attention: both forms of each strategy, in bytes that a rank receives and in milliseconds."""
+    """Return the rows for latent attention: bytes received per rank and milliseconds for both forms of each strategy."""
     rows = [
         ["tokens", "GPUs", "strategy", "bytes/rank: latent", "expanded", "factor", "ms: latent", "expanded", "chosen"]
     ]

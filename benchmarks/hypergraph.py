@@ -1,7 +1,8 @@
-"""Core attention assigned by a general hypergraph partitioner, mtkahypar, tokens staying where they are: to compare with.
+"""Core attention assigned by a general hypergraph partitioner, mtkahypar, with tokens left in place, for comparison.
 
-Vertices: blocks of the score matrix, weighted by cells, and every block of tokens, fixed to its owner. A net joins a block of
-queries, or of keys, with the blocks of the matrix that need it, weighted by bytes. Offline; a heuristic, not a bound.
+The vertices are blocks of the score matrix, weighted by cells, and blocks of tokens, fixed to their owners. A net
+connects a block of queries, or of keys, with the blocks of the score matrix that need it, and is weighted by bytes. The
+partitioner is an offline heuristic; its result is not a bound.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from distattn.parallel.tables.backward import derive_backward
 from distattn.parallel.tables.cost import bytes_per_row_and_key
 
 BLOCK = 2048
-# vertex and net weights are 32-bit, and so are their sums
+# limit for sums of vertex and net weights, which have 32 bits
 MOST = 1 << 29
 
 
@@ -33,7 +34,7 @@ def _library() -> Any:
 
 
 def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, Any], tolerance: float) -> Plan | None:
-    """Return a plan by the partition, or None where mtkahypar is not installed."""
+    """Return a plan based on mtkahypar's partition, or None if mtkahypar is not installed."""
     if _library() is None:
         return None
     import mtkahypar
@@ -50,7 +51,7 @@ def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, 
         shape["comm_dtype"],
     )
     bands = mask.pieces
-    # blocks of each piece, from its first row and key
+    # divide each piece into blocks, starting at its first row and key
     parts = []
     for piece, band in enumerate(bands.tolist()):
         q = np.append(np.arange(band[0], band[1], BLOCK), band[1])
@@ -63,7 +64,7 @@ def partitioned(mask: da.Mask, lengths: list[int], ranks: int, shape: dict[str, 
     rows, tight = rows[kept], tight[kept]
     cells = areas(tight)
     row_bytes, key_bytes = bytes_per_row_and_key(call, "forward")
-    # a block of tokens is a vertex of its own, at its owner
+    # each block of tokens is a vertex, fixed to its owner
     starts = np.unique(np.concatenate([rows[:, 1], rows[:, 3]]))
     owner = layout.chunks["rank"][np.searchsorted(layout.chunks["t1"], starts, "right")]
     first = len(rows)

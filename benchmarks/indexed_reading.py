@@ -1,9 +1,10 @@
-"""What reading documents costs: with and without digests of blocks, and by Megatron's reader.
+"""The cost of reading documents: with and without block digests, and with Megatron's reader.
 
     python benchmarks/indexed_reading.py [--megabytes 400] [--documents 20000] [--repeats 5]
 
-Whole documents of log-normal lengths (uint16) in random order. "warm": from the page cache; "cold": each time after the kernel
-was told to drop the file's pages (as far as it does), so from the disk of this machine. Times are microseconds per document.
+Whole documents of log-normal lengths (uint16) are read in random order. "warm": from the page cache. "cold": from this
+machine's disk, each time after asking the operating system to drop the file's pages. Times are microseconds per
+document.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
 
 
 def main() -> None:
-    """Print one table with a warm and a cold case of short and of long documents."""
+    """Print one table with a warm and a cold case for short and for long documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     cells: list[Cell] = []
-    # beside the working tree, not in /tmp: that may be memory
+    # use the current folder, because /tmp may be in memory
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for name, mean in (("short", 7.2), ("long", 11.2)):
             prefix = str(Path(folder) / name)
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def case(prefix: str, asked: list[int], sizes: list[int], cold: bool, repeats: int) -> list[Cell]:
-    """Measure all readers on the same documents."""
+    """Measure all readers on the same documents. Return their cells."""
     contestants: dict[str, Callable[[], Callable[[], int]]] = {
         "with digests": lambda: ours(prefix, asked, sizes, cold, True),
         "without digests": lambda: ours(prefix, asked, sizes, cold, False),
@@ -62,7 +63,7 @@ def case(prefix: str, asked: list[int], sizes: list[int], cold: bool, repeats: i
 
 
 def make(prefix: str, mean: float, tokens: int) -> np.ndarray:
-    """Write documents until there are `tokens` tokens; return their lengths."""
+    """Write documents with about `tokens` tokens in total. Return their lengths."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(mean, 1.2, 1 << 20), 1, 1 << 20).astype(np.int64)
     lengths = lengths[: max(1, int(np.searchsorted(np.cumsum(lengths), tokens)))]
@@ -73,7 +74,7 @@ def make(prefix: str, mean: float, tokens: int) -> np.ndarray:
 
 
 def ours(prefix: str, asked: list[int], sizes: list[int], cold: bool, digests: bool) -> Callable[[], int]:
-    """Read with our reader, opened anew each time."""
+    """Return a function that reads with our reader, opened anew each time, and returns the number of tokens."""
 
     def run() -> int:
         file = IndexedFile.open(prefix, check_tokens=digests)
@@ -84,7 +85,10 @@ def ours(prefix: str, asked: list[int], sizes: list[int], cold: bool, digests: b
 
 
 def megatron(prefix: str, asked: list[int], cold: bool) -> Callable[[], int]:
-    """Read with Megatron's IndexedDataset, which gives views of a mapping; a copy is what ours returns, too."""
+    """Return a function that reads with Megatron's IndexedDataset and returns the number of tokens.
+
+    IndexedDataset returns views of a memory map. They are copied, because our reader returns copies, too.
+    """
     try:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
     except ModuleNotFoundError as error:
@@ -99,7 +103,7 @@ def megatron(prefix: str, asked: list[int], cold: bool) -> Callable[[], int]:
 
 
 def drop(prefix: str, cold: bool) -> None:
-    """Drop the pages of the tokens from the kernel's cache where `cold` asks for it."""
+    """Drop the token file's pages from the page cache if `cold`."""
     if cold:
         descriptor = os.open(f"{prefix}.bin", os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

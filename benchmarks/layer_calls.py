@@ -1,9 +1,9 @@
-"""Python calls and frames of a layer: from transformers' call of attention to the kernel, forward, and the host time of it.
+"""Python calls and frames between transformers' call of attention and the kernel, forward, and their host time.
 
     python benchmarks/layer_calls.py [--rounds 2000]
 
-One rank, a tiny Llama, whose second call is counted: plans and programs are there by then. Calls inside the kernel do not count.
-To compare two checkouts, run this file several times in turn with each of them in PYTHONPATH.
+There is one rank with a tiny Llama. Its second call is counted, when plan and program exist already. Calls inside the
+kernel do not count. To compare two checkouts, run this file several times, alternating between them in PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ _OURS = Path(da.__file__).resolve().parents[1]
 
 
 class LayerCalls(NamedTuple):
-    """What lies between transformers and the kernel. frames, own_frames: on the stack when the kernel is entered.
+    """The frames and calls between transformers and the kernel.
 
-    calls: of Python functions, by file and function, without those of the kernel.
+    frames, own_frames: number of frames on the stack when the kernel is entered, and of distattn's among them. calls:
+    number of calls by (file, function), without those inside the kernel.
     """
 
     frames: int
@@ -39,17 +40,17 @@ class LayerCalls(NamedTuple):
 
     @property
     def own_calls(self) -> int:
-        """Calls of functions of distattn."""
+        """The number of calls of distattn's functions."""
         return sum(number for (file, _), number in self.calls.items() if _is_ours(file))
 
     @property
     def own_files(self) -> int:
-        """Files of distattn with such functions."""
+        """The number of distattn's files with such functions."""
         return len({file for file, _ in self.calls if _is_ours(file)})
 
 
 class Layer:
-    """One attention layer of a tiny Llama on one rank. kernel: by name; its forward is replaced by `computes` if given."""
+    """One attention layer of a tiny Llama on one rank, with the kernel of this name."""
 
     def __init__(self, kernel: str = "cpu", tokens: int = 64) -> None:
         config = LlamaConfig(
@@ -79,7 +80,7 @@ class Layer:
 
 
 def count_calls(layer: Layer) -> LayerCalls:
-    """Count the Python calls of one call of the layer, and the frames at the kernel's forward."""
+    """Count the Python calls made by one call of the layer, and the frames when the kernel's forward is entered."""
     calls: Counter[tuple[str, str]] = Counter()
     code, first = layer.kernel.forward.__code__, sys._getframe()
     stacks: list[list[FrameType]] = []
@@ -95,7 +96,7 @@ def count_calls(layer: Layer) -> LayerCalls:
         if is_kernel and not inside[0]:
             stacks.append(_stack(frame.f_back, first))
         inside[0] += is_kernel
-        # the frame of `Layer.__call__` is not the layer's
+        # do not count the frame of `Layer.__call__`, which stands for transformers
         if not inside[0] and frame.f_code is not Layer.__call__.__code__:
             calls[frame.f_code.co_filename, frame.f_code.co_qualname] += 1
 
@@ -110,7 +111,7 @@ def count_calls(layer: Layer) -> LayerCalls:
 
 
 def host_seconds(layer: Layer, rounds: int) -> float:
-    """Return the median of the seconds that a call of the layer takes."""
+    """Return the median seconds of a call of the layer."""
     seconds = []
     with torch.no_grad():
         for _ in range(rounds):

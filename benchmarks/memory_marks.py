@@ -1,4 +1,6 @@
-"""Which published lengths would fit, by the count of bytes at full size: nothing is run, and no kernel's own memory is counted.
+"""Published training lengths that would fit into memory, by counting bytes at full size.
+
+Nothing is run, and kernels' workspaces are not counted.
 
 python benchmarks/memory_marks.py [name ...]
 """
@@ -15,7 +17,7 @@ import torch
 import distattn as da
 from distattn.launch.command_line import print_to_stderr
 from distattn.memory.settings import MemorySettings
-from distattn.planning.memory_of_run import memory_of_run, memory_table
+from distattn.training.run_memory import memory_of_run, memory_table
 
 ALL = MemorySettings(loss_tile_tokens=4096, mlp_tile_tokens=32768, activation_checkpointing="full", offload=True)
 _NO_ENDS = dict(bos_token_id=None, eos_token_id=None, tie_word_embeddings=False)
@@ -28,7 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Mark:
-    """A published length of training, with the number of GPUs and the bytes of each."""
+    """A published training length, with the number of GPUs and the bytes of memory per GPU (`limit`)."""
 
     by: str
     model: str
@@ -50,7 +52,7 @@ MARKS = {
 
 
 def build(model: str) -> Any:
-    """Return a model of transformers in bf16."""
+    """Return a transformers model in bf16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, shape = MODELS[model]
@@ -59,7 +61,7 @@ def build(model: str) -> Any:
 
 
 def show(mark: Mark) -> list[str]:
-    """Count one mark, with fp32 master weights: the lines to print."""
+    """Count the memory of one mark, with fp32 master weights. Return the lines to print."""
     mask, layout = da.Mask.causal(mark.tokens), da.Layout.zigzag([mark.tokens], mark.ranks)
     shape: dict[str, Any] = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
     shape |= dict(strategy=mark.strategy, max_buffer_bytes=mark.max_buffer_bytes)
@@ -76,7 +78,7 @@ def show(mark: Mark) -> list[str]:
 
 
 def main(names: list[str]) -> None:
-    """Print the marks of these names, all by default."""
+    """Print the marks with these names, by default all."""
     for name in names or MARKS:
         sys.stdout.write("\n".join(show(MARKS[name])) + "\n\n")
         sys.stdout.flush()

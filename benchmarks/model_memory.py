@@ -1,11 +1,12 @@
-"""Memory and seconds of a model that begins in shards: of every rank, from the meta device on.
+"""Memory and CPU seconds per rank of a model that is created in shards, starting on the meta device.
 
     python benchmarks/model_memory.py [--ranks 4] [--hidden 1024] [--layers 80] [--folder FOLDER]
 
-A Llama with the proportions of Llama 3 70B, narrower: "initial" draws its weights, "exported" writes them as a folder of
-safetensors (200 MB a file; rank 0 holds one file's tensors beside its shards), "loaded" reads that into new shards.
-Resident bytes are anonymous ones (what is allocated; pages of files that are mapped belong to the page cache), sampled every
-millisecond, over those before. Every rank is a process of its own over gloo, on this machine.
+The model is a narrow Llama with the proportions of Llama 3 70B. "initial" draws its weights. "exported" writes them as
+a folder of safetensors (200 MB per file; rank 0 holds one file's tensors in addition to its shards). "loaded" reads
+that folder into new shards. Memory is anonymous resident memory (allocated memory, without pages of mapped files, which
+belong to the page cache): the increase over the start of the phase, sampled every millisecond. Every rank is a process
+of its own on this machine, over gloo.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FILE_BYTES = 200_000_000
 
 
 def main() -> None:
-    """Print a table of what every rank needed at most."""
+    """Print a table of the most memory that any rank needed in each phase."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -61,7 +62,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         context = multiprocessing.get_context("spawn")
         for number, work in enumerate((_initial_and_exported, _loaded)):
-            # processes that have freed nothing yet, whose memory would be used again
+            # use fresh processes: memory freed earlier would be reused and not show as an increase
             with context.Pool(arguments.ranks) as pool:
                 given_to = [(work, rank, arguments.ranks, folder, number, config) for rank in range(arguments.ranks)]
                 ranks_phases = pool.starmap(_rank, given_to, 1)
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def print_line(line: str) -> None:
-    """Print a line that appears at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
@@ -81,12 +82,12 @@ def print_line(line: str) -> None:
 def _rank(
     work: Callable[..., None], rank: int, ranks: int, folder: str, number: int, config: Any
 ) -> dict[str, tuple[int, float]]:
-    """Return (most anonymous resident bytes over those before, seconds of CPU) of every phase."""
+    """Run `work` as one rank. Return (peak increase of anonymous resident bytes, CPU seconds) of every phase."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{number}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     phases: dict[str, tuple[int, float]] = {}
-    # what is imported and started once
+    # warm up with a tiny model, so that imports and new threads do not count
     materialise(_sharded(llama_config(**_TINY), mesh), 1)
     work(phases, config, mesh, Path(folder, "model"))
     dist.barrier()

@@ -1,17 +1,19 @@
-"""What loading packs of a plan costs: beginning in the middle, reading runs of tokens, and bytes read for each token used.
+"""The cost of loading packs of a plan: starting in the middle, reading runs of tokens, and bytes read per byte used.
 
     python benchmarks/pack_loading.py [--documents 1000000] [--folder DIR]
 
-Two corpora of random uint16 tokens are written and planned first: many short documents (lengths of a long-context corpus as in
-benchmarks/pack_planning.py, over 16) in packs of 8K, and 20,000 of the lengths as they are in packs of 128K. Files are in the
-page cache: what is measured is our part, not a disk's. "Digests" are the side files of blocks that our writer makes, which are
-checked whenever tokens are read; without them files are read as Megatron writes them.
+Two corpora of random uint16 tokens are written and planned first: many short documents (lengths of a long-context
+corpus as in benchmarks/pack_planning.py, divided by 16) in packs of 8K, and 20,000 documents of the full lengths in
+packs of 128K. Files are in the page cache, so our code is measured, not a disk. "Digests" are the digest files that our
+writer makes for blocks; they are checked whenever tokens are read. Files without digests are like those that Megatron
+writes.
 
-"Open and seek" is what a process needs from nothing to the batches of a step in the middle, with all their lengths, imports left
-out; "first tokens" are those of its rank (CP 8, zigzag) in the first batch: once in a fresh process, and the median of ten more.
-"Bytes" are those of all 8 ranks over the bytes of the tokens that they use: copied, and read by the system. Each rank has opened
-the files itself, as a process does. In files with digests a block that a rank reads for the first time is read whole and checked,
-and later only what is asked for: "again" is the same 64 packs once more. Every read is compared with numpy's.
+"open and seek" is the time that a process needs, after imports, to get the batches of a step in the middle with all
+their lengths. "first tokens" is the time to read its rank's tokens (CP 8, zigzag) in the first batch. Both are measured
+once in a fresh process and as the median of ten more. "bytes" are the bytes copied, or read by the system, for all 8
+ranks, over the bytes of the tokens that they use. Each rank opens the files itself, as a process does. With digests,
+the first read of a block reads and checks the whole block, later reads only the requested bytes: "again" is a second
+pass over the same 64 packs. Every read is compared with numpy's.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ PART_TOKENS = 1 << 24
 
 
 def main() -> None:
-    """Print one table for each corpus."""
+    """Write and plan both corpora, and print one table for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--long-documents", type=int, default=20_000)
@@ -71,7 +73,7 @@ def main() -> None:
 
 
 def measure(folder: str, name: str) -> None:
-    """Print everything that is measured of one corpus."""
+    """Measure one corpus, and print the results."""
     path, prefix = f"{folder}/{name}.packs", f"{folder}/{name}"
 
     def open_and_seek(step: int) -> PlannedBatch:
@@ -104,7 +106,7 @@ def measure(folder: str, name: str) -> None:
     line("documents a pack", f"{pieces / len(batches):.0f}")
     whole = np.memmap(f"{prefix}.bin", np.uint16, "r")
     corpora = [Corpus.open(name, [prefix]) for _ in range(RANKS)]
-    # looking it up is itself counted
+    # reading the counter is itself counted: subtract it
     looking = -(characters_read() - characters_read())
     for suffix in ("", ", again"):
         used = copied = by_system = 0
@@ -124,7 +126,7 @@ def measure(folder: str, name: str) -> None:
         line(f"CP {RANKS} zigzag{suffix}", f"{used / 2 / busy / 1e6:.0f} million tokens/s")
         line(f"bytes copied over bytes used{suffix}", f"{copied / used:.4f}")
         line(f"bytes read by the system over them{suffix}", f"{by_system / used:.4f}")
-    # long runs of one document: the part that is not per document
+    # long runs within one document: the cost that does not depend on the number of documents
     longest = max(batches, key=lambda batch: max(batch.lengths))
     begin = int(np.cumsum([0, *longest.lengths])[int(np.argmax(longest.lengths))])
     runs = [np.arange(at, at + RUN) for at in range(begin, begin + max(longest.lengths) - RUN + 1, RUN)] or [
@@ -139,13 +141,13 @@ def measure(folder: str, name: str) -> None:
 
 
 def places(corpus: Corpus, rows: np.ndarray) -> list[tuple[int, int]]:
-    """Return (first token in the file, tokens) of each piece."""
+    """Return (first token in the file, number of tokens) of each piece."""
     firsts = corpus.files[0].pointers[rows["document"]] // 2 + rows["start"]
     return list(zip(firsts.tolist(), rows["length"].tolist(), strict=True))
 
 
 def write(prefix: Path, documents: int, divisor: int) -> int:
-    """Write a corpus of random tokens. Returns how many."""
+    """Write a corpus of random tokens. Return the number of tokens."""
     rng = np.random.default_rng(0)
     draw(f"{prefix}.lengths", documents, None)
     lengths = np.fromfile(f"{prefix}.lengths", np.int32) // divisor
@@ -159,12 +161,12 @@ def write(prefix: Path, documents: int, divisor: int) -> int:
 
 
 def characters_read() -> int:
-    """Return the bytes that this process has read so far, from the page cache or not."""
+    """Return the bytes that this process has read so far, including reads from the page cache."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
+    """Call `work` and return the seconds that it takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
@@ -176,7 +178,7 @@ def line(label: str, value: str) -> None:
 
 
 def print_line(text: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -1,16 +1,16 @@
-"""What planning packs costs and how well packs are filled, beside concatenating and first-fit: one core, one process for each.
+"""The cost of planning packs and how full packs are, compared with concatenation and first-fit, each in a process on one core.
 
     python benchmarks/pack_planning.py [--documents 1000000] [--lengths FILE.json] [--context 131072] [--packs 32]
 
-Lengths are drawn from the file, a JSON list, with replacement, and each changed by up to 5 % either way, so that there are about
-as many different ones as in a large corpus. Without a file they are drawn from quantiles of a long-context corpus of web pages,
-books and code (ProLong: 575 to 340,149 tokens, median 1,914), between which logarithms are interpolated.
+Lengths are drawn with replacement from the file, a JSON list, and each is changed by up to 5 %, so that there are about
+as many different lengths as in a large corpus. Without a file they are drawn from quantiles of a long-context corpus of
+web pages, books and code (ProLong: 575 to 340,149 tokens, median 1,914), with logarithms interpolated between them.
 
-Seconds are of the wall clock; CPU seconds leave out what other programs of the machine take. Peak memory is that of the process,
-lengths included (4 bytes a document, mapped). Utilisation is of the packs that there are: the last step may have fewer. "cuts"
-are pieces more than documents. "work" is the most attention work (sum of squared lengths) of a pack of a step over the mean, as
-the mean of all steps. A contestant that loses, repeats or overfills is refused. First-fit is quadratic, and left
-out above 50,000 documents.
+"seconds" is wall-clock time; "CPU s" excludes the time that other programs take. "peak GB" is the process's peak
+memory, including the lengths (4 bytes per document, mapped). "utilisation" counts existing packs only, since the last
+step may have fewer. "cuts" is the number of pieces minus that of documents. "work max/mean" is, per step, the largest
+attention work of a pack (sum of squared lengths) over the mean, averaged over all steps. A contestant that loses or
+repeats tokens or overfills a pack is refused. First-fit takes quadratic time and is left out above 50,000 documents.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PART = 1 << 22
 
 @dataclass(frozen=True)
 class Corpus:
-    """Lengths in a file of int32."""
+    """A corpus that only has document lengths, in a file of int32."""
 
     path: str
     name: str = "documents"
@@ -56,7 +56,7 @@ class Corpus:
 
 
 class Row(NamedTuple):
-    """What one contestant did."""
+    """The measurements of one contestant."""
 
     seconds: float
     cpu_seconds: float
@@ -67,12 +67,12 @@ class Row(NamedTuple):
     work: float
 
 
-# yields, for each step, lengths of all pieces and the ends of packs among them
+# for each step, the lengths of all pieces, and for each pack the number of its end among the pieces
 Steps = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def main() -> None:
-    """Print one table."""
+    """Measure all contestants and print one table per context length."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--lengths", type=Path)
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def in_a_process(*arguments: object) -> Row:
-    """Run one contestant in a process of its own, so that its peak memory is its own."""
+    """Run one contestant in a process of its own, to measure its peak memory."""
     receive, send = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=measure, args=(send, *arguments))
     process.start()
@@ -121,7 +121,7 @@ def in_a_process(*arguments: object) -> Row:
 
 
 def measure(send: object, name: str, path: str, context: int, packs: int, caps: dict[str, object]) -> None:
-    """Run a contestant, check that it has every token once and no pack is overfull, and send what it did."""
+    """Run a contestant, check that it has every token once and no pack is overfull, and send its measurements."""
     corpus = Corpus(path)
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         began, cpu_began = time.perf_counter(), time.process_time()
@@ -145,7 +145,7 @@ def measure(send: object, name: str, path: str, context: int, packs: int, caps: 
 def plan(
     corpus: Corpus, context: int, packs: int, caps: dict[str, object], path: str, level: bool = False
 ) -> Callable[[], Steps]:
-    """Make our plan, written to a file."""
+    """Make our plan, written to a file. Return a function that yields its steps."""
     rule = PackRule(context=((0, context),), tokens_per_step=packs * context, level=level, **caps)  # type: ignore[arg-type]
     pack_plan: PackPlan = make_pack_plan(path, [corpus], seed=0, rule=rule, max_epochs=[1.0])
 
@@ -158,12 +158,12 @@ def plan(
 
 
 def level_plan(*arguments: object) -> Callable[[], Steps]:
-    """Make our plan, with steps of nearly equal work."""
+    """Make our plan with packs of nearly equal work in each step. Return a function that yields its steps."""
     return plan(*arguments, level=True)  # type: ignore[arg-type]
 
 
 def concatenated(corpus: Corpus, context: int, packs: int, caps: dict[str, object], path: str) -> Callable[[], Steps]:
-    """Concatenate shuffled documents and cut them at every pack's end."""
+    """Concatenate shuffled documents and cut them at every pack's end. Return a function that yields the steps."""
     lengths = corpus.lengths[permuted(np.arange(len(corpus.lengths)), len(corpus.lengths), 0)]
     ends = np.cumsum(lengths, dtype=np.int64)
     bounds = np.union1d(ends, np.arange(context, ends[-1], context))
@@ -179,7 +179,10 @@ def concatenated(corpus: Corpus, context: int, packs: int, caps: dict[str, objec
 
 
 def first_fit(corpus: Corpus, context: int, packs: int, caps: dict[str, object], path: str) -> Callable[[], Steps]:
-    """Cut documents at the context length, shuffle them, and put each in the first pack that has room."""
+    """Cut documents at the context length, shuffle them, and put each into the first pack with room.
+
+    Return a function that yields the steps.
+    """
     lengths = corpus.lengths.astype(np.int64)
     whole, rest = np.divmod(lengths, context)
     pieces = np.concatenate([np.full(whole.sum(), context), rest[rest > 0]])
@@ -202,7 +205,7 @@ CONTESTANTS: dict[str, Callable[..., Callable[[], Steps]]] = {
 
 
 def draw(path: str, documents: int, source: Path | None) -> int:
-    """Write lengths of `documents` documents as int32. Return the sum of their tokens."""
+    """Draw the lengths of `documents` documents and write them as int32. Return their sum."""
     rng = np.random.default_rng(0)
     known_lengths = np.array(json.loads(source.read_text())) if source else None
     tokens = 0
@@ -220,15 +223,15 @@ def draw(path: str, documents: int, source: Path | None) -> int:
 
 
 def print_line(line: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def _first_fit(lengths: list[int], pack_tokens: int) -> list[list[int]]:
-    """Return the numbers of the documents of each pack: each document goes into the first pack that has room for it."""
+    """Put each document into the first pack with room for it. Return the numbers of each pack's documents."""
     packs: list[list[int]] = []
-    # free tokens of the packs opened so far; most of it is never used
+    # free tokens of each pack; there are at most as many packs as documents
     free = np.full(len(lengths), pack_tokens)
     for document in np.random.default_rng(0).permutation(len(lengths)).tolist():
         first = int(np.argmax(free[: len(packs) + 1] >= lengths[document]))

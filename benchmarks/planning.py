@@ -1,10 +1,10 @@
-"""What planning costs on one core: masks, plans and proofs of a long axis of packed documents.
+"""The cost of planning on one core: masks, plans and proofs for a long axis of packed documents.
 
     python benchmarks/planning.py [--tokens 1048576] [--documents 400 | --lengths FILE.json] [--ranks 64] [--causal]
 
-Times are the best of three, host only, in milliseconds. "lower" is one rank's program (rank 0, kernel cpu), proof not
-counted. Nodes have 8 ranks where that divides them. Budgets at the defaults: plan 150, verify 600, lower 100 ms; with 512
-ranks 1,000, 4,000 and 200 ms.
+Times are milliseconds on the host, the best of three. "lower" makes one rank's program (rank 0, kernel cpu), without
+the proof. Nodes have 8 ranks if the number of ranks is a multiple of 8. Budgets at the defaults: plan 150, verify 600,
+lower 100 ms; with 512 ranks 1,000, 4,000 and 200 ms.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    """Print one table."""
+    """Measure all strategies and layouts and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1 << 20)
     parser.add_argument("--documents", type=int, default=400)
@@ -84,14 +84,14 @@ def main() -> None:
 
 
 def planned(mask: da.Mask, layout: da.Layout, strategy: str, heads: int, kv_heads: int) -> da.Plan:
-    """Return both tables of one call, bf16, head dim 128."""
+    """Return the plan of one attention call in bf16 with head dim 128."""
     cluster = da.Cluster(layout.ranks // 8, 8) if layout.ranks % 8 == 0 else None
     shape = dict(heads=heads, kv_heads=kv_heads, head_dim=128, dtype="bfloat16", cluster=cluster)
     return da.make_plan(mask, layout, strategy=strategy, **shape)
 
 
 def synthetic(tokens: int, documents: int) -> list[int]:
-    """Draw log-normal document lengths that add up to `tokens`, seeded."""
+    """Return log-normal document lengths that add up to `tokens`, drawn with a fixed seed."""
     raw = np.random.default_rng(0).lognormal(6.6, 1.6, documents)
     lengths = np.maximum(1, (raw * tokens / raw.sum()).astype(int))
     lengths[lengths.argmax()] += tokens - lengths.sum()
@@ -99,7 +99,7 @@ def synthetic(tokens: int, documents: int) -> list[int]:
 
 
 def best(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return (milliseconds of the fastest of a few runs, result)."""
+    """Run `work` a few times. Return (milliseconds of the fastest run, result)."""
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -109,7 +109,7 @@ def best(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def print_line(line: str) -> None:
-    """Print a line at once."""
+    """Print a line and flush stdout."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -1,12 +1,13 @@
-"""Simulated against published: MagiAttention's H100 table (8 to 64 GPUs, four masks, both directions; blog, 2025).
+"""Simulated against published times: MagiAttention's H100 table (8 to 64 GPUs, four masks, both directions; blog, 2025).
 
     python benchmarks/predict.py [--lengths FILE.json] [--json FILE]
 
-Kernel speeds are the shipped h100 table (FlashAttention 3 on one GPU), links are from data sheets; nothing is fitted to the
-cells predicted here. 8,192 tokens per GPU, 64 query and 8 key/value heads of 128, bf16. The published packs were drawn from
-a corpus that is not named, each document at most a quarter of the axis; here they are drawn from --lengths (a JSON list of
-document lengths) or from a heavy-tailed law, several packs, the mean time. Prints predicted / published for every cell and
-the median error by column and in all. All predicted numbers are simulated.
+Kernel speeds come from the shipped h100 table (FlashAttention 3 on one GPU), link speeds from data sheets. Nothing is
+fitted to the cells predicted here. There are 8,192 tokens per GPU, 64 query heads and 8 KV heads of 128, in bf16. The
+published packs were drawn from an unnamed corpus, each document at most a quarter of the axis. Here several packs are
+drawn from --lengths (a JSON list of document lengths) or from a heavy-tailed distribution, and their times averaged.
+The output is predicted / published for every cell, and the median error per column and overall. All predicted numbers
+are simulated.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ PUBLISHED = {
 
 
 def main() -> int:
-    """Predict every cell; print the table."""
+    """Predict every cell and print the table. Return exit code 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path)
     parser.add_argument("--json", type=Path)
@@ -98,7 +99,7 @@ def main() -> int:
 
 
 def predicted(mask: str, direction: str, strategy: str, ranks: int, pool: np.ndarray | None) -> float:
-    """Return simulated TFLOP/s per GPU."""
+    """Return the simulated TFLOP/s per GPU of one cell. pool: document lengths to draw from, or None."""
     n, work, seconds = TOKENS_PER_RANK * ranks, 0.0, 0.0
     for pack in range(PACKS if mask.startswith("documents") else 1):
         lengths = lengths_of(n, pool, pack) if mask.startswith("documents") else [n]
@@ -108,7 +109,7 @@ def predicted(mask: str, direction: str, strategy: str, ranks: int, pool: np.nda
             "documents, full": lambda lengths: da.Mask.documents(lengths, document_mask="full"),
             "documents": da.Mask.documents,
         }[mask](lengths)
-        # the published ring deals every document over all ranks
+        # the published ring distributes every document over all ranks
         layout = (
             da.Layout.document_zigzag(lengths, ranks, min_chunk=1)
             if strategy == "ring" and len(lengths) > 1
@@ -122,7 +123,7 @@ def predicted(mask: str, direction: str, strategy: str, ranks: int, pool: np.nda
 
 
 def lengths_of(n: int, pool: np.ndarray | None, seed: int) -> list[int]:
-    """Draw documents that fill the axis, each at most a quarter of it."""
+    """Draw the lengths of documents that fill the axis, each at most a quarter of it."""
     generator = np.random.default_rng(seed)
     out: list[int] = []
     while sum(out) < n:
@@ -132,7 +133,7 @@ def lengths_of(n: int, pool: np.ndarray | None, seed: int) -> list[int]:
 
 
 def agreement(guesses: dict[str, list[float]], published: dict[str, tuple[int, ...]]) -> list[bool]:
-    """Tell, for pairs of schemes that the publication separates by more than 5 %, whether the simulator ranks them so."""
+    """Return, for each pair whose published speeds differ by more than 5 %, whether the simulator ranks it as published."""
     names = list(published)
     out = []
     for i in range(len(RANKS)):

@@ -1,10 +1,11 @@
-"""Simulated against measured on this machine: calibrate, then every strategy on 2 and 4 ranks, forward and backward.
+"""Simulated against measured times on this machine, after calibration: every strategy, forward and backward.
 
     python benchmarks/predict_local.py [--ranks 2 4] [--json FILE]
 
-For each number of ranks the machine is calibrated with that many processes at once (`distattn calibrate`), then one attention
-call of every strategy is measured over gloo and simulated with that description: fp32, 8 query and 4 key/value heads of 64,
-8,192 tokens, a causal axis and a pack of documents. Prints simulated / measured milliseconds and the order of strategies.
+For each number of ranks the machine is calibrated with that many processes at once (`distattn calibrate`). Then one
+attention call of every strategy is measured over gloo and simulated with the calibrated description: fp32, 8 query
+heads and 4 KV heads of 64, 8,192 tokens, a causal mask and a pack of documents. The output is simulated / measured
+milliseconds, sorted by the latter.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SHAPE = dict(heads=8, kv_heads=4, head_dim=64, dtype="float32")
 
 
 def main() -> int:
-    """Compare simulated with measured times, after calibration."""
+    """Compare simulated with measured times, after calibration. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--json", type=Path)
@@ -60,14 +61,14 @@ def main() -> int:
 
 
 def plan_of(pack: str, strategy: str, ranks: int) -> da.Plan:
-    """Return the same plan on every rank."""
+    """Return the plan for a pack and strategy, which is the same on every rank."""
     lengths = PACKS[pack]
     layout = da.Layout.balanced(lengths, ranks, mask=da.Mask.documents(lengths))
     return da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **SHAPE)
 
 
 def measure(file: Path) -> int:
-    """Measure the median milliseconds of every strategy and pack, as one rank."""
+    """Measure every strategy and pack as one rank. Rank 0 writes the median milliseconds to `file`."""
     ranks = int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo")
@@ -93,7 +94,7 @@ def layer(pack: str, strategy: str, ranks: int) -> Callable[[], None]:
 
 
 def report(ranks: int, cluster: describe.ClusterSpec, times: dict[str, float | None]) -> list[dict]:
-    """Print one table; rows of it."""
+    """Print a table for each pack. Return its rows."""
     rows = []
     for name, real in times.items():
         if real is None:

@@ -2,8 +2,9 @@
 
     python benchmarks/probe_cost.py
 
-Ranks of this machine over gloo, one thread each, with a Llama in fp32: a loop that sums gradients, DDP and FSDP2. A pass is the
-probe's: two tokens a rank, gradients reduced. Besides two passes, loss_scale compares all parameters.
+Ranks run on this machine over gloo, with one thread each and a Llama in fp32, trained by a loop that sums gradients,
+DDP or FSDP2. A pass is that of the probe: two tokens per rank, with gradients reduced. loss_scale makes two passes and
+compares all parameters.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KINDS = ("loop", "ddp", "fsdp2")
 
 
 def main() -> None:
-    """Print the table; --out appends the rows to a file."""
+    """Start the ranks. Rank 0 prints the table, and with --out appends the rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=512)
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
-    """Time all kinds of trainers on this rank; rank 0 prints."""
+    """Time all kinds of trainers on this rank. Rank 0 prints the table."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks)
     huggingface.register()
@@ -70,7 +71,7 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
 
 
 def of_trainer(case: str, kind: str, model: Any, options: argparse.Namespace) -> list[Cell]:
-    """Time one pass and the whole loss_scale of one trainer."""
+    """Time one pass and all of loss_scale with one kind of trainer. Return their cells."""
     mesh = init_device_mesh("cpu", (1, options.ranks), mesh_dim_names=("dp", "cp"))
     reduce: Callable[[], None] | None = None
     if kind == "fsdp2":
@@ -85,7 +86,7 @@ def of_trainer(case: str, kind: str, model: Any, options: argparse.Namespace) ->
 
     target = pytorch.ProbeTarget(model, reduce=reduce)
     with pytorch.context_parallel(mesh, strategy="ring") as cp:
-        # without gradients a driver does not ask for a scale that was measured
+        # with gradients enabled, the driver would require a measured scale
         with torch.no_grad():
             batch = cp.shard({"input_ids": torch.arange(2 * options.ranks)[None]})
 

@@ -1,8 +1,8 @@
-"""Ends what a process has started once it has ended itself, in whatever way: for runners of tests and for benchmarks.
+"""A guard that kills what a process has started once the process itself has ended, however it ends. For tests and benchmarks.
 
-`guard_processes()` starts a small process that waits for its caller's end, and then kills all that descends from the caller. Such
-processes have a mark that outlives a lost parent and a session of their own: a word in the environment of programs that were
-started, an open file of processes that were forked. Imports little, since ranks of benchmarks import it.
+`guard_processes()` starts a small process that waits for its caller's end and then kills all of the caller's
+descendants. They carry a mark that survives a lost parent and a new session: a word in the environment of started
+programs, and an open file in forked processes. The module imports little, because ranks of benchmarks import it.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ import sys
 import time
 from pathlib import Path
 
-# the environment variable that started programs inherit: the marks of all guarded processes above them
+# the environment variable that started programs inherit: the marks of all their guarded ancestors
 _VARIABLE = "DISTATTN_GUARDS"
-# by process: its own mark, and the file that forked processes have open
+# by process id: the process's mark, and the file that its forked processes have open
 _GUARDED: dict[int, tuple[str, int]] = {}
-# looks in a row that must find nothing, and seconds between two: the second one sees a process that is being forked
+# looks in a row that must find nothing, and seconds between them: a second look sees a process that was just being forked
 _EMPTY_LOOKS, _LOOK_SECONDS = 2, 0.05
-# multiprocessing's resource trackers remove semaphores once all others have ended, and then end themselves, within these looks
+# multiprocessing's resource trackers remove semaphores and end once all other processes have; they get this many looks for it
 _TRACKER, _TRACKER_LOOKS = b"multiprocessing.resource_tracker", 40
 
 
 def guard_processes() -> None:
-    """Let all processes that this one starts from now on be killed when it ends. Further calls do nothing. Linux alone."""
+    """Start a guard that kills all later descendants of this process once it ends. Further calls do nothing. Linux only."""
     if os.getpid() in _GUARDED:
         return
     mark = f"guard-{secrets.token_hex(8)}"
-    # the environment of the guard itself has only the marks of the processes above
+    # the guard's own environment has only the ancestors' marks, so that it does not kill itself
     above = dict(os.environ)
     command = [sys.executable, "-ISP", __file__, str(os.getpid()), mark]
     guard = subprocess.Popen(
         command, env=above, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
     )
     assert guard.stdout is not None
-    # the guard is watching
+    # wait until the guard is watching
     guard.stdout.readline()
     guard.stdout.close()
-    # this process never waits for it
+    # this process never waits for the guard: without a return code, Popen would warn
     guard.returncode = 0
     _GUARDED[os.getpid()] = mark, os.memfd_create(mark)
     os.environ[_VARIABLE] = " ".join(filter(None, (above.get(_VARIABLE), mark)))
 
 
 def main(pid: int, mark: str) -> None:
-    """Wait until a process has ended, and kill all that has its mark, until there is nothing left."""
+    """Wait until a process has ended, then kill all processes with its mark until none is left."""
     with contextlib.suppress(ProcessLookupError):
         watched = os.pidfd_open(pid)
         sys.stdout.write("watching\n")
@@ -67,7 +67,7 @@ def main(pid: int, mark: str) -> None:
 
 
 def _is_marked(place: Path, mark: str) -> bool:
-    """Return whether the process of a folder of /proc has the mark; False for one that has ended, or is another user's."""
+    """Return whether the process with this /proc folder has the mark: False if it has ended or belongs to another user."""
     with contextlib.suppress(OSError):
         variables = (place / "environ").read_bytes().split(b"\0")
         ours = next((word for word in variables if word.startswith(f"{_VARIABLE}=".encode())), b"")

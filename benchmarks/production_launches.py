@@ -1,8 +1,8 @@
-"""Which Triton kernels production launches, found by running it: layer calls of real plans, whose launches are recorded.
+"""The Triton kernels that layer calls launch, found by running the executor on real plans and recording its launches.
 
-Nothing is computed and no GPU is needed: the executor runs on small CPU tensors with the tiles of a given architecture, no
-message travels, and every launch is kept instead of run. So a variant that the executor begins to use is compiled by the lint
-without being named there.
+Nothing is computed and no GPU is needed: the executor runs on small CPU tensors with the tile sizes of a given
+architecture, no messages are sent, and every launch is recorded instead of run. So the lint compiles a new variant as
+soon as the executor uses it, without a change to the lint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from distattn.parallel.runtime.execution.execute import run_to_completion
 from distattn.parallel.runtime.lowering.lower import lower
 
 CPU = torch.device("cpu")
-# documents of a few tiles, some of them on several ranks
+# documents of a few tiles each, some on several ranks
 LENGTHS = (700, 260, 64)
 RANKS = 4
 _TIERS = ("distattn.kernels.triton", "distattn.kernels.gluon")
@@ -43,7 +43,7 @@ _GLUE = ("rows_kernel", "merge_kernel", "products_kernel", "rows_with_products_k
 
 
 class ShapeOfCall(NamedTuple):
-    """What the layer calls have in common; aligned: whether the caller's tensors begin at multiples of 16 bytes."""
+    """The shape of layer calls. aligned: True if the caller's tensors start at multiples of 16 bytes."""
 
     dtype: torch.dtype
     head_dim: int
@@ -53,7 +53,7 @@ class ShapeOfCall(NamedTuple):
     aligned: bool = True
 
 
-# production's launches are recorded for these; the lint's own table has more head dims, dtypes and modifiers
+# shapes for which to record launches; the lint's own table has more head dims, dtypes and modifiers
 SHAPES = (
     ShapeOfCall(torch.bfloat16, 128, 128),
     ShapeOfCall(torch.bfloat16, 128, 128, aligned=False),
@@ -65,9 +65,9 @@ SHAPES = (
 def production_launches(
     arch: int, shape: ShapeOfCall, strategies: Iterable[str] = STRATEGIES
 ) -> list[tuple[str, TritonLaunch]]:
-    """Return (kernel of the registry, launch) of all launches of layer calls of a shape on an architecture (80, 90, ...).
+    """Return (registered kernel, launch) for all launches of layer calls with a shape on an architecture (80, 90, ...).
 
-    Kernels are those that can serve such calls there; plans are of these strategies and of every backward policy.
+    Every kernel that can serve such calls there is run, on plans of these strategies with every backward policy.
     """
     launches: list[tuple[str, TritonLaunch]] = []
     with _architecture(arch):
@@ -81,7 +81,7 @@ def production_launches(
 
 @contextmanager
 def _architecture(arch: int) -> Iterator[None]:
-    """Give all devices that compute capability in the block."""
+    """Let all devices have this compute capability inside the block."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "compute_capability", lambda device: arch))
@@ -90,7 +90,7 @@ def _architecture(arch: int) -> Iterator[None]:
 
 @contextmanager
 def _recording(name: str, launches: list[tuple[str, TritonLaunch]]) -> Iterator[None]:
-    """Append launches of the block to `found` in place of running them, under the kernel's name or under "glue"."""
+    """Append launches to `launches` instead of running them inside the block, under the kernel's name or "glue"."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "run_launch", lambda launch: launches.append((name, launch))))
@@ -102,10 +102,10 @@ def _recording(name: str, launches: list[tuple[str, TritonLaunch]]) -> Iterator[
 
 
 def _kernels_of(shape: ShapeOfCall) -> list[str]:
-    """Return the kernels of the registry that launch Triton's kernels and can serve such a call on a GPU."""
+    """Return the registered kernels that launch Triton kernels and can serve calls with this shape on a GPU."""
     needed = KernelRequirements(shape.dtype, shape.head_dim, shape.v_head_dim, torch.device("cuda"))
     ours = [name for name, module in KERNELS.items() if module.startswith(_TIERS)]
-    # products in TF32 are of single precision; in half precision it launches what "triton" does
+    # TF32 only concerns float32; in half precision "triton_tf32" launches what "triton" does
     ours = [name for name in ours if name != "triton_tf32" or shape.dtype == torch.float32]
     return [name for name in ours if load_kernel(name).unsupported_reason(needed) is None]
 
@@ -114,7 +114,7 @@ def _kernels_of(shape: ShapeOfCall) -> list[str]:
 def _plans(
     strategies: tuple[str, ...], dtype: torch.dtype, head_dim: int, v_head_dim: int, heads: int, kv_heads: int
 ) -> list[Plan]:
-    """Return plans of strategies and of every backward policy that take such calls."""
+    """Return the plans of all strategies and backward policies that accept calls with these heads and dims."""
     of_call = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
     mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, RANKS)
     plans = []
@@ -128,7 +128,7 @@ def _plans(
 
 def _run_layer(plan: Plan, rank: int, kernel: str, shape: ShapeOfCall) -> None:
     """Run the forward and backward pass of one rank's layer call."""
-    # not from the cache of executables, which knows of one architecture
+    # bypass the cache of executables, whose key lacks the architecture
     finishes = getattr(load_kernel(kernel), "FINISHES", ())
     program = lower(plan, rank, kernel_preparer(kernel, kernel_requirements(plan.call, CPU)), finishes=finishes)
     ready = Executable(program, ExecutionKey(rank, kernel, CPU), _NoTransport())
@@ -147,7 +147,7 @@ class _NoTransport:
     """A transport that delivers nothing."""
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = "") -> Any:
-        """Return something to wait for that never waits."""
+        """Return an object to wait for, whose wait returns at once."""
         return self
 
     def wait(self) -> None:
@@ -155,7 +155,7 @@ class _NoTransport:
 
 
 class _Recorded:
-    """A kernel whose launches are kept instead of run."""
+    """A kernel whose launches are recorded instead of run."""
 
     def __init__(self, kernel: Any, launches: list[tuple[str, TritonLaunch]]):
         self.kernel, self.found = kernel, launches
@@ -169,9 +169,10 @@ class _Recorded:
 
 
 def named_launches(launches: list[tuple[str, TritonLaunch]]) -> dict[str, TritonLaunch]:
-    """Return one launch of each kind, by a name with what Triton compiles: types, flags, and how numbers are specialised.
+    """Return one launch of each kind, by a name that has what Triton compiles: types, flags and specializations of arguments.
 
-    A name says the same whichever other launches there are. The kernel of the registry in it is the first that launches this.
+    The description does not depend on which other launches there are. The name starts with the first registered kernel
+    that makes this launch.
     """
     by_description: dict[str, tuple[str, TritonLaunch]] = {}
     for kernel, launch in launches:
@@ -183,7 +184,7 @@ def _description(launch: TritonLaunch) -> str:
     arguments = launch.arguments
     tensors = {name: _tensor(value).dtype for name, value in arguments.items() if isinstance(_tensor(value), Tensor)}
     usual, *_ = tensors.values()
-    # integers are lists of tiles or rows
+    # leave out integer tensors, which are lists of tiles or rows
     types = [f"{name.rstrip('_')}={str(dtype)[6:]}" for name, dtype in tensors.items() if dtype.is_floating_point]
     types = [str(usual)[6:], *(part for part in types if not part.endswith(f"={str(usual)[6:]}"))]
     dims = "/".join(str(arguments[name]) for name in ("D0", "E0", "D", "E", "WIDTH") if name in arguments)
@@ -193,7 +194,7 @@ def _description(launch: TritonLaunch) -> str:
 
 
 def _specialised(launch: TritonLaunch) -> list[str]:
-    """Return constants, and arguments that Triton specialises: numbers that are 1, numbers and addresses not divisible by 16."""
+    """Return constants, and arguments that Triton specializes: numbers equal to 1, numbers and addresses not divisible by 16."""
     constants = []
     unaligned, odd, ones = [], [], []
     for parameter in launch.kernel.params:
@@ -214,5 +215,5 @@ def _specialised(launch: TritonLaunch) -> list[str]:
 
 
 def _tensor(value: Any) -> Any:
-    """Return the tensor of a descriptor, or the value."""
+    """Return a descriptor's tensor, or the value itself if it is no descriptor."""
     return getattr(value, "base", value)

@@ -1,11 +1,11 @@
-"""What hybrids recall, by how many recurrent layers there are for each of attention: a table and a figure of several seeds.
+"""Recall of hybrid models by the number of recurrent layers per attention layer: a table and a figure for several seeds.
 
     python benchmarks/recall_by_ratio.py [--seeds 3] [--steps 400] [--out FILE.jsonl] [--figure FILE.png]
 
-Every run is `examples/recall.py` on one core, with the same settings but for the ratio and the number of layers: a hybrid has
-one layer of attention, and stands beside attention alone and recurrent layers alone of as many layers. Each run is a line of the
-file, by default in benchmarks/results, with its whole curve; runs that are there already are not made again. Recall is the share
-of right values in the last 20 steps. The figure is by default the one in docs.
+Every run is `examples/recall.py` on one core, with the same settings except for the ratio and the number of layers. A
+hybrid has one attention layer, and is compared with models that have as many layers, all attention or all recurrent.
+Each run is a line of the file (by default in benchmarks/results) with its whole curve, and existing runs are not
+repeated. Recall is the share of correct values in the last 20 steps. By default the figure is the one in docs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from harness import environment
 from process_guard import guard_processes
 
 ROOT = Path(__file__).parents[1]
-# of an answer that knows which symbols are values: one of 32
+# recall of a model that only knows which 32 symbols are values
 CHANCE = 1 / 32
 
 
 class Setting(NamedTuple):
-    """A model of `examples/hybrid_model.py`: its layers' ratio and number."""
+    """A model of `examples/hybrid_model.py`: recurrent layers per attention layer, and number of layers.
+
+    ratio: 0 for attention layers only, -1 for recurrent layers only.
+    """
 
     ratio: int
     layers: int
@@ -41,7 +44,7 @@ class Setting(NamedTuple):
         return {0: "attention alone", -1: "recurrent alone"}.get(self.ratio, f"{self.ratio} recurrent : 1 attention")
 
 
-# the colour of a line, for each
+# the settings, and the color of their lines
 SETTINGS = {
     Setting(0, 4): "tab:gray",
     Setting(3, 4): "tab:blue",
@@ -53,7 +56,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Make the runs that are missing, seed by seed; then the table and the figure of all."""
+    """Make the missing runs, seed by seed. Then print the table and draw the figure of all runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
@@ -74,7 +77,7 @@ def main() -> None:
 
 
 def kept(path: Path, steps: int) -> list[dict[str, Any]]:
-    """Return the runs of `steps` steps in a file; none where there is no file."""
+    """Return the runs with `steps` steps in a file, or [] if there is no file."""
     rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return [row for row in rows if row["steps"] == steps]
 
@@ -84,7 +87,10 @@ def setting_of(row: dict[str, Any]) -> Setting:
 
 
 def trained(setting: Setting, seed: int, steps: int) -> dict[str, Any]:
-    """Run the example once: recall at every step, and CPU seconds. Raises CalledProcessError where it fails."""
+    """Run the example once. Return its arguments, recall at every step and CPU seconds.
+
+    Raise CalledProcessError if the example fails.
+    """
     arguments = dict(setting._asdict(), seed=seed, steps=steps)
     command = ["examples/recall.py", *(word for name, value in arguments.items() for word in (f"--{name}", str(value)))]
     extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -97,7 +103,7 @@ def trained(setting: Setting, seed: int, steps: int) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format recall at the end of each run by setting, as rows of a table in Markdown."""
+    """Format the final recall of each run as a Markdown table with a row per setting."""
     seeds = sorted({row["seed"] for row in rows})
     head = ["model", "layers", *(f"seed {seed}" for seed in seeds), "0.9 at step", "CPU seconds"]
     lines = [head, ["---"] * len(head)]
@@ -111,12 +117,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def first_step(recall: Sequence[float], level: float) -> str:
-    """Return the first step from which recall is at such a level, or a dash."""
+    """Return the first step at which recall reaches a level, or "-"."""
     return next((str(step + 1) for step, value in enumerate(recall) if value >= level), "-")
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw on the left every run's curve, on the right where it ended, by setting."""
+    """Draw every run's curve on the left, and final recall by setting on the right. Save the figure to `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

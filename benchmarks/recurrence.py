@@ -1,11 +1,12 @@
-"""Ways to compute a recurrent layer over ranks: states in turn, gathered, by heads, or tokens to all. Gated DeltaNet, measured.
+"""Measured ways to compute a Gated DeltaNet layer over ranks: states in turn, gathered or by heads, or tokens all-to-all.
 
     python benchmarks/recurrence.py [--tokens 8192] [--ranks 4] [--repeats 5] [--out benchmarks/results/recurrence.jsonl]
 
-Forward and backward on gloo ranks of one machine, fp32, 4 heads of 64 x 64, our PyTorch kernel for all; results are checked
-against one process before anything is timed. "fla's way" is what flash-linear-attention 0.6 does with contiguous slices,
-written here: one all-gather of all ranks' states with their transitions in each pass, whatever the documents are. "all-to-all"
-is what Megatron's context parallelism does, by our executor. Theirs need GPUs; benchmarks/hybrid_layers.py simulates those.
+Forward and backward run on gloo ranks on one machine, in fp32 with 4 heads of 64 x 64 and our PyTorch kernel for all
+contestants. Results are checked against one process before anything is timed. "fla's way" reimplements what
+flash-linear-attention 0.6 does with contiguous slices: one all-gather of all ranks' states and transitions in each
+pass, whatever the documents are. "all-to-all" is the method of Megatron's context parallelism, run by our executor. The
+originals need GPUs; benchmarks/hybrid_layers.py simulates them.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from torch import Tensor
 
 import distattn as da
 from distattn.ir.op import OPS
+from distattn.ir.text_format import readable_bytes
 from distattn.kernels.recurrence import chunked
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.spec import KernelRequirements
-from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.parallel.runtime.communication.transport import Transport
 
 HEADS, DIM = 4, 64
@@ -42,14 +43,14 @@ TOLERANCE = 2e-4
 
 
 class RecurrencePlan(NamedTuple):
-    """How a recurrence is split: the layout of tokens, the strategy and its schedule."""
+    """A way to split a recurrence: the layout of tokens, the strategy and its schedule."""
 
     layout: str
     strategy: str = "scan"
     schedule: str | None = None
 
     def plan(self, op: str, lengths: Sequence[int], ranks: int, x: RecurrenceTokens) -> da.Plan:
-        """Return a plan of documents of such lengths, with heads as the tokens have them."""
+        """Return the plan for documents of these lengths. x: the inputs, which give heads, dims and dtype."""
         shape: dict[str, Any] = dict(
             heads=x.heads, kv_heads=x.q.shape[1], head_dim=x.q.shape[2], dtype=str(x.q.dtype)[6:]
         )
@@ -102,7 +103,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
 
 
 def make_inputs(tokens: int) -> tuple[RecurrenceTokens, Tensor]:
-    """Return q, k, v, g, beta and do of the whole axis; the same on every rank."""
+    """Return ((q, k, v, g, beta), do) for the whole axis, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, do = (torch.randn(tokens, HEADS, DIM, generator=generator) for _ in range(4))
     g, beta = -0.1 * torch.rand(tokens, HEADS, generator=generator), torch.rand(tokens, HEADS, generator=generator)
@@ -138,7 +139,7 @@ def contestant(
     do: Tensor,
     wrap: Callable[[Transport], Transport] = lambda transport: transport,
 ) -> Contestant:
-    """Return one way to compute it, on this rank's tokens of the whole axis. wrap: replaces the transport of its messages."""
+    """Return a contestant that computes an op as `way` splits it, on this rank's tokens. wrap: replaces its transport."""
 
     def make() -> Any:
         plan = way.plan(op, lengths, dist.get_world_size(), x)
@@ -161,7 +162,10 @@ def contestant(
 
 
 def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
-    """Cut the axis into contiguous slices; every rank gathers all ranks' states, and puts together what precedes its own."""
+    """Return a function that computes the layer on contiguous slices in fla's way.
+
+    Every rank gathers the states of all ranks, and combines those before its own slice.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     layout = da.Layout.contiguous(lengths, ranks)
     mine = torch.from_numpy(layout.tokens(rank))
@@ -170,14 +174,14 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     segments = [
         (max(a, begin) - begin, min(b, end) - begin) for a, b in itertools.pairwise(bounds) if a < end and b > begin
     ]
-    # whether the first segment goes on from the rank before, and the last one to the rank after
+    # whether the first segment continues from the previous rank, and the last one on the next rank
     enters, leaves = begin not in bounds, end not in bounds
     local, do_local = x._replace(**{name: value[mine] for name, value in x.by_token().items()}), do[mine]
     nothing = torch.zeros(len(segments), HEADS, DIM, DIM)
     every, first_one, last_one = (chunked.prepare(some, NEEDED) for some in (segments, segments[:1], segments[-1:]))
 
     def gathered(state: Tensor, transition: Tensor, passes: bool) -> list[Tensor]:
-        """Return (transition, state) of every rank; a slice inside which a document begins passes nothing on."""
+        """Return (transition, state) of every rank. passes: False if a document begins in the slice, which resets the state."""
         own_state = torch.stack([transition if passes else torch.zeros_like(transition), state])
         states = [torch.empty_like(own_state) for _ in range(ranks)]
         dist.all_gather(states, own_state)

@@ -1,15 +1,16 @@
-"""Ours beside PyTorch's context_parallel and DeepSpeed's DistributedAttention: 4 gloo ranks on one machine, one run.
+"""Ours, PyTorch's context_parallel and DeepSpeed's DistributedAttention in one run, on 4 gloo ranks on one machine.
 
     python benchmarks/rivals.py [--tokens 16384] [--ranks 4] [--repeats 5] [--out benchmarks/results/rivals.jsonl]
 
-Forward and backward of one attention call, fp32, 4 heads of 64, all contestants on PyTorch's flash attention for CPU.
-Results are checked against plain attention on one process before anything is timed. "wire" is what the loopback device
-carried in one call (and two barriers), "plan" what our plan says, "planning" what a new batch costs once before its
-first layer: plan, proof, program and agreement, on the same busy cores; a trainer's comes ahead, on a thread.
+The benchmark times forward and backward of one attention call, in fp32 with 4 heads of 64; all contestants use
+PyTorch's flash attention for CPU. Results are checked against plain attention in one process before anything is timed.
+"wire" is the traffic on the loopback device during one call (and two barriers), "plan" the bytes according to our plan.
+"planning" is the cost of a new batch before its first layer (plan, proof, program and agreement) on the same busy
+cores; in a trainer it runs ahead on a thread.
 
-PyTorch's public context_parallel handles CUDA operators only; its own ring loop (all-gather and all-to-all rotation) is
-given the CPU operators here. DeepSpeed's core attention is the user's: documents one by one. DeepSpeed is optional:
-pip install deepspeed.
+PyTorch's public context_parallel only supports CUDA operators, so its ring loop (with all-gather and all-to-all
+rotation) gets the CPU operators here. DeepSpeed leaves core attention to the user: here it processes documents one by
+one. DeepSpeed is optional: pip install deepspeed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from process_guard import guard_processes
 from torch import Tensor
 
 import distattn as da
-from distattn.parallel.analysis.text_format import readable_bytes
+from distattn.ir.text_format import readable_bytes
 
 HEADS, DIM, DOCUMENTS = 4, 64, 64
 LAYOUTS = {"ring": "zigzag", "allgather": "zigzag", "ulysses": "contiguous", "usp": "zigzag"}
@@ -80,7 +81,7 @@ def _rank(rank: int, arguments: argparse.Namespace, store: str, argv: list[str])
 
 
 def cases(tokens: int) -> dict[str, list[int]]:
-    """Return document lengths: one causal axis, and a seeded log-normal pack."""
+    """Return document lengths by case: a single document, and a log-normal pack drawn with a fixed seed."""
     raw = np.random.default_rng(0).lognormal(0, 1.2, DOCUMENTS)
     pack = np.maximum(1, (raw * tokens / raw.sum()).astype(int))
     pack[pack.argmax()] += tokens - pack.sum()
@@ -88,13 +89,13 @@ def cases(tokens: int) -> dict[str, list[int]]:
 
 
 def make_inputs(tokens: int) -> list[Tensor]:
-    """Return q, k, v and do of the whole axis (tokens, heads, dim); the same on every rank."""
+    """Return q, k, v and do (tokens, heads, dim) for the whole axis, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(tokens, HEADS, DIM, generator=generator) for _ in range(4)]
 
 
 def wire_bytes() -> dict[str, int]:
-    """Return what the loopback device has carried so far; all ranks stand still meanwhile."""
+    """Return the bytes that the loopback device has sent so far, read between two barriers of all ranks."""
     dist.barrier()
     lines = Path("/proc/net/dev").read_text().splitlines()
     sent = next(int(line.split(":")[1].split()[8]) for line in lines if line.strip().startswith("lo:"))
@@ -103,7 +104,7 @@ def wire_bytes() -> dict[str, int]:
 
 
 def by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Compute causal attention of each document of (tokens, heads, dim), one after another."""
+    """Compute causal attention for tensors (tokens, heads, dim), one document after another."""
     parts = []
     for document in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
         heads_first = (x.transpose(0, 1)[None] for x in document)
@@ -112,7 +113,7 @@ def by_document(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
 
 
 class Checker:
-    """Compares a rank's (tokens, o, dq, dk, dv) with plain attention in one process."""
+    """A check that compares a rank's (tokens, o, dq, dk, dv) with plain attention in one process."""
 
     def __init__(self, lengths: list[int], inputs: list[Tensor], ranks: int):
         q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
@@ -130,7 +131,7 @@ class Checker:
 
 
 def ours(lengths: list[int], inputs: list[Tensor], balanced: bool) -> dict[str, Contestant]:
-    """Return every strategy, on the layout that suits it."""
+    """Return a contestant for each strategy, with the layout that suits it."""
 
     def contestant(strategy: str, name: str) -> Contestant:
         def make() -> Any:
@@ -162,7 +163,7 @@ def ours(lengths: list[int], inputs: list[Tensor], balanced: bool) -> dict[str, 
 
 
 def torch_rings(lengths: list[int], inputs: list[Tensor]) -> dict[str, Contestant]:
-    """Return PyTorch's context_parallel: its public entry, and its ring loop in both rotations on the CPU operators."""
+    """Return contestants for PyTorch's context_parallel: its public API, and its ring loop on CPU operators, by rotation."""
     return {
         "torch context_parallel": lambda: _torch_public(lengths, inputs),
         "torch ring loop, all-gather": lambda: _torch_loop(lengths, inputs, "allgather"),
@@ -220,7 +221,7 @@ def _torch_loop(lengths: list[int], inputs: list[Tensor], rotation: str) -> Any:
             group = dist.group.WORLD
             return cp._templated_ring_attention_backward(group, 2, backward_op, do, "grad_out", **tensors)[:3]
 
-    # its head-tail load balance is our zigzag
+    # PyTorch's head-tail load balancing is our zigzag layout
     layout = da.Layout.zigzag(lengths, dist.get_world_size())
     rank = dist.get_rank()
     tokens = torch.from_numpy(layout.tokens(rank))
@@ -237,7 +238,7 @@ def _torch_loop(lengths: list[int], inputs: list[Tensor], rotation: str) -> Any:
 
 
 def deepspeed(lengths: list[int], inputs: list[Tensor]) -> Contestant:
-    """Return DeepSpeed's Ulysses, documents one by one in its core."""
+    """Return a contestant for DeepSpeed's Ulysses, whose core attention processes documents one by one."""
 
     def make() -> Any:
         try:

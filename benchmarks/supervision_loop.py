@@ -1,8 +1,8 @@
-"""The training that `supervision_rivals.py` disturbs, as its supervisors start it: `python supervision_loop.py WHAT FOLDER ...`.
+"""The training that `supervision_rivals.py` disturbs. Supervisors start it by `python supervision_loop.py WHAT FOLDER ...`.
 
-A small network, its gradients summed over gloo, and a checkpoint every EVERY steps, from which a rank goes on that finds one.
-Every rank notes each step that it has done: the time, its process, the step and the loss. What is not needed by a supervisor's
-ranks is not imported by them.
+It trains a small network, sums gradients over gloo, and saves a checkpoint every EVERY steps. A rank resumes from the
+newest checkpoint. Every rank records each step it has done: the time, its process id, the step and the loss. Ranks only
+import the packages that their supervisor needs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch.distributed as dist
 from process_guard import guard_processes
 
 EVERY = 10
-# of computing in a step
+# seconds of computation per step
 _SECONDS = 0.02
 _PATIENT_SECONDS = 600.0
 _WIDTH, _BATCH = 32, 16
 
 
 class Training:
-    """The network of a rank, and where it notes its steps."""
+    """A rank's network and optimizer, and the file in which it records its steps."""
 
     def __init__(self, folder: Path, rank: int):
         torch.set_num_threads(1)
@@ -41,16 +41,16 @@ class Training:
         self._notes = os.open(folder / f"rank-{rank}.steps", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def state(self) -> dict[str, Any]:
-        """Return what a rank needs to go on."""
+        """Return the state that a rank needs to continue."""
         return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take the state of another rank, or of before."""
+        """Load the state of another rank or of a checkpoint."""
         self._model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 
     def gradients(self, step: int) -> torch.Tensor:
-        """Compute the gradients of this rank's share of the step, behind its loss: what ranks sum."""
+        """Return the tensor that ranks sum: the loss of this rank's share of the step, then all its gradients, flat."""
         mine = torch.randn(_BATCH, _WIDTH, generator=torch.Generator().manual_seed(step * 1000 + self._rank))
         self._optimizer.zero_grad()
         loss = (self._model(mine) - mine.sum(1, keepdim=True).sin()).square().mean()
@@ -59,7 +59,7 @@ class Training:
         return torch.cat([loss.detach().view(1), *(parameter.grad.flatten() for parameter in self._model.parameters())])
 
     def finish(self, step: int, summed: torch.Tensor) -> None:
-        """Take the step with the gradients of all ranks, and note it."""
+        """Update the network with the summed gradients of all ranks, and record the step."""
         parameters = list(self._model.parameters())
         for parameter, gradient in zip(
             parameters, summed[1:].split([parameter.numel() for parameter in parameters]), strict=True
@@ -76,12 +76,12 @@ class Training:
 
 
 def newest(folder: Path) -> int:
-    """Return the step of the newest checkpoint, 0 before the first."""
+    """Return the step of the newest checkpoint, or 0 if there is no checkpoint."""
     return max((int(file.stem) for file in folder.glob("*.pt")), default=0)
 
 
 def train(folder: str, before: Callable[[str, int], None] = lambda activity, step: None) -> None:
-    """Train until the supervisor ends it. before: is told what a rank is about to do, and the step."""
+    """Train until the supervisor ends the process. before: called with each activity that is about to start, and the step."""
     dist.init_process_group("gloo")
     training = Training(Path(folder), dist.get_rank())
     begin = [newest(Path(folder))]
@@ -131,14 +131,14 @@ def monitored(folder: str) -> None:
 
 
 def replica(folder: str, patience: str) -> None:
-    """Train as one of torchft's replicas, of one rank each: where it is new it takes its state from another one."""
+    """Train as one of torchft's replicas, which have one rank each. A new replica takes its state from another one."""
     from torchft import Manager, ProcessGroupGloo
 
     number = int(os.environ["REPLICA_GROUP_ID"])
     training = Training(Path(folder), number)
     wait = timedelta(seconds=float(patience))
     taken = {"load_state_dict": training.load, "state_dict": training.state}
-    # the name of a machine need not be known to it
+    # pass localhost, because a machine may be unable to resolve its own name
     manager = Manager(
         pg=ProcessGroupGloo(timeout=wait), timeout=wait, min_replica_size=1, hostname="localhost", **taken
     )
@@ -148,12 +148,12 @@ def replica(folder: str, patience: str) -> None:
         summed = training.gradients(step)
         manager.allreduce(summed).wait()
         if manager.should_commit():
-            # a replica that joins has another step by now
+            # a replica that has just joined may have jumped to a later step
             training.finish(manager.current_step() - 1, summed)
 
 
 def launch_replicas(folder: str, ranks: str, patience: str) -> None:
-    """Run torchft's lighthouse, and a torchrun for each replica, as its documents have it."""
+    """Run torchft's lighthouse and a torchrun for each replica, as its documentation does."""
     from torchft.coordination import LighthouseServer
 
     wait = int(1000 * float(patience))
@@ -176,20 +176,20 @@ def launch_replicas(folder: str, ranks: str, patience: str) -> None:
         agent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         readers.append(threading.Thread(target=_repeat, args=(f"replica {number}: ", agent)))
         readers[-1].start()
-    # the lighthouse ends with this function
+    # the lighthouse stops when this function returns
     for reader in readers:
         reader.join()
 
 
 def _repeat(begin: str, agent: subprocess.Popen[str]) -> None:
-    """Print what an agent prints, with whose it is."""
+    """Print an agent's output, prefixed with `begin`."""
     assert agent.stderr is not None
     for line in agent.stderr:
         sys.stderr.write(begin + line)
 
 
 def torchrun(ranks: int, module: str = "torch.distributed.run") -> list[str]:
-    """Return the command of torchrun, or of what takes its arguments, for ranks of this machine."""
+    """Return the command of torchrun, or of a module with the same arguments, for ranks on this machine."""
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "localhost"]
     return [sys.executable, "-m", module, "--nproc-per-node", str(ranks), "--max-restarts", "100", *meeting]
 

@@ -1,17 +1,18 @@
-"""Ranks that are killed and stopped, under distattn's supervision and beside torchrun, NVIDIA's ft_launcher and torchft.
+"""Killed and stopped ranks under distattn's supervision, torchrun, NVIDIA's ft_launcher and torchft.
 
     python benchmarks/supervision_rivals.py [--ranks 2] [--repeats 3] [--patience 5] [--limit 30] [--rivals FOLDER]
 
-All contestants start the training of `supervision_loop.py` on this machine: gloo, CPUs, a checkpoint every ten steps. Its last
-rank gets a SIGKILL, and another time a SIGSTOP, five steps after a checkpoint. Told are medians of the seconds from there to
-the first line of it that the supervisor prints (noticed), and to the end of a step of the rank that takes the place of the last
-one, and so of all ranks (trains again); the steps that are done again (steps lost); and the ranks that the supervisor blames.
---patience is given to all that have one. What does not come within --limit seconds never comes here, and is tried once. A step
-that is done again with another loss is an error; torchft's ranks are replicas that come and go, whose losses depend on who was
-there.
+All contestants run the training of `supervision_loop.py` on this machine, on CPUs over gloo, with a checkpoint every
+ten steps. Its last rank receives a SIGKILL or a SIGSTOP five steps after a checkpoint. The table has the median seconds
+from the signal to the first line that the supervisor prints about it (noticed) and to the end of a step of the rank
+that replaces the last one, and thus of all ranks (trains again); the number of repeated steps (steps lost); and the
+ranks that the supervisor blames (names). --patience is passed to all supervisors with such a setting. An outcome that
+does not occur within --limit seconds counts as never and is tried only once. A repeated step with a different loss is
+an error, except for torchft: its ranks are replicas that come and go, so losses depend on which were present.
 
-`pip install --target FOLDER --no-deps nvidia-resiliency-ext==0.4.1 nvidia-ml-py pynvml defusedxml psutil pyyaml` makes the folder
-of rivals; torchft is added by `--no-deps torchft==0.2.0`, and `opentelemetry-sdk opentelemetry-exporter-otlp-proto-http`.
+`pip install --target FOLDER --no-deps nvidia-resiliency-ext==0.4.1 nvidia-ml-py pynvml defusedxml psutil pyyaml` makes
+the folder of rivals. For torchft, add `--no-deps torchft==0.2.0` and `opentelemetry-sdk
+opentelemetry-exporter-otlp-proto-http`.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ from supervision_loop import EVERY, torchrun
 
 HERE = Path(__file__).parent
 FAULTS = ("SIGKILL", "SIGSTOP")
-# until ranks train at all, on a machine that is busy
+# maximum seconds until ranks train, on a busy machine
 _START_SECONDS = 240.0
 _NEVER = "not within {:.0f} s"
-# what agents of torchrun, and what is made of it, say of a rank that has failed
+# a pattern for a failed rank in the output of torchrun's agents, and of launchers based on them
 _FAILED = r"failed \(exitcode: .*?\) local_rank: (\d+)"
-# what any of them says first of a fault; torchft's lighthouse says something in every step
+# a pattern for the first line that any supervisor prints about a fault; torchft's lighthouse prints lines in every step
 _NOTICED = re.compile(r"^distattn: |failed \(exitcode|closing signal|timeout elapsed")
 _NVIDIA = "nvidia_resiliency_ext.fault_tolerance.launcher"
 
 
 class Rival(NamedTuple):
-    """A supervisor. command: that starts it with its ranks. blames: finds a rank in what it prints.
+    """A supervisor. command: returns the command that starts it with its ranks. blames: a pattern that finds blamed ranks.
 
-    module: that it needs. repeats: whether steps that are done again must have the same loss.
+    module: a module that it needs. repeats: whether repeated steps must have the same loss.
     """
 
     command: Callable[[Path, argparse.Namespace], Sequence[object]]
@@ -63,7 +64,7 @@ class Rival(NamedTuple):
 
 
 class Note(NamedTuple):
-    """A step that a rank has done."""
+    """A recorded step of a rank: when it was done, by which process, the step's number and loss."""
 
     at: float
     pid: int
@@ -72,7 +73,10 @@ class Note(NamedTuple):
 
 
 class Struck(NamedTuple):
-    """What became of a fault; None what did not within the limit. alone: until the other ranks went on without that one."""
+    """The outcome of a fault. Seconds and lost steps are None if the event did not occur within the limit.
+
+    alone: seconds until the other ranks continued without the victim.
+    """
 
     noticed: float | None = None
     again: float | None = None
@@ -118,7 +122,7 @@ RIVALS = {
 
 
 class Launch:
-    """A supervisor and its ranks, as long as the context lasts."""
+    """A running supervisor and its ranks. Leaving the context kills them."""
 
     def __init__(self, rival: Rival, folder: Path, arguments: argparse.Namespace):
         self._rival, self._folder, self._arguments = rival, folder, arguments
@@ -149,7 +153,7 @@ class Launch:
         self._process.wait()
 
     def strike(self, fault: str) -> Struck:
-        """Send a signal to the last rank amid two checkpoints, once all ranks train, and see what becomes of it."""
+        """Send a signal to the last rank, halfway between two checkpoints, once all ranks train. Return the outcome."""
         begun = {rank: len(self._notes(rank)) for rank in range(self._arguments.ranks)}
 
         def amid_checkpoints() -> bool:
@@ -178,7 +182,7 @@ class Launch:
         )
 
     def wrong(self) -> str:
-        """Return what is wrong with the steps that were done again, or an empty text."""
+        """Return what is wrong with the repeated steps, or an empty string."""
         losses: dict[int, str] = {}
         for note in self._notes(0):
             if losses.setdefault(note.step, note.loss) != note.loss:
@@ -186,7 +190,7 @@ class Launch:
         return ""
 
     def said(self) -> str:
-        """Return the end of what the supervisor has printed."""
+        """Return the last lines that the supervisor has printed."""
         return "\n".join(line for _, line in self._lines[-20:])
 
     def _read(self) -> None:
@@ -200,7 +204,7 @@ class Launch:
         return [Note(float(at), int(pid), int(step), loss) for at, pid, step, loss in fields]
 
     def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait until the condition holds, in time and before the supervisor ends; return whether it does."""
+        """Wait until the condition holds, the time is over or the supervisor has ended. Return whether the condition holds."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and self._process.poll() is None:
             if condition():
@@ -209,13 +213,13 @@ class Launch:
         return condition()
 
     def _look(self) -> None:
-        """Note the processes that there are: some outlive who has started them."""
+        """Remember the current descendants, because some outlive the process that started them."""
         if self._process.poll() is None:
             self._seen |= set(psutil.Process(self._process.pid).children(recursive=True))
 
 
 def measured(name: str, arguments: argparse.Namespace, folder: Path) -> list[Cell]:
-    """Measure a contestant with both faults, in as few launches as can be."""
+    """Measure a contestant with all faults, in as few launches as possible. Return a cell per fault."""
     rival = RIVALS[name]
     outcomes: dict[str, list[Struck]] = {fault: [] for fault in arguments.faults}
     if importlib.util.find_spec(rival.module) is None:
@@ -231,7 +235,7 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> list[Cel
                     sys.stderr.write(f"{name}: {fault} {len(outcomes[fault]) + 1} of {arguments.repeats}\n")
                     outcomes[fault].append(launch.strike(fault))
                     if outcomes[fault][-1].again is None:
-                        # nothing trains there any more
+                        # nothing trains there any more: use a new launch
                         break
             note = launch.wrong() if rival.repeats else ""
     return [_cell(name, fault, outcomes[fault], note, arguments) for fault in arguments.faults]
@@ -242,7 +246,7 @@ def _is_left(struck: Sequence[Struck], repeats: int) -> bool:
 
 
 def _cell(name: str, fault: str, struck: Sequence[Struck], note: str, arguments: argparse.Namespace) -> Cell:
-    """Return one line of the record."""
+    """Return the cell of a contestant and fault."""
     facts = {
         "noticed": _known(outcome.noticed for outcome in struck),
         "lost": _known(outcome.lost for outcome in struck),
@@ -282,7 +286,7 @@ def line(cell: Cell) -> str:
 
 
 def main() -> int:
-    """Print the table, as the documents have it; --out appends the numbers to a file."""
+    """Print the table in the form that the docs use. With --out, also append the numbers to a file. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, default in (("ranks", 2), ("repeats", 3), ("patience", 5.0), ("limit", 30.0)):
         parser.add_argument(f"--{option}", type=type(default), default=default)

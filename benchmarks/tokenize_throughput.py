@@ -1,12 +1,13 @@
-"""Tokens per second of `distattn data tokenize`, beside the tokenizer alone and what others write with.
+"""Tokens per second of `distattn data tokenize`, the tokenizer alone, and the tools of other projects.
 
     python benchmarks/tokenize_throughput.py [--megabytes 30] [--vocabulary 8192] [--repeats 3] [--out FILE.jsonl]
 
-The text is the Python standard library's own sources as JSON lines, the tokenizer a byte-level BPE that is trained on them first.
-Ours is the whole path, from the file to synchronised indexed files with digests, start of processes included. "encode_batch"
-is the library `tokenizers` alone, on texts that are in memory: the upper bound. "1 process, Megatron's builder" is what
-Megatron's preprocessing does with a document (its tool is not part of megatron-core): JSON, ids, IndexedDatasetBuilder.
-datatrove takes part where it is installed. "cpu s" are of all processes and threads of one run.
+The text is the Python standard library's source code as JSON lines, and the tokenizer is a byte-level BPE trained on it
+first. Ours is the whole path from the file to indexed files with digests, synchronized to disk, including the start of
+processes. "encode_batch" is the library `tokenizers` alone on texts in memory, which is the upper bound. "1 process,
+Megatron's builder" is what Megatron's preprocessing does with a document: JSON, ids, IndexedDatasetBuilder (its tool is
+not part of megatron-core). datatrove takes part if it is installed. "cpu s" is the CPU time of all processes and
+threads in one run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from distattn.launch.data.tokenize_processes import tokenize
 
 
 def main() -> None:
-    """Print one table."""
+    """Measure all contestants and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=30)
     parser.add_argument("--vocabulary", type=int, default=8192)
@@ -94,12 +95,12 @@ def main() -> None:
 
 
 def cpu_time() -> dict[str, int]:
-    """Return milliseconds on all cores so far, by this process and those that it waited for; other work does not count."""
+    """Return the CPU milliseconds so far of this process and of the child processes that it has waited for."""
     return {"cpu_ms": int(1e3 * sum(os.times()[:4]))}
 
 
 def sources(size: int) -> list[str]:
-    """Return the standard library's sources that are UTF-8, again and again until they have `size` bytes."""
+    """Return the standard library's UTF-8 source files, repeated until they have `size` bytes in total."""
     texts: list[str] = []
     files = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     files = [file for file in files if "site-packages" not in file.parts]
@@ -126,7 +127,7 @@ def train(texts: list[str], vocabulary: int) -> tokenizers.Tokenizer:
 
 
 def ours(folder: Path, tokenizer: str, processes: int) -> Callable[[], Callable[[], np.ndarray]]:
-    """Run the whole command, each time anew; what it wrote is read when it is checked."""
+    """Return a function that runs the whole command from scratch. It returns a function that reads the tokens written."""
     prefix = str(folder / f"ours-{tokenizer}-{processes}")
     name = tokenizer if tokenizer == "bytes" else str(folder / tokenizer)
 
@@ -140,7 +141,7 @@ def ours(folder: Path, tokenizer: str, processes: int) -> Callable[[], Callable[
 
 
 def encode_batch(trained: tokenizers.Tokenizer, texts: list[str], parallel: str) -> Callable[[], int]:
-    """Encode by the library alone: no file is read or written, and no id is looked at."""
+    """Return a function that encodes with the library alone, without files, and returns the number of tokens."""
 
     def run() -> int:
         os.environ["TOKENIZERS_PARALLELISM"] = parallel
@@ -152,7 +153,10 @@ def encode_batch(trained: tokenizers.Tokenizer, texts: list[str], parallel: str)
 
 
 def megatron(folder: Path, trained: tokenizers.Tokenizer) -> Callable[[], Callable[[], np.ndarray]]:
-    """Write one document after the other through Megatron's own builder."""
+    """Return a function that writes one document after the other with Megatron's builder.
+
+    It returns a function that reads the tokens written.
+    """
     try:
         import torch
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -173,7 +177,7 @@ def megatron(folder: Path, trained: tokenizers.Tokenizer) -> Callable[[], Callab
 
 
 def datatrove(folder: Path) -> Callable[[], Callable[[], np.ndarray]]:
-    """Run datatrove's own pipeline, without its shuffling."""
+    """Return a function that runs datatrove's pipeline without shuffling. It returns a function that reads the tokens."""
     if importlib.util.find_spec("datatrove") is None:
         raise Unsupported("datatrove is not installed: pip install 'datatrove[processing,io]'")
     from datatrove.executor import LocalPipelineExecutor
@@ -196,7 +200,7 @@ def datatrove(folder: Path) -> Callable[[], Callable[[], np.ndarray]]:
 
 
 def print_line(line: str) -> None:
-    """Print progress to the error stream."""
+    """Print a line of progress to stderr."""
     sys.stderr.write(line + "\n")
 
 

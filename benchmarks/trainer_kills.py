@@ -1,17 +1,17 @@
-"""Check that a run whose ranks are killed and hang again and again ends with the curve and checkpoint of an undisturbed one.
+"""A check that a run whose ranks are repeatedly killed or hang ends with the curve and checkpoint of an undisturbed run.
 
     python benchmarks/trainer_kills.py [--kills 200] [--hangs 20] [--seed 1] [--ranks 2] [--strategy ring]
         [--patience 5] [--folder FOLDER]
 
-`distattn train` of a tiny model on some ranks is killed by SIGKILL: one of the ranks, which its launcher starts again, or the
-launcher, after which `distattn resume` goes on. A third of the kills fall at any time, a third amid a save, a third when a
-rank says what it does: connects, reads, waits for keys and values, computes gradients, writes. Messages between more than two
-ranks of ulysses travel in all-to-alls. Hangs are of five kinds, and each must be noticed and named by the launcher, as must what
-the rank does. When a run has come to its end, every line of its metrics, its losses by position, the documents of each step and
-the digests of the last checkpoint's tensors must be those of a run without a fault, and nothing may be left over; and the next
-run begins.
+`distattn train` runs a tiny model on some ranks. SIGKILL hits either a rank, which the launcher restarts, or the
+launcher, after which `distattn resume` continues. A third of the kills fall at any time, a third during a save, and a
+third when a rank reports an activity: connecting, reading, waiting for keys and values, computing gradients, updating
+weights. With ulysses on more than two ranks, messages are all-to-alls. There are five kinds of hangs. The launcher must
+notice each and name the rank and its activity. When a run ends, every line of its metrics, its losses by position, the
+documents of each step and the digests of the last checkpoint's tensors must equal those of a run without faults, and
+nothing may be left over. Then the next run begins.
 
-The commands and the launcher are the real ones, in processes that are forked from this one after its imports.
+The commands and the launcher are the real ones, in processes forked from this one after its imports.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ from distattn.training.run_folder import RunFolder
 
 STEPS = 14
 TEXT = Path(__file__).parents[1] / "LICENSE"
-# only what hangs takes so long
+# maximum seconds to wait: only a hang takes this long
 LIMIT_SECONDS = 300.0
-# about what a save takes, so that a kill amid one falls anywhere in it
+# about the duration of a save, so that kills during a save are spread over it
 MOST_SAVE_SECONDS = 0.03
-# what ranks tell at the moments of kills
+# activities, as ranks report them, during which ranks are killed
 _MOMENTS = ("connecting", "reading the data", "from rank", "forward and backward", "the optimizer's step")
-# kinds of hangs, and what their ranks are found to do
+# kinds of hangs, and the activity that must be named
 _WORDS = {
     "lock": "forward and backward",
     "read": "reading the data of step",
@@ -81,21 +81,21 @@ _WORDS = {
     "interpreter": "the optimizer's step",
 }
 _HANGS = ("stopped", *_WORDS)
-# in a run folder: where a rank is to hang
+# file in a run folder that tells a rank to hang
 _PLANTED = "fault.json"
 _MOST_OF_A_RUN = 8
-# what differs between two runs of the same steps
+# fields of metrics and documents that differ between two runs of the same steps
 _PLACES = ("file", "attempt")
 _TIMES = ("seconds", "data_seconds", "wait_seconds", "memory_resident")
-# imported before launchers are forked
+# modules to import before launchers are forked
 _LATE_IMPORTS = ("torch.utils.tensorboard", "matplotlib.image", "matplotlib.figure", "distattn.launch.finish_run")
 
 
 class Fault(NamedTuple):
-    """One kill or hang. victim: a rank, or the launcher; moment: when; step: of the newest checkpoint afterwards.
+    """One kill or hang. victim: a rank or the launcher. moment: when it happened. step: the newest checkpoint afterwards.
 
-    amid_save: whether a part of a save was left. seconds: until it was noticed, and until the ranks trained again; None of the
-    launcher's.
+    amid_save: True if a part of a save was left. noticed, resumed: seconds until the fault was noticed, and until the
+    ranks trained again; None for kills of the launcher.
     """
 
     victim: str
@@ -107,7 +107,7 @@ class Fault(NamedTuple):
 
 
 class FaultReport(NamedTuple):
-    """What was done. runs: how many came to their end, and were compared."""
+    """All faults, the number of runs that ended and were compared, and the seconds that everything took."""
 
     faults: list[Fault]
     runs: int
@@ -115,7 +115,7 @@ class FaultReport(NamedTuple):
 
 
 class Launch:
-    """`distattn train` or `distattn resume` in a forked process. Output goes to a file."""
+    """`distattn train` or `distattn resume` in a forked process, with its output in a file."""
 
     def __init__(self, command: Sequence[str], run: RunFolder, ranks: int, log: Path):
         self._attempts, self._number, self._log = Attempts(run.attempts), ranks, log
@@ -125,16 +125,16 @@ class Launch:
 
     @property
     def exit_code(self) -> int | None:
-        """Of the command; None while it runs."""
+        """The exit code of the command, or None while it runs."""
         return self._launcher.exitcode
 
     @property
     def ended(self) -> list[dict[str, Any]]:
-        """What is known of the attempts that have ended."""
+        """The records of the attempts that have ended."""
         return [row for row in self._attempts.rows() if "why" in row]
 
     def until(self, condition: Callable[[dict[int, Heartbeat]], bool]) -> dict[int, Heartbeat] | None:
-        """Wait until the condition holds and return what the ranks tell; None where the command ends before."""
+        """Wait until the condition holds for the ranks' heartbeats and return them, or None if the command ends first."""
         ends = time.monotonic() + LIMIT_SECONDS
         while self.exit_code is None:
             beats = self._attempts.beats() or {}
@@ -146,14 +146,14 @@ class Launch:
         return None
 
     def signal(self, victim: int, number: signal.Signals) -> None:
-        """Send a signal to a rank, or, -1, to the launcher."""
+        """Send a signal to a rank, or to the launcher if `victim` is -1."""
         pid = self._launcher.pid if victim < 0 else self._ranks[victim].pid
         assert pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
     def wait(self) -> int:
-        """Wait until all processes of the command have ended; return its exit code."""
+        """Wait until all processes of the command have ended. Return its exit code."""
         self._launcher.join(LIMIT_SECONDS)
         assert self.exit_code is not None, f"the launcher hangs: {self.said()}"
         ends = time.monotonic() + LIMIT_SECONDS
@@ -163,12 +163,12 @@ class Launch:
         return self.exit_code
 
     def said(self) -> str:
-        """Return what the command and its ranks have printed."""
+        """Return the output of the command and its ranks."""
         return self._log.read_text("utf-8", "replace")
 
 
 class Faults:
-    """Runs that are killed, and hang, until they have come to their end, and compared with an undisturbed one."""
+    """Runs that are killed and hang until they end, and are then compared with an undisturbed run."""
 
     def __init__(self, folder: Path, seed: int, ranks: int, strategy: str, patience: float):
         self._folder, self._random, self._ranks = folder, random.Random(seed), ranks
@@ -187,11 +187,11 @@ class Faults:
         launch.until(lambda beats: True)
         began = time.monotonic()
         assert launch.wait() == 0, launch.said()
-        # a kill may fall anywhere in a run
+        # the duration of a run, so that kills can fall anywhere in it
         self._seconds = time.monotonic() - began
 
     def until_done(self, kills: int, hangs: int) -> None:
-        """Finish one run, with at most `kills` kills and `hangs` hangs before its end, and compare it."""
+        """Finish one run with at most `kills` kills and `hangs` hangs, and compare it with the undisturbed run."""
         self.runs += 1
         run, launches = RunFolder(self._folder / f"run-{self.runs}"), 0
         planned = [*["kill"] * min(kills, _MOST_OF_A_RUN), *["hang"] * min(hangs, _MOST_OF_A_RUN)]
@@ -221,7 +221,7 @@ class Faults:
         return ["train", str(self._config_file), f"--run.folder={run.folder}"]
 
     def _kill(self, launch: Launch, run: RunFolder) -> Fault | None:
-        """Kill a rank or the launcher; None where the command ended before."""
+        """Kill a rank or the launcher. Return the fault, or None if the command ended first."""
         victim = self._random.choice([*range(self._ranks), *range(self._ranks), -1])
         moment = self._random.choice(("any", "save", self._random.choice(_MOMENTS)))
         if launch.until(lambda beats: True) is None:
@@ -238,7 +238,7 @@ class Faults:
         return self._seen(launch, run, victim, moment, ended)
 
     def _hang(self, launch: Launch, run: RunFolder) -> Fault | None:
-        """Let a rank hang; None where the command ended before."""
+        """Let a rank hang. Return the fault, or None if the command ended first."""
         victim, kind = self._random.randrange(self._ranks), _HANGS[self._hung % len(_HANGS)]
         if launch.until(lambda beats: True) is None:
             return None
@@ -249,7 +249,7 @@ class Faults:
             launch.signal(victim, signal.SIGSTOP)
         else:
             planted = run.folder / _PLANTED
-            # ranks look for it all the time
+            # ranks poll for this file: make it appear at once as a whole
             aside = planted.with_suffix(".new")
             aside.write_text(json.dumps({"rank": victim, "kind": kind}), "utf-8")
             aside.rename(planted)
@@ -260,7 +260,10 @@ class Faults:
         return self._seen(launch, run, victim, kind, ended)
 
     def _seen(self, launch: Launch, run: RunFolder, victim: int, moment: str, ended: int) -> Fault | None:
-        """Return what became of a fault that was just done, once the ranks train again; check that it was named."""
+        """Check that a fault just made is named, wait until the ranks train again, and return the fault.
+
+        Return None if the run ended before the fault took effect.
+        """
         began = time.monotonic()
         noticed = resumed = None
         if victim < 0:
@@ -271,16 +274,16 @@ class Faults:
                 time.sleep(0.0005)
             noticed, before = time.monotonic() - began, launch.ended
             if len(before) == ended or before[ended]["exit_code"] == 0:
-                # the run had come to its end
+                # the run had already ended
                 return None
             why, named = before[ended]["why"], before[ended]["ranks"]
-            # whose messages are lost does not hang, but the others, and soon it waits for them
+            # if a rank's messages are lost, the other ranks hang first; soon this rank waits for them, too
             right = named == [victim] if moment != "message" else bool({*named} - {victim})
             assert right, f"{moment} of rank {victim}: {why}"
             assert moment != "message" or re.search(rf"from ranks? ([\d, ]* )?{victim}\b", why), why
             wanted = {"stopped": "is stopped"} | _WORDS
             assert wanted.get(moment, "was killed") in before[ended]["why"], f"{moment}: {before[ended]['why']}"
-            # what ranks told in the attempt that has ended can still be read
+            # heartbeats of the ended attempt can still be read: wait for a later attempt's
             last = before[ended]["attempt"]
             launch.until(lambda beats: all(beat.attempt > last and beat.step >= 0 for beat in beats.values()))
             resumed = time.monotonic() - began
@@ -292,7 +295,7 @@ class Faults:
 
 
 def tiny_config(text: Path, ranks: int, strategy: str, patience: float) -> Config:
-    """Return a run of some seconds that saves every second step, and evaluates."""
+    """Return the configuration of a run that takes some seconds, saves every second step, and evaluates."""
     model = ModelConfig(
         num_layers=1, hidden_size=16, num_attention_heads=ranks, num_key_value_heads=1, intermediate_size=24
     )
@@ -310,13 +313,13 @@ def tiny_config(text: Path, ranks: int, strategy: str, patience: float) -> Confi
 
 
 def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
-    """Raise AssertionError where a run differs from another in a number, a document, a tensor's byte, or by a leftover."""
+    """Raise AssertionError if two runs differ in metrics, documents or bytes of tensors, or if files are left over."""
     curve = {row["step"]: _without(row, _TIMES) for row in read_rows(wanted.metrics_file)}
     assert sorted(curve) == list(range(1, STEPS + 1))
     rows = read_rows(run.metrics_file)
     assert {row["step"] for row in rows} == set(curve)
     for row in rows:
-        # also those of attempts whose steps were done again
+        # this includes the rows of attempts whose steps were repeated
         assert _without(row, _TIMES) == curve[row["step"]], f"{run.folder}: {row}, not {curve[row['step']]}"
     for split in ("training", "evaluation"):
         assert run.losses(split) == wanted.losses(split), f"{run.folder}: {split} losses differ"
@@ -330,7 +333,7 @@ def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
     names = sorted(os.listdir(run.checkpoints))
     assert names == sorted(os.listdir(wanted.checkpoints)), f"{run.folder}: {names} are left in checkpoints"
     files, expected = ({name for name in os.listdir(run_folder.folder)} for run_folder in (run, wanted))
-    # that a run was resumed is written down, and its configurations are kept
+    # a resumed run has a record of it and keeps its earlier configurations
     left = {name for name in files - expected if name != "events.jsonl" and not name.startswith("config.until-")}
     assert not left and not expected - files, f"{run.folder}: {left} are left, {expected - files} are missing"
 
@@ -338,10 +341,10 @@ def compare_runs(run: RunFolder, wanted: RunFolder) -> None:
 def run_faults(
     kills: int, hangs: int, seed: int, ranks: int, strategy: str, patience: float, folder: Path
 ) -> FaultReport:
-    """Kill ranks and launchers `kills` times, and let ranks hang `hangs` times."""
+    """Kill ranks and launchers `kills` times and let ranks hang `hangs` times. Return the report."""
     for name in _LATE_IMPORTS:
         importlib.import_module(name)
-    # a forked process must not use the parent's pool
+    # a forked process must not use the parent's thread pool
     torch.set_num_threads(1)
     began = time.monotonic()
     faults = Faults(folder, seed, ranks, strategy, patience)
@@ -352,7 +355,7 @@ def run_faults(
 
 
 def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
-    """Run the trainer on this rank; hang where a file of the run folder asks for it. Return the exit code."""
+    """Run the trainer on this rank, and hang if a file in the run folder tells it to. Return the exit code."""
     planted, told = Path(folder, _PLANTED), heartbeats._CURRENT
     write = told.write
     assert write is not None
@@ -365,23 +368,23 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
         transport: GroupTransport, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
     ) -> PendingMessages:
         if lost.is_set():
-            # to an all-to-all it does not come, so that the others wait in theirs
+            # stay out of an all-to-all, so that the other ranks wait in theirs
             sends, collective = [], False
         return exchange(transport, sends, receives, collective, where)
 
-    # a network that takes messages and does not bring them
+    # imitate a network that accepts messages but does not deliver them
     GroupTransport.exchange = lose  # type: ignore[method-assign]
 
     def write_and_hang(activity: str, step: int, *fields: Any) -> None:
         write(activity, step, *fields)
         if step >= 0 and not first:
             first.append(step)
-        # in the first steps of an attempt ranks are given longer
+        # not in the first steps of an attempt, for which ranks have more time
         if first and step > first[0] + 1:
             try:
                 fault = json.loads(planted.read_text("utf-8"))
             except FileNotFoundError:
-                # none, or the other rank's, which has just taken it
+                # no fault is planted, or another rank has just taken it
                 return
             if fault["rank"] == int(os.environ["RANK"]) and _WORDS[fault["kind"]] in activity:
                 planted.unlink()
@@ -395,14 +398,14 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def _stand_still(kind: str) -> None:
-    """Block for ever."""
+    """Block forever, as this kind of hang does."""
     if kind == "lock":
         lock = threading.Lock()
         lock.acquire()
         lock.acquire()
     if kind == "interpreter":
         while True:
-            # a call that keeps the interpreter to itself; a signal ends one of them
+            # a call that does not release the GIL; repeat it, because a signal ends it
             ctypes.PyDLL(None).sleep(1000)
     if kind == "read":
         # a pipe into which no process writes
@@ -423,7 +426,7 @@ def _launcher(command: list[str], log: Path) -> None:
 
 
 def _wait_for_save(launch: Launch, run: RunFolder) -> None:
-    """Return once another save has begun, or the command has ended."""
+    """Wait until another save has begun or the command has ended."""
     for begins in (False, True):
         while launch.exit_code is None and bool(_unfinished(run)) != begins:
             time.sleep(0.0005)
@@ -438,18 +441,18 @@ def _without(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _digests(run: RunFolder) -> dict[str, Any]:
-    """Return the digests of the files of the last step's tensors, by their names."""
+    """Return the digests of the tensor files in the last step's checkpoint, by file name."""
     manifest = json.loads((run.checkpoints / f"step-{STEPS:08d}" / "manifest.json").read_text("utf-8"))
     return {file["name"]: file["blocks"] for file in manifest["files"] if file["name"].endswith(".distcp")}
 
 
 def main() -> int:
-    """Kill, and say what was found."""
+    """Run the faults and print the report. Return exit code 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, count in (("kills", 200), ("hangs", 20), ("seed", 1), ("ranks", 2)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--strategy", default="ring")
-    # less than ranks of a real run get: a step takes a tenth of a second
+    # less than in real runs, because a step takes a tenth of a second
     parser.add_argument("--patience", type=float, default=5, help="seconds without a heartbeat that are a hang")
     parser.add_argument("--folder", type=Path, help="an empty folder to work in; by default a temporary one")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the first hour has shown, as a table of speeds and a verdict in words: from the findings of its parts alone."""
+"""Tables of speeds and a verdict in words on the first hour, made from the findings of its parts."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import Any, NamedTuple
 
-# columns of the table: contestants of gpu.py, of which the fastest is shown
+# columns of the table: each shows the fastest of these contestants of gpu.py
 TIERS = {name: (f"distattn {name}",) for name in ("triton", "gluon", "gluon_split", "flash")}
 OTHERS = {
-    # PyTorch's own is FlashAttention 2, too
+    # PyTorch's own implementations are FlashAttention 2, too
     "FA2": ("flash attention 2", "varlen flash", "sdpa flash"),
     "FA3": ("flash attention 3",),
     "Flex": ("flex compiled",),
     "cuDNN": ("sdpa cudnn",),
 }
-# "auto" times a forward and a backward once or thrice: closer than this is no wrong choice
+# trials of "auto" time forward and backward only a few times: a choice slower by a smaller factor is not wrong
 CHOICE = 1.1
 SHOWN = 5
 
 
 class Outcome(NamedTuple):
-    """A part that has ended: its findings, and why it failed or was left out, if so."""
+    """The outcome of a part: its findings, and the reasons why it failed or was left out ("" if it did neither)."""
 
     name: str
     findings: list[dict[str, Any]]
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
 
 
 def speed_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format TFLOP/s by case, and the share of the fastest; an empty text where nothing was timed."""
+    """Format TFLOP/s by case, and as a share of the fastest. Return an empty string if nothing was timed."""
     cases = by_case(rows)
     columns = {**TIERS, **OTHERS}
     best = {
@@ -60,7 +60,7 @@ def speed_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def time_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the milliseconds of recurrences by task and kernel; an empty text where nothing was timed."""
+    """Format the milliseconds of recurrences by task and kernel. Return an empty string if nothing was timed."""
     timed = [row for row in rows if row["kind"] == "time" and row["seconds"]]
     kernels = list(dict.fromkeys(row["contestant"] for row in timed))
     width = max((len(row["what"]) for row in timed), default=0)
@@ -72,7 +72,7 @@ def time_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return what was timed, by case and contestant."""
+    """Return the timed rows by case and contestant."""
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["kind"] == "speed" and row["seconds"]:
@@ -81,12 +81,12 @@ def by_case(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any
 
 
 def chosen(cells: dict[str, dict[str, Any]]) -> str:
-    """Return the tier that "auto" chose in a case."""
+    """Return the tier that "auto" chose in a case, or an empty string."""
     return next((name.removeprefix("distattn ") for name, cell in cells.items() if cell["auto"]), "")
 
 
 def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
-    """Return the verdict in words, and whether all is right. without: what could not be shown on this machine, as a sentence."""
+    """Return (the verdict in words, whether all is right). without: a sentence on what could not be shown on this machine."""
     rows = [row for outcome in outcomes for row in outcome.findings]
     planted, checks = ([row for row in rows if row["kind"] == kind] for kind in ("planted", "check"))
     missed, wrong = [row for row in planted if not row["text"]], [row for row in checks if row["text"]]
@@ -106,7 +106,7 @@ def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
     lines += [f"The part {outcome.name} failed: {outcome.failed}." for outcome in failed]
     left = [(row["what"], row["text"]) for row in rows if row["kind"] == "left out"]
     left += [(outcome.name, outcome.left_out) for outcome in outcomes if outcome.left_out]
-    # by reason
+    # group omissions by reason
     for why in dict.fromkeys(why for _, why in left):
         lines.append(f"Left out ({why}): {', '.join(label for label, reason in left if reason == why)}.")
     lines.append("" if without else speed_sentence(by_case(rows)))
@@ -123,7 +123,7 @@ def verdict(outcomes: Sequence[Outcome], without: str) -> tuple[str, bool]:
 
 
 def speed_sentence(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Describe what "auto" chooses, how fast that is, and how fast beside the fastest of the others."""
+    """Return a sentence on what "auto" chooses, how fast that is, and how it compares with the fastest other kernel."""
     choices = Counter(filter(None, (chosen(cells) for cells in cases.values())))
     if not choices:
         return "Nothing about speed was measured."
@@ -144,14 +144,14 @@ def speed_sentence(cases: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def slow_choices(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return cases where another tier needs less time than the one that "auto" chose, forward and backward together."""
+    """Return a message for each case in which another tier is faster than the choice of "auto", forward plus backward."""
     cases, problems = by_case(rows), []
     for case, forward in cases.items():
         direction, _, name = case.partition(" ")
         backward = cases.get(f"backward {name}", {})
         if direction != "forward" or not (auto := chosen(forward)):
             continue
-        # gluon_split is for deterministic results, and no choice of "auto" otherwise
+        # "auto" only chooses gluon_split in deterministic mode
         seconds = {
             tier: forward[key]["seconds"] + backward[key]["seconds"]
             for tier, (key,) in TIERS.items()

@@ -1,10 +1,11 @@
-"""Measure what monitoring costs a training step: the numerics watch, the replay check, losses by position, the reporter.
+"""The cost of monitoring per training step: the numerics watch, the replay check, losses by position and the reporter.
 
     python benchmarks/watch_overhead.py
 
-One process and one core trains the tiny Llama of configs/tiny.toml on packs of its own text, a pack a step. Contestants take
-turns, step by step, so that the machine's other work falls on all of them alike; the medians of a step are compared. What happens
-only at an interval is timed alone, and divided by the interval. The aim is 1 % of a step for the watch, and 1 % for the check.
+One process on one core trains the tiny Llama of configs/tiny.toml, one pack of its text per step. Contestants take
+turns in every step, so that other load on the machine affects all of them equally. The medians per step are compared.
+The replay check, which only runs at intervals, is timed alone and divided by the interval. The goal is 1 % of a step
+for the watch, and 1 % for the check.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ AIM = 0.01
 
 
 def main() -> None:
-    """Print the table; --out appends the numbers to a file."""
+    """Print the table. With --out, also append the numbers to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=2048)
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, float]:
-    """Return the median seconds by name."""
+    """Train, and return the median seconds of a step and of each monitor, by name."""
     config = configuration.load(str(ROOT / "configs/tiny.toml"))
     text = find_corpus(
         "{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=tokens // 3
@@ -92,7 +93,7 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
         return result
 
     for number in range(1000):
-        # the window is full, as in all but the first steps of a run
+        # fill the watch's window, as in all but the first steps of a run
         watch.judge(number, 6 + number % 7 / 10, 1 + number % 5 / 10)
     with da.ContextParallel(strategy="ring") as cp, MetricsReporter(run, steps, True, visible=True) as reporter:
         clock = StepClock(torch.device("cpu"), cp.messages)
@@ -112,7 +113,7 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
 
             loss, norm = timed("a step", step)
             timed("numerics watch, each step", partial(watch.judge, number, loss, norm))
-            # the check itself, beside the two runs that it makes
+            # the replay check runs the micro-batch twice: one run is subtracted below
             timed(
                 "replay check, a micro-batch twice",
                 partial(check.check, number, forward_and_backward, optimizer.zero_grad),
@@ -135,7 +136,7 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
 
 
 class Silence:
-    """What is printed meanwhile goes nowhere: lines of JSON are written, not shown."""
+    """A context that discards all output. Lines of JSON are still formatted and written."""
 
     def __enter__(self) -> None:
         self._stdout = sys.stdout

@@ -15,14 +15,14 @@ import deepspeed
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
 from distattn.adapters.pytorch import local_loss
 
-# DeepSpeed calls collectives by names that PyTorch is about to change
+# DeepSpeed calls collectives by names that PyTorch has deprecated
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 
 def main() -> None:
     options = arguments(stage=2)
 
-    # on CPUs DeepSpeed would compile an extension for shared memory
+    # otherwise DeepSpeed would compile a shared-memory extension on CPUs
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo" if DEVICE.type == "cpu" else "nccl", verbose=False)
     cp = da.ContextParallel(**settings(options.data, dist.get_world_size()))
@@ -38,7 +38,7 @@ def main() -> None:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), config=config, mpu=SequenceGroups(cp)
     )
-    # DeepSpeed divides gradients by a number that depends on the stage: measure it once
+    # DeepSpeed divides gradients by a factor that depends on the stage: measure it once
     cp.loss_scale(ProbeTarget(engine))
 
     for number, batches in enumerate(cp.steps(steps(options.steps, cp))):

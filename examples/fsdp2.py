@@ -1,4 +1,4 @@
-"""A loop of your own on PyTorch's FSDP2: torchrun --nproc-per-node 4 examples/fsdp2.py [--data per_rank] [--dtype float64]"""
+"""Your own loop with PyTorch's FSDP2: torchrun --nproc-per-node 4 examples/fsdp2.py [--data per_rank] [--dtype float64]"""
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ def main() -> None:
     cp = pytorch.context_parallel(mesh, **settings(options.data, dist.get_world_size()))
     model = llama(getattr(torch, options.dtype))
     pytorch.shard_parameters(model, mesh)
-    # measure once how gradients are reduced
+    # measure once by which factor gradients are scaled when they are reduced
     cp.loss_scale(pytorch.ProbeTarget(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 

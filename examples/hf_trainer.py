@@ -26,7 +26,7 @@ def main() -> None:
     shares = min(ranks, PACKS_PER_STEP) if options.data == "per_rank" else 1
 
     with tempfile.TemporaryDirectory() as folder:
-        # this initialises torch.distributed
+        # this initializes torch.distributed
         args = TrainingArguments(
             output_dir=folder,
             max_steps=options.steps,

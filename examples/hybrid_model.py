@@ -1,4 +1,4 @@
-"""A hybrid model in plain modules: recurrent layers, and attention in every n-th layer. `recall.py` trains it."""
+"""A hybrid model in plain modules, with recurrent layers and attention in every n-th layer. `recall.py` trains it."""
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +33,12 @@ class Mixer(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """A model with `ratio` recurrent layers for each attention layer (0: attention alone, -1: no attention)."""
+    """A model with `ratio` recurrent layers per attention layer (0: only attention layers, -1: no attention layers)."""
 
     def __init__(self, ratio: int, layers: int = 4, vocabulary: int = 256) -> None:
         super().__init__()
         self.tokens, self.head = nn.Embedding(vocabulary, WIDTH), nn.Linear(WIDTH, vocabulary, bias=False)
-        # attention is in layer 1: early, it sees tokens that few other layers have changed, and learns sooner
+        # place attention early, in layer 1: its inputs have passed through few layers, so it learns sooner
         attends = [ratio >= 0 and i % (ratio + 1) == min(ratio, 1) for i in range(layers)]
         self.mixers = nn.ModuleList(map(Mixer, attends))
         parts = [(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, WIDTH)) for _ in range(layers)]

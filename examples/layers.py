@@ -1,4 +1,4 @@
-"""Plain modules that read a few tokens, or one sum, of other ranks; `batch` is a model's argument context_parallel."""
+"""Plain modules that need a few tokens, or one sum, from other ranks. `batch` is a model's argument context_parallel."""
 
 # T tokens of this rank, C channels, H heads
 import torch
@@ -18,7 +18,7 @@ class Canon(nn.Module):
 
 
 class CompressedConvolutionalAttention(nn.Module):
-    """Attention in narrow heads, with convolved queries and keys; half of the values come from the token before."""
+    """Attention in narrow heads with convolved queries and keys. Half of each value comes from the previous token."""
 
     def __init__(self, width: int, heads: int, dim: int, taps: int = 4) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class CompressedConvolutionalAttention(nn.Module):
 
 
 class MultiTokenPrediction(nn.Module):
-    """Hidden rows and labels for the tokens `ahead` positions after the next one (DeepSeek-V3, arXiv 2412.19437)."""
+    """Hidden states and labels for the token `ahead` places after the next one (DeepSeek-V3, arXiv 2412.19437)."""
 
     def __init__(self, width: int, ahead: int, block: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MultiTokenPrediction(nn.Module):
 
 
 def affine_scaled_attention(q: Tensor, k: Tensor, v: Tensor, scale_TH1: Tensor, bias_TH1: Tensor, batch) -> Tensor:  # noqa: ANN001
-    """Return attention with the weights scale * softmax + bias; the sum of values is a recurrence with queries and keys 1."""
+    """Return attention with weights scale * softmax + bias. The sum of values is a recurrence with all queries and keys 1."""
     ones = v.new_ones(len(v), v.shape[1], 1)
     return scale_TH1 * batch.attention(q, k, v) + bias_TH1 * batch.recurrence(
         ones, ones, v, "linear_attention", scale=1.0

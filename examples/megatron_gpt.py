@@ -1,4 +1,4 @@
-"""Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2. It needs GPUs; the tests use a shim for CPUs."""
+"""Megatron-core: torchrun --nproc-per-node 4 examples/megatron_gpt.py --tp 2. It needs GPUs; tests run it with a CPU shim."""
 
 from functools import partial
 
@@ -28,14 +28,14 @@ try:
     random.model_parallel_cuda_manual_seed(0)
 except AssertionError as error:
     raise SystemExit(f"megatron_gpt.py: Megatron-core needs GPUs, and this machine has no GPU: {error}.") from None
-# the same weights however the model is cut
+# initialize the same weights however the model is split
 names = ("init_method", "output_layer_init_method")
 start = {
     n: lambda w: torch.nn.init.normal_(w, std=0.1, generator=torch.Generator().manual_seed(w.numel())) for n in names
 }
 shape = dict(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128)
 plain = dict(attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, bias_dropout_fusion=False)
-# stages send each other the number of tokens; losses are sums over tokens / all valid tokens
+# stages send each other the number of tokens; the loss is the sum over tokens divided by the number of valid tokens
 training = dict(variable_seq_lengths=True, moe_token_dispatcher_type="alltoall", calculate_per_token_loss=True)
 training |= dict(pipeline_dtype=torch.float32, finalize_model_grads_func=finalize_model_grads, normalization="RMSNorm")
 config = TransformerConfig(**shape, **sizes, **plain, gradient_accumulation_fusion=False, **training, **start)
@@ -46,7 +46,7 @@ model = megatron.use_batch_positions(model).to(DEVICE)
 chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
 adam = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=True)
 optimizer = get_megatron_optimizer(adam, [chunk], use_gloo_process_groups=False)
-# a batch's attention is split over context-parallel ranks, or shared over all data- and context-parallel ranks
+# attention of a batch is split over the context-parallel ranks, or with --data per_rank over all data-parallel ranks, too
 cp = da.ContextParallel(parallel_state.get_data_parallel_group(with_context_parallel=True), **cp_args)
 for number, packs in enumerate(cp.steps(steps(args.steps, cp))):
     chunk.zero_grad_buffer()

@@ -1,4 +1,4 @@
-"""A model of your own, in a loop of your own: torchrun --nproc-per-node 4 examples/own_model.py [--data per_rank]"""
+"""Your own model in your own training loop: torchrun --nproc-per-node 4 examples/own_model.py [--data per_rank]"""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Data and model of the examples: the demo's text in packs of uneven documents, and a Llama small enough for a laptop."""
+"""Data and model for the examples: packs of the demo's text with uneven documents, and a Llama small enough for a laptop."""
 
 import argparse
 import os
@@ -24,19 +24,19 @@ if torch.cuda.is_available():
 
 @cache
 def planned(count: int) -> tuple[Any, ...]:
-    """Make a plan of `count` steps and its corpora, from the standard library's bytes; `distattn data` makes real ones."""
+    """Return a plan of `count` steps and its corpora, from the standard library's bytes. `distattn data` makes real ones."""
     text = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
     rule, corpora = PackRule(((0, 1024),), PACKS_PER_STEP * 1024), [byte_corpus(text, f"{FOLDER.name}/text")]
     return make_pack_plan(f"{FOLDER.name}/packs", corpora, seed=1, rule=rule, steps=count), corpora
 
 
 def steps(count: int, cp: Any) -> PackLoader:
-    """Return a loader of this rank's share of the packs. Trainers with loaders of their own take a `PackDataset`."""
+    """Return a loader for this rank's share of the packs. A trainer with its own loader takes a `PackDataset` instead."""
     return PackLoader(*planned(count), rank=cp.data_parallel_rank, size=cp.data_parallel_size, device=DEVICE)
 
 
 def arguments(**options: Any) -> argparse.Namespace:
-    """Parse the command line: --steps, --data (replicated, or per_rank: ranks with packs of their own), and `options`."""
+    """Parse the command line: --steps, --data (replicated, or per_rank for ranks with their own packs), and `options`."""
     parser = argparse.ArgumentParser()
     for name, default in {"steps": 20, "data": "replicated", **options}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
@@ -44,14 +44,14 @@ def arguments(**options: Any) -> argparse.Namespace:
 
 
 def settings(data: str, ranks: int) -> dict[str, Any]:
-    """Return settings of `ContextParallel`: all ranks split every pack, or two shares of the ranks have a pack each."""
+    """Return settings for `ContextParallel`: all ranks split every pack, or with per_rank each half of them has its own packs."""
     split = dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
     shared = dict(strategy="cad", data=data, context_parallel_size=max(ranks // PACKS_PER_STEP, 1))
     return split if data == "replicated" else shared
 
 
 def llama(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Build a Llama from its configuration with seeded weights; nothing is downloaded."""
+    """Build a Llama from its configuration, with seeded weights. Nothing is downloaded."""
     huggingface.register()
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=VOCABULARY, initializer_range=0.1)

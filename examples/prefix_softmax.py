@@ -1,4 +1,4 @@
-"""Attention with softmaxes over the tokens so far, in plain modules; `batch` is a model's argument context_parallel."""
+"""Attention with prefix softmaxes (over all tokens so far) in plain modules. `batch` is a model's argument context_parallel."""
 
 # T tokens of this rank, C channels
 import torch
@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 
 class Latte(nn.Module):
-    """Causal latent attention (Dolga et al. 2024, arXiv 2402.17512): latents attend to tokens so far, tokens to latents.
+    """Causal latent attention (Dolga et al. 2024, arXiv 2402.17512): latents attend to all tokens so far, tokens to latents.
 
-    With latents as wide as keys, this is Efficient Attention (Shen et al. 2018, arXiv 1812.01243) over the tokens so far.
+    With as many latents as key channels, this is a causal form of Efficient Attention (Shen et al. 2018, arXiv
+    1812.01243).
     """
 
     def __init__(self, width: int, heads: int, latents: int, dim: int) -> None:
@@ -22,7 +23,7 @@ class Latte(nn.Module):
 
 
 class Aaren(nn.Module):
-    """Attention as a recurrence (Feng et al. 2024, arXiv 2405.13956): one learned query a head attends to the tokens so far."""
+    """Attention as a recurrence (Feng et al. 2024, arXiv 2405.13956): each head's learned query attends to all tokens so far."""
 
     def __init__(self, width: int, heads: int, dim: int) -> None:
         super().__init__()

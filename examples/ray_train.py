@@ -1,4 +1,4 @@
-"""Ray Train, which continues after failures: python examples/ray_train.py FOLDER (on a file system of all nodes)"""
+"""Ray Train, which continues after failures: python examples/ray_train.py FOLDER (on a file system shared by all nodes)"""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from distattn.adapters.ray_train import RunCheckpoints
 
 
 def train(settings: dict[str, Any]) -> None:
-    # this import uses the device that Ray Train has assigned to this worker
+    # import this here: it selects the device that Ray Train has assigned to this worker
     import packs
 
     mesh = torch.distributed.init_device_mesh(packs.DEVICE.type, (1, settings["workers"]), mesh_dim_names=("dp", "cp"))
@@ -29,7 +29,7 @@ def train(settings: dict[str, Any]) -> None:
     if begin:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     else:
-        # get_state_dict has counted a step that was not done
+        # get_state_dict has initialized the optimizer by a step that does not count
         optimizer.state.clear()
 
     for done, batches in enumerate(cp.steps(loader), begin + 1):

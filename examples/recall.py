@@ -1,6 +1,6 @@
-"""Associative recall of a hybrid (arXiv 2312.04927): python examples/recall.py [--ratio 3], or torchrun on more ranks.
+"""Associative recall with a hybrid model (arXiv 2312.04927): python examples/recall.py [--ratio 3], or torchrun for more ranks.
 
-A document has keys and values, then the keys again in another order; their values are the labels. Each step has new documents.
+A document has pairs of keys and values, then the same keys reordered, with values as labels. Every step has new documents.
 """
 
 import argparse

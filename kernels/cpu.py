@@ -1,8 +1,9 @@
 """CPU kernel: PyTorch's flash attention for CPU, called once per part of a band.
 
-Each band is split into parts of three kinds: full rectangles, rectangles that are causal from their top left corner, and row
-blocks with an explicit mask (windows, block staircases). Partial results of a row are merged by log-sum-exp. The operators are
-private to PyTorch (`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward). A test checks that they exist.
+Each band is split into parts of three kinds: full rectangles, rectangles that are causal from their top left corner,
+and row blocks with an explicit mask (windows, block staircases). Partial results of a row are merged by log-sum-exp.
+The operators are private to PyTorch (`aten::_scaled_dot_product_flash_attention_for_cpu` and its backward). A test
+checks that they exist.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim of queries, keys and values
@@ -53,7 +54,7 @@ class SdpaSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     if requirements.device.type != "cpu":
         return f"it runs on CPU tensors, not on {requirements.device.type}"
     if requirements.head_dim != requirements.v_head_dim:

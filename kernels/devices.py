@@ -24,8 +24,8 @@ def has_streams(device: torch.device) -> bool:
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context manager that makes a device current in this thread. For the CPU it does nothing.
 
-    Triton, streams and events use the current device, which may differ from the tensors' device: a new thread starts with
-    device 0.
+    Triton, streams and events use the current device, which may differ from the tensors' device: a new thread starts
+    with device 0.
     """
     return torch.cuda.device(device) if has_streams(device) else nullcontext()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-# fla-core caches its chunk lists by the identity of these tensors, so all layers of a plan must pass the same tensor
+# fla-core caches its chunk lists by the identity of these tensors, so the layers of a plan share one tensor
 @lru_cache(maxsize=64)
 def sequence_offsets(ends: tuple[int, ...]) -> Tensor:
     """Return 0 and the ends of consecutive sequences as an int64 tensor on the host."""

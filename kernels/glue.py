@@ -1,7 +1,8 @@
 """Row operations around kernels: copy, add or merge rows of one tensor into another, and compute row sums of products.
 
-Each is one operator. On GPUs it is one Triton kernel that reads and writes every element once; elsewhere it is plain PyTorch.
-Rows are a range or a list. Tensors are (rows, heads, width) or (rows, heads), with any strides except that width has stride 1.
+Each is one operator. On GPUs it is one Triton kernel that reads and writes every element once; elsewhere it is plain
+PyTorch. Rows are a range or a list. Tensors are (rows, heads, width) or (rows, heads), with any strides except that
+width has stride 1.
 """
 
 # T tokens, H heads, E value head dim

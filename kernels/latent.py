@@ -1,8 +1,8 @@
 """Latent attention (MLA) on one device: latents are expanded to keys and values of all heads, then an attention kernel runs.
 
-DeepSeek-AI 2024, arXiv 2405.04434, in its training form: k_h = [W_UK,h c | k_rope] and v_h = W_UV,h c, for a latent c and one
-rotary key that all heads share. The rank that computes gradients of keys and values contracts them to gradients of latents, so
-that only latents and their gradients are sent. Gradients of the weights stay on the rank.
+DeepSeek-AI 2024, arXiv 2405.04434, in its training form: k_h = [W_UK,h c | k_rope] and v_h = W_UV,h c, for a latent c
+and one rotary key that all heads share. The rank that computes gradients of keys and values contracts them to gradients
+of latents, so that only latents and their gradients are sent. Gradients of the weights stay on the rank.
 """
 
 # T query rows, S key rows, H query heads, N key dim without the rotary part, R rotary dim, L latent dim, E value head dim
@@ -23,8 +23,8 @@ from distattn.kernels.spec import LaunchShape, ScoreMod, Workspace
 class LatentScore(NamedTuple):
     """The attention score, and the weights that expand latents to keys and values.
 
-    up: (H, N + E, L); for each head the rows for its keys, then those for its values. key_dim: N. dup: the tensor to which
-    gradients of `up` are added, in the accumulation dtype; None in a forward pass.
+    up: (H, N + E, L); for each head the rows for its keys, then those for its values. key_dim: N. dup: the tensor to
+    which gradients of `up` are added, in the accumulation dtype; None in a forward pass.
     """
 
     score: ScoreMod
@@ -121,8 +121,8 @@ class LatentKernel:
 def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:
     """Return a function that counts the bytes that a launch on latents allocates besides its operands and results.
 
-    inner: the attention kernel's own such function. If it is None, the kernel's workspace is not counted, nor the results that
-    a kernel which does not accumulate allocates.
+    inner: the attention kernel's `workspace_bytes`. If it is None, the kernel's workspace is not counted, and neither
+    are its results if it does not accumulate.
     """
     size, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     rotary, latent = op.rotary_dim, op.latent_dim
@@ -137,8 +137,8 @@ def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Wor
             return max(making * size, keys_and_values * size + inner_bytes)
         # gradients of latents and rotary keys, and the latents cast to the accumulation dtype
         stays = shape.keys * (latent + rotary + (latent if wide > size else 0))
-        # `_contract` allocates a copy of dk without the rotary part and, one after the other, two matrices the size of the
-        # weights
+        # `_contract` allocates a copy of dk without the rotary part and, one after the other, two matrices the size of
+        # the weights
         of_keys = keys_and_values + (cells if heads > 1 else 0) * key_dim + heads * latent * key_dim
         of_values = cells * value_dim + heads * latent * value_dim
         return max(

@@ -11,15 +11,15 @@ import numpy as np
 from distattn.ir.intervals import Ints
 from distattn.ir.mask import Mask
 
-# partly written rows are cut at most this often
+# maximum number of cuts through partly written rows
 _MOST_CUTS = 4
 
 
 class LaunchMask(NamedTuple):
     """The cells that all tasks of one step compute in one kernel call.
 
-    Query head h of the call uses KV head (first_head + h) // group_size. Operands outside a head's bands are zeros or belong to
-    other tokens: they are finite but meaningless.
+    Query head h of the call uses KV head (first_head + h) // group_size. Operands outside a head's bands are zeros or
+    belong to other tokens: they are finite but meaningless.
     """
 
     # (M, 10): bands in the coordinates of the call's tensors, see distattn.ir.bands

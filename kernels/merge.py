@@ -27,9 +27,9 @@ def merge_(o_THE: Tensor, lse_TH: Tensor, other_THE: Tensor, other_lse_TH: Tenso
 def output_with_delta(do_THE: Tensor, delta_TH: Tensor) -> Tensor:
     """Return an o in dO's dtype with rowsum(dO * o) = delta, for backward operators that use o only in this sum.
 
-    delta may have a wider dtype. Each row of the result is parallel to dO, so that all terms have the same sign and 16-bit
-    rounding errors average out. Rows are scaled by their largest element before they are squared, so that nothing overflows
-    and tiny gradients do not vanish.
+    delta may have a wider dtype. Each row of the result is parallel to dO, so that all terms have the same sign and
+    16-bit rounding errors average out. Rows are scaled by their largest element before they are squared, so that
+    nothing overflows and tiny gradients do not vanish.
     """
     largest_TH1 = do_THE.abs().amax(-1, keepdim=True).to(delta_TH.dtype)
     largest_TH1 = largest_TH1.masked_fill(largest_TH1 == 0, 1.0)

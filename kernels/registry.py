@@ -35,9 +35,9 @@ OTHER_KERNELS: dict[str, dict[str, str]] = {
     "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
     "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
-# the extra that a kernel needs
+# kernels that need one of our extras, and the extra's name
 _EXTRAS = {"fla": "fla", "fla_conv1d": "fla"}
-# means the fastest kernel that trials find correct (see `trials`)
+# the name that stands for the fastest kernel that trials find correct (see `trials`)
 AUTO = "auto"
 # these run on CPUs; all others run on GPUs
 CPU_KERNELS = ("reference", "cpu")
@@ -54,7 +54,7 @@ _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def candidate_kernels(device: torch.device, op: Op = ATTENTION) -> tuple[str, ...]:
-    """Return the kernels that "auto" may choose on a device: deterministic kernels if PyTorch's deterministic mode is on."""
+    """Return the kernels that "auto" may choose on a device. In PyTorch's deterministic mode, all are deterministic."""
     import torch
 
     if op.kind in OTHER_KERNELS:
@@ -68,11 +68,11 @@ def candidate_kernels(device: torch.device, op: Op = ATTENTION) -> tuple[str, ..
 class Kernel(Protocol):
     """The functions and flags of a kernel module.
 
-    DIFFERENTIABLE_LSE: `backward` is correct for any delta, so gradients may flow through the log-sum-exp. ACCUMULATES: `forward`
-    and `backward` also take `into`, the tensors to which results are written, into which they are merged (`merge`) or to which
-    they are added (`add`). A kernel may have FINISHES, the directions in which it also takes `final` (see `FinalRows`).
-    `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward` take this schedule. A kernel
-    that can predict its memory also has `workspace_bytes(direction, shape, schedule)`.
+    DIFFERENTIABLE_LSE: `backward` is correct for any delta, so gradients may flow through the log-sum-exp. ACCUMULATES:
+    `forward` and `backward` also take `into`, tensors to write results to, or to merge (`merge`) or add (`add`) them
+    to. A kernel may have FINISHES, the directions in which it also takes `final` (see `FinalRows`). `prepare` turns a
+    launch mask into the kernel's schedule once per plan; `forward` and `backward` take this schedule. A kernel that can
+    predict its memory also has `workspace_bytes(direction, shape, schedule)`.
     """
 
     DIFFERENTIABLE_LSE: bool
@@ -137,8 +137,8 @@ def _way_out(requirements: KernelRequirements) -> str:
 def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
     """Return the kernel for a call: `name`, or for None and "auto" the device's default ("cpu", "triton").
 
-    Choosing by trial is left to `ops.kernel_choice`. Under torch.use_deterministic_algorithms, "gluon" becomes "gluon_split".
-    Raise DistattnError if the kernel cannot serve the call.
+    Choosing by trial is left to `ops.kernel_choice`. Under torch.use_deterministic_algorithms, "gluon" becomes
+    "gluon_split". Raise DistattnError if the kernel cannot serve the call.
     """
     op = requirements.op
     of_op = OTHER_KERNELS.get(op.kind, KERNELS)

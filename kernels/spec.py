@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class ScoreMod(NamedTuple):
     """The score of query q and key k in head h: cap(scale * <q, k>) - slope_h * |q - k|.
 
-    cap(s) = softcap * tanh(s / softcap), or s if softcap is 0. The distance |q - k| is counted in tokens on the axis; inside a
-    document it equals the difference of positions. slopes_H: the ALiBi slopes of the call's heads (Press et al. 2022, arXiv
-    2108.12409).
+    cap(s) = softcap * tanh(s / softcap), or s if softcap is 0. The distance |q - k| is counted in tokens on the axis;
+    inside a document it equals the difference of positions. slopes_H: the ALiBi slopes of the call's heads (Press et
+    al. 2022, arXiv 2108.12409).
     """
 
     scale: float
@@ -32,8 +32,8 @@ class ScoreMod(NamedTuple):
 class KernelRequirements(NamedTuple):
     """What a call requires of a kernel: the dtype, head dims, device and score modifiers that it must support.
 
-    lse: gradients flow through the log-sum-exp. least_step: rows in the smallest step of staircase masks, 0 without such
-    masks. op: the op to compute. grouped: a convolution's filters mix the channels of a head.
+    lse: gradients flow through the log-sum-exp. least_step: rows in the smallest step of staircase masks, 0 without
+    such masks. op: the op to compute. grouped: a convolution's filters mix the channels of a head.
     """
 
     dtype: torch.dtype

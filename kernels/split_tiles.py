@@ -1,8 +1,8 @@
 """Splitting of key tiles with far more work than others, so that no multiprocessor keeps working long after the rest.
 
-Keys that all rows attend to (sink tokens, the tokens of a global window) are few tiles with much of a launch's work. Their runs
-are split along the query rows. Each part is a separate program that writes its sums to a scratch tensor. A small last launch adds
-them up, always in the same order.
+Keys that all rows attend to (sink tokens, the tokens of a global window) are few tiles with much of a launch's work.
+Their runs are split along the query rows. Each part is a separate program that writes its sums to a scratch tensor. A
+small last launch adds them up, always in the same order.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from distattn.ir.intervals import Ints, expand_ranges
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.tile_runs import TileRuns
 
-# a tile is split if its work exceeds _LONG times the mean work of a multiprocessor, into parts of about _SHARE times the mean but
-# at least _LEAST query tiles, which justify a program's fixed costs (benchmarks/LOG.md)
+# a tile is split if its work exceeds _LONG times the mean work of a multiprocessor, into parts of about _SHARE times
+# the mean but at least _LEAST query tiles, which justify a program's fixed costs (benchmarks/LOG.md)
 _LONG, _SHARE, _LEAST = 0.75, 0.25, 8
 
 
 class SplitTiles(NamedTuple):
     """Runs by part: a part replaces a tile in `TileRuns`, and most tiles have one part.
 
-    part: (parts, 2), each part's tile and its slot in the scratch tensor, -1 if it writes the result itself. sums: (split tiles,
-    3), each split tile, its first slot and its number of slots. slots: the number of slots in the scratch tensor.
+    part: (parts, 2), each part's tile and its slot in the scratch tensor, -1 if it writes the result itself. sums:
+    (split tiles, 3), each split tile, its first slot and its number of slots. slots: the number of slots in the scratch
+    tensor.
     """
 
     runs: TileRuns

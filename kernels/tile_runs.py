@@ -1,9 +1,9 @@
 """The tiles that a Triton program visits: runs of key tiles for every query tile, as short int32 lists.
 
-A *run* is an interval of keys that some rows of a query tile attend to. The tiles at its ends contain masked cells; the tiles in
-the middle contain only allowed cells, so their mask is never evaluated. A query tile has at most as many runs as bands, however
-many key tiles they cover. A transposed band (queries swapped with keys) is a band, so the same lists serve kernels that own a key
-tile and loop over queries.
+A *run* is an interval of keys that some rows of a query tile attend to. The tiles at its ends contain masked cells; the
+tiles in the middle contain only allowed cells, so their mask is never evaluated. A query tile has at most as many runs
+as bands, however many key tiles they cover. A transposed band (queries swapped with keys) is a band, so the same lists
+serve kernels that own a key tile and loop over queries.
 
 Other kinds of pieces (block lists, neighbourhood tiles) could be added as runs of one tile.
 """
@@ -19,18 +19,18 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, expand_ranges, lexicographic_argsort, sorted_unique
 from distattn.kernels.launch_mask import LaunchMask
 
-# columns of a run: keys [begin, full) and [rest, end) need the mask, keys [full, rest) do not; the band of its rows; and the
-# offset in `row_band` of the bands of single rows (-1: one band for all rows)
+# columns of a run: keys [begin, full) and [rest, end) need the mask, keys [full, rest) do not; the band of its rows;
+# and the offset in `row_band` of the bands of single rows (-1: one band for all rows)
 RUN = ("begin", "full", "rest", "end", "band", "rows")
 # columns of a band: row r in [q0, q1) allows keys from max(k0, low + s) up to min(k1, high + s), s = bk * ((r - oq) // bq)
 BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
-# runs start at multiples of this, so that loads are aligned
+# runs start at multiples of this, so that loads of rows and keys are aligned
 RUN_ALIGNMENT = 16
 _LIMIT = 1 << 30
 
 
 class TileRuns(NamedTuple):
-    """The runs of all query tiles, int32. Tile t has, in head group g, runs first[g * tiles + t] to first[g * tiles + t + 1]."""
+    """The runs of all query tiles, int32. Tile t of head group g has runs [first[i], first[i + 1]), where i = g * tiles + t."""
 
     # (groups * tiles + 1,)
     first: Ints
@@ -86,8 +86,8 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
     q0, q1 = np.maximum(tile * block_rows, tight[band, Q0]), np.minimum((tile + 1) * block_rows, tight[band, Q1])
     begin, first_end = row_key_ranges(tight[band], q0)
     last_begin, end = row_key_ranges(tight[band], q1 - 1)
-    # if the band has all rows of the tile, nothing is masked between the last row's first key and the first row's last key. Rows
-    # past the end of the tensor are zeros and need the mask
+    # if the band has all rows of the tile, nothing is masked between the last row's first key and the first row's last
+    # key. Rows past the end of the tensor are zeros and need the mask
     whole = (q0 == tile * block_rows) & (q1 == (tile + 1) * block_rows)
     order = lexicographic_argsort(group, tile, q0, begin)
     band, group, tile, q0, q1, begin, end = (x[order] for x in (band, group, tile, q0, q1, begin, end))

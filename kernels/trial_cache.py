@@ -31,7 +31,7 @@ def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
     """Return a readable line with everything on which a trial of attention depends."""
     largest = max((mask.rows for mask in masks), default=0)
     first = max(masks, key=lambda mask: mask.heads, default=None)
-    # the ranking of kernels is assumed not to change within a factor of two of rows
+    # assume that kernels rank the same for numbers of rows within a factor of two
     rows = 1 << max(largest - 1, 0).bit_length()
     heads = f"{first.heads}:{first.kv_heads}" if first else "no heads"
     shape = f"{str(requirements.dtype)[6:]} {heads} {requirements.head_dim}/{requirements.v_head_dim}"

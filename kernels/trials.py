@@ -1,8 +1,8 @@
 """Trials of kernels: each is compared with the reference on a sample of a launch, and timed on a larger sample.
 
-Trials reject kernels that are wrong on this device, driver or compiler before training uses them, and rank the correct kernels by
-speed. If most of a rank's cells are computed while messages are in flight, kernels are timed next to a kernel that occupies some
-multiprocessors, as communication does in training.
+Trials reject kernels that are wrong on this device, driver or compiler before training uses them, and rank the correct
+kernels by speed. If most of a rank's cells are computed while messages are in flight, kernels are timed next to a
+kernel that occupies some multiprocessors, as communication does in training.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -46,8 +46,9 @@ _LOG = logging.getLogger("distattn")
 class Trial(NamedTuple):
     """The result of a kernel's trial: largest relative difference from the reference, and seconds for forward and backward.
 
-    fault: the reason not to use the kernel, "" if it is correct. passing: True if the fault may be gone next time. lacked: bytes
-    of free device memory before the trial if it ran out of memory. attempts: number of attempts that ran out of memory.
+    fault: the reason not to use the kernel, "" if it is correct. passing: True if the fault may be gone next time.
+    lacked: bytes of free device memory before the trial if it ran out of memory. attempts: number of attempts that ran
+    out of memory.
     """
 
     difference: float = 0.0
@@ -92,8 +93,8 @@ def try_kernels(
 ) -> dict[str, Trial]:
     """Try kernels on the launches of a rank's plan. Return {} if there are no launches.
 
-    Launches are of two kinds, with messages in flight and without. The sample is taken from the largest launch of the kind with
-    more cells.
+    Launches are of two kinds, with messages in flight and without. The sample is taken from the largest launch of the
+    kind with more cells.
     """
     if not masks:
         return {}
@@ -161,8 +162,8 @@ def run_trial(
 ) -> Trial:
     """Try one kernel. Raise DistattnError if the trial has made the device unusable.
 
-    differences: returns the relative differences between a loaded kernel's results and correct results. seconds: returns the
-    seconds of its forward and backward pass.
+    differences: returns the relative differences between a loaded kernel's results and correct results. seconds:
+    returns the seconds of its forward and backward pass.
     """
     free = free_bytes(requirements.device)
     try:
@@ -221,7 +222,8 @@ class _Inputs(NamedTuple):
 def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequirements) -> float:
     """Return the largest relative difference of a row of outputs or gradients from the reference in fp64 on the same inputs.
 
-    If the kernel accumulates, also check results written to tensors of the inputs' dtype, and results added to existing ones.
+    If the kernel accumulates, also check results written to tensors of the inputs' dtype, and results added to existing
+    ones.
     """
     inputs = _Inputs.of(mask, requirements)
     q, k, v, do = (x.double() for x in inputs[:4])
@@ -373,8 +375,8 @@ def _wait(device: torch.device) -> None:
 def rank_kernels(trials_by_rank: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
     """Return the kernels that were correct on every rank that ran trials, sorted by the time of the slowest rank.
 
-    The result is the same on all ranks. names: the kernels to rank. Return [] if no rank ran a trial. Raise DistattnError if no
-    kernel is correct.
+    The result is the same on all ranks. names: the kernels to rank. Return [] if no rank ran a trial. Raise
+    DistattnError if no kernel is correct.
     """
     nonempty = [trials for trials in trials_by_rank if trials]
     if not nonempty:

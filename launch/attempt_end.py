@@ -1,4 +1,4 @@
-"""How an attempt on several nodes has ended, the cause, and the nodes that the next attempt leaves out."""
+"""The end of an attempt on several nodes: its cause, and the nodes to leave out of the next attempt."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Any
 
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, RunStopped
 
-# a rank that ends with one of these has given its reason, and would end again
+# exit codes of ranks that have given a reason, and would fail again for the same reason
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
-# what may be wrong with a rank; the likeliest cause of other ranks' failures comes first
+# kinds of failures of a rank, with the likeliest cause of other ranks' failures first
 _KINDS = ("killed", "cut", "hung", "raised", "refused")
 # exit codes of ranks that end because of other ranks
 _OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
-# seconds in which other nodes may fail after the first, from the same cause, before they are ended
+# after the first failure, other nodes have this many seconds to fail by themselves before they are ended
 OTHERS_SECONDS = 5.0
-# failures of one host in a row before it is left out; the longest time between two of them
+# consecutive failures of one host before it is left out, and the maximum seconds between two of them
 _MOST_FAILURES, _FORGOTTEN_SECONDS = 2, 86400.0
 
 
 @dataclass
 class AttemptEnd:
-    """How an attempt has ended.
+    """The result of an attempt on several nodes.
 
-    code: of the whole attempt. codes: by host in the order of their ends, None if a signal killed the ranks. descriptions: by
-    host, from the process that started the ranks. lost: hosts that no longer exist. next_nodes: the number of nodes of the next
-    attempt, if ranks were asked to end for it, else 0. unstarted: the scheduler's reason why no ranks were started, else "".
+    code: exit code of the whole attempt. codes: exit codes by host, in the order in which the hosts ended; None if a signal
+    killed the ranks. descriptions: how each host ended, according to the process that started its ranks. lost: hosts that no
+    longer exist. next_nodes: node count of the next attempt if ranks were asked to end for it, otherwise 0. unstarted: the
+    scheduler's reason why no ranks were started, otherwise "".
     """
 
     code: int = 0
@@ -38,33 +39,33 @@ class AttemptEnd:
     unstarted: str = ""
 
     def add(self, host: str, code: int | None, description: str = "") -> bool:
-        """Note how the ranks of a host have ended; return whether they failed. description: by default from the exit code."""
+        """Record how a host's ranks ended. Return False if they were asked to stop. description: by default the exit code."""
         self.codes.setdefault(host, code)
         self.descriptions.setdefault(host, description or f"ended with exit code {code}")
         return code != RunStopped.exit_code
 
     def blamed(self, hosts: Sequence[str]) -> list[str]:
-        """Return the hosts to blame: lost hosts, else hosts whose ranks were killed or have given a reason for their end.
+        """Return the hosts at fault: lost hosts, or else hosts whose ranks were killed, or else the first that failed.
 
-        If all hosts that have ended only miss another one, return the hosts that did not answer.
+        If all hosts that ended only report that they lost another one, return the hosts that did not answer.
         """
         killed = [host for host, code in self.codes.items() if code is None or code > 128]
         failed = [host for host, code in self.codes.items() if code not in _OF_OTHERS]
         return self.lost or killed or failed[:1] or self.silent(hosts) or list(self.codes)[:1]
 
     def silent(self, hosts: Sequence[str]) -> list[str]:
-        """Return the attempt's hosts that no longer answered after others had failed."""
+        """Return the attempt's hosts that did not answer after others had failed."""
         return [host for host in hosts if host not in self.codes] if self.codes else []
 
     def is_final(self) -> bool:
-        """Return whether ranks have given a reason that another attempt would not change."""
-        # exit codes of the others, which end because that rank has ended
+        """Return whether ranks failed for a reason that would make another attempt fail, too."""
+        # exit codes of ranks that fail for this reason, or that end because another rank has ended
         following = (*_FINAL, 0, 1, LostRankError.exit_code)
         codes = self.codes.values()
         return not self.lost and any(code in _FINAL for code in codes) and all(code in following for code in codes)
 
     def cause(self, hosts: Sequence[str], node_reports: Mapping[int, Mapping[str, Any]]) -> tuple[str, list[str]]:
-        """Return the cause and the hosts to blame. node_reports: by the node's place in hosts, about the node's own ranks."""
+        """Return the cause and the hosts at fault. node_reports: each node's report on its ranks, by its index in hosts."""
         if self.lost or not node_reports:
             return self.why(hosts), self.blamed(hosts)
         least = min(map(_rank_of_cause, node_reports.values()))
@@ -72,14 +73,14 @@ class AttemptEnd:
         if least == len(_KINDS) and unreported:
             return self._describe(unreported), unreported
         first = [facts for facts in node_reports.values() if _rank_of_cause(facts) == least]
-        # all nodes report the same about ranks that hang
+        # if ranks hang, all nodes report the same sentence
         sentences = list(
             dict.fromkeys(f"{', '.join(hosts[node] for node in facts['nodes'])}: {facts['why']}" for facts in first)
         )
         return "; ".join(sentences), sorted({hosts[node] for facts in first for node in facts["nodes"]})
 
     def why(self, hosts: Sequence[str]) -> str:
-        """Describe how the hosts to blame have ended."""
+        """Return a clause that says how the hosts at fault ended."""
         default = (
             f"no ranks were started: {self.unstarted}"
             if self.unstarted
@@ -93,9 +94,9 @@ class AttemptEnd:
 
 
 class RepeatedFailures:
-    """Counts failures in a row to which the same rank or host is to blame, which chance hardly explains.
+    """Counts consecutive failures of the same rank or host, which are unlikely to be a coincidence.
 
-    A failure of another one in between, or a day without failures, starts the count again.
+    A failure of another rank or host in between, or a day without failures, restarts the count.
     """
 
     def __init__(self) -> None:
@@ -104,7 +105,7 @@ class RepeatedFailures:
         self._last = float("-inf")
 
     def add(self, blamed: Iterable[Any]) -> None:
-        """Note who was to blame for a failure."""
+        """Record the ranks or hosts at fault for a failure."""
         now, blamed = time.monotonic(), set(blamed)
         common = self._suspects & blamed if now - self._last < _FORGOTTEN_SECONDS else set()
         self._suspects, self.count = (common, self.count + 1) if common else (blamed, 1)
@@ -112,37 +113,37 @@ class RepeatedFailures:
 
     @property
     def culprit(self) -> Any:
-        """The only rank or host that was to blame each time; None if there is no such one."""
+        """The only rank or host at fault each time, or None if there is no such rank or host."""
         return next(iter(self._suspects)) if self.count >= _MOST_FAILURES and len(self._suspects) == 1 else None
 
     def forget(self, suspect: Any) -> None:
-        """Start the count again if this is a suspect."""
+        """Restart the count if this rank or host is a suspect."""
         if suspect in self._suspects:
             self._suspects, self.count = set(), 0
 
 
 class LeftOut:
-    """The hosts that attempts no longer take."""
+    """The hosts that are left out of attempts."""
 
     def __init__(self) -> None:
         self.hosts: list[str] = []
         self._failures = RepeatedFailures()
-        # among `hosts`: those that still answer, and those on which no attempt could begin
+        # subsets of `hosts`: hosts that failed but still answer, and hosts on which no attempt could begin
         self._failing: list[str] = []
         self._unstarted: list[str] = []
-        # unstarted hosts that were taken again
+        # unstarted hosts that have been retried
         self.asked_again: set[str] = set()
 
     @property
     def failing(self) -> list[str]:
-        """Hosts that have failed repeatedly and still answer, left out or not."""
+        """Hosts that failed repeatedly but still answer, whether left out or not."""
         culprit = self._failures.culprit
         return [*self._failing, *([] if culprit is None or culprit in self.hosts else [culprit])]
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd, spare: int) -> None:
-        """Leave out a lost host; also a host that fell silent or failed repeatedly, if another host can replace it.
+        """Leave out lost hosts and, if other hosts can replace them, hosts that stopped answering or failed repeatedly.
 
-        spare: number of hosts beyond those that an attempt takes.
+        spare: number of hosts beyond those that an attempt needs.
         """
         before = len(self.hosts)
         self._failures.add(hosts)
@@ -154,12 +155,12 @@ class LeftOut:
                     self._failing.append(host)
 
     def leave_out_unstarted(self, host: str) -> None:
-        """Leave out a host that did not answer in time, or could start nothing, when an attempt was about to begin."""
+        """Leave out a host that did not answer in time or could not start processes when an attempt was about to begin."""
         self.hosts.append(host)
         self._unstarted.append(host)
 
     def take_back_unstarted(self, alive: Collection[str]) -> str:
-        """Take back the first host on which no attempt could begin and that is alive; return it, or "" without one."""
+        """Take back the first host that is alive and on which no attempt could begin. Return it, or "" without one."""
         for host in self._unstarted:
             if host in alive:
                 self._unstarted.remove(host)
@@ -169,7 +170,7 @@ class LeftOut:
         return ""
 
     def take_back(self) -> list[str]:
-        """Take back hosts that have failed but answered, rather than have too few; return them."""
+        """Take back the hosts that failed but still answer, and return them. Use it if there are too few others."""
         hosts, self._failing = self._failing, []
         for host in hosts:
             self.hosts.remove(host)
@@ -178,7 +179,7 @@ class LeftOut:
 
 
 def _rank_of_cause(facts: Mapping[str, Any]) -> int:
-    """Return how likely a node's report is the cause of the others' failures: 0 is most likely."""
-    # reports of older releases have no "lost_peer"
+    """Return how unlikely a node's report is to be the cause of the other nodes' failures. 0 is the likeliest cause."""
+    # reports of older releases lack "lost_peer"
     follows = facts.get("lost_peer", facts["exit_code"] == LostRankError.exit_code)
     return len(_KINDS) if follows and facts["kind"] in ("raised", "refused") else _KINDS.index(facts["kind"])

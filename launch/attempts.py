@@ -1,4 +1,4 @@
-"""The attempts of a run: a line with the cause in attempts/attempts.jsonl for each ended one, and a file for the current one."""
+"""The attempts of a run: a line in attempts/attempts.jsonl for each ended attempt, and a file for the current one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _BEGUN, _NODE = "begun.json", "trouble-"
 
 
 class Attempts:
-    """The attempts of one run. folder: `RunFolder.attempts`. An attempt is all ranks from their start to their end."""
+    """The attempts of one run. An attempt lasts from the start of all ranks to their end. folder: `RunFolder.attempts`."""
 
     def __init__(self, folder: Path):
         self._folder, self._file = folder, folder / "attempts.jsonl"
 
     def begin(self, **facts: Any) -> int:
-        """Note that an attempt begins; return its number, from 1. facts: such as its job and hosts."""
+        """Record that an attempt begins, and return its number, counted from 1. facts: further fields, such as its job."""
         number = self.latest
         with contextlib.suppress(OSError):
             self._begun(number).parent.mkdir(parents=True, exist_ok=True)
@@ -30,48 +30,51 @@ class Attempts:
         return number
 
     def end(self, number: int, exit_code: int | None, why: str, **facts: Any) -> None:
-        """Note how the current attempt has ended; exit_code None: unknown. A full disk does not stop the run."""
+        """Record how the current attempt ended. exit_code: None if unknown. A full disk does not stop the run."""
         row = self._open(number) | {"ended": None if exit_code is None else time.time(), "exit_code": exit_code}
         with contextlib.suppress(OSError):
             append_rows(self._file, [row | {"why": why, **facts}])
             self._begun(number).unlink(missing_ok=True)
-            # if the folder holds nothing else
+            # remove the attempt's folder if it is empty
             self._begun(number).parent.rmdir()
 
     def end_open(self, why: str) -> None:
-        """Note the end of an attempt whose job was killed before it could note it."""
+        """Record the end of an attempt whose job was killed before it could do so itself."""
         if self.goes_on:
             self.end(self.latest, None, why)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return all attempts in order: attempt, began, ended, exit_code, why and other facts; the last may have no end yet."""
+        """Return all attempts in order, each with attempt, began, ended, exit_code, why and other facts.
+
+        The last attempt may not have ended.
+        """
         ended = read_rows(self._file)
         number = 1 + len(ended)
         return [*ended, self._open(number)] if self._begun(number).exists() else ended
 
     def is_reported(self, report: Path) -> bool:
-        """Return whether a run's report was written after the last attempt had ended."""
-        # both times are by the clock of one file system
+        """Return whether a run's report was written after the last attempt ended."""
+        # comparable, since both files are on the same file system
         return report.exists() and report.stat().st_mtime >= self._file.stat().st_mtime
 
     @property
     def latest(self) -> int:
-        """The number of the current attempt, or of the next one."""
+        """The number of the current attempt or, if none is running, of the next one."""
         return 1 + len(read_rows(self._file))
 
     @property
     def goes_on(self) -> bool:
-        """Whether an attempt has begun and its end has not been noted."""
+        """True if an attempt has begun and no end has been recorded."""
         return self._begun(self.latest).exists()
 
     def report_node(self, number: int, node: int, facts: dict[str, Any]) -> None:
-        """Write what went wrong on a node, for the process on another machine that starts attempts. Ignore a full disk."""
+        """Write what went wrong on a node, for the process that starts attempts, on another machine. Ignore a full disk."""
         with contextlib.suppress(OSError):
             self.folder(number).mkdir(parents=True, exist_ok=True)
             write_whole(self.folder(number) / f"{_NODE}{node}.json", json_text(facts))
 
     def node_reports(self, number: int) -> dict[int, dict[str, Any]]:
-        """Return the reports of an attempt's nodes, by node."""
+        """Return the reports of an attempt's nodes, by node number."""
         reports = {}
         for file in self.folder(number).glob(f"{_NODE}*.json"):
             with contextlib.suppress(OSError, ValueError):
@@ -79,13 +82,13 @@ class Attempts:
         return reports
 
     def folder(self, number: int) -> Path:
-        """Return the folder for evidence of an attempt."""
+        """Return the folder for the evidence of an attempt."""
         return self._begun(number).parent
 
     def beats(self) -> dict[int, Heartbeat] | None:
         """Return the last heartbeats of the current attempt's ranks, by rank; None if no attempt runs on this machine."""
         facts = (self.rows() or [{}])[-1]
-        # the launcher's memory ends with it, even if the file about the attempt is still there
+        # the heartbeat board is the launcher's shared memory, so it ends with the launcher
         if facts.get("host") != socket.gethostname() or process_state(facts["launcher"]) in "XZ":
             return None
         try:

@@ -1,6 +1,6 @@
 """`distattn calibrate`: measure this machine, and write the cluster description that `plan` and `simulate` need.
 
-As a module with arguments it is one rank of the measurement.
+Run as a module with arguments, it is one rank of the measurement.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ If the binaries of nccl-tests are on the PATH, they measure the link inside node
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command. Return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
     options = _parse(arguments)
     if options.ray is not None:
         return _calibrate_nodes(options)
-    # report files that cannot be read before minutes are spent
+    # read the files first, so that an unreadable file is reported before minutes of measurements
     inside = nccl.read(options.nccl_inside).link() if options.nccl_inside else None
     across = nccl.read(options.nccl_across).link() if options.nccl_across else None
     if options.nodes > 1 and across is None:
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the options, and refuse numbers below 1 and a description that cannot be written."""
+    """Parse the options. Raises DistattnError for numbers below 1 and an unsuitable --out."""
     parser = CommandParser("calibrate")
     for name in ("out", "name", "nccl-inside", "nccl-across"):
         parser.add_argument(f"--{name}")
@@ -96,14 +96,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _calibrate_nodes(options: argparse.Namespace) -> int:
-    """Write a description for each node of a Ray cluster, and name those that are slow."""
+    """Write a description for each node of a Ray cluster, and print which nodes are slow. Return the exit code."""
     if options.name or options.nccl_inside or options.nccl_across or options.nodes > 1:
         raise DistattnError(
             "calibrate: with --ray every node describes itself: leave out --name, --nodes and --nccl-*."
         )
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("calibrate --ray needs ray: pip install 'distattn[ray]'.")
-    # imported here, since it imports torch, which takes seconds
+    # import here: the import of torch takes seconds
     from distattn.launch.ray.calibrate import calibrate_nodes, slow_nodes
 
     ranks = ("--ranks", str(options.ranks)) if options.ranks else ()
@@ -127,8 +127,8 @@ def _calibrate_nodes(options: argparse.Namespace) -> int:
 
 
 def _ranks(asked: int | None) -> int:
-    """Return the number of ranks that measure: as asked for, else one for each GPU, else 4. Refuse more than fit."""
-    # imported here, since it imports torch, which takes seconds
+    """Return the number of ranks that measure: `asked`, or one per GPU, or 4. Raises DistattnError if they do not fit."""
+    # import here: the import of torch takes seconds
     from distattn.launch.ranks import machine_limits
 
     gpus = machine_limits.gpu_count()
@@ -141,7 +141,7 @@ def _ranks(asked: int | None) -> int:
 
 
 def measure_with_ranks(ranks: int, name: str) -> ClusterSpec:
-    """Measure this machine with several processes at once. Raises DistattnError if one of them fails."""
+    """Measure this machine with several processes at once. Raises DistattnError if a process fails."""
     from distattn.launch.ranks.local import run_ranks
 
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +152,7 @@ def measure_with_ranks(ranks: int, name: str) -> ClusterSpec:
 
 
 def rank_main(file: str, name: str) -> None:
-    """Measure as one rank of several; rank 0 writes the file."""
+    """Run one rank of the measurement. Rank 0 writes the file."""
     import os
 
     import torch
@@ -175,7 +175,7 @@ def rank_main(file: str, name: str) -> None:
 
 
 def _link_by_nccl_tests(ranks: int) -> describe.Link | None:
-    """Measure the link inside this machine by nccl-tests. Return None if they are not installed or there are no GPUs."""
+    """Measure the link inside this machine with nccl-tests. Return None if they are missing or fail, or without GPUs."""
     from distattn.launch.ranks import machine_limits
 
     if ranks < 2 or not machine_limits.gpu_count() or shutil.which("sendrecv_perf") is None:

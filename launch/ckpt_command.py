@@ -1,4 +1,4 @@
-"""`distattn ckpt`: list, verify and show the checkpoints of a run, and convert them."""
+"""`distattn ckpt`: list, verify and show a run's checkpoints, and convert them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from distattn.checkpoints.checkpoint_folder import (
     verify_checkpoint,
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.text_format import readable_bytes
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data.progress import ProgressReporter
-from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.training.reporting.json_lines import json_text
 
 USAGE = """usage: distattn ckpt {list,verify,show} RUN_OR_FOLDER [--json]
@@ -47,16 +47,16 @@ RUN_OR_FOLDER is the folder of a run, a folder of checkpoints, or one checkpoint
   --json   the result as JSON, one line for each checkpoint
 """
 
-# modules of their own
+# commands implemented in modules of distattn.launch.ckpt
 _OF_MODELS = {"export-hf": "export_hf", "import-hf": "import_hf"}
 _WIDTH = 160
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the subcommand; return the exit code."""
+    """Run the subcommand. Return the exit code."""
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     if command in _OF_MODELS:
-        # they read tensors, and torch takes seconds to import
+        # import these modules only here: they need torch, whose import takes seconds
         code: int = importlib.import_module(f"distattn.launch.ckpt.{_OF_MODELS[command]}").main(rest)
         return code
     if not arguments or {"-h", "--help"} & set(arguments):
@@ -96,7 +96,7 @@ def _list(arguments: Sequence[str]) -> int:
         )
         when = checkpoint.manifest.saved_at[:19].replace("T", " ")
         table.add_row(*numbers, when, whole, escape(str(checkpoint.folder)), escape(note))
-    # show whole paths: a folded or cut path cannot be copied
+    # show whole paths, since a wrapped or truncated path cannot be copied
     widest = max(len(str(checkpoint.folder)) + len(note) for checkpoint, note in zip(checkpoints, notes, strict=True))
     ResultConsole(highlight=False, width=_WIDTH + widest).print(table)
     return 0
@@ -116,7 +116,7 @@ def _verify(arguments: Sequence[str]) -> int:
             _write_json({"folder": str(checkpoint.folder), "problems": rows})
             continue
         bytes_are = "[red]damaged[/]" if problems else "[green]good[/]"
-        # the weights may be bad although every byte is what was written
+        # the weights may be bad even if every byte is as written
         doubt = f" ({checkpoint.verdict.kind}: {checkpoint.verdict.text})" if checkpoint.verdict.is_doubtful else ""
         console.print(f"{bytes_are} {escape(str(checkpoint.folder))}{escape(doubt)}", soft_wrap=True)
         for problem in problems:
@@ -150,7 +150,7 @@ def _show(arguments: Sequence[str]) -> int:
     return 0
 
 
-# the commands by name; each takes the other arguments and returns the exit code
+# command -> function that takes the remaining arguments and returns the exit code
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": _list, "verify": _verify, "show": _show}
 
 

@@ -45,13 +45,13 @@ exit codes: 0 done, 1 the comparison or a process failed, 2 bad configuration, o
 138 SIGUSR1, 143 SIGTERM)
 """
 
-# each is a module distattn.launch.NAME_command with a function main
+# command NAME is the function `main` of the module distattn.launch.NAME_command
 _COMMANDS = ("train", "resume", "preflight", "plan", "calibrate", "doctor", "launch", "data", "ckpt", "configs")
 
 
 def entry() -> None:
     """Run one command and end the process with its exit code."""
-    # a signal that is sent many times is answered once, until the process ends
+    # handle a signal once, even if it is sent several times before the process ends
     with stop_on_signals():
         code = main()
         if code > 128:
@@ -60,7 +60,7 @@ def entry() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code. A user's mistake is one sentence on stderr, never a traceback."""
+    """Run one command and return its exit code. A user's mistake prints one sentence to stderr, never a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_USAGE)
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
             raise DistattnError(f"there is no command {command!r}; there are {commands}. See distattn --help.")
         with stop_on_signals():
-            # import only what this command needs: some commands need torch, which takes seconds
+            # import only the module of this command: some commands need torch, which takes seconds
             code: int = importlib.import_module(f"distattn.launch.{command}_command").main(rest)
             # the reader may have closed the pipe: flush here, where BrokenPipeError is handled
             sys.stdout.flush()
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("distattn: stopped.\n")
         return 130
     except BrokenPipeError:
-        # the reader, such as head, has closed the pipe; buffered output must not raise at the end of the process
+        # the reader, such as head, closed the pipe; flushing buffered output at exit must not raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The keys of run files that each command reads: a key on the command line that changes nothing is refused.
+"""The run-file keys that each command reads. A key on the command line that the command does not read is refused.
 
-Run files may have all keys, so that one file serves all commands.
+Run files may set all keys, so that one file serves all commands.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from distattn.training.config.run_file import all_keys
 
 
 def _keys(*names: str) -> frozenset[str]:
-    """Return the keys with these names, and all keys of sections with these names."""
+    """Return the keys with these names, and all keys in sections with these names."""
     return frozenset(key for key in all_keys() if key in names or key.partition(".")[0] in names)
 
 
-# the number of packs decides which documents are in the first ones; planned packs may lack their tokenizer's vocabulary
+# the number of packs decides which documents the first packs contain; a plan of packs may lack the tokenizer's vocabulary
 _DOCUMENTS = _keys("data", "run.seed", "train.steps", "evaluation", "reference_check.steps", "model.vocab_size")
 _SIZES = _keys("model.num_layers", "model.intermediate_size", "model.vocab_size")
 _MODEL = _keys("model") - {"model.weights"}
-# the memory of a step depends on these, its plan does not
+# a step's memory depends on these keys, but its plan does not
 _NOT_PLANNED = _keys("parallel.latents", "parallel.overlap")
 _MEMORY = _keys("memory", "engine.name", "engine.shard_size") | _MODEL | _NOT_PLANNED
 _ATTENTION = (_MODEL - _SIZES) | _keys("cluster", "parallel") - {"parallel.kernel"} - _NOT_PLANNED
 _TRAINING = frozenset(all_keys()) - _keys("slurm", "ray")
 
-# keys by the command that they change. An error about a useless key names the first command that reads it
+# command -> keys that it reads. The error about a useless key names the first command that reads the key.
 READ_BY = {
     "plan": _ATTENTION | _DOCUMENTS,
     "plan --docs": _ATTENTION,
     "plan --memory": _ATTENTION | _DOCUMENTS | _MEMORY,
-    # the vocabulary is read from the documents' file
+    # the documents come from --docs, and the data keys are read only for the vocabulary
     "plan --memory --docs": _ATTENTION | _MEMORY | _keys("data.path", "data.max_document_tokens"),
     "train": _TRAINING,
     "launch local": _TRAINING,
     "launch folder": _TRAINING,
     "launch slurm": _TRAINING | _keys("slurm"),
     "launch ray": _TRAINING | _keys("ray"),
-    # a run's folder does not move
+    # resume cannot move a run's folder
     "resume": _TRAINING - {"run.folder"},
     "preflight": _DOCUMENTS
     | _MEMORY
@@ -48,7 +48,7 @@ READ_BY = {
 
 
 def refuse_keys_that_do_nothing(command: str, overrides: Sequence[str]) -> None:
-    """Raise DistattnError for a key on the command line that a command of READ_BY does not read. Ignore other words."""
+    """Raise DistattnError for a key in `overrides` that the command, a key of READ_BY, does not read. Ignore other words."""
     config_keys = all_keys()
     for word in overrides:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
@@ -57,7 +57,7 @@ def refuse_keys_that_do_nothing(command: str, overrides: Sequence[str]) -> None:
         if "--docs" in command and key in READ_BY[command.replace(" --docs", "")]:
             raise DistattnError(f"command line: {key}: has no effect with --docs; leave one of them out.")
         section = key.partition(".")[0]
-        # a launcher's own keys come before those of every run
+        # if the section belongs to one launcher, name that launcher first
         owners = [f"launch {section}", *READ_BY]
         owner = next(name for name in owners if key in READ_BY.get(name, ()))
         raise DistattnError(f"command line: {key}: has no effect here; it belongs to distattn {owner}.")

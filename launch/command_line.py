@@ -1,4 +1,4 @@
-"""Parts that the commands share: a parser whose errors are sentences, and lines that are printed at once."""
+"""Parts shared by the commands: a parser whose errors are sentences, and functions that print and flush lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from distattn.ir.errors import DistattnError
 
-# argparse's messages, and distattn's
+# argparse's error messages, and the sentences that replace them
 _ARGPARSE_SENTENCES = {
     r"argument (\S+): invalid int value: (.*)": r"\1: \2 is not a whole number",
     r"argument (\S+): invalid float value: (.*)": r"\1: \2 is not a number",
@@ -22,7 +22,7 @@ _ARGPARSE_SENTENCES = {
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of the options of one command, without abbreviations. Raises DistattnError where argparse would print and exit.
+    """Parser of one command's options, without abbreviations. Raises DistattnError where argparse would print and exit.
 
     renamed: options of earlier versions, with their current names.
     """
@@ -38,7 +38,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().add_argument(*names, **settings)
 
     def parse_known_args(self, *arguments: Any, **named: Any) -> Any:
-        """Parse as argparse does, and refuse options without a value and options that are misspelled."""
+        """Parse as argparse does, and refuse options without a value and misspelled options."""
         options, others = super().parse_known_args(*arguments, **named)
         for name, value in vars(options).items():
             if value == []:
@@ -49,7 +49,7 @@ class CommandParser(argparse.ArgumentParser):
         return options, others
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        """Raise argparse's message as DistattnError, in the name of the command."""
+        """Raise argparse's message as a DistattnError that names the command."""
         for pattern, sentence in _ARGPARSE_SENTENCES.items():
             message = re.sub(pattern, sentence, message)
         raise DistattnError(f"{self.prog}: {message}. See distattn {self.prog} --help.")
@@ -60,9 +60,9 @@ def check_options(
 ) -> None:
     """Raise DistattnError if an argument is a misspelled option of a command. Arguments with a dot are configuration keys.
 
-    options: those of the command, such as --json. renamed: options of earlier versions, with their current names.
+    options: the command's options, such as --json. renamed: options of earlier versions, with their current names.
     """
-    # without the dashes, which would make all options similar
+    # compare without the dashes, which would make all options similar
     meant = {name.removeprefix("--"): name for name in options if name.startswith("--")}
     meant |= {before.removeprefix("--"): now for before, now in (renamed or {}).items()}
     for word in arguments:
@@ -76,41 +76,41 @@ def check_options(
 
 
 class ResultConsole(Console):
-    """Console for results. Raises BrokenPipeError if the reader has closed the pipe, as print does; rich would exit with 1."""
+    """Console for results. Raises BrokenPipeError if the reader has closed the pipe, where rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
-        """Raise the exception that rich has caught."""
+        """Raise again the exception that rich has caught."""
         raise
 
 
 def print_line(line: str) -> None:
-    """Print a line and flush it, also if the output is a file."""
+    """Print a line to stdout and flush it."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def print_to_stderr(line: str) -> None:
-    """Print a line on the error stream: the output holds results only."""
+    """Print a line to stderr and flush it. stdout is for results only."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 def print_message(text: str) -> None:
-    """Print a message of a launcher for the user on the error stream."""
+    """Print a launcher's message to the user on stderr."""
     print_to_stderr(f"distattn: {text}")
 
 
 def finish_command(folder: object) -> str:
-    """Return the command that compares and reports a run whose steps are all done."""
+    """Return the command that runs the reference check and writes the report of a run whose steps are all done."""
     return f"python -m distattn.launch.finish_run {folder}"
 
 
 def no_progress(line: str) -> None:
-    """Print nothing; the default for progress."""
+    """Print nothing. The default callback for progress."""
 
 
 def array_words(array: str) -> list[str]:
-    """Turn --array's KEY=VALUE,VALUE into a word --KEY=VALUE for each value. Raises DistattnError."""
+    """Turn --array's KEY=VALUE,VALUE into one word --KEY=VALUE per value. Raises DistattnError if it is malformed."""
     key, _, values = array.removeprefix("--").partition("=")
     if not key or not all(values.split(",")):
         raise DistattnError(f"--array: {array!r}; write a key and its values, such as train.learning_rate=1e-3,3e-3.")

@@ -1,4 +1,4 @@
-"""`distattn configs`: the configurations that distattn ships, to list, to show and to copy."""
+"""`distattn configs`: list, show and copy the configurations that distattn ships."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Every command that takes a CONFIG takes a NAME, too: distattn train tiny
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command. Return the exit code."""
     action, *rest = arguments or ["list"]
     if action in ("-h", "--help"):
         sys.stdout.write(_USAGE)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _file(name: str) -> Path:
-    """Return the file of a shipped configuration. Raises DistattnError, naming a similar one, for an unknown name."""
+    """Return the file of a shipped configuration. For an unknown name, raise DistattnError that suggests a similar name."""
     if name not in shipped_names():
         near = difflib.get_close_matches(name, shipped_names(), 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(shipped_names())}."
@@ -53,14 +53,14 @@ def _file(name: str) -> Path:
 
 
 def _first_sentence(file: Path) -> str:
-    """Return the first sentence of the comment that a configuration begins with."""
+    """Return the first sentence of the comment at the top of a configuration file."""
     return file.read_text("utf-8").splitlines()[0].removeprefix("# ").partition(". ")[0].rstrip(".")
 
 
 def _copy(file: Path, folder: Path) -> None:
-    """Copy a configuration and the shape of its model into a folder, without overwriting files."""
+    """Copy a configuration, and its model's config.json if it names one, to a folder without overwriting files."""
     target = folder / file.name
-    # model.path is relative to the run file
+    # keep the relative paths, since model.path is relative to the run file
     models = [
         path
         for path in SHIPPED.glob("models/*/config.json")

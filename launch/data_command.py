@@ -1,4 +1,4 @@
-"""`distattn data`: from text to packs. Each subcommand is a module of its own."""
+"""`distattn data`: turn text into packs. Each subcommand is a separate module."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ USAGE = """usage: distattn data COMMAND ...
       the packs of a step, of a plan or of a run, as text; distattn data show --help
 """
 
-# each is a module distattn.launch.data.NAME with a function main
+# subcommand NAME is the function `main` of the module distattn.launch.data.NAME
 _COMMANDS = ("tokenize", "verify", "pack", "stats", "show")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the subcommand; return the exit code."""
+    """Run the subcommand. Return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2

@@ -1,4 +1,4 @@
-"""`distattn doctor`: is this machine ready, and does a model compute on several ranks what it computes on one?"""
+"""`distattn doctor`: check this machine, and check that a model computes the same on several ranks as on one."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ transformers with attn_implementation="distattn":
 """
 
 
-# share of a norm from which on an error that rounding may hide is reported
+# report how large a mistake rounding may hide if it exceeds this share of a norm
 _COARSE = 1e-3
-# columns of text
+# maximum width of text, in columns
 _WIDEST = 120
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Return 0 if everything is right, else 1."""
+    """Run the command. Return 0 if everything is right, otherwise 1."""
     parser = CommandParser("doctor")
     parser.add_argument("target", nargs="?")
     parser.add_argument("--ranks", type=int, default=2)
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.ranks < 1:
         raise DistattnError(f"doctor: --ranks: at least 1, not {options.ranks}.")
     if options.target is not None:
-        # imported here, since it imports torch, which takes seconds
+        # import here: the import of torch takes seconds
         from distattn.launch.ranks.machine_limits import DOCTOR_RANK_MB, check_memory
 
         check_memory(
@@ -99,7 +99,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def examine_target(path: str, ranks: int, report_progress: Callable[[str], None] = no_progress) -> Diagnosis:
-    """Run the target in one process and on ranks, and compare. Raises DistattnError if it cannot run at all."""
+    """Run a target in one process and on several ranks, and compare the results. Raises DistattnError if it cannot run.
+
+    path: a script or a model. ranks: number of ranks.
+    """
     import torch
 
     from distattn.doctor.diagnosis import diagnose
@@ -114,14 +117,14 @@ def examine_target(path: str, ranks: int, report_progress: Callable[[str], None]
         files = [Path(folder, f"rank-{rank}.pt") for rank in range(ranks)]
         if code or not all(file.exists() for file in files):
             raise DistattnError(f"doctor: the ranks failed (exit code {code}); their output is above.")
-        # files of distattn, with plain tensors and strings only
+        # weights_only suffices: distattn wrote these files, with tensors and strings only
         results = [torch.load(file, weights_only=True) for file in files]
     report_progress("the same in one process ...")
     return diagnose(target, results)
 
 
 def _show_checks(checks: Sequence[Check]) -> None:
-    """Print the faults and notes about the machine, one on a line, and the other checks on one line."""
+    """Print the machine's faults and notes, one per line, and all other checks on one line."""
     console = ResultConsole(highlight=False)
     for check in sorted(checks, key=lambda check: check.ok is not False):
         if check.ok and not check.advice:
@@ -138,7 +141,7 @@ def _check_facts(check: Check) -> dict[str, Any]:
 
 
 def _summarise_checks(checks: Sequence[Check]) -> None:
-    """Print a sentence about a machine without faults, after a verdict."""
+    """Print one sentence about a machine without faults, below the verdict on the target."""
     versions = [f"{check.name} {check.state}" for check in checks if check.name in ("python", "torch")]
     noted = [check.name for check in checks if not check.ok or check.advice]
     others = f" and {len(noted) - 1} more" if len(noted) > 1 else ""
@@ -156,7 +159,7 @@ _MEASURED = {
 
 
 def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
-    """Print the verdict, and the measurements behind it."""
+    """Print the verdict and the measurements behind it."""
     console = ResultConsole(highlight=False)
     measured = diagnosis.measured
     if not diagnosis.findings:
@@ -174,7 +177,7 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
 
 
 def _hidden(measured: Mapping[str, float]) -> str:
-    """Return how large a mistake rounding may hide, "" if it is small."""
+    """Return a sentence that says how large a mistake rounding may hide, or "" if only a small one."""
     forward, backward = measured.get("hidden", 0.0), measured.get("hidden in gradients", 0.0)
     if max(forward, backward) < _COARSE:
         return ""
@@ -185,7 +188,10 @@ def _hidden(measured: Mapping[str, float]) -> str:
 
 
 def _not_repeated(why: str) -> str:
-    """Return that only whole results were compared, if the ranks' steps could not be repeated."""
+    """Return a sentence saying that only whole results were compared, or "" if the ranks' steps were repeated.
+
+    why: the reason why they were not repeated; "" if they were.
+    """
     if not why:
         return ""
     reason = why.splitlines()[0].rstrip(".")
@@ -195,7 +201,7 @@ def _not_repeated(why: str) -> str:
 
 
 def _print_prose(console: Console, label: str, sentence: str) -> None:
-    """Print a sentence after its label, wrapped at the terminal's width, with later lines indented below its beginning."""
+    """Print a sentence after its label, wrapped to the terminal's width, with later lines indented by the label's width."""
     from rich.markup import escape, render
 
     indent = " " * len(render(label).plain)

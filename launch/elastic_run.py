@@ -1,4 +1,4 @@
-"""A run whose number of nodes, and with it the number of data-parallel replicas, may change between its attempts."""
+"""Elastic runs: the number of nodes, and with it of data-parallel replicas, may change between attempts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from distattn.training.run_folder import RunFolder
 
 
 def node_counts(config: Config, most: int = 0) -> tuple[int, ...]:
-    """Return the possible numbers of nodes of a run, largest first: the replicas are whole and each has packs of every step.
+    """Return a run's possible node counts, largest first. With each, replicas are whole and have equally many packs per step.
 
-    most: the number of nodes at the run's start, if it was larger. Raises DistattnError if `ray.min_nodes` leaves no choice.
+    most: the node count at the run's start, if it was larger. Raises DistattnError if `ray.min_nodes` leaves no choice.
     """
     ranks, least = node_needs(config).ranks, config.ray.min_nodes
     now = config.parallel.ranks // ranks
@@ -38,17 +38,17 @@ def node_counts(config: Config, most: int = 0) -> tuple[int, ...]:
 
 
 class ElasticRun:
-    """The possible numbers of nodes of a run, and its configuration with the current number. facts: for notes of attempts."""
+    """A run's possible node counts, and its configuration with the current one. facts: recorded for each attempt."""
 
     def __init__(self, run: RunFolder, config: Config, most: int, facts: Mapping[str, Any]):
-        """Raise DistattnError as `node_counts` does. facts: further ones for notes of attempts."""
+        """Raise DistattnError as `node_counts` does. most: see `node_counts`. facts: further facts about each attempt."""
         self._run, self._config = run, config
         self.counts = node_counts(config, most)
         self.facts = dict(facts)
         self._note(config.parallel.ranks // node_needs(config).ranks)
 
     def resize(self, nodes: int) -> None:
-        """Give the next attempt the ranks of `nodes` nodes. No rank may run. Raises DistattnError as `change_config` does."""
+        """Set the node count of the next attempt. No rank may be running. Raises DistattnError as `change_config` does."""
         if nodes == self.facts["nodes"]:
             return
         config = _resized(self._config, nodes)
@@ -62,5 +62,5 @@ class ElasticRun:
 
 
 def _resized(config: Config, nodes: int) -> Config:
-    """Return the configuration for another number of nodes."""
+    """Return the configuration with the ranks of `nodes` nodes."""
     return replace(config, parallel=replace(config.parallel, ranks=nodes * node_needs(config).ranks))

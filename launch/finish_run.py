@@ -1,7 +1,4 @@
-"""Finish a run: repeat its first steps in plain transformers, and write the report.
-
-`python -m distattn.launch.finish_run RUN` does it for a run folder.
-"""
+"""Finish a run: `python -m distattn.launch.finish_run RUN` repeats its first steps in plain transformers and reports."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from typing import Any
 
 from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints, preferred_step
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import plural
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
 from distattn.launch.stop_signals import CommandStopped, end_now, stop_on_signals, stopped
-from distattn.parallel.analysis.text_format import plural
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import json_text, parse_json
@@ -28,10 +25,10 @@ from distattn.training.watch.reference_check import run_reference_check
 
 
 def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], None], json_lines: bool) -> int:
-    """Compare with plain transformers, write the report and print the result. Return the exit code.
+    """Compare with plain transformers, write the report, print the result, and return the exit code.
 
-    Return 1 if the comparison failed or the last loss is not finite; stderr says how to continue. The report is written even if
-    the comparison raises an error, which is raised afterwards, unless the command is stopped.
+    The code is 1 if the comparison failed or the last loss is not finite; stderr then says how to continue. If the comparison
+    raises an error, the report is still written before the error is raised, unless the command is stopped.
     """
     checked: dict[str, Any] | None = None
     later = f"all steps are done, and {finish_command(run.folder)}"
@@ -58,7 +55,7 @@ def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
 
 
 def _way_back(run: RunFolder, steps: Sequence[StepMetrics]) -> str:
-    """Return advice for a run whose weights may be destroyed, as a clause that ends a sentence. steps: done so far."""
+    """Return advice for a run whose weights may be destroyed, as the end of a sentence. steps: the steps done."""
     refused = list(itertools.takewhile(lambda step: step.skipped, reversed(steps)))
     since = f"steps from {refused[-1].step:,} on were refused, and " if refused else ""
     checkpoints = by_preference(list_checkpoints(run.checkpoints))
@@ -102,9 +99,9 @@ def _print_facts(run: RunFolder, steps: Sequence[StepMetrics], checked: dict[str
 
 
 def report_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
-    """Print that all steps of a run are done and return True, if it has its report and its comparison agreed.
+    """Print that a run is complete and return True, if all steps are done, compared (if configured) and reported.
 
-    Return False and print nothing if ranks or a comparison still have work to do.
+    Otherwise return False and print nothing.
     """
     attempts = Attempts(run.attempts)
     steps = run.metrics(config.train.steps) if run.metrics_file.exists() else []
@@ -129,11 +126,11 @@ def report_finished(run: RunFolder, config: Config, json_lines: bool) -> bool:
 
 
 def main(folder: str) -> int:
-    """Finish the run of a folder. Return the exit code."""
+    """Finish the run in `folder`. Return the exit code."""
     run = RunFolder(Path(folder))
     try:
         config = configuration.load(run.config_file)
-        # a preflight alone has no steps
+        # a preflight alone has no steps to report
         with stop_on_signals():
             return 0 if config.preflight.action == "only" else finish_run(run, config, print_line, False)
     except CommandStopped as stop:

@@ -1,4 +1,4 @@
-"""`distattn launch`: start a run on this machine, on Slurm or on Ray, and manage a run that was started."""
+"""`distattn launch`: start a run on this machine, on Slurm or on Ray, and manage started runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from distattn.data.files.text import find_files
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import plural, readable_bytes
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
 from distattn.launch.command_line import (
@@ -32,7 +33,6 @@ from distattn.launch.ranks.machine_limits import (
 from distattn.launch.run_status import cancel, state_of_ended, status, status_lines, sweep_runs
 from distattn.launch.slurm import jobs as slurm
 from distattn.launch.start_run import preflight_alone, start_run
-from distattn.parallel.analysis.text_format import plural, readable_bytes
 from distattn.planning.compare_strategies import cluster_for_run
 from distattn.training.config import run_file as configuration
 from distattn.training.config.plan_settings import PlanSettings
@@ -63,7 +63,7 @@ the run ends, in the folder RUN-preflight; such a run is not restarted or requeu
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command. Return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _start(where: str, arguments: Sequence[str]) -> int:
-    """Start a run, `local`, on `slurm` or on `ray`, or make its `folder` only; or show what would be started."""
+    """Start a run, or only show what would be started. where: local, slurm, ray, or folder (only create the run folder)."""
     parser = CommandParser("launch")
     parser.add_argument("config", nargs="?")
     for name in ("nodes", "spare", "gpus"):
@@ -96,7 +96,7 @@ def _start(where: str, arguments: Sequence[str]) -> int:
         raise DistattnError(f"launch {where}: --spare is for Slurm; see distattn launch slurm.")
     if where not in ("slurm", "ray") and options.array is not None:
         raise DistattnError(f"launch {where}: --array is for Slurm and Ray; see distattn launch slurm.")
-    # in a sweep, one for each task
+    # one override per task of a sweep
     task_overrides = array_words(options.array) if options.array is not None else []
     refuse_keys_that_do_nothing(f"launch {where}", [*overrides, *task_overrides])
     if options.spare is not None:
@@ -113,12 +113,12 @@ def _start(where: str, arguments: Sequence[str]) -> int:
             raise DistattnError(
                 f"launch: --array: {word[2:]} names another cluster; all runs of a sweep are on one cluster."
             )
-    # a configuration's cluster is for `distattn plan`; it does not bind a launch of another size
+    # a run file's cluster is meant for `distattn plan`, so ignore it for a launch of another size
     named = any(word.startswith("--cluster.description") for word in overrides)
     if config.cluster.description and (named or not (options.nodes or options.gpus)):
         check_device_holds_state(config, cluster_for_run(config, config.cluster.description))
     if where == "ray":
-        # refuse impossible numbers of nodes before anything starts
+        # refuse impossible node counts before anything starts
         for run_config in sweep or [config]:
             node_counts(run_config)
     if options.dry_run:
@@ -138,7 +138,7 @@ def _start(where: str, arguments: Sequence[str]) -> int:
 
 
 def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: bool) -> int:
-    """Print what would be started, and refuse what a run would refuse. Leave nothing behind."""
+    """Print what would be started, or raise the error that a run would raise. Leaves nothing behind."""
     if where == "local":
         check_run_fits(config)
     for run_config in sweep or [config]:
@@ -159,13 +159,13 @@ def _dry_run(where: str, config: Config, sweep: Sequence[Config], json_output: b
 
 
 def _run_that_would_start(where: str, config: Config, folder: Path) -> list[str]:
-    """Return lines about a run, and where its results go."""
+    """Return lines that describe a run and name its folder."""
     note = "; it exists already, so a number is added" if folder.exists() else ""
     return [*_facts_before_start(where, config), f"run folder: {folder}{note}; logs in its folder logs"]
 
 
 def _sweep_that_would_start(where: str, sweep: Sequence[Config], folder: Path) -> list[str]:
-    """Return lines about the runs of a sweep, one for runs that are alike, and the folders of their results."""
+    """Return lines that describe the runs of a sweep, one for each group of equal runs, and name their folders."""
     alike: dict[str, list[str]] = {}
     for number, config in enumerate(sweep):
         alike.setdefault("; ".join(_facts_before_start(where, config)), []).append(str(number))
@@ -178,7 +178,7 @@ def _sweep_that_would_start(where: str, sweep: Sequence[Config], folder: Path) -
 
 
 def _facts_before_start(where: str, config: Config) -> list[str]:
-    """Return lines with the ranks of a run and their devices, its steps, and the memory of a rank's state."""
+    """Return lines with a run's ranks and devices, its steps, and the bytes of state per rank."""
     data, kernel = config.data, config.parallel.kernel
     place = {"local": "here", "ray": "on nodes of Ray", "folder": "that another scheduler starts"}[where]
     # another machine's GPUs are not known here
@@ -195,7 +195,7 @@ def _facts_before_start(where: str, config: Config) -> list[str]:
 
 
 def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
-    """Make the run folders and submit their batch script. A job that Slurm rejects leaves no folder."""
+    """Create the run folders and submit their batch script. If Slurm rejects the job, no folder is left."""
     slurm.require_slurm()
     largest = slurm.node_bytes(config.slurm.partition)
     for run_config in sweep or [config]:
@@ -210,7 +210,7 @@ def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
 
 
 def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
-    """Run on a Ray cluster to the end, and write the report; in a sweep, do one run for each configuration."""
+    """Run on a Ray cluster to the end, and write the report. A sweep has one run for each configuration in `sweep`."""
     if importlib.util.find_spec("ray") is None:
         raise DistattnError("launch ray needs ray: pip install 'distattn[ray]'.")
     from distattn.launch.ray.attempts import connected, run_attempts
@@ -218,7 +218,7 @@ def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> i
 
     with connected(sweep or [config], quiet=json_output):
         with _new_runs(config, sweep, json_output) as (folder, runs):
-            # problems from here on are noted in the folders
+            # later failures keep the folders, which record them
             pass
         if sweep:
             code = run_sweep(RunFolder(folder), [(run, configuration.load(run.config_file)) for run in runs])
@@ -231,9 +231,9 @@ def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> i
 
 @contextmanager
 def _new_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> Iterator[tuple[Path, list[RunFolder]]]:
-    """Make the folder of a new run and yield it with the run; or the folder of a sweep with its runs in folders 0, 1, ...
+    """Create a new run's folder, or a sweep's folder with its runs in folders 0, 1, ...; yield the folder and the runs.
 
-    Remove everything if a run cannot be made, or cannot be submitted inside this context.
+    Removes everything if a run cannot be created, or if the block raises (unless Slurm has accepted the job).
     """
     folder = _new_folder(config, sweep)
     places = [folder / str(task) for task in range(len(sweep))] if sweep else [folder]
@@ -243,7 +243,7 @@ def _new_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> Ite
             run_config = replace(run_config, run=replace(run_config.run, folder=str(place)))
             runs.append(start_run(run_config, no_progress if json_output else print_line))
             runs[-1].logs.mkdir()
-        # a run's folder may have been renamed
+        # a single run may have got a numbered folder
         yield folder if sweep else runs[0].folder, runs
     except slurm.SubmittedError:
         raise
@@ -255,7 +255,7 @@ def _new_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> Ite
 
 def _new_folder(config: Config, sweep: Sequence[Config]) -> Path:
     """Return the absolute path of a new run's or sweep's folder. Raises DistattnError if a sweep's folder exists already."""
-    # batch scripts and actors name the folder from other machines
+    # absolute, since batch scripts and Ray actors use it on other machines
     folder = Path(config.run.folder).absolute()
     if sweep and folder.exists():
         raise DistattnError(f"run.folder: {folder} exists already; name another one for the sweep.")
@@ -263,13 +263,13 @@ def _new_folder(config: Config, sweep: Sequence[Config]) -> Path:
 
 
 def _commands(config: Config, sweep: Config) -> list[str]:
-    """Return the lines of the batch script that this configuration would need in the folder of a sweep, without comments."""
+    """Return the lines, without comments, of the batch script for `config` in the folder of the sweep."""
     lines = slurm.batch_script(config, Path(sweep.run.folder).absolute(), tasks=1).splitlines()
     return [line for line in lines if not line.startswith("# ")]
 
 
 def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, overrides: Sequence[str]) -> list[str]:
-    """Turn --nodes and --gpus into overrides of parallel.ranks and parallel.devices_per_node."""
+    """Return the overrides of parallel.ranks and parallel.devices_per_node for --nodes and --gpus."""
     if nodes is None and gpus is None:
         return []
     config = configuration.load(path, overrides)
@@ -291,7 +291,7 @@ def _size_overrides(where: str, nodes: int | None, gpus: int | None, path: str, 
 
 
 def _manage_run(command: str, arguments: Sequence[str]) -> int:
-    """Show the state or the logs of a submitted run or sweep, or cancel it."""
+    """Show the status or the logs of a started run or sweep, or cancel it."""
     parser = CommandParser("launch")
     parser.add_argument("run")
     if command == "logs":
@@ -325,7 +325,7 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _print_logs(run: RunFolder, rank: int | None) -> int:
-    """Print one rank's log; for rank None the batch script's log, or rank 0's without one."""
+    """Print the log of a rank. rank: None for the batch script's log or, without one, rank 0's."""
     files = sorted(run.folder.glob("slurm-*.out")) if rank is None else [run.log_file(rank)]
     files = [file for file in files if file.exists()]
     if not files and rank is None:

@@ -1,4 +1,4 @@
-"""The attempts of a run on several nodes, one after another, on Slurm and on Ray. Needs neither torch nor a GPU."""
+"""Runs the attempts of a run on several nodes, one after another, on Slurm or Ray. Needs neither torch nor a GPU."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ _STOPPED = RunStopped.exit_code
 
 
 class Nodes(Protocol):
-    """The nodes of attempts. Hosts are names that users know."""
+    """The nodes on which attempts run. Hosts are the names that users know."""
 
     def choose(self) -> list[str] | None:
-        """Return the hosts of the next attempt in the order of their ranks; None if too few are left or the run has to stop."""
+        """Return the hosts of the next attempt in rank order; None if too few are left or the run must stop."""
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Run one `distattn.launch.run_node` on each host until all have ended."""
+        """Run `distattn.launch.run_node` on each host, and wait until all have ended."""
 
     def finish(self, hosts: Sequence[str]) -> int:
-        """Write the report of the run on one of the hosts. Return the exit code."""
+        """Write the run's report on one of the hosts. Return the exit code."""
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Note hosts that failed: some are left out of the following attempts."""
+        """Record hosts that failed. Some of them are left out of later attempts."""
 
     def give_back(self) -> str:
-        """Return why the run has to stop here and continue elsewhere later, a sentence without its period; or ""."""
+        """Return why the run must stop and continue later on other nodes, as a sentence without its period; or ""."""
 
     def shortage(self) -> str:
-        """Return why `choose` has found too few hosts, as a sentence without its period."""
+        """Return why `choose` found too few hosts, as a sentence without its period."""
 
 
 class Outcome(NamedTuple):
-    """How a run's attempts end. again: the run has to continue later."""
+    """The outcome of a run's attempts. code: exit code. again: True if the run has to continue later."""
 
     code: int
     again: bool = False
 
 
 class NodeAttempts:
-    """Runs attempts until the run has ended, can only continue elsewhere, or cannot continue.
+    """Runs attempts until the run has ended, can only continue on other nodes, or cannot continue.
 
-    facts: noted of every attempt, with their values when it begins.
+    facts: recorded for every attempt, with the values that they have when it begins.
     """
 
     def __init__(self, run: RunFolder, nodes: Nodes, max_restarts: int, facts: Mapping[str, Any]):
         self._run, self._nodes, self._max_restarts, self._facts = run, nodes, max_restarts, facts
         self._attempts = Attempts(run.attempts)
-        # the signal that asks this process to stop
+        # the signal that asked this process to stop
         self._signal = ""
 
     def stop(self, number: int, frame: FrameType | None = None) -> None:
-        """Ask the ranks to save and end: a handler of signals."""
+        """Ask the ranks to save and end. This is a signal handler."""
         self._signal = signal.Signals(number).name
         try:
             self._run.ask_to_stop(self._signal)
@@ -76,12 +76,12 @@ class NodeAttempts:
         self._attempts.end_open("ended with its job, which left no reason")
         self._run.forget_requests()
         if self._signal:
-            # the signal came before there was anything to stop
+            # repeat a request that the previous line has removed
             self._run.ask_to_stop(self._signal)
         restarts, start, first, started = 0, self._progress(), True, False
         furthest = start
         while (hosts := self._nodes.choose()) is not None:
-            # otherwise an attempt would create half of a folder again
+            # without this check, an attempt could recreate part of a deleted folder
             held.check()
             number = self._attempts.begin(**self._facts, hosts=hosts)
             end = self._nodes.run(hosts, number)
@@ -89,7 +89,7 @@ class NodeAttempts:
             if end.code == 0:
                 self._attempts.end(number, 0, "ended well")
                 code = self._nodes.finish(hosts)
-                # if the signal has ended the report, too, only the report is left to do later
+                # if the signal also ended the report, only the report remains to be done later
                 return Outcome(code, again=code != 0 and self._asked_by_signal())
             if end.code == _STOPPED and end.next_nodes and not asked:
                 self._attempts.end(number, _STOPPED, f"saved, to continue with {end.next_nodes} nodes")
@@ -101,11 +101,12 @@ class NodeAttempts:
             why, blamed = end.cause(hosts, node_reports)
             self._attempts.end(number, end.code, why, blamed=blamed)
             if end.unstarted and started:
-                # the request is right, since ranks were started before: the scheduler has lost track of the nodes
+                # ranks were started before, so the request is valid, but the scheduler has lost track of the nodes
                 print_message(f"{why}.")
                 return Outcome(_STOPPED, again=not asked or self._asked_by_signal())
             started = started or not end.unstarted
-            # before the first step of a later attempt, ranks may refuse what the one before has left: memory, locks, files
+            # ranks that fail before the first step of a later attempt may trip over leftovers of the previous one: memory,
+            # locks, files
             left_over = not first and bool(node_reports)
             left_over = left_over and not any(facts.get("steps", 1) for facts in node_reports.values())
             first = False
@@ -120,7 +121,7 @@ class NodeAttempts:
                 return Outcome(end.code, again=self._asked_by_signal())
             if not end.is_final():
                 self._nodes.blame(blamed, end)
-            # without progress, other nodes would most likely fail, too
+            # without progress, the run would most likely fail on other nodes, too
             if now > start and (back := self._nodes.give_back()):
                 print_message(f"{why}; {back}.")
                 return Outcome(_STOPPED, again=True)
@@ -133,14 +134,17 @@ class NodeAttempts:
         return Outcome(_STOPPED, again=not asked or self._asked_by_signal())
 
     def _asked(self) -> str:
-        """Return who asked the ranks to stop, "" if there was no request. Slurm also signals nodes, which write its name."""
+        """Return who asked the ranks to stop: a signal's name or the text in the stop file; "" without a request.
+
+        Slurm may also signal the nodes, which write the signal's name to the stop file.
+        """
         try:
             return self._signal or self._run.stop_file.read_text("utf-8").strip()
         except FileNotFoundError:
             return ""
 
     def _asked_by_signal(self) -> bool:
-        """Return whether a signal has asked the ranks to stop, so that the run continues later."""
+        """Return whether a signal asked the ranks to stop. In that case the run continues later."""
         return self._asked() in signal.Signals.__members__
 
     def _progress(self) -> int:

@@ -1,4 +1,4 @@
-"""`distattn plan`: time candidates for one attention call on a described cluster, before anything is submitted."""
+"""`distattn plan`: simulate strategies for one attention call on a described cluster, without running anything."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ If the context length changes in the run, every length has its table; files and 
 """
 
 
-# options that a configuration sets by keys of its own
+# options that cannot be combined with a configuration, and the keys that set them there
 _IN_CONFIG = {
     "layout": "--parallel.layout",
     "heads": "--model.num_attention_heads and --model.num_key_value_heads",
@@ -76,7 +76,7 @@ _IN_CONFIG = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command. Return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE.format(strategies=", ".join(STRATEGIES)))
         return 0 if arguments else 2
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     cluster = _cluster(options, config)
     settings = PlanSettings.of_config(config) if config else _settings(options, cluster)
     if options.docs:
-        # one pack over all ranks, even if the run's ranks have packs of their own
+        # split one pack over all ranks, even if each of the run's ranks has its own packs
         one_pack = replace(settings.config, data="replicated", context_parallel_size=None)
         settings = replace(settings, config=one_pack)
     report_progress = print_to_stderr if sys.stderr.isatty() else no_progress
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
             _write_files(options, timelines, request, cluster)
         facts.append(comparison_facts(timelines, request))
         lines: list[str] = []
-        # with --docs the pack lies over all ranks: if the run's own packs do not, hints for its keys would be wrong
+        # with --docs all ranks split one pack; if the run's own packs are not split so, hints about its keys would be wrong
         if config and settings == PlanSettings.of_config(config):
             layouts = compare_layouts(request, cluster)
             facts[-1]["layouts"] = {name: {"seconds": seconds} for name, seconds in layouts.items()}
@@ -120,16 +120,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
-    """Print the memory that every rank of a run needs; return the exit code."""
+    """Print the memory that each rank of a run needs. Return the exit code."""
     if config is None:
         raise DistattnError("plan: --memory needs a run: name its configuration.")
-    # 2 s to import, and only here
-    from distattn.planning.memory_of_run import fit_line, memory_json, memory_of_config, memory_table
+    # import here: it takes 2 s, and no other option needs it
+    from distattn.training.run_memory import fit_line, memory_json, memory_of_config, memory_table
 
     # without a cluster the memory of a device is unknown
     cluster = _cluster(options, config) if options.cluster or config.cluster.description else None
     packs = _longest(_phases(options, config)).packs
-    # one count takes seconds: count only a few of the ranks with different numbers of tokens, the extremes
+    # counting a rank takes seconds: count only those with the fewest or most tokens, or the most memory for attention
     memory = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress, extremes=True)
     if options.json:
         sys.stdout.write(memory_json(memory, cluster) + "\n")
@@ -148,11 +148,11 @@ _STYLES = {"fastest": "bold green", "refused": "dim", "": ""}
 
 
 def _show_table(lines: Sequence[str], kinds: Mapping[str, str] | None = None) -> None:
-    """Print a comparison. kinds: of lines, see `comparison_table`; the fastest strategy is in colour."""
+    """Print a comparison, with the fastest strategy in colour. kinds: kind of each line; see `comparison_table`."""
     console = ResultConsole(highlight=False)
     for line in lines:
         style = _STYLES[(kinds or {}).get(line, "")]
-        # a folded line would break the table
+        # do not wrap lines, which would break the table
         console.print(Text(line, style=style), soft_wrap=True)
 
 
@@ -177,7 +177,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]
 
 
 def _check_options(options: argparse.Namespace, config: Config | None) -> None:
-    """Refuse options that contradict the configuration, numbers below 1, and files that cannot be written."""
+    """Raise DistattnError for options that contradict the configuration, numbers below 1, and unwritable files."""
     for option, key in _IN_CONFIG.items():
         if config and getattr(options, option) is not None:
             raise DistattnError(f"plan: with a configuration --{option.replace('_', '-')} is {key}.")
@@ -201,7 +201,7 @@ def _check_options(options: argparse.Namespace, config: Config | None) -> None:
 
 
 def _cluster(options: argparse.Namespace, config: Config | None) -> describe.ClusterSpec:
-    """Load the cluster to time plans on."""
+    """Load the description of the cluster on which plans are timed."""
     name = options.cluster or (config.cluster.description if config else "")
     if not name:
         raise DistattnError(
@@ -212,19 +212,19 @@ def _cluster(options: argparse.Namespace, config: Config | None) -> describe.Clu
 
 
 class _Phase(NamedTuple):
-    """Steps of one context length. packs: token counts of the documents of each pack of the first step; first_step: from 0."""
+    """The steps with one context length. packs: document lengths in each pack of the first step. first_step: from 0."""
 
     packs: list[list[int]]
     first_step: int = 0
     context: int = 0
 
     def title(self, phases: int) -> list[str]:
-        """Return the line above its table, if there are several phases."""
+        """Return the heading of the phase's table: one line if there are several phases, otherwise no line."""
         return [f"from step {self.first_step + 1:,}: context length {self.context:,}"] if phases > 1 else []
 
 
 def _phases(options: argparse.Namespace, config: Config | None) -> list[_Phase]:
-    """Return the documents of --docs, or the run's packs by context length."""
+    """Return one phase with the documents of --docs, or a phase for each context length of the run."""
     if options.docs:
         lengths = parse_document_lengths(options.docs)
         return [_Phase([truncate_documents(lengths, options.tokens) if options.tokens else lengths])]
@@ -239,12 +239,12 @@ def _phases(options: argparse.Namespace, config: Config | None) -> list[_Phase]:
 
 
 def _longest(phases: Sequence[_Phase]) -> _Phase:
-    """Return the phase of the longest context, the first one if there are several."""
+    """Return the (first) phase with the longest context."""
     return max(phases, key=lambda phase: phase.context)
 
 
 def _settings(options: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:
-    """Return the settings that all plans share, from the options."""
+    """Return the settings shared by all plans, given by the options."""
     heads, _, kv_heads = (options.heads or "32:8").partition(":")
     if not (heads.isdecimal() and (kv_heads or heads).isdecimal()):
         raise DistattnError(f"plan: --heads: {options.heads!r} is not query:key/value heads, such as 32:8.")
@@ -262,7 +262,7 @@ def _settings(options: argparse.Namespace, cluster: describe.ClusterSpec) -> Pla
 
 
 def _strategies(options: argparse.Namespace) -> list[str]:
-    """Return the strategies to compare: those of --strategy, else all."""
+    """Return the strategies to compare: those in --strategy, or all."""
     strategies = options.strategy.split(",") if options.strategy else list(STRATEGIES)
     unknown = [strategy for strategy in strategies if strategy not in STRATEGIES]
     if unknown:
@@ -276,7 +276,7 @@ def _write_files(
     request: PlanRequest,
     cluster: describe.ClusterSpec,
 ) -> None:
-    """Write the page and the fastest strategy's trace, if they are requested."""
+    """Write the HTML page (--html) and the fastest strategy's trace (--perfetto) if requested."""
     if options.html:
         write_comparison_page(Path(options.html), timelines, str(request))
     if options.perfetto:

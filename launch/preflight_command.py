@@ -1,4 +1,4 @@
-"""`distattn preflight`: compare and measure a run's ranks as before its first step, without the run, on this machine."""
+"""`distattn preflight`: run on this machine the checks that precede a run's first step, without the run itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ hosts (see preflight.action). To do only this on a cluster: distattn launch slur
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command. Return 0 if the run could begin."""
+    """Run the command. Return the exit code, which is 0 if the run could begin."""
     rest = [word for word in arguments if word != "--json"]
     if not rest:
         raise DistattnError("preflight: CONFIG is missing: name a configuration, for example: distattn preflight tiny")
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     check_run_fits(config)
     wanted = Path(config.run.folder).absolute()
     existing = next(folder for folder in wanted.parents if folder.is_dir())
-    # next to the future run folder, to examine the run's disk and file system
+    # use a folder next to the future run folder, so that the run's own disk and file system are examined
     with tempfile.TemporaryDirectory(prefix=".distattn-preflight-", dir=existing) as folder:
         place = replace(config.run, folder=str(Path(folder, "run")))
         config = preflight_alone(replace(config, run=place, preflight=PreflightConfig("only")))

@@ -29,16 +29,16 @@ python -m distattn.launch.ray.attempts RUN.
 
 
 def _rederived(before: Config, overrides: Sequence[str]) -> list[str]:
-    """Return overrides of keys that a launcher derived from a run's ranks, if the number of ranks changes."""
+    """Return overrides for keys that a launcher derived from the number of ranks, if that number changes."""
     named = {word.removeprefix("--").partition("=")[0].replace("-", "_") for word in overrides}
     if before.parallel.devices_per_node and "parallel.ranks" in named and "parallel.devices_per_node" not in named:
-        # all ranks are on this machine
+        # all ranks now run on this machine
         return ["--parallel.devices_per_node=0"]
     return []
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command. Return the exit code."""
     rest = [word for word in arguments if word != "--json"]
     if not rest or rest[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
@@ -59,14 +59,14 @@ def main(arguments: Sequence[str]) -> int:
     if config.preflight.action == "only":
         raise DistattnError(f"preflight.action: only needs a new folder: distattn preflight {run.config_file}.")
     check_same_run(before, config)
-    # with another configuration, or from a chosen checkpoint, ranks have work to do
+    # a changed configuration or a chosen checkpoint gives the ranks work to do
     if config == before and step is None and report_finished(run, config, json_lines="--json" in arguments):
         return 0
     return resume_locally(run, config, json_lines="--json" in arguments, step=step)
 
 
 def _step(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Take --step N, or --step=N, out of a command's words. Return the step, None without the option, and the other words."""
+    """Return the value of --step N or --step=N (None without the option), and the remaining arguments."""
     step, others, left = None, [], list(arguments)
     while left:
         word = left.pop(0)
@@ -74,7 +74,7 @@ def _step(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
             others.append(word)
             continue
         value = word.partition("=")[2] if "=" in word else (left.pop(0) if left else "")
-        # accept numbers as ckpt list shows them
+        # accept thousands separators, which ckpt list prints
         digits = value.replace(",", "")
         if not (digits.isascii() and digits.isdigit()):
             raise DistattnError(

@@ -1,4 +1,4 @@
-"""Run a configuration on this machine, up to its report."""
+"""Run or resume a run on this machine, including its report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distattn.training.proposal import Proposal
 from distattn.training.reporting.json_lines import json_text, parse_json
 from distattn.training.run_folder import RunFolder
 
-# the function of a rank
+# the function that each rank runs
 RANK = "distattn.launch.ranks.rank:run"
 # modules that all ranks import
 PRELOAD = ("distattn.training.rank", "transformers.models.auto.modeling_auto")
@@ -30,9 +30,9 @@ _PACKAGES = ("transformers", "tensorboard", "matplotlib", "safetensors")
 
 
 def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
-    """Start a run here, train, compare with plain transformers, report. Return the exit code.
+    """Start a run on this machine, train, compare with plain transformers, and report. Return the exit code.
 
-    logs: each rank writes a log file into the run folder. json_lines: print only JSON.
+    logs: let each rank write a log file in the run folder. json_lines: print only JSON.
     """
     report_progress = no_progress if json_lines else print_line
     with ExitStack() as stack:
@@ -45,25 +45,25 @@ def run_locally(config: Config, json_lines: bool, logs: bool = False) -> int:
                 if logs:
                     run.logs.mkdir()
             except BaseException:
-                # raise the first error, not one about the rest of the folder
+                # ignore errors here, so that the first error is raised
                 shutil.rmtree(run.folder, ignore_errors=True)
                 raise
         return run_ranks_and_finish(run, config, report_progress, json_lines)
 
 
 def resume_locally(run: RunFolder, config: Config, json_lines: bool, step: int | None = None) -> int:
-    """Continue a run here, with a configuration that may differ. Return the exit code.
+    """Continue a run on this machine, possibly with another configuration. Return the exit code.
 
-    step: of the checkpoint to continue from, None for the newest good one. Raises DistattnError, and changes nothing, if another
-    launcher works on the run, even if its ranks have not begun.
+    step: step of the checkpoint to continue from; None for the newest good checkpoint. Raises DistattnError without any change
+    if another launcher works on the run, even if its ranks have not begun.
     """
     report_progress = no_progress if json_lines else print_line
     proposal = Proposal.of_this_process(run)
     with ExitStack() as stack:
         with stopped("before training", "the run is unchanged"):
-            # this may wait for half a minute, to see whether a launcher on another machine is alive
+            # this may take half a minute, to find out if a launcher on another machine is alive
             stack.enter_context(RunLock(run.folder, LAUNCHER))
-            # if the ranks refuse, the run keeps its configuration
+            # a proposal that the ranks refuse leaves the run's configuration unchanged
             stack.callback(proposal.remove)
             _require_packages_of(config)
             check_run_fits(config)
@@ -78,14 +78,14 @@ def run_ranks_and_finish(
     json_lines: bool,
     proposal: Proposal | None = None,
 ) -> int:
-    """Train in a run folder that is ready, and report; for a preflight alone print its report as JSON. Return the exit code.
+    """Train in an existing run folder, then report. Return the exit code. For a preflight alone, only print its result.
 
-    proposal: the configuration and checkpoint that the ranks continue with, if it was written.
+    proposal: the proposal that the ranks continue with, if it was written.
     """
     alone = config.preflight.action == "only"
     with FolderHandle(run.folder) as held:
         with stopped("in the preflight") if alone else stopped("in training", lambda: _continue_command(run)):
-            # heavy imports only once the run is known to be possible
+            # these imports are slow, so do them only once the run is known to be possible
             from distattn.launch.finish_run import finish_run
             from distattn.launch.ranks.attempt import Ranks
             from distattn.launch.ranks.supervised import Restarts, run_supervised
@@ -107,7 +107,7 @@ def run_ranks_and_finish(
         try:
             return finish_run(run, config, report_progress, json_lines)
         except (DistattnError, OSError):
-            # all errors about a missing folder have one cause, which `check` names
+            # if the folder is missing, raise `check`'s error, which names the cause
             held.check()
             raise
 
@@ -116,12 +116,12 @@ def _require_packages_of(config: Config) -> None:
     """Raise DistattnError if a package that the run needs is not installed."""
     require_packages(*_PACKAGES)
     if config.engine.name != "fsdp2":
-        # the extra of distattn that installs the package has the same name
+        # distattn's extra that installs the package has the engine's name
         require_packages(config.engine.name, extra=config.engine.name)
 
 
 def _next_step(run: RunFolder, proposal: Proposal | None) -> int:
-    """Return the step that ranks would continue from: the proposed one until the proposal was applied."""
+    """Return the step that ranks would continue from: the proposed step, until the proposal has been applied."""
     step = None if proposal is None else proposal.step()
     return preferred_step(run.checkpoints) if step is None else step
 

@@ -1,8 +1,8 @@
 """Run the ranks of one node of a run: `python -m distattn.launch.run_node RUN ADDRESS NUMBER NODES`.
 
-ADDRESS, host:port, is where the first node listens; NUMBER is this node's number among NODES. `distattn.launch.ray.agent`
-gives all of them. Without NUMBER and NODES they come from Slurm's variables, when `distattn.launch.slurm.attempts` has srun
-start this module on each node. RUN finish writes the report.
+The first node listens at ADDRESS (host:port). NUMBER is this node's number among NODES. `distattn.launch.ray.agent` passes
+all arguments. `distattn.launch.slurm.attempts` starts this module on each node by srun, without NUMBER and NODES, which then
+come from Slurm's environment variables. With "finish" as ADDRESS, the module writes the run's report.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distattn.training.run_folder import RunFolder
 
 
 def main(folder: str, address: str, *place: str) -> int:
-    """Run this node's ranks, or finish the run. Return the exit code: the blamed rank's, or 128 + the signal that killed it."""
+    """Run this node's ranks, or finish the run. Return the exit code of the rank at fault (128 + N if killed by signal N)."""
     if address == "finish":
         from distattn.launch import finish_run
 
@@ -35,11 +35,11 @@ def main(folder: str, address: str, *place: str) -> int:
     attempts = Attempts(run.attempts)
     attempt = attempts.latest
     if number == 0 and not attempts.goes_on:
-        # requests of the attempt before; a launcher that notes attempts removes them, and may have made one for this attempt
+        # remove requests of the previous attempt; a launcher that records attempts does so itself, and may have made a new one
         run.forget_requests()
-    # a scheduler that ends a step or a container sends SIGTERM and kills it seconds later: save until then
+    # to end a step or a container, a scheduler sends SIGTERM and, seconds later, SIGKILL: save in between
     signal.signal(signal.SIGTERM, lambda *_: _ask_to_stop(run))
-    # set before torch is imported, which takes seconds in which the signal may come
+    # import torch only after setting the handler: the import takes seconds, and the signal may arrive meanwhile
     from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
     from distattn.launch.ranks.local import Node
     from distattn.launch.run_locally import PRELOAD, RANK
@@ -73,7 +73,7 @@ def main(folder: str, address: str, *place: str) -> int:
 
 
 def check_places(run: RunFolder, config: Config, nodes: int) -> None:
-    """Raise DistattnError if a run's ranks do not fill a job's nodes, because it was resumed elsewhere with other ranks."""
+    """Raise DistattnError if a run's ranks do not fill the job's nodes. This happens if it was resumed elsewhere."""
     ranks, per_node = config.parallel.ranks, node_needs(config).ranks
     if ranks != nodes * per_node:
         raise DistattnError(

@@ -1,4 +1,4 @@
-"""The state of a run on Slurm, on Ray or on this machine, its attempts, and the activities of its ranks."""
+"""The state of a run on Slurm, on Ray or on this machine, with its attempts and its ranks' activities."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from distattn.checkpoints.owner import Owner, writer_is_alive
 from distattn.checkpoints.run_lock import LAUNCHER, folder_owner
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.text_format import plural
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command
 from distattn.launch.slurm import jobs as slurm
-from distattn.parallel.analysis.text_format import plural
 from distattn.supervision.culprits import last_activity, process_state
 from distattn.training.reporting.json_lines import parse_json
 from distattn.training.run_folder import RunFolder
@@ -24,7 +24,7 @@ from distattn.training.run_folder import RunFolder
 _ALL_DONE = "all steps are done"
 # phases of runs that have ended
 _OVER = ("ended", "killed")
-# states of Slurm (squeue(1)) in which a job still has work to do: it runs, waits for nodes, or another cluster runs it
+# states in squeue(1) of a job that is not over: it runs, waits for nodes, or runs on another cluster
 _JOB_GOES_ON = (
     *("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"),
     *(
@@ -42,23 +42,23 @@ _JOB_GOES_ON = (
 
 
 def status(run: RunFolder) -> dict[str, Any]:
-    """Look up a run: its state, its steps and attempts; its job's number on Slurm, else its ranks' activities by rank.
+    """Look up the state, steps and attempts of a run, and its job number on Slurm or otherwise its ranks' activities.
 
-    state: a sentence. phase: the same for programs: "new", "starting", "waiting" for nodes, "running", "between" attempts,
-    "ended", "killed" or "unknown". all_done: whether the sentence says that all steps are done.
+    state: a sentence. phase: the state for programs: "new", "starting", "waiting" (for nodes), "running", "between" (attempts),
+    "ended", "killed" or "unknown". all_done: True if the sentence says that all steps are done.
 
-    A run that another scheduler starts has no attempts; it has its nodes' last reports of failed ranks, by node.
-    Raises DistattnError as `slurm.status` does.
+    A run started by another scheduler has no attempts, but its nodes' last reports of failed ranks, by node. Raises
+    DistattnError as `slurm.status` does.
     """
     attempts, launcher = Attempts(run.attempts), _launcher(run)
-    # a run that was started on Slurm may have been resumed here
+    # a run started on Slurm may since have been resumed on this machine
     if run.job_file.exists() and attempts.beats() is None and launcher is None:
         job = slurm.status(run)
         return job if job["state"] in _JOB_GOES_ON else _with_report(run, job)
     steps = run.steps_done()
     beats, rows = attempts.beats(), attempts.rows()
     if beats is None and rows and "why" not in rows[-1]:
-        # the attempt has begun in between, or no launcher runs it any more
+        # try again: the attempt may have begun between the two calls
         beats = attempts.beats()
     if run.ray_file.exists() and beats is None and launcher is None:
         phase, state = _ray_state(run)
@@ -76,7 +76,7 @@ def status(run: RunFolder) -> dict[str, Any]:
             ray_run["state"] += f", python -m distattn.launch.ray.attempts {run.folder} continues"
         return ray_run
     last, all_done = rows[-1] if rows else {}, False
-    # heartbeats of another user's ranks cannot be read
+    # without heartbeats, look for the launcher, too: another user's heartbeats cannot be read
     killed = beats is None and launcher is None
     phase, state = ("killed", "killed with its launcher") if killed else ("running", "running")
     if beats is None and launcher is not None and last.get("process") != launcher.writer_name:
@@ -95,7 +95,7 @@ def status(run: RunFolder) -> dict[str, Any]:
             if alive is None:
                 state += f", unless its launcher on {last['host']} still does so"
         elif alive:
-            # the launcher starts the ranks again, or ends
+            # the launcher is about to restart the ranks, or to end
             phase = "between"
             state = f"attempt {last['attempt']} ended with exit code {last['exit_code']}, its launcher continues"
     elif (host := last.get("host")) != socket.gethostname():
@@ -103,7 +103,7 @@ def status(run: RunFolder) -> dict[str, Any]:
     ranks = {str(rank): last_activity(beat) for rank, beat in (beats or {}).items()}
     reports = {} if rows else attempts.node_reports(attempts.latest)
     nodes = {str(node): facts["why"] for node, facts in sorted(reports.items())}
-    # of the furthest rank, from 1; 0 before the first step
+    # step of the furthest rank, counted from 1; 0 before the first step
     at_step = 1 + max((beat.step for beat in (beats or {}).values()), default=-1)
     facts = {"run": str(run.folder), "state": state, "phase": phase, "all_done": all_done, "steps": steps}
     facts |= {"attempts": rows, "ranks": ranks, "nodes": nodes}
@@ -111,12 +111,12 @@ def status(run: RunFolder) -> dict[str, Any]:
 
 
 def state_of_ended(run: RunFolder) -> str | None:
-    """Return the state of a run or a sweep that has ended, so there is nothing to cancel; None if it is still active.
+    """Return the state of a run or sweep that has ended and cannot be cancelled, or None if it is still active.
 
     Raises DistattnError as `slurm.status` does.
     """
     if sweep_runs(run.folder):
-        # on Slurm each task of a sweep ends on its own
+        # a sweep on Slurm has no state of its own: each task ends separately
         phase, state = _ray_state(run) if run.ray_file.exists() else ("unknown", "")
     else:
         facts = status(run)
@@ -127,13 +127,13 @@ def state_of_ended(run: RunFolder) -> str | None:
 
 
 def cancel(run: RunFolder) -> tuple[str, int | str]:
-    """Cancel the "job", or end the "launcher" on this machine; return which, and its number.
+    """Cancel a run's Slurm job, or end its launcher on this machine. Return ("job", number) or ("launcher", process id).
 
-    Ranks on Ray are asked through the run folder to save and to end. Raises DistattnError if there is neither here.
+    On Ray, the ranks are asked through the run folder to save and end. Raises DistattnError if there is neither.
     """
     attempts = Attempts(run.attempts)
     if attempts.beats() is None and (launcher := _launcher(run)) is not None:
-        # the launcher has no ranks yet, or no longer
+        # the launcher has no ranks at the moment
         if launcher.is_alive() is None:
             raise DistattnError(
                 f"{run.folder}: its launcher, {launcher}, works on it; cancel the run on {launcher.host}."
@@ -159,7 +159,7 @@ def cancel(run: RunFolder) -> tuple[str, int | str]:
 
 
 def sweep_runs(folder: Path) -> list[RunFolder]:
-    """Return the runs of a sweep on Slurm or on Ray, by number; none if the folder is not a sweep's folder."""
+    """Return the runs of a sweep on Slurm or Ray in order, or [] if the folder is not a sweep's folder."""
     place = RunFolder(folder)
     if place.config_file.exists() or not (place.job_file.exists() or place.ray_file.exists()):
         return []
@@ -168,8 +168,8 @@ def sweep_runs(folder: Path) -> list[RunFolder]:
 
 
 def _launcher(run: RunFolder) -> Owner | None:
-    """Return the launcher that has locked a run, here or on another machine, while it lives."""
-    # in a folder that this process may not write, there is no clock to compare a lease with
+    """Return the launcher that holds a run's lock, here or on another machine, or None if no live launcher holds it."""
+    # checking another machine's lease needs the file system's clock, and thus write permission in the folder
     with contextlib.suppress(OSError):
         if (owner_and_life := folder_owner(run.folder, LAUNCHER)) is not None:
             launcher, is_alive = owner_and_life
@@ -178,22 +178,22 @@ def _launcher(run: RunFolder) -> Owner | None:
 
 
 def _with_report(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts of a run that has ended, with what is left to do for its report."""
+    """Return the facts about an ended run. Its state mentions a missing report and the command that writes it."""
     missing = _unreported(run, facts)
     return facts | {"state": facts["state"] + missing, "all_done": bool(missing)}
 
 
 def _unreported(run: RunFolder, facts: Mapping[str, Any]) -> str:
-    """Return an addition to the state of a run that ended after all steps without a report, with the command for it; or ""."""
+    """Return a clause for the state of a run that did all steps but has no report, naming the command for it; or ""."""
     last = facts["attempts"][-1] if facts["attempts"] else {}
-    # a preflight alone has no steps
+    # a preflight alone has no steps to report
     if last.get("exit_code") != 0 or not facts["steps"] or Attempts(run.attempts).is_reported(run.report_file):
         return ""
     return f", {_ALL_DONE}, but not reported: {finish_command(run.folder)} compares and reports"
 
 
 def _state_elsewhere(run: RunFolder, steps: int) -> tuple[str, str]:
-    """Return the phase and the state of a run without recorded attempts, from the owner of its folder."""
+    """Return the phase and state of a run without recorded attempts, according to the lock on its folder."""
     if not steps and not run.attempts.exists():
         return "new", "not begun"
     begun = "begun by another scheduler, no attempts are recorded"
@@ -207,7 +207,7 @@ def _state_elsewhere(run: RunFolder, steps: int) -> tuple[str, str]:
 
 
 def ray_facts(run: RunFolder) -> dict[str, Any]:
-    """Return the notes of a Ray run's last launcher. Raises DamagedDataError."""
+    """Return the facts recorded by a Ray run's last launcher. Raises DamagedDataError if they cannot be parsed."""
     try:
         facts: dict[str, Any] = parse_json(run.ray_file.read_bytes())
         return facts
@@ -216,7 +216,7 @@ def ray_facts(run: RunFolder) -> dict[str, Any]:
 
 
 def _ray_state(run: RunFolder) -> tuple[str, str]:
-    """Return the phase and the state of a run on Ray, as its launcher has left it in the run folder."""
+    """Return the phase and state of a run on Ray, as its launcher recorded them in the run folder."""
     facts = ray_facts(run)
     state, *ended = run.state_file.read_text("utf-8").split()
     place = f"{facts['host']} on the Ray cluster at {facts['cluster']}"
@@ -225,17 +225,17 @@ def _ray_state(run: RunFolder) -> tuple[str, str]:
     if facts["host"] == socket.gethostname():
         if process_state(facts["launcher"]) not in "XZ":
             return state, f"{state} from {place}"
-        # the launcher may have noted its end just before
+        # read again: the launcher may have recorded its end meanwhile
         ended = run.state_file.read_text("utf-8").split()[1:]
         return ("ended", f"ended, exit code {ended[0]}") if ended else ("killed", "killed with its launcher")
     return "unknown", f"begun from {place}, which knows whether it is running"
 
 
 def status_lines(facts: Mapping[str, Any]) -> str:
-    """Format the facts of `status` for users: a line about the run, and one for each attempt and rank."""
+    """Format the result of `status` for users: a line about the run, and one for each attempt and rank."""
     job = f"job {facts['job']}: " if "job" in facts else ""
     state, steps = facts["state"], facts["steps"]
-    # if the state says that all steps are done, put their number there, to name it once
+    # if the state says that all steps are done, put the number of steps there, so that it appears only once
     counted = state.replace(_ALL_DONE, f"all {steps:,} steps are done" if steps > 1 else _ALL_DONE)
     lines = [f"{job}{counted}" if facts.get("all_done") else f"{job}{state}, {plural(steps, 'step')} done"]
     for row in facts["attempts"]:
@@ -249,7 +249,7 @@ def status_lines(facts: Mapping[str, Any]) -> str:
 
 
 def _without_end(facts: Mapping[str, Any]) -> str:
-    """Describe an attempt whose end is not noted, from the phase of its run."""
+    """Return a clause about an attempt without a recorded end, derived from the phase of its run."""
     if facts["phase"] == "running":
         return f"runs, at step {facts['at_step']:,}" if "at_step" in facts else "runs"
     return "was killed" if facts["phase"] in ("killed", "starting") else "is running, or was killed with its job"

@@ -1,4 +1,4 @@
-"""Prepare a run before ranks start: find the data, plan and prove the first step, make the run folder. Needs no torch."""
+"""Prepare a run before ranks start: find its data, create its folder, plan and prove the first step. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from distattn.checkpoints.checkpoint_folder import check_step, preferred_step, s
 from distattn.checkpoints.run_lock import RunLock
 from distattn.cluster.spec import resolve_cluster
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import readable_bytes
 from distattn.launch.command_line import print_message
 from distattn.parallel.analysis.explain import explain
-from distattn.parallel.analysis.text_format import readable_bytes
 from distattn.training.config import run_file as configuration
 from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config
@@ -36,9 +36,9 @@ from distattn.training.run_folder import RunFolder
 
 
 def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFolder:
-    """Make the folder of a new run, with the first step's plan and its explanation in it.
+    """Create the folder of a new run, with the first step's plan and its explanation.
 
-    Raises DistattnError for everything that can go wrong before ranks start, and leaves nothing behind then.
+    Raises DistattnError for all mistakes that can be found before ranks start, and then leaves nothing behind.
     """
     text = None if pack_config(config) else find_text(config)
     run = RunFolder.create(config)
@@ -62,16 +62,16 @@ def start_run(config: Config, report_progress: Callable[[str], None]) -> RunFold
         report_progress(run.explanation_file.read_text("utf-8").splitlines()[0])
         report_progress(f"run folder: {run.folder}")
     except BaseException:
-        # raise the first error, not one about the rest of the folder
+        # ignore errors here, so that the first error is raised
         shutil.rmtree(run.folder, ignore_errors=True)
         raise
     return run
 
 
 def preflight_alone(config: Config) -> Config:
-    """Return the configuration to start with: a run that ends after its preflight is not restarted or queued again.
+    """Return the configuration to start with: a preflight alone is not restarted or requeued, and gets another run folder.
 
-    It gets another folder, so that the training run can have its own.
+    The training run can then use the configured folder.
     """
     if config.preflight.action != "only":
         return config
@@ -90,10 +90,10 @@ def resume_run(
     proposal: Proposal,
     step: int | None = None,
 ) -> None:
-    """Prepare the folder of a run for continuing, and write its launcher's proposal if anything has to change.
+    """Prepare a run's folder for continuing the run, and write the launcher's proposal if anything has to change.
 
-    step: of the checkpoint to continue from, None for the newest good one. Raises DistattnError for everything that can go wrong
-    before ranks start, and changes nothing then.
+    step: step of the checkpoint to continue from; None for the newest good checkpoint. Raises DistattnError for all mistakes
+    that can be found before ranks start, and then changes nothing.
     """
     if step is not None:
         check_step(run.checkpoints, step)
@@ -112,9 +112,9 @@ def resume_run(
 
 
 def change_config(run: RunFolder, config: Config) -> None:
-    """Give a run that no job holds another configuration; the previous one is kept next to it.
+    """Replace the configuration of a run that no job holds, and keep the previous one next to it.
 
-    Raises DistattnError as `resume_run` does. A request to stop stays.
+    Raises DistattnError as `resume_run` does. Does not remove a request to stop.
     """
     with _prepared(run, config) as step:
         try:
@@ -127,15 +127,15 @@ def change_config(run: RunFolder, config: Config) -> None:
 def _prepared(run: RunFolder, config: Config, step: int | None = None) -> Iterator[int]:
     """Check a configuration for a run that no process works on, and hold the run's lock while the block writes it.
 
-    step: of the checkpoint to continue from, None for the one that the run tries first. Yields that step, or 0. Raises
-    DistattnError, and changes nothing then.
+    step: step of the checkpoint to continue from; None for the checkpoint that the run prefers. Yields that step, or 0 without
+    a checkpoint. Raises DistattnError without changing anything.
     """
     data = open_data(run, config)
     begin = preferred_step(run.checkpoints) if step is None else step
     check_steps_left(run, config, begin)
     # lock the run: no process may be working on it
     with RunLock(run.folder), _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
-        # a plan file of the user is long enough, or was refused
+        # only a run on text needs a longer plan: `open_data` refuses a user's plan that is too short
         if data.plan.steps < config.train.steps:
             data = plan_longer(run, config, data, longer)
         _check_evaluation(config, data)
@@ -145,13 +145,13 @@ def _prepared(run: RunFolder, config: Config, step: int | None = None) -> Iterat
         except OSError as error:
             raise DistattnError(f"{run.secret_file}: cannot be written: {error.strerror}; make room.") from None
         yield begin
-        # the longer plan begins like the one before
+        # the longer plan begins with the same steps, so it can replace the old one
         if longer.exists():
             longer.replace(run.packs_file)
 
 
 def _renew_secret(run: RunFolder) -> None:
-    """Draw a new secret; if the disk cannot be written, keep the old one with a warning. Raises OSError without one."""
+    """Write a new secret. If that fails, keep the old secret with a warning, or raise OSError if there is no old secret."""
     try:
         write_secret(run.secret_file)
     except OSError as error:
@@ -161,7 +161,10 @@ def _renew_secret(run: RunFolder) -> None:
 
 
 def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
-    """Plan the first step of each context length, to refuse an impossible strategy or layout before ranks start."""
+    """Plan the first step of each context length, so that an impossible strategy or layout fails before ranks start.
+
+    after: plan only steps after this one.
+    """
     settings = PlanSettings.of_config(config)
     for step, _ in data.plan.rule.context:
         if after < step < min(data.plan.steps, config.train.steps):
@@ -169,14 +172,14 @@ def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
 
 
 def _check_evaluation(config: Config, data: RunData) -> None:
-    """Raise DistattnError if held-out documents are missing or also trained, before a run trains for days."""
+    """Raise DistattnError if held-out documents are missing or also trained. It is too late to find out after days."""
     if config.evaluation.every_steps:
         check_held_out(config, data)
 
 
 @contextmanager
 def _removed_afterwards(file: Path) -> Iterator[Path]:
-    """Yield a file path that is removed afterwards; a file that a killed process left there is removed first."""
+    """Yield a file path, and remove the file afterwards. A file left there by a killed process is removed first."""
     file.unlink(missing_ok=True)
     try:
         yield file
@@ -185,7 +188,7 @@ def _removed_afterwards(file: Path) -> Iterator[Path]:
 
 
 def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
-    """Plan the first step's first micro-batch, and write the plan and its explanation into the run folder."""
+    """Plan the first step's first micro-batch, and write the plan and its explanation to the run folder."""
     settings = PlanSettings.of_config(config)
     explanation = explain(settings.plan(*first_packs(data.plan, config)), resolve_cluster(settings.config.cluster))
     explanation.plan.save(run.plan_file)
@@ -193,7 +196,7 @@ def _explain_first_step(run: RunFolder, config: Config, data: RunData) -> None:
 
 
 def require_packages(*names: str, extra: str = "train") -> None:
-    """Raise DistattnError if a package that training needs is not installed. extra: the extra of distattn that installs it."""
+    """Raise DistattnError if a package that training needs is not installed. extra: distattn's extra that installs it."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise DistattnError(f"training needs {', '.join(missing)}: pip install 'distattn[{extra}]'.")

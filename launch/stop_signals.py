@@ -1,7 +1,7 @@
-"""Signals that end a command: each gives a sentence and the exit code 128 + N, whatever the command does when it comes.
+"""Signals that end a command with a message and exit code 128 + N, whatever the command is doing.
 
-A signal that is ignored when the command begins stays ignored, as after nohup, and a signal with a handler of the caller is left
-to the caller. docs/local.md has a table of the sentences.
+A signal ignored when the command begins stays ignored, as after nohup, and a signal for which the caller has a handler is left
+to the caller. docs/local.md has a table of the messages.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from types import FrameType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-# another signal within this time of the first is the same request; a later one interrupts the clean-up
+# further signals within this time after the first belong to the same request; a later one interrupts the clean-up
 _SAME_REQUEST_SECONDS = 5.0
 
 
 class CommandStopped(KeyboardInterrupt):
     """A signal that ends this command.
 
-    doing: what the command did, such as "in training"; then: what completes or continues it. Both may be empty.
+    doing: the phase that it interrupted, such as "in training". then: how to complete or continue the work. Both may be "".
     """
 
     def __init__(self, number: int):
@@ -35,7 +35,7 @@ class CommandStopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """Return 128 + the signal's number, as shells do."""
+        """128 + the signal's number, as in shells."""
         return 128 + int(self.signal)
 
     def __str__(self) -> str:
@@ -45,9 +45,9 @@ class CommandStopped(KeyboardInterrupt):
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Raise CommandStopped in the main thread for the first of the signals that comes in this context.
+    """Raise CommandStopped in the main thread for the first signal that arrives within the block.
 
-    Only signals with their default action are handled. Nested contexts and other threads do nothing.
+    Only signals with their default action are handled. Nested contexts, and contexts in other threads, do nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -57,7 +57,7 @@ def stop_on_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked_at
         if os.getpid() != owner:
-            # a process that was forked inside the context ends in its own way
+            # a process forked within the block gets the default action
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif (now := time.monotonic()) - asked_at >= _SAME_REQUEST_SECONDS:
@@ -76,9 +76,9 @@ def stop_on_signals() -> Iterator[None]:
 
 @contextmanager
 def stopped(doing: str, then: str | Callable[[], str] = "") -> Iterator[None]:
-    """Set `doing` and `then` of a CommandStopped from this context, unless an inner context has set them.
+    """Set `doing` and `then` of a CommandStopped raised within the block, unless an inner context has set them.
 
-    then: a text, or a function that returns it, called when the command is stopped.
+    then: a text, or a function that returns the text and is called only when the command is stopped.
     """
     try:
         yield
@@ -89,11 +89,13 @@ def stopped(doing: str, then: str | Callable[[], str] = "") -> Iterator[None]:
 
 
 def end_now(code: int) -> None:
-    """End this process, which was stopped in the middle, with an exit code."""
-    # threads of torch's store may still use objects that Python destroys at exit, which aborts the process
+    """End this process, interrupted by a signal, with an exit code and without Python's normal exit.
+
+    Threads of torch's store may still use objects that Python would destroy at exit, which aborts the process.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    # otherwise the resource tracker warns about semaphores that it removes
+    # remove semaphores now, since the resource tracker would warn about them
     finalize: Any = util._run_finalizers  # type: ignore[attr-defined]
     finalize(0)
     os._exit(code)

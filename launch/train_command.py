@@ -16,7 +16,7 @@ USAGE = "usage: distattn train CONFIG [--json] [--section.key value ...]\n\n"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
+    """Run the command. Return the exit code."""
     rest = [word for word in arguments if word != "--json"]
     if not rest:
         raise DistattnError("train: CONFIG is missing: name a configuration, for example: distattn train tiny")

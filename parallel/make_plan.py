@@ -52,7 +52,7 @@ def make_plan(
     """Plan one call. This is a pure host function without torch that returns the same plan on every rank.
 
     heads and kv_heads count the query and key/value heads on one tensor-parallel rank. dtype is that of q, k and v ("float16",
-    "bfloat16", "float32", "float64", or the dtype of torch or NumPy). backward is one of POLICIES; the default is the
+    "bfloat16", "float32", "float64", or a torch or NumPy dtype). backward is one of POLICIES; the default is the
     strategy's own. cluster says which ranks share a node. As a ClusterSpec, the name of one ("h200-8x8") or a TOML file, it
     also gives the speeds of kernels and links. options are the strategy's own options, by name. comm_dtype is the dtype in
     which outputs and gradients are sent: q's, or by default the accumulation dtype. If no two partial results are added, q's

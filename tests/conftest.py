@@ -1,6 +1,7 @@
-"""Shared by all tests: one thread per process (forked ranks need it), seeds that are printed on failure, and sampling.
+"""Settings for all tests: one thread per process (which forked ranks need), seeds that are printed on failure, and
+sampling.
 
-Triton's kernels run in its interpreter; they are what the environment makes them when Triton is first imported.
+Triton's kernels run in its interpreter, which the environment selects when Triton is first imported.
 """
 
 import os
@@ -10,9 +11,10 @@ from collections.abc import Generator
 from zlib import crc32
 
 os.environ["TRITON_INTERPRET"] = "1"
-# as torchrun sets it: otherwise accelerate has every rank compute on as many threads as there are cores
+# torchrun sets this variable; without it accelerate gives every rank as many threads as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"
-# a run of one rank uses all cores, as other tests do: threads that spin while they wait then take three times as long
+# a single-rank run uses all cores at the same time as other tests. With threads that spin while they wait, it would
+# take three times as long
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
@@ -20,12 +22,13 @@ import torch
 from hypothesis import settings
 from process_guard import guard_processes
 
-# background processes of a shell, and those of nohup, ignore these signals, and an ignored signal stays ignored; tests send them
+# background processes of a shell, and processes under nohup, inherit these signals as ignored. Restore the handlers,
+# since tests send the signals
 _HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
 for number, handler in _HANDLERS.items():
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
-# processes that tests start end with this process, however it ends
+# processes started by tests end with this process, however it ends
 guard_processes()
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, print_blob=True, derandomize=True)
@@ -33,7 +36,7 @@ settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --quarter, by which CI takes turns with the tests that `make test` leaves out."""
+    """Add --quarter, with which CI takes turns running the tests that `make test` leaves out."""
     parser.addoption(
         "--quarter",
         type=int,
@@ -44,10 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
-    """Mark all but the first and every n-th case of a test marked sampled(n) as full: `make test` leaves those out.
+    """Mark all cases of a test marked sampled(n) as full, except the first and every n-th. `make test` leaves those
+    out.
 
-    With --quarter only a quarter of those is run, and half of the other tests marked full. Some processes begin with tests marked
-    waits, so that the suite does not end with one process that waits.
+    With --quarter only a quarter of them runs, and half of the other tests marked full. Tests marked waits come first
+    in some processes, so that the suite does not end with one process that waits.
     """
     quarter = config.getoption("quarter")
     seen: Counter[str] = Counter()
@@ -59,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if sampled is not None and seen[name] % sampled.args[0]:
             item.add_marker(pytest.mark.full)
             parts = 4
-        # not every second or fourth in order: those may all have the same value of a parameter
+        # do not take every second or fourth in order, since those may all share one parameter value
         if quarter is not None and item.get_closest_marker("full") and (crc32(item.nodeid.encode()) - quarter) % parts:
             left_out.append(item)
         seen[name] += 1
@@ -67,15 +71,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
-    # -m deselects tests in between
+    # -m deselects tests between these two statements
     yield
     items[:] = _spread(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def _spread(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
-    """Order the tests so that each process gets an equal part, as `--dist worksteal` deals them out.
+    """Order the tests so that each process gets an equal share, as `--dist worksteal` deals them out.
 
-    The parts of half the processes, or one more, begin with whole modules of tests that wait: the others compute meanwhile.
+    The shares of half the processes (rounded up) begin with whole modules of tests that wait, while the other processes
+    compute.
     """
     waiting: dict[str, list[pytest.Item]] = {}
     minutes: Counter[str] = Counter()

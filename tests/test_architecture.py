@@ -1,4 +1,4 @@
-"""The shape of the code base: imports between folders, public names, packages, lengths of files."""
+"""Checks of the code base's structure: imports between folders, public names, packages and file lengths."""
 
 import ast
 import os
@@ -14,14 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("distattn", "parallel", "kernels", "cluster", "launch", "configs")
-# from the ground up: a folder may import only folders of lower levels and itself
+# from the bottom up: a folder may import only itself and folders on lower levels
 LEVELS = {
     "ir": 0,
     "kernels": 1,
     "cluster": 1,
     "supervision": 1,
     "parallel.tables": 2,
-    # neither imports the other: parallel.make_plan chooses between a strategy's candidates, by bytes or by simulation
+    # neither imports the other: parallel.make_plan chooses between a strategy's candidates by bytes or by simulation
     "parallel.strategies": 3,
     "parallel.analysis": 3,
     "parallel.runtime": 4,
@@ -38,8 +38,8 @@ LEVELS = {
     "training": 12,
     "doctor": 12,
     "planning": 13,
-    "preflight": 14,
-    "launch": 15,
+    "preflight": 13,
+    "launch": 14,
 }
 NUMPY_ONLY = ("ir",)
 
@@ -54,13 +54,13 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 def folder_of(module: str) -> str:
-    """Return the folder of distattn.X.Y as LEVELS names it."""
+    """Return the key of LEVELS for the folder that contains the module distattn.X.Y."""
     parts = module.split(".")[1:]
     return max((name for name in LEVELS if parts[: name.count(".") + 1] == name.split(".")), key=len, default="")
 
 
 def imports(file: Path) -> set[str]:
-    """Return the distattn modules that a file imports anywhere, without type-checking blocks."""
+    """Return the distattn modules that a file imports anywhere except in type-checking blocks."""
     tree = ast.parse((ROOT / file).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -76,7 +76,7 @@ def imports(file: Path) -> set[str]:
 
 
 def modules() -> dict[Path, str]:
-    """Return the source files of the package, each with its module."""
+    """Return the package's source files, mapped to their module names."""
     files = [file for file in tracked("*.py") if file.parts[0] in ROOMS]
     return {
         file: ".".join([*([] if file.parts[0] == "distattn" else ["distattn"]), *file.with_suffix("").parts])
@@ -88,7 +88,7 @@ def test_imports_only_look_down():
     assert len(modules()) > 20
     for file, module in modules().items():
         if module == "distattn.__init__":
-            # the public module imports from all folders
+            # the public module may import from all folders
             continue
         assert folder_of(module), f"{file} lies in no folder of LEVELS"
         here = folder_of(module)
@@ -160,7 +160,7 @@ assert "torch" not in sys.modules and "tyro" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
-def test_the_public_face_is_complete_and_hides_no_module():
+def test_the_public_interface_is_complete_and_hides_no_module():
     import distattn as da
 
     for name in da.__all__:
@@ -179,18 +179,18 @@ def test_the_public_face_is_complete_and_hides_no_module():
     assert typed == set(da.__all__)
 
 
-def test_rooms_are_linked_into_the_package_and_shadow_nobody():
+def test_top_level_folders_are_linked_into_the_package_and_shadow_no_other_package():
     for room in ROOMS[1:]:
         link = ROOT / "distattn" / room
         assert link.is_symlink() and os.readlink(link) == f"../{room}"
-        # a top-level `kernels` package would win over Hugging Face's wherever the root is on sys.path
+        # a top-level `kernels` package would shadow Hugging Face's wherever the root is on sys.path
         assert not (ROOT / room / "__init__.py").exists()
 
 
 def test_no_object_is_unpickled_that_has_not_matched_its_digest():
-    """Refuse PyTorch's collectives of objects, which unpickle what arrives; `sealed_values` is used instead."""
+    """Refuse PyTorch's object collectives, which unpickle whatever arrives. `sealed_values` replaces them."""
     sealed = {Path("parallel/runtime/communication/sealed_values.py"), Path("distattn/checkpoints/rank_sockets.py")}
-    # the names that unpickled data may contain
+    # this file lists the names that unpickled data may contain
     listed = {Path("distattn/checkpoints/pickled_names.py")}
     theirs = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "recv_object_list")
     for file in modules():
@@ -204,7 +204,7 @@ def test_no_object_is_unpickled_that_has_not_matched_its_digest():
         assert file in sealed | listed or not names & {"pickle.loads", "pickle.load", "pickle.Unpickler"}, file
 
 
-def test_what_is_read_from_files_is_never_asked_to_run_code():
+def test_files_that_are_read_can_never_run_code():
     """Check that every reader that could run code named in a file forbids it, and that DCP's own readers are not used."""
     wanted = {
         "torch.load": "weights_only=True",
@@ -235,7 +235,9 @@ def test_files_are_short():
 
 
 def test_no_two_files_of_tests_have_one_name():
-    """Require unique names: pytest imports each file as a top-level module, and would refuse the second one."""
+    """Require unique names, because pytest imports each file as a top-level module and refuses a second one of the same
+    name.
+    """
     names = [file.name for file in tracked("tests/**/test_*.py")]
     assert sorted(names) == sorted(set(names))
 
@@ -258,7 +260,7 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    # this finds an unfinished deletion, and a new folder that pyproject.toml does not list
+    # this finds incomplete deletions, and new folders that pyproject.toml does not list
     wanted = {str(Path(*module.split(".")).with_suffix(".py")) for module in modules().values()}
     wanted |= {
         f"distattn/{file}"
@@ -277,7 +279,7 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     assert members == wanted
     (metadata,) = (name for name in archive_of_wheel.namelist() if name.endswith(".dist-info/METADATA"))
     described = archive_of_wheel.read(metadata).decode()
-    # an index page has no docs/ beside it
+    # an index page has no docs/ folder next to it
     assert "## Two commands" in described and not re.search(r"\]\((?!https?:|#)", described)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

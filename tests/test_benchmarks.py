@@ -1,4 +1,4 @@
-"""The benchmarks run, and their harness checks results before it times them."""
+"""Checks that the benchmarks run, and that their harness verifies results before it times them."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def cells():
     return harness.compare("a case", contestants(), check, repeats=4, count=lambda: dict(TOTALS))
 
 
-def test_only_what_is_right_is_timed_and_everything_is_told(cells):
+def test_only_correct_results_are_timed_and_everything_is_reported(cells):
     by_name = {cell.contestant: cell for cell in cells}
     right = by_name["right"]
     assert right.status == "ok" and len(right.seconds) == 4 and right.median > 0
@@ -165,7 +165,7 @@ def test_the_gpu_benchmark_runs_without_one():
     assert done.returncode == 0 and "ours wrong or failing in 0" in done.stdout, (
         done.stdout[-500:] + done.stderr[-1500:]
     )
-    # contestants that need a GPU say so in their cells
+    # contestants that need a GPU say so in their table cells
     assert "sdpa cudnn" in done.stdout and "no build of FlashAttention 3" in done.stdout
 
 
@@ -205,7 +205,7 @@ def test_recurrent_layers_are_right_on_every_rank_over_gloo(tmp_path):
     assert "fla-core's own context parallelism: left out: it " in done.stdout
     rows = findings.read(out)
     checks = [row for row in rows if row["kind"] == "check"]
-    # seven ops, one document or nine, five variants and one device
+    # seven ops, each with one document and with nine, in five variants and on one device
     assert len(checks) == 7 * 2 * 6 and not any(row["text"] for row in checks) and rows[-1]["kind"] == "ended"
 
 
@@ -243,7 +243,7 @@ def test_what_hybrids_recall_is_a_table_and_a_figure_of_all_runs(tmp_path):
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_disaggregation_beside_its_rivals(tmp_path):
+def test_disaggregation_is_compared_with_its_rivals(tmp_path):
     lengths, out = tmp_path / "lengths.json", tmp_path / "rows.jsonl"
     lengths.write_text(json.dumps([64, 500, 900, 3000, 16000]))
     benchmark = [sys.executable, ROOT / "benchmarks/disaggregation.py", "--lengths", lengths, "--servers", "4"]
@@ -261,7 +261,7 @@ def test_disaggregation_beside_its_rivals(tmp_path):
 
 @pytest.mark.parametrize(
     ("arrivals", "dots", "products", "serialized"),
-    # a loop that is unrolled four times; the same with a wait around each instruction; a loop that is not unrolled
+    # a loop unrolled four times, the same loop with a wait around each instruction, and a loop that is not unrolled
     [(9, 3, 96, False), (96, 3, 96, True), (4, 2, 16, False), (16, 2, 16, True)],
 )
 def test_products_of_an_unrolled_loop_are_not_taken_for_products_that_wait_for_each_other(

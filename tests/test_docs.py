@@ -1,4 +1,4 @@
-"""What the documents say is true: snippets run, links work, names exist, and the pages build."""
+"""Checks that the documents are true: snippets run, links work, names exist and the pages build."""
 
 import ast
 import importlib.util
@@ -92,7 +92,7 @@ def test_configuration_keys_that_are_named_exist(file):
     keys_of_text = re.findall(rf"--((?:{sections})\.[\w-]+)", text)
     keys_of_text += re.findall(rf"`((?:{sections})\.[a-z_]+)(?: = [^`]*)?`", text)
     for key in keys_of_text:
-        # these are files, or names of other libraries
+        # skip file names and names that belong to other libraries
         if not key.endswith((".toml", ".json", ".jsonl")) and key not in OF_OTHERS:
             assert key.replace("-", "_") in keys, key
 
@@ -102,7 +102,8 @@ def test_the_reference_has_every_public_name_once():
     assert sorted(named) == da.__all__
 
 
-# ---- snippets: for each page the functions that give each snippet its names, in order; None if the page says "not run"
+# ---- snippets: for each page, the functions that provide each snippet's names, in order, or None if the page says "not
+# run"
 
 
 def _plan(names: dict[str, Any]) -> None:
@@ -127,7 +128,7 @@ def _model(names: dict[str, Any]) -> None:
 
 
 def _packs_one_by_one(names: dict[str, Any]) -> None:
-    """Let the loader give one pack at a time."""
+    """Make a loader that yields one pack at a time."""
     _model(names)
     names |= dict(cp=da.ContextParallel(strategy="ring"), loader=[pack for step in tiny_loader() for pack in step])
 
@@ -156,7 +157,7 @@ def _reference(names: dict[str, Any]) -> None:
 
 
 def _packs(names: dict[str, Any]) -> None:
-    """Write an indexed file whose tokens the model knows, and a plan of it."""
+    """Write an indexed file with tokens in the model's vocabulary, and a plan over it."""
     _model(names)
     os.mkdir("data")
     with IndexedFileWriter("data/code", "uint8") as writer:
@@ -184,7 +185,7 @@ def _stream(names: dict[str, Any]) -> None:
 
 
 def _pretrained(names: dict[str, Any]) -> None:
-    """Export a tiny model to a folder of the name in the snippet."""
+    """Export a tiny model to a folder with the name used in the snippet."""
     model = meta_model(names["config"])
     materialise(model, 1)
     export_model(model, "Llama-3.1-8B")
@@ -192,7 +193,7 @@ def _pretrained(names: dict[str, Any]) -> None:
 
 
 def _tokens(names: dict[str, Any]) -> None:
-    """Run the snippet before this one, which it continues."""
+    """Run the previous snippet, which this one continues."""
     _packs(names)
     exec(python_snippets((ROOT / "docs" / "data-formats.md").read_text())[0], names)
 
@@ -205,7 +206,7 @@ def _saving(names: dict[str, Any]) -> None:
 
 
 def _monitored(names: dict[str, Any]) -> None:
-    """Make a plan of packs, its corpora, and a folder for the run's reports."""
+    """Make a plan of packs, its corpora and a folder for the run's reports."""
     _packs(names)
     os.mkdir("run")
     corpora = open_corpora(load_pack_config("packs.toml"))
@@ -231,7 +232,7 @@ SNIPPETS: dict[str, list[Callable[[dict[str, Any]], None] | None]] = {
     "convolutions-and-latents.md": [_own_model] * 2,
     "trainers.md": [_mesh, _own_model, None],
 }
-# texts of pages, and the smaller sizes or the single CPU rank that replace them
+# texts of the pages, mapped to replacements with smaller sizes or a single CPU rank
 SMALLER = {
     "ranks=8)  # which": "ranks=1)  # which",
     "[4096, 1024, 3072]  # documents": "[40, 10, 30]  # documents",
@@ -278,9 +279,9 @@ def test_snippets_run_as_written(page, number, capsys, tmp_path, monkeypatch):
 
 
 def _check_data(page: str, number: int, names: dict[str, Any]) -> None:
-    """Check that the snippets of the pages on data read what the library reads."""
+    """Check that the snippets of the data pages read what the library reads."""
     if page == "data-streams.md":
-        # 320,000 tokens in packs of 8,192, 16 a step
+        # 320,000 tokens in packs of 8,192, 16 packs per step
         assert names["trained"] == names["loader"].step == 3 and names["state"]["step"] == 3
     elif page == "data.md" and number == 0:
         assert names["step"] == names["made"].steps == 4
@@ -301,7 +302,7 @@ def _check_data(page: str, number: int, names: dict[str, Any]) -> None:
 
 
 def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
-    """Run the commands on the files that the pages name. The plan has all keys that exist."""
+    """Run the commands on the files that the pages name, with a plan that has all existing keys."""
     tokenizers, zstandard = pytest.importorskip("tokenizers"), pytest.importorskip("zstandard")
     for name in ("tests", "parallel", "kernels", "launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -324,7 +325,7 @@ def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
     for command in commands:
         assert cli.main(shlex.split(command)) == 0, capsys.readouterr().err
     assert "data/run.packs: " in capsys.readouterr().out and Path("data/stats.svg").exists()
-    # the numbers of the other section in place of those of [rule.cost]
+    # replace the numbers of [rule.cost] by those of the other section
     Path("packs.toml").write_text(toml.partition("[rule.cost]")[0] + cost)
     loaded = load_pack_config("packs.toml").rule
     assert f"{loaded.cost.seconds(131_072):.1f} s on one H100" in page
@@ -334,7 +335,7 @@ def test_the_commands_of_the_pages_on_data_run(capsys, tmp_path, monkeypatch):
 
 
 def _private(file: Path) -> set[str]:
-    """Return names with a leading underscore that a file takes from modules and objects which are not distattn's."""
+    """Return the names with a leading underscore that a file takes from modules and objects outside distattn."""
     tree = ast.parse(file.read_text())
     names: set[str] = set()
     for node in ast.walk(tree):
@@ -349,7 +350,7 @@ def _private(file: Path) -> set[str]:
 
 
 def _own_names(file: Path) -> set[str]:
-    """Return private names that a file defines."""
+    """Return the private names that a file defines."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -366,7 +367,7 @@ def test_private_names_of_other_projects_are_listed():
         file for top in ("distattn", "parallel", "kernels", "cluster", "launch") for file in (ROOT / top).rglob("*.py")
     ]
     own_names = set().union(*map(_own_names, files))
-    # documented by Python, underscore or not
+    # Python documents these in spite of their underscore
     public = {"_replace", "_asdict", "_fields", "_exit"}
     table = (ROOT / "docs" / "private-hooks.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
@@ -396,7 +397,7 @@ def test_every_picture_of_a_strategy_is_what_its_script_draws_today():
 
 @needs_browser
 def test_pictures_of_strategies_are_legible_in_the_dark(tmp_path):
-    """Draw the pictures as wide as the text of a page in a window of 1,200 pixels."""
+    """Draw the pictures at the width of a page's text in a window of 1,200 pixels."""
     dark = "body { background: #14181e; margin: 0 } svg { width: 636px; height: auto }"
     page = f"<!doctype html><style>{dark}</style><body>{''.join(draw_strategies.drawings().values())}</body>"
     facts = what_a_script_says(page, LEGIBLE, tmp_path, 636, dark=True)
@@ -416,7 +417,7 @@ def test_the_installation_page_has_every_extra_and_the_supported_versions():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """Build the pages. Return their folder."""
+    """Build the pages. Return the folder that contains them."""
     folder = tmp_path_factory.mktemp("docs") / "site"
     for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         try:

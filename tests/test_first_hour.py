@@ -1,4 +1,6 @@
-"""The first hour on GPUs, without a GPU: planted faults are found, a failed part stops no other, and the verdict names it."""
+"""Runs the first hour on GPUs without a GPU: planted faults are found, a failed part does not stop the others, and the
+verdict names it.
+"""
 
 import contextlib
 import dataclasses
@@ -63,7 +65,7 @@ def test_every_planted_fault_is_found(command, ranks, wanted, tmp_path):
     assert not [text for text in wanted if text not in done.stdout], done.stdout
     rows = findings.read(tmp_path / "found.jsonl")
     assert all(row["text"] for row in rows if row["kind"] == "planted") and rows[-1]["kind"] == "ended"
-    # before a fault is planted all is well
+    # before a fault is planted, all checks pass
     assert not any(row["text"] for row in rows if row["kind"] == "check")
 
 
@@ -92,13 +94,13 @@ def test_a_planted_fault_that_is_not_found_makes_the_exit_code_1(finder, monkeyp
     missed = [
         row["what"] for row in findings.read(tmp_path / "found.jsonl") if row["kind"] == "planted" and not row["text"]
     ]
-    # the trial checks results only
+    # the trial only compares results
     assert len(missed) == (4 if finder == "comparison only" else 7)
     assert capsys.readouterr().out.count("NOT FOUND") == len(missed)
 
 
 class LateLists:
-    """The lists of a program whose copy to the device happens only when the stream waits for it."""
+    """A program's lists whose copy to the device happens only when the stream waits for it."""
 
     def __init__(self, packed):
         self.real, self.packed, self.ready, self.late = packed, self, self, None
@@ -113,14 +115,14 @@ class LateLists:
         self.late = source
 
     def record(self):
-        """Record the event after the copy."""
+        """Record nothing, because the copy has not happened yet."""
 
     def join(self):
         self.real.copy_(self.late)
 
 
 def with_late_lists(program):
-    """Return a program whose lists are in one tensor, as on a GPU."""
+    """Return a program whose lists are packed into one tensor, as on a GPU."""
     from distattn.parallel.runtime.lowering.upload_program import replace_tensors
 
     lists = {}
@@ -140,7 +142,7 @@ def copied_at_the_wait(flight):
         copy()
 
 
-def test_what_streams_are_not_made_to_wait_for_is_found(monkeypatch, tmp_path):
+def test_missing_waits_of_streams_are_found(monkeypatch, tmp_path):
     pytest.importorskip("triton", reason="Triton is not installed")
     import gpu_executor
     import gpu_plants
@@ -152,7 +154,7 @@ def test_what_streams_are_not_made_to_wait_for_is_found(monkeypatch, tmp_path):
             return
         other, _, other_done = waiting.popleft()
         source, target = (tensor, other) if sends else (other, tensor)
-        # the copy happens at the receiver's wait
+        # the copy happens when the receiver waits
         (other_done if sends else done).append(lambda: target.copy_(source))
 
     monkeypatch.setattr(gpu_executor.DelayedCopies, "post", post)
@@ -177,7 +179,7 @@ def test_what_streams_are_not_made_to_wait_for_is_found(monkeypatch, tmp_path):
 
 
 def part(name, body, seconds=20.0, **more):
-    """Return a part that runs `body`: lines of Python, with `note(kind, what, text)` for findings."""
+    """Return a part that runs `body`, lines of Python that can call `note(kind, what, text)` to report findings."""
     script = (
         "import json, signal, sys, time\n"
         "path = sys.argv[sys.argv.index('--findings') + 1]\n"
@@ -199,7 +201,7 @@ def hour(stages, tmp_path, capsys, seconds=60.0, without=""):
     return code, output
 
 
-def test_parts_run_side_by_side_and_what_they_say_is_kept(tmp_path, capsys):
+def test_parts_run_side_by_side_and_their_output_is_kept(tmp_path, capsys):
     stages = [[part("planted faults", PLANTED)], [part("one", RIGHT), part("other", RIGHT)]]
     code, output = hour(stages, tmp_path, capsys, without="No GPU here.")
     assert code == 0
@@ -238,8 +240,8 @@ def test_a_part_that_fails_is_named_and_the_others_run(fault, tmp_path, capsys, 
 
 
 @pytest.mark.full
-def test_what_no_time_is_left_for_is_left_out_by_name(tmp_path, capsys, monkeypatch):
-    # Python starts within a fifth of the time that is left, also on a loaded machine
+def test_parts_without_time_left_are_skipped_by_name(tmp_path, capsys, monkeypatch):
+    # Python starts within a fifth of the remaining time even on a loaded machine
     monkeypatch.setattr(first_hour, "LEAST_SECONDS", 10.0)
     slow = "time.sleep(float(sys.argv[sys.argv.index('--seconds') + 1]))\n"
     stages = [
@@ -270,7 +272,7 @@ def test_faults_are_planted_first_and_the_rank_that_is_lost_is_last(program, gpu
         assert names[-1] == "planted: a lost rank" and stages[1][0].command[-2:] == ["--tokens", "9"]
         assert stages[0][0].command[5] == str(max(gpus, 2))
     else:
-        # a speed without a GPU means nothing
+        # without a GPU the speed would be meaningless
         assert (names[-1] == "speed") == (gpus > 0)
 
 
@@ -338,7 +340,7 @@ def test_the_verdict_of_a_right_run_says_what_auto_chose_and_how_fast_it_is():
     assert "Nothing has to be sent back." in text
 
 
-def test_a_choice_that_is_slower_than_another_tier_is_to_be_sent_back():
+def test_a_choice_slower_than_another_tier_is_listed_to_be_sent_back():
     rows = [
         *speeds("forward causal", auto="triton", distattn_triton=400, distattn_gluon=600),
         *speeds("backward causal", auto="triton", distattn_triton=400, distattn_gluon=600),
@@ -360,7 +362,7 @@ def test_many_wrong_results_are_counted_and_the_first_ones_shown():
     assert "  5. check 4: it is off\n  and 4 more" in text
 
 
-def test_a_finding_that_was_being_written_is_none(tmp_path):
+def test_a_half_written_finding_does_not_count(tmp_path):
     path = tmp_path / "found.jsonl"
     record = findings.Findings(path)
     record.check("a sum", "")

@@ -1,4 +1,6 @@
-"""Nonsense as input: a public function or a command works or refuses in a sentence of ours, whatever its arguments, and soon."""
+"""Tests with nonsense as input: a public function or command either works or refuses with one of our own messages, and
+does so quickly.
+"""
 
 import inspect
 import os
@@ -15,7 +17,7 @@ from distattn.launch import cli
 from distattn.training.config import run_file as configuration
 
 ROOT = Path(__file__).parents[1]
-# much longer than any of these calls takes; a machine may be busy
+# much longer than any of these calls takes, even on a busy machine
 TOO_LONG = 60.0
 LENGTHS = [5, 3, 8]
 MASK, LAYOUT = da.Mask.documents(LENGTHS), da.Layout.zigzag(LENGTHS, 2)
@@ -27,7 +29,7 @@ BATCH = {"input_ids": IDS, "document_lengths": LENGTHS}
 
 
 def anything():
-    """Return values of all kinds, new ones at every call: some are used up."""
+    """Return values of all kinds. Every call creates new ones, because some can be used only once."""
     numbers = [0, 1, 2, 3, -1, 7, 64, 10**9, 2**62, 10**30, 1.5, -0.5, float("nan"), float("inf"), True, np.int64(4)]
     texts = ["", "x", "1GB", "ring", "causal", "float32", "h200-1x2", "/nowhere", "a\0b", b"bytes", "é" * 300]
     lists = [[], [1], [0], [-1], [16], [5, 3, 8], [1.5], ["a"], [[1, 2], [3]], [None], (), (1, 2), (2, 1, 0), range(3)]
@@ -40,7 +42,7 @@ def anything():
 
 
 def right_calls():
-    """Return (function, right arguments) for all public functions that one process can call."""
+    """Return (function, valid arguments) for all public functions that a single process can call."""
     calls = [
         (da.Mask.full, dict(n=16)),
         (da.Mask.causal, dict(n=16)),
@@ -161,13 +163,13 @@ def right_calls():
 
 
 def closed(**settings):
-    """Make a driver by its settings, shard a batch, and close it."""
+    """Create a driver with these settings, shard a batch and close the driver."""
     with da.ContextParallel(**settings) as cp:
         cp.shard(BATCH)
 
 
 def some_calls(cases, seed):
-    """Call functions with one or two arguments replaced by anything. Return the failures that are no refusals."""
+    """Call functions with one or two arguments replaced by arbitrary values. Return the failures that are not refusals."""
     chance, wrong = random.Random(seed), {}
     calls = right_calls()
     for _ in range(cases):
@@ -202,7 +204,8 @@ def test_right_calls_are_right_and_an_object_fits_nowhere():
 
 def test_every_public_name_is_called():
     called = {getattr(function, "__qualname__", "").split(".")[0] for function, _ in right_calls()}
-    # data that is returned, not made by users; functions that need several ranks; functions that the others call
+    # types that are returned rather than created by users, functions that need several ranks, and functions called by
+    # the others
     others = {"Call", "Executable", "Explanation", "Payload", "Proof", "Table", "Timeline", "block_mask"}
     others |= {
         "RecurrentSpan",
@@ -262,7 +265,7 @@ WORDS += [
 
 
 def some_commands(cases, seed, folder):
-    """Run this many command lines. Return those that did not end with an exit code and sentences."""
+    """Run `cases` random command lines. Return those that did not end with an exit code and a readable message."""
     chance, wrong = random.Random(seed), {}
     config = folder / "config.toml"
     config.write_text(f'[data]\npath = "{ROOT}/configs"\ntokens_per_step = 4096\n[run]\nfolder = "{folder}/run"\n')
@@ -310,6 +313,6 @@ def test_nonsense_on_the_command_line_is_refused_in_a_sentence(seed, tmp_path, m
     assert sorted(os.listdir(tmp_path)) == ["config.toml", "here"]
 
 
-def test_too_many_arguments_are_told_with_the_functions_name():
+def test_too_many_arguments_are_reported_with_the_functions_name():
     with pytest.raises(TypeError, match=r"Mask.causal\(\) takes 1 positional argument but 2 were given"):
         da.Mask.causal(1, 2)

@@ -1,4 +1,4 @@
-"""No process that tests or benchmarks start outlives them, however they end."""
+"""Checks that no process started by tests or benchmarks outlives them, however they end."""
 
 import ast
 import os
@@ -12,7 +12,8 @@ import pytest
 from waiting import eventually
 
 ROOT = Path(__file__).parents[1]
-# a runner that starts a program in its own session, which starts another program and ends, and a fork with its own session
+# a runner that starts two processes: a program in its own session, which starts another program and ends, and a fork in
+# its own session
 RUNNER = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -56,7 +57,7 @@ def runs(pid: int) -> bool:
         return False
 
 
-def test_this_runner_of_tests_is_guarded():
+def test_this_test_runner_is_guarded():
     assert "guard-" in os.environ["DISTATTN_GUARDS"]
 
 

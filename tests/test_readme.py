@@ -1,4 +1,4 @@
-"""What the README promises runs as written."""
+"""Checks that what the README promises runs as written."""
 
 import math
 import re
@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_it_is_short():
-    # about 800 words of text, and the marks of tables and code between them
+    # about 800 words of text, plus the markup of tables and code
     assert len(README.split()) <= 900
     assert len(re.sub(r"```.*?```|^    .*?$", "", README, flags=re.DOTALL | re.MULTILINE).split()) <= 650
 
@@ -20,11 +20,11 @@ def test_the_loop_runs_as_written():
     (code,) = python_snippets(README)
     names = tiny_llama() | dict(loader=tiny_loader(), sum_gradients=lambda: None)
     exec(code, names)
-    # an untrained model guesses among 64 tokens; it has learnt two steps
+    # an untrained model guesses among 64 tokens, and this one has trained for only two steps
     assert abs(names["mean"] - math.log(64)) < 0.5
 
 
-def test_with_packs_of_its_own_nothing_else_changes():
+def test_with_packs_per_rank_nothing_else_changes():
     (code,) = python_snippets(README)
     setting = 'da.ContextParallel(strategy="cad", data="per_rank")'
     assert setting in README.replace(code, "")

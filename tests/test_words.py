@@ -1,4 +1,6 @@
-"""Plain English and local names that say what they hold: `tests/words.toml` has the banned ones, with the reasons."""
+"""Checks for plain English and for local names that say what they hold. `tests/words.toml` lists what is banned and
+why.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ LOCALS = WORDS["locals"]
 VERBS = set(WORDS["docstrings"]["verbs"])
 NOT_YET = tuple(WORDS["not_yet"])
 PRODUCT = ("distattn", "parallel", "kernels", "launch", "cluster")
-# the pages that readers meet first
+# the pages that readers see first
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md")
 
 
 def python_files() -> list[Path]:
-    """Return the Python files of the product and its tests; the package's links to other folders are not followed."""
+    """Return the Python files of the product and its tests, without following the package's symbolic links to other
+    folders.
+    """
     files = [path for folder in (*PRODUCT, "tests", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")]
     return sorted(path for path in files if not any(parent.is_symlink() for parent in path.parents))
 
@@ -34,13 +38,13 @@ def checked(path: Path) -> bool:
 
 
 def banned_phrases(text: str) -> list[str]:
-    """Return each banned phrase of a text, with the reason."""
+    """Return each banned phrase in a text with the reason."""
 
     return [f"{match[0]!r}: {reason}" for phrase, reason in PHRASES.items() for match in phrase.finditer(text)]
 
 
 def texts(source: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, text) of each comment and each string of a module."""
+    """Yield (line, text) of each comment and string in a module."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string.lstrip("# ")
@@ -50,7 +54,7 @@ def texts(source: str) -> Iterator[tuple[int, str]]:
 
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield (line, name) of each name that functions and comprehensions bind, arguments among them."""
+    """Yield (line, name) of each name bound by functions and comprehensions, including arguments."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.id
@@ -59,7 +63,7 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def docstring_faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield (line, fault) of docstrings of functions that do not begin with a verb."""
+    """Yield (line, fault) of function docstrings that do not begin with a verb."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
             is_property = any(
@@ -70,7 +74,7 @@ def docstring_faults(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def faults(path: Path) -> list[str]:
-    """Return what a reader would stumble over in a Python file."""
+    """Return the banned phrases, local names and docstrings in a Python file, with their lines."""
     source = path.read_text()
     tree = ast.parse(source)
     lines = [(line, fault) for line, text in texts(source) for fault in banned_phrases(text)]
@@ -97,7 +101,7 @@ def test_no_page_has_banned_phrases() -> None:
 
 
 def test_folders_that_are_not_checked_yet_have_faults() -> None:
-    """Check that a folder that is clean has left the list."""
+    """Check that every folder on the list still has a fault; a folder without faults must leave the list."""
     for folder in NOT_YET:
         files = [path for path in python_files() if str(path.relative_to(ROOT)).startswith(folder)]
         pages = [

@@ -14,8 +14,8 @@ from distattn.cluster import spec as describe
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
+from distattn.ir.text_format import align_columns, plural, with_common_unit
 from distattn.parallel.analysis.simulate import simulate
-from distattn.parallel.analysis.text_format import align_columns, plural, with_common_unit
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config

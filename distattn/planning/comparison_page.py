@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan, move_bytes
+from distattn.ir.text_format import with_common_unit
 from distattn.pages.render import render_page
 from distattn.parallel.analysis.explain import explain
-from distattn.parallel.analysis.text_format import with_common_unit
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.planning.compare_strategies import COMPARED, comparison_cells
 

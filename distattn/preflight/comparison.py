@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from distattn.ir.errors import named_ranks
-from distattn.parallel.analysis.text_format import readable_bytes
+from distattn.ir.text_format import readable_bytes
 from distattn.preflight.facts import RankFacts
 
 Key = TypeVar("Key")

@@ -8,10 +8,10 @@ import torch
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
-from distattn.planning.memory_of_run import memory_of_config
 from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config
 from distattn.training.run_data import RunData, first_packs
+from distattn.training.run_memory import memory_of_config
 from distattn.training.state_bytes import state_bytes
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distattn.ir.errors import named_ranks
-from distattn.parallel.analysis.text_format import align_columns, plural, readable_bytes
+from distattn.ir.text_format import align_columns, plural, readable_bytes
 from distattn.preflight.device_state import Clock
 from distattn.preflight.facts import RankFacts
 from distattn.preflight.probes import Link, RankSpeed

@@ -1,4 +1,4 @@
-"""Losses of held-out documents during a run, by position and corpus; the training state is unchanged afterwards."""
+"""Held-out losses during a run, by position and by corpus. The training state is unchanged afterwards."""
 
 # T tokens on this rank
 
@@ -16,7 +16,7 @@ from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 from distattn.training.reporting.loss_by_position import LossByPosition, LossTable, token_losses
 
-# called with each token's loss (T,) and the local batch of these tokens
+# called with the per-token losses (T,) and the local batch that they belong to
 AddLosses = Callable[[Tensor, Mapping[str, Any]], None]
 
 
@@ -27,13 +27,13 @@ def evaluate(
     sums: LossByPosition,
     run: Callable[[Sequence[Mapping[str, Any]], AddLosses], Any] | None = None,
 ) -> LossTable:
-    """Return the mean losses of all batches of a loader, over all ranks of the driver's loss group. A collective call.
+    """Return the mean losses over all batches of a loader and all ranks of the driver's loss group. A collective call.
 
-    Call it between two training steps: inside a loop over `cp.steps`, after the optimizer's step or before backward.
-    loader: at its first step, such as a `PackLoader` of another plan, or of the last steps of the run's plan; with
-    corpus_ids=True for losses by corpus. sums: reset first. run: receives a step's local batches and a function, which
-    it calls with their tokens' losses; by default the model's `token_losses`. Raises DistattnError where no token of
-    the loader has a label.
+    Call it between two training steps: inside a loop over `cp.steps`, after the optimizer step or before backward.
+    loader: positioned at its first step, such as a `PackLoader` of another plan or of the last steps of the run's plan;
+    losses by corpus need corpus_ids=True. sums: reset first. run: called with a step's local batches and a function that
+    it must call with their per-token losses; by default `token_losses` computes them. Raises DistattnError if no token
+    has a label.
     """
     sums.reset()
     with evaluation_mode(model):
@@ -53,10 +53,10 @@ def evaluate(
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode without gradients; restore their modes and random numbers afterwards.
+    """Put all modules into evaluation mode without gradients, and restore modes and random state afterwards.
 
-    Parameters that FSDP2 gathered for a forward pass without a backward are freed: they must not stay when a checkpoint
-    is loaded next.
+    Also frees parameters that FSDP2 gathered for a forward pass without backward: they would be stale after a checkpoint
+    is loaded.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

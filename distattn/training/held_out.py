@@ -1,4 +1,4 @@
-"""Held-out documents are not trained: before a run begins, the document numbers of both plans are compared."""
+"""Check that no held-out document is trained: the document numbers of both plans are compared before a run begins."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from distattn.ir.errors import DistattnError
 from distattn.training.config.run_file import Config
 from distattn.training.run_data import RunData, held_out_data
 
-# a file's dtype, size, and digests of index and tokens: copies have the same
+# a file's dtype, size, and digests of index and tokens; copies have the same key
 _FileKey = tuple[object, ...]
 
 
 class _Place(NamedTuple):
-    """A document of a corpus, as the numbers of both."""
+    """A document, identified by its corpus number and its number in the corpus."""
 
     corpus: int
     document: int
 
     @property
     def code(self) -> int:
-        """Both numbers as one integer."""
+        """Both numbers packed into one integer."""
         return (self.corpus << 32) + self.document
 
 
 def check_held_out(config: Config, data: RunData) -> None:
-    """Raise DistattnError if a held-out document is also trained, and where `held_out_data` does.
+    """Raise DistattnError if a held-out document is also trained, or if `held_out_data` raises it.
 
-    data: the training data. Corpora with the same files, or the same digests, are the same, whatever their names. Reads
-    the records of all training steps.
+    data: the training data. Files are the same if they are one file on disk or have equal digests, whatever the names of
+    their corpora. Reads the records of all training steps.
     """
     held, begin = held_out_data(config, data)
     trained = {place.code: place for place in _same_documents(held, begin, config, data.corpora)}
@@ -58,7 +58,7 @@ def _way_out(config: Config) -> str:
 
 
 def _same_documents(held: RunData, begin: int, config: Config, corpora: list[Corpus]) -> Iterator[_Place]:
-    """Yield the held-out documents under the numbers of the training corpora; none where no file is the same."""
+    """Yield the held-out documents whose files also belong to training corpora, with the numbers that they have there."""
     places: dict[_FileKey, list[_Place]] = {}
     for number, corpus in enumerate(corpora):
         for first, file in _files(corpus):
@@ -72,14 +72,14 @@ def _same_documents(held: RunData, begin: int, config: Config, corpora: list[Cor
 
 
 def _codes(plan: PackPlan, step: int) -> np.ndarray:
-    """Return `_Place.code` of each piece of a step, int64 (N,)."""
+    """Return `_Place.code` for each piece of a step, int64 (N,)."""
     rows = plan.step(step).rows
     codes: np.ndarray = (rows["corpus"].astype(np.int64) << 32) + rows["document"]
     return codes
 
 
 def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
-    """Yield (number of its first document, file) of each file."""
+    """Yield (number of its first document, file) for each file."""
     first = 0
     for file in corpus.files:
         yield first, file
@@ -89,6 +89,6 @@ def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
 def _key(file: IndexedFile) -> _FileKey:
     if file.digests is not None:
         return file.dtype.name, file.bin_bytes, file.index_digest, file.digests.bin_root
-    # no digests of its tokens: only the same file on the disk is the same
+    # without digests, only the same file on disk counts as the same
     status = os.stat(f"{file.prefix}.bin")
     return file.dtype.name, file.bin_bytes, file.index_digest, status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""The secret of a job: a file that only its user can read. No command line, environment or log contains it."""
+"""A job's secret, in a file that only its user can read. No command line, environment variable or log contains it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 from distattn.ir.errors import DistattnError
 
 _BYTES = 32
-# permissions of a file that only its owner reads and writes; the bits that give rights to others
+# owner may read and write; mask of the permission bits of group and others
 _OWNER_ONLY, _OTHERS = 0o600, 0o077
 
 
 def write_secret(file: Path) -> None:
-    """Draw a new secret and replace the old one. Raises OSError."""
+    """Write a new random secret in place of the old one. Raises OSError."""
     new_file = file.with_name(f"{file.name}.tmp")
     with suppress(FileNotFoundError):
         new_file.unlink()
-    # created with these permissions, so that others can never read it
+    # create the file with these permissions, so that others can never read it
     with os.fdopen(os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY), "w") as opened:
         opened.write(secrets.token_hex(_BYTES) + "\n")
     new_file.replace(file)
 
 
 def read_secret(file: Path) -> bytes:
-    """Return the secret in a file. Raises DistattnError where the file is missing, damaged or readable by others."""
+    """Return the secret in a file. Raises DistattnError if the file is missing, damaged or readable by others."""
     try:
         with open(file, encoding="ascii", errors="replace") as opened:
             rights, text = os.fstat(opened.fileno()).st_mode, opened.read()

@@ -1,4 +1,4 @@
-"""The store in which the ranks of a job meet. Rank 0 holds it and listens only on the address that it was given.
+"""The store through which a job's ranks rendezvous. Rank 0 hosts it and listens only on the given address.
 
 PyTorch's own rendezvous by environment variables listens on all interfaces.
 """
@@ -16,11 +16,11 @@ from distattn.parallel.runtime.communication.network_interfaces import listening
 
 
 def job_store() -> dict[str, Any]:
-    """Return the arguments with which `torch.distributed.init_process_group` joins the job that the environment names.
+    """Return arguments for `torch.distributed.init_process_group` that join the job described by the environment.
 
     The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. With
-    TORCHELASTIC_USE_AGENT_STORE torchrun's agent holds the store, otherwise rank 0 does. Ranks that are started again
-    use keys of their own. Raises DistattnError where rank 0 cannot listen on the address.
+    TORCHELASTIC_USE_AGENT_STORE torchrun's agent hosts the store, otherwise rank 0 does. Each restart uses another key prefix.
+    Raises DistattnError if rank 0 cannot listen on the address.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -33,7 +33,7 @@ def job_store() -> dict[str, Any]:
 
 
 def _listen(host: str, port: int, ranks: int) -> int:
-    """Return the descriptor of a socket that listens on the address that a name of this machine has."""
+    """Return the file descriptor of a socket that listens on the address of `host`, a name of this machine."""
     addresses = resolve_host(host)
     if not addresses:
         raise DistattnError(f"MASTER_ADDR: {host} does not resolve; name an address of rank 0's machine.")

@@ -1,4 +1,4 @@
-"""The optimizer's arithmetic: the learning rate of a step, as a pure function, and the parameters with weight decay."""
+"""Learning-rate schedules, as a pure function of the step, and the parameter groups with and without weight decay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distattn.ir.errors import DistattnError, SettingError
 from distattn.ir.limits import Number, OneOf, check_limits
 from distattn.training.config.sections import SCHEDULES
 
-# parameters of more dims that are added, not multiplied, such as biases of stacked experts
+# suffix of bias names; biases may have several dims, such as those of stacked experts
 _BIAS = "bias"
 
 
@@ -22,8 +22,8 @@ class ScheduleSettings:
 
     name: constant, cosine, linear, or wsd (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395), which decays
     linearly in the last `decay_share` of all steps. learning_rate: the peak, reached linearly in `warmup_steps` steps.
-    min_learning_rate: the rate of the last step; not used by constant. steps: of the whole run; later steps keep the
-    last rate.
+    min_learning_rate: the rate of the last step, unused by constant. steps: number of steps in the run; later steps keep
+    the last rate.
     """
 
     learning_rate: Annotated[float, Number(ge=0)]
@@ -48,24 +48,22 @@ class ScheduleSettings:
 
     @property
     def decay_begins(self) -> int:
-        """The first step, counted from 0, to which cosine, linear or wsd gives a lower rate."""
+        """The step, counted from 0, at which the decay of cosine, linear or wsd begins."""
         if self.name == "wsd":
             return self.steps - max(round(self.decay_share * self.steps), 1)
         return self.steps if self.name == "constant" else self.warmup_steps
 
 
 def learning_rate(settings: ScheduleSettings, step: int) -> float:
-    """Return the learning rate of a step, counted from 0. It depends on nothing else, so a resumed run needs no state
-    for it.
-    """
+    """Return the learning rate of a step, counted from 0. It depends only on the step, so a resumed run needs no state."""
     peak, lowest = settings.learning_rate, settings.min_learning_rate
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
     begin, last = settings.decay_begins, settings.steps - 1
     if step < begin or settings.name == "constant":
         return peak
-    # wsd's first decay step is below the stable rate, so that a decay of one step ends at the lowest; cosine and linear
-    # begin at the peak
+    # cosine and linear begin their decay at the peak; wsd begins one step below it, so that even a one-step decay reaches
+    # the lowest rate
     before = begin - 1 if settings.name == "wsd" else begin
     progress = min((step - before) / max(last - before, 1), 1.0)
     share = (1 + math.cos(math.pi * progress)) / 2 if settings.name == "cosine" else 1 - progress
@@ -73,7 +71,7 @@ def learning_rate(settings: ScheduleSettings, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameter groups. A rate in a tensor (for CUDA graphs) is filled, not replaced."""
+    """Set the learning rate of all parameter groups. A rate held in a tensor (for CUDA graphs) is updated in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
@@ -82,17 +80,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trained parameters in two groups for an optimizer: matrices and embeddings decay, biases and vectors
-    do not.
+    """Return the trained parameters in two optimizer groups: matrices and embeddings with weight decay, others without.
 
-    Scales of norms are vectors. Parameters called bias never decay. Sharded parameters (FSDP2's DTensors and the
-    partitions of DeepSpeed's ZeRO 3) are judged by their global shapes. The model's order is kept, a shared parameter
-    counts once, and an empty group is left out. Raises DistattnError where no parameter is trained.
+    Vectors, such as norm scales, and parameters named bias do not decay. For sharded parameters (FSDP2's DTensors,
+    DeepSpeed's ZeRO 3 partitions) the global shape decides. The model's order is kept, a shared parameter occurs once,
+    and an empty group is left out. Raises DistattnError if the model has no trained parameter.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise DistattnError(f"{type(model).__name__} has no parameter that is trained.")
-    # a parameter that ZeRO 3 has partitioned has no shape of its own
+    # a parameter partitioned by ZeRO 3 has an empty shape
     dims = [len(getattr(parameter, "ds_shape", parameter.shape)) for _, parameter in trained]
     decays = [
         count > 1 and not name.rpartition(".")[2].endswith(_BIAS)

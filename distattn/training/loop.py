@@ -1,10 +1,9 @@
-"""The training loop: every step's packs and all parameters are split over the ranks; a run continues from its newest
-checkpoint.
+"""The training loop of one rank. A step's packs and all parameters are split over the ranks.
 
-`train` is one rank of a run; `distattn.training.rank` calls it in a process of its own. Ranks share the process group
-and the run folder, which has the resolved configuration, checkpoints and, for a run on text, tokens and the plan of
-packs. A run's future depends only on the number of the next step, the parameters, the optimizer's averages, and the
-state of the numerics watch and of the loss by position.
+`distattn.training.rank` calls `train` in a separate process per rank. Ranks share the process group and the run folder,
+which has the resolved configuration, checkpoints and, for a run on text, tokens and the plan of packs. A run continues
+from its newest checkpoint. How it continues depends only on the step number, the parameters, the optimizer's averages,
+and the state of the numerics watch and of the loss by position.
 """
 
 from __future__ import annotations
@@ -59,11 +58,11 @@ from distattn.training.watch.weight_growth import WeightGrowth
 def train(
     run: RunFolder, config: Config, json_lines: bool, device: torch.device, *, proposal: Proposal | None = None
 ) -> None:
-    """Train on this rank from the newest checkpoint of the run folder, or from the beginning, to the last step.
+    """Train on this rank from the run folder's newest checkpoint, or from scratch, to the last step.
 
-    proposal: the one that contains the configuration; rank 0 applies it after all checks. Raises DistattnError for
-    invalid settings, and for wrong numbers where the run file says to stop; RunStopped where the run was asked to stop,
-    with a checkpoint of its last step.
+    proposal: the proposal with this configuration, which rank 0 applies after all checks. Raises DistattnError for
+    invalid settings, and for wrong numbers if watch.action is "stop". Raises RunStopped if the run was asked to stop, after
+    saving a checkpoint unless checkpoints are off.
     """
     data = open_data(run, config)
     with ExitStack() as stack:
@@ -90,7 +89,7 @@ def train(
         loop.run()
         loop.check_folder()
     steps, last_step = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)], config.train.steps
-    # a folder may have an older checkpoint of the last step
+    # the folder may have an older checkpoint of the last step, so check for a failed save, too
     if (
         lock is not None
         and config.checkpoint.every_steps >= 0
@@ -103,7 +102,7 @@ def train(
 
 
 class TrainingLoop:
-    """The steps of a run on one rank. lock: rank 0's, on the run's folder. proposal: as for `train`."""
+    """The training loop of one rank. lock: rank 0's lock on the run folder, None elsewhere. proposal: see `train`."""
 
     def __init__(
         self,
@@ -122,7 +121,7 @@ class TrainingLoop:
         self.documents = self.folder.lines(self.folder.documents_file, append_documents)
         self.schedule, group = schedule_settings(config), dist.group.WORLD
         growth = WeightGrowth(engine.state_tensors)
-        # whether all ranks learn each other's loss; tensor- and pipeline-parallel ranks do not
+        # True if the loss is reduced over all ranks; with tensor or pipeline parallelism it is not
         self._shares_loss = dist.get_world_size(engine.cp.loss_group) == dist.get_world_size()
         self.watch = NumericsWatch(
             engine.model,
@@ -143,9 +142,9 @@ class TrainingLoop:
         self._has_evaluated = False
         # the finding on the first step of a streak
         self._finding = ""
-        # the damage for which the run has to go back
+        # the damage that forces the run to go back to a checkpoint
         self._damage: Damage | None = None
-        # context length of the step before
+        # context length of the previous step
         self._context: int | None = None
         self.utilisation = Utilisation.of_config(config, shape)
         self.health = RunHealth(engine.cp, device, config.health, self.folder, reporter)
@@ -157,7 +156,7 @@ class TrainingLoop:
         if not begin and self.folder.plan_file.exists():
             self.reporter.report_plan(Plan.load(self.folder.plan_file))
         if not begin and config.watch.action == "rollback":
-            # a checkpoint to go back to
+            # a rollback needs a checkpoint
             self.run_checkpoints.save(0)
         if not begin:
             self.run_checkpoints.take_digest("the begin of the run", 0)
@@ -171,7 +170,7 @@ class TrainingLoop:
             self.reporter.report_warning(last - 1, "refused", ends)
 
     def _resume(self) -> int:
-        """Load the checkpoint to continue from, and apply the proposal; return the step."""
+        """Load the checkpoint to continue from, apply the proposal, and return the checkpoint's step."""
         proposal = self._proposal if self.lock is not None else None
         with nullcontext() if proposal is None else proposal.applied(self.config):
             begin = self.run_checkpoints.resume()
@@ -181,7 +180,7 @@ class TrainingLoop:
         return begin
 
     def _train_from(self, begin: int) -> int:
-        """Train from a step on; return the last step, or the step to continue from after a rollback."""
+        """Train from step `begin`. Return the last step, or the step to continue from after a rollback."""
         last, evaluation, every = self.config.train.steps, self.config.evaluation, self.config.checkpoint.every_steps
         clock = self.health.clock()
         steps = self.engine.cp.steps(self._loader(self.data, begin, last))
@@ -189,7 +188,7 @@ class TrainingLoop:
         for step, batches in enumerate(clock.steps(steps), begin):
             self.stop.look()
             planned = self.data.plan.step(step)
-            # steps of another length compile and allocate, as the first step does
+            # the first step of a new context length compiles and allocates, as the first step of a run does
             unusual = self._context not in (None, planned.context)
             self._context = planned.context
             seconds = self.config.supervision.starting_seconds if unusual else 0.0
@@ -200,7 +199,7 @@ class TrainingLoop:
                 self._damage = None
                 return self._leave_damaged(damage)
             done = step + 1
-            # before the save, so that a run resumed from it does not evaluate again
+            # evaluate before saving, so that a run resumed from the checkpoint does not evaluate again
             if evaluation.every_steps and (done % evaluation.every_steps == 0 or done == last):
                 self._evaluate(done)
             stop = self.stop.reason() if done < last else Stop.NO
@@ -214,10 +213,10 @@ class TrainingLoop:
         return last
 
     def _train_step(self, step: int, planned: StepPacks, batches: Sequence[Batch], clock: StepClock) -> bool:
-        """Run one step; return False where the run must go back to a checkpoint."""
+        """Run one step. Return False if the run must go back to a checkpoint."""
         train = self.config.train
         if self.reporter.visible:
-            # recorded before the documents can cause an error
+            # record the documents before they can cause an error
             self.documents.add(lambda: list(piece_rows(self.data, step)))
         self._seed(step)
         if self.replay.due(step):
@@ -226,7 +225,7 @@ class TrainingLoop:
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         with activity("the norm of all gradients", waits=True, key="gradient norm"):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
-        # the state is copied between two digests, before the update changes it
+        # a checkpoint being saved must have copied the state before the next digest and the update
         self.checkpoints.wait_staged()
         with activity("the mean loss of all ranks", waits=True, key="mean loss"):
             mean, damage = self._mean_loss(step, losses)
@@ -268,10 +267,10 @@ class TrainingLoop:
         return verdict.applies or self._act(verdict, batches)
 
     def _mean_loss(self, step: int, losses: Sequence[Tensor]) -> tuple[float, Damage | None]:
-        """Return the mean loss of a step, and the change of the state since the last update, the same on all ranks.
+        """Return a step's mean loss, and the change of the state since the last update. All ranks get the same result.
 
-        A rank whose state has changed shares this by a loss that is NaN, so undamaged runs send nothing more. Where not
-        all ranks learn that loss, one more number is sent at the same time.
+        A rank whose state has changed signals it with an additional NaN loss, so undamaged runs send nothing extra. If
+        the loss is not reduced over all ranks, one more number is reduced at the same time.
         """
         changed = self.digest.changed()
         self.health.state_checks = self.digest.comparisons
@@ -282,21 +281,21 @@ class TrainingLoop:
         return mean, self.digest.explain(step, changed) if explains else None
 
     def _leave_damaged(self, damage: Damage) -> int:
-        """Report a damaged state and go back to a checkpoint of an undamaged one; return its step."""
+        """Report a damaged state, go back to a checkpoint from before the damage, and return its step."""
         self.health.report_damage(damage.step + 1, damage.text)
         return self.run_checkpoints.leave_damaged(damage)
 
     def _replay(self, step: int, batches: Sequence[Batch]) -> None:
-        """Compute the first micro-batch twice and compare; the gradients are dropped afterwards."""
+        """Run the first micro-batch twice, report a difference, and drop the gradients."""
         difference = self.replay.check(step, lambda: self.engine.backward(batches[:1]), self.engine.drop)
         self.engine.drop()
         if difference is not None:
             self.reporter.report_warning(step, "wrong rank", difference.text)
 
     def _act(self, verdict: Verdict, batches: Sequence[Batch]) -> bool:
-        """Handle a refused step as the run file says; return False where the run must go back to a checkpoint.
+        """Handle a refused step as watch.action says. Return False if the run must go back to a checkpoint.
 
-        Only the first of refused steps in a row is examined, reported and kept as evidence.
+        Of consecutive refused steps, only the first is examined, reported and kept as evidence.
         """
         if verdict.begins_streak:
             self._finding = self._find(verdict, batches)
@@ -314,7 +313,7 @@ class TrainingLoop:
         return not (verdict.action == ROLLBACK or self.config.watch.action == ROLLBACK and further)
 
     def _find(self, verdict: Verdict, batches: Sequence[Batch]) -> str:
-        """Run a refused step again and keep its evidence; return the finding's text."""
+        """Run a refused step again, keep its evidence, and return the finding's text."""
         self._seed(verdict.step)
         finding = self.watch.find(verdict.step, lambda number: self.engine.backward([batches[number]])[0], len(batches))
         self.engine.drop()
@@ -322,10 +321,8 @@ class TrainingLoop:
         return finding.text
 
     def _evaluate(self, done: int) -> None:
-        """Evaluate held-out documents; report their losses and those of training since the last time, by position and
-        corpus.
-        """
-        # the first evaluation compiles
+        """Evaluate held-out documents, and report their losses and the training losses since the last evaluation."""
+        # the first evaluation may take longer, since it compiles
         seconds = 0.0 if self._has_evaluated else self.config.supervision.starting_seconds
         set_activity("evaluation", seconds=seconds, key="evaluation")
         self._has_evaluated = True
@@ -338,20 +335,18 @@ class TrainingLoop:
         self.by_position.reset()
 
     def _look_at_folder(self) -> Stop:
-        """Return whether the run must stop because its folder was moved or deleted. Rank 0 calls it."""
+        """Return the reason to stop if the run's folder was moved or deleted, otherwise Stop.NO. Only rank 0 calls it."""
         if self.folder.is_in_place():
             return Stop.NO
         return Stop.FOLDER_LOST if self.folder.follow() is None else Stop.FOLDER_MOVED
 
     def check_folder(self) -> None:
-        """Raise DistattnError on rank 0 where the run's folder was moved or deleted, with its new path if it has one."""
+        """Raise DistattnError on rank 0 if the run's folder was moved (naming its new path) or deleted."""
         if self.lock is not None:
             self.folder.hold().check()
 
     def _end(self, done: int, stop: Stop) -> None:
-        """End the run after a step, saved if possible. Raises RunStopped, or DistattnError where its folder was moved
-        or deleted.
-        """
+        """End the run early, after `done` steps. Raises RunStopped, or DistattnError if its folder was moved or deleted."""
         begin = self.run_checkpoints.finish_early(done)
         if stop != Stop.ASKED:
             sentence = self.stop.text_of_rank_0(self._end_of_moved(done, stop, begin) if self.lock is not None else "")
@@ -363,9 +358,9 @@ class TrainingLoop:
         )
 
     def _end_of_moved(self, done: int, stop: Stop, begin: int) -> str:
-        """Return rank 0's sentence about a folder that was moved or deleted, and record it as an event.
+        """Record on rank 0 that the folder was moved or deleted, and return the sentence with which the run ends.
 
-        begin: the step from which a resume continues, `done` if the run was saved.
+        begin: the step from which a resume continues; equal to `done` if the run was saved.
         """
         event = self.folder.hold().what_happened()
         self.reporter.report_event(done, "stopped", event)
@@ -373,13 +368,13 @@ class TrainingLoop:
             return f"{event}; the run ends after step {done:,}, which is not saved."
         place = self.folder.follow() or "its new name"
         if begin != done:
-            # the save has failed, or the state had changed
+            # the save failed, or the state had changed
             since = f"step {begin:,}" if begin else "the first step"
             return f"{event}; the run ends after step {done:,}, which is not saved: distattn resume {place} goes on from {since}."
         return f"{event}; the run was saved there after step {done:,} and ends: distattn resume {place} goes on."
 
     def _seed(self, step: int) -> None:
-        """Set the seed of a step's random numbers, such as dropout's, so that they depend only on the step and the rank."""
+        """Set the seed of a step's random numbers, such as dropout's, so that it depends only on run.seed, step and rank."""
         torch.manual_seed(derived_key(self.config.run.seed, step, dist.get_rank()))
 
     def _loader(self, data: RunData, begin: int, end: int) -> PackLoader:
@@ -397,7 +392,7 @@ class TrainingLoop:
 
 
 def _write_shape(run: RunFolder, shape: Any) -> None:
-    """Write the model's transformers configuration, for exports; warn if that fails."""
+    """Write the model's transformers configuration, which exports need. Warn if that fails."""
     file, text = run.folder / "config.json", f"{shape.to_json_string()}"
     try:
         if not file.exists() or file.read_text("utf-8") != text:

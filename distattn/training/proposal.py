@@ -1,8 +1,8 @@
-"""A launcher's proposal to its ranks when a run goes on: another configuration, and the checkpoint to continue from.
+"""A launcher's proposal for continuing a run: a new configuration, and the checkpoint to continue from.
 
-The proposal is a file in the run folder with a unique name, which the launcher passes to its ranks and removes at its
-end. Rank 0 applies it while it holds the run's lock, after all checks, and renames the file: ranks that the same
-launcher starts again find it under the second name.
+The proposal is a file in the run folder with a unique name. The launcher passes the name to its ranks, and removes the
+file when it ends. Rank 0 applies the proposal after all checks, while it holds the run's lock, and renames the file, so
+ranks restarted by the same launcher find it under its second name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from distattn.training.run_folder import RunFolder
 
 
 class _Facts(NamedTuple):
-    """The first line of a proposal. step: to continue from; before: digest of the run's configuration when it was
-    written.
+    """The first line of a proposal. step: the step to continue from. before: digest of the run's configuration when the
+    proposal was written.
     """
 
     step: int | None
@@ -32,51 +32,49 @@ class _Facts(NamedTuple):
 
 
 class Proposal:
-    """One launcher's proposal for a run. name: passed by the launcher to its ranks."""
+    """One launcher's proposal for a run. name: a unique name that the launcher passes to its ranks."""
 
     def __init__(self, run: RunFolder, name: str):
         self.run, self.name = run, name
         self.file, self.applied_file = run.proposed_config_file(name), run.applied_config_file(name)
-        # whether this process wrote it: if the file is deleted meanwhile, its name is still passed to the ranks, which
-        # then refuse
+        # True if this process wrote the proposal. Its name is passed to the ranks even if the file is deleted meanwhile, and
+        # the ranks then refuse to start
         self.was_written = False
 
     @classmethod
     def of_this_process(cls, run: RunFolder) -> Proposal:
-        """Return the proposal of this process, a launcher; it is not written yet."""
+        """Return the proposal of this process, a launcher, without writing it."""
         return cls(run, writer_name())
 
     def write(self, config: Config, step: int | None) -> None:
-        """Write a configuration and the step of the checkpoint to continue from, None for the newest good one. Raises
-        OSError.
+        """Write the proposal. The process must hold the run's lock. Raises OSError.
 
-        The process must hold the run's lock.
+        step: the step of the checkpoint to continue from; None for the newest good checkpoint.
         """
         facts = _Facts(step, self._digest_of_run())
         configuration.save(config, self.file, f"# {json.dumps(facts._asdict())}\n")
         self.was_written = True
 
     def load(self) -> Config:
-        """Return the proposed configuration. Raises DistattnError where the file has neither of its two names."""
-        # rank 0 may rename the file from the first name to the second between the two checks
+        """Return the proposed configuration. Raises DistattnError if the file exists under neither of its two names."""
+        # in this order, since rank 0 may rename the file from the first name to the second between the two checks
         for file in (self.file, self.applied_file):
             if file.exists():
                 return configuration.load(file)
         raise self._lost()
 
     def step(self) -> int | None:
-        """Return the step to continue from; None for the newest good one, and after the proposal was applied."""
+        """Return the step to continue from; None for the newest good checkpoint, or if the proposal has been applied."""
         facts = self._facts()
         return None if facts is None else facts.step
 
     @contextmanager
     def applied(self, config: Config) -> Iterator[None]:
-        """Set aside checkpoints after the proposed step while the block loads one, and record that the proposal was
-        applied.
+        """Set aside checkpoints after the proposed step while the block loads one, then mark the proposal as applied.
 
-        The process is rank 0 and holds the run's lock. config: the proposed one. If the block raises, the run is
-        restored. Raises DistattnError where the run's configuration was changed after the proposal was written, and
-        where `choose_step` does.
+        Called on rank 0, which holds the run's lock. config: the proposed configuration. If the block raises, the
+        checkpoints are restored. Raises DistattnError if the run's configuration was changed after the proposal was
+        written, or if `choose_step` raises it.
         """
         if (facts := self._facts()) is None:
             if not self.applied_file.exists():
@@ -96,27 +94,28 @@ class Proposal:
             self._note_applied()
 
     def remove(self) -> None:
-        """Remove the files that this launcher has written."""
+        """Remove the proposal's file, under either name."""
         for file in (self.file, self.applied_file):
             with suppress(OSError):
                 file.unlink(missing_ok=True)
 
     def remove_of_dead(self) -> None:
-        """Remove the proposals of killed launchers of this machine. The process holds the run's lock."""
+        """Remove the proposals of killed launchers on this machine. The process must hold the run's lock."""
         for name in self.run.proposals():
             with suppress(ValueError):
                 if writer_is_alive(name) is False:
                     Proposal(self.run, name).remove()
 
     def _facts(self) -> _Facts | None:
-        """Return the first line of the proposal; None without a proposal, or after it was applied."""
+        """Return the first line of the proposal, or None if there is no proposal or it has been applied."""
         with suppress(FileNotFoundError), open(self.file, encoding="utf-8") as lines:
             return _Facts(**json.loads(lines.readline().removeprefix("#")))
         return None
 
     def _note_applied(self) -> None:
-        """Let ranks that are started again continue from their own checkpoints. Needs no disk space. Raises
-        DistattnError.
+        """Rename the file, so that restarted ranks continue from their own checkpoints. Raises DistattnError.
+
+        Renaming needs no disk space.
         """
         try:
             self.file.rename(self.applied_file)

@@ -1,4 +1,4 @@
-"""One rank of a run in a process of its own, started by `distattn.launch`: its device, threads and process group."""
+"""The process of one rank, started by `distattn.launch`: sets up its device, threads and process group."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from distattn.training.proposal import Proposal
 from distattn.training.rank_authentication import authenticate_ranks
 from distattn.training.run_folder import RunFolder
 
-# timeout for the store of a job that is about to end
+# timeout of requests to the store of a job that is about to end
 _STORE_PATIENCE = timedelta(seconds=5)
-# system errors that do not pass by themselves, unlike those of a file system that does not answer for a while
+# system errors that do not go away by themselves, unlike those of a temporarily unresponsive file system
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
 
 
 def main(
     folder: str, json_lines: bool, proposed: str, may_begin: Callable[[RunFolder, Config, torch.device], bool]
 ) -> int:
-    """Run one rank of a run. Returns the exit code. may_begin: checks all ranks before they train, and prints why they
-    may not.
+    """Run one rank of a run, and return the exit code.
 
-    proposed: the name of the launcher's proposal, which rank 0 applies before the first step; "" without a proposal.
+    proposed: name of the launcher's proposal, which rank 0 applies before the first step; "" without a proposal.
+    may_begin: checks all ranks before training; returns False after printing why they may not begin.
     """
 
     def work(run: RunFolder, config: Config, device: torch.device) -> int:
@@ -52,22 +52,23 @@ def main(
 
 
 def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int], proposed: str = "") -> int:
-    """Run `work` as one rank of the run in a folder, with a device and the process group. Returns its exit code, or an
-    error's.
+    """Run `work` as one rank of the run in `folder`, with a device and process group, and return its exit code.
 
-    proposed: the name of the launcher's proposal, which has the configuration; "" to use the run's own configuration.
+    If a DistattnError or OSError is raised, print it, record it as this rank's end and return the error's exit code.
+
+    proposed: name of the launcher's proposal, which has the configuration; "" to use the run's own configuration.
     """
     run = RunFolder(Path(folder))
     try:
         config = Proposal(run, proposed).load() if proposed else configuration.load(run.config_file)
     except DistattnError as error:
-        # all ranks of a machine read the same file; there is no store yet to learn what other ranks have printed
+        # print once per machine, since its ranks read the same file (`is_first_to_print` needs a store, not yet open)
         if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
             sys.stderr.write(f"distattn: rank {os.environ['RANK']}: {error}\n")
             sys.stderr.flush()
         set_end(error.exit_code, error)
         return error.exit_code
-    # ranks share the machine's cores; more threads than cores only wait for each other
+    # ranks share the machine's cores, and more threads than cores would only wait for each other
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.parallel.ranks))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     device = torch.device("cpu")
@@ -75,7 +76,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     size_flight_recorder(config.model.num_layers)
-    # norms of gradients on the host are added there, over gloo
+    # with gradients on the host, their norms are reduced there, which needs gloo
     gpu_backend = "cpu:gloo,cuda:nccl" if config.memory.state_on_host else "nccl"
     with activity("connecting to the other ranks", waits=True, key="connecting"):
         store_arguments = job_store()
@@ -84,7 +85,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         authenticate_ranks(run.secret_file)
         code = work(run, config, device)
     except DistattnError as error:
-        # the store may have been lost together with the other rank
+        # if another rank was lost, the store may be lost, too
         _print_error(str(error), run, None if isinstance(error, LostRankError) else store_arguments["store"])
         set_end(error.exit_code, error)
         return error.exit_code
@@ -95,7 +96,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         code = DistattnError.exit_code if error.errno in _LASTING else 1
         set_end(code, DistattnError(text) if error.errno in _LASTING else error)
         return code
-    # only without an error: NCCL waits for the other ranks here, and an error must be reported at once
+    # not after an error: NCCL waits for the other ranks here, but an error must be reported at once
     dist.destroy_process_group()
     return code
 
@@ -103,7 +104,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
 def _print_error(text: str, run: RunFolder, store: dist.Store | None) -> None:
     """Print why this rank ends, unless ranks share a console and another rank has printed the same text.
 
-    store: the job's; None where it must not be used.
+    store: the job's store, or None if it must not be used.
     """
     if store is None or run.logs.is_dir() or is_first_to_print(text, store):
         sys.stderr.write(f"distattn: rank {dist.get_rank()}: {text}\n")
@@ -111,9 +112,9 @@ def _print_error(text: str, run: RunFolder, store: dist.Store | None) -> None:
 
 
 def is_first_to_print(text: str, store: dist.Store) -> bool:
-    """Return whether no other rank of this job has printed this text: ranks that share a console print it once.
+    """Return True if no other rank of this job has printed this text, so that ranks sharing a console print it once.
 
-    Also True where the store does not answer, since printing twice is better than not at all.
+    Also True if the store does not answer, since printing twice is better than not at all.
     """
     try:
         store.set_timeout(_STORE_PATIENCE)

@@ -1,4 +1,4 @@
-"""Proof that all ranks of a process group know the job's secret: PyTorch's store, gloo and NCCL let any process join."""
+"""Proof that all ranks know the job's secret. It is needed because PyTorch's store, gloo and NCCL let any process join."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _BYTES = 32
 
 
 def authenticate_ranks(file: Path) -> None:
-    """Let all ranks of the default group prove to each other that they know the secret in a file. A collective call.
+    """Let all ranks of the default group prove to each other that they know the secret in `file`. A collective call.
 
-    Every rank draws a number and every proof contains all numbers, so no proof can be used again. Nothing is unpickled
-    before. On every rank that knows the secret, raises DistattnError naming the ranks that do not.
+    Every rank draws a random number, and every proof covers all of them, so no proof can be replayed. Nothing is
+    unpickled before that. Ranks that know the secret raise DistattnError naming the ranks that do not.
     """
-    # a rank that cannot read it still takes part, so that the other ranks can name it
+    # a rank that cannot read the secret still takes part, so that the other ranks can name it
     try:
         secret, error = read_secret(file), None
     except DistattnError as unreadable:
@@ -49,7 +49,7 @@ def _proof(secret: bytes, rank: int, numbers: bytes) -> bytes:
 
 
 def _exchange(content: bytes) -> list[bytes]:
-    """Return every rank's bytes, by rank; all ranks pass the same number of bytes."""
+    """Return every rank's bytes, in rank order. All ranks must pass the same number of bytes."""
     mine: Tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     group = dist.group.WORLD
     assert group is not None

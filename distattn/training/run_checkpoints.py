@@ -1,4 +1,4 @@
-"""The checkpoints of a run: save them, judge them by the steps that follow, and go back to one."""
+"""A run's checkpoints: saves them, judges them by the steps that follow, and goes back to one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distattn.checkpoints.run_lock import RunLock
 from distattn.checkpoints.staging import HostBuffers
 from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedStateError, DistattnError
-from distattn.parallel.analysis.text_format import plural
+from distattn.ir.text_format import plural
 from distattn.training.engines.engine import Engine, EngineState, host_tensor
 from distattn.training.reporting.loss_by_position import LossByPosition
 from distattn.training.reporting.metrics import MetricsReporter, warn
@@ -34,9 +34,10 @@ from distattn.training.watch.weight_growth import WeightGrowth
 
 
 class RunCheckpoints:
-    """The checkpoints of a run in training. All ranks call each method together. lock: rank 0's, on the run's folder.
+    """The checkpoints of a run in training. All ranks call each method together.
 
-    engine, watch and by_position have the state that is saved; growth and digest watch it between updates.
+    lock: rank 0's lock on the run folder, None elsewhere. engine, watch and by_position hold the state that is saved;
+    growth and digest watch it between updates.
     """
 
     def __init__(
@@ -54,39 +55,37 @@ class RunCheckpoints:
         self.engine, self.checkpoints, self.reporter, self.lock = engine, checkpoints, reporter, lock
         self.watch, self.growth, self.by_position = watch, growth, by_position
         self.digest = StateDigest(engine.state_tensors, dist.group.WORLD)
-        # the loss of the last step; None before the first one
+        # the loss of the last step; None before the first step
         self._loss: float | None = None
-        # whether a save waits until a step is applied again
+        # True if a save is due but waits until a step is applied again
         self._save_is_due = False
-        # the step of the checkpoint with the current weights, and the checkpoint they were loaded from; None after an
-        # update
+        # the step of the checkpoint with the current weights, and the checkpoint from which they were loaded; both None
+        # after an update
         self._saved_step: int | None = None
         self._loaded: Loaded | None = None
-        # the step of a save during which the state may have changed, since it was not compared afterwards
+        # the step of a save whose state has not been compared with its digest since, so it may be damaged
         self._uncompared: int | None = None
 
     def is_due(self, done: int) -> bool:
-        """Return whether to save after `done` steps; a save that is due during refused steps waits until a step is
-        applied.
-        """
+        """Return whether to save after `done` steps. A save due during refused steps waits until a step is applied."""
         every = self.config.checkpoint.every_steps
         self._save_is_due |= every > 0 and done % every == 0
-        # weights after refused steps may be bad: they are saved only where the run ends
+        # weights after refused steps may be bad, so they are saved only when the run ends
         return self._save_is_due and self.watch.streak is None
 
     def save(self, done: int) -> None:
-        """Save the state after `done` steps. Raises DistattnError where another job uses the folder, or it is gone."""
+        """Save the state after `done` steps. Raises DistattnError if another job uses the folder or the folder is gone."""
         if self.lock is not None:
             self.lock.check()
             if not self.folder.is_in_place():
                 if (place := self.folder.follow()) is None:
-                    # there is no folder left to save into
+                    # the folder is gone: raise
                     self.folder.hold().check()
                 else:
                     self.checkpoints.move_to(place / self.folder.checkpoints.name)
         facts, streak = {} if self._loss is None else {"loss": f"{self._loss:.6g}"}, self.watch.streak
         verdict = CheckpointVerdict()
-        # no step follows the last one, which could distinguish a bad step from bad weights
+        # after the run's last step, no further step can tell a bad step from bad weights
         if streak is not None and (self.watch.doubts_weights or done == self.config.train.steps):
             text = f"it was saved after refused steps, from {streak.first + 1:,} on: {streak.reason.removesuffix('.')}"
             verdict = CheckpointVerdict(REFUSED, text)
@@ -95,23 +94,23 @@ class RunCheckpoints:
         self._uncompared = done
 
     def save_last(self, done: int) -> Damage | None:
-        """Save after the run's last step; return the change of the state since its update, None without one."""
+        """Save after the run's last step. Return the change of the state since its update, or None without a change."""
         self.save(done)
         self.checkpoints.wait()
         return self.digest.compare(done - 1, "the end of the run")
 
     def finish_early(self, done: int) -> int:
-        """Wait for the save after the step at which a run is stopped, and remove it if the state has changed meanwhile.
+        """Wait for the save of a run that stops after `done` steps, and discard the checkpoint if the state has changed.
 
-        Returns the step of the checkpoint from which a resume continues, the same on all ranks; 0 without one.
+        Returns the step of the checkpoint from which a resume would continue, the same on all ranks; 0 without one.
         """
         self.checkpoints.wait()
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
             self.reporter.report_warning(damage.step, "damaged state", damage.text)
-            # a run that was not saved may have an older checkpoint of this step
+            # if this run has not saved here, a checkpoint of this step is an older one: keep it
             if self._uncompared == done:
                 self.checkpoints.note(lambda folder: discard_checkpoint(folder, done), done)
-        # a save may have failed, and one of weights after refused steps is in doubt
+        # ask which checkpoint a resume prefers: the save may have failed, or be in doubt after refused steps
         newest: list[int] = []
         self.checkpoints.note(lambda folder: newest.append(preferred_step(folder)))
         self.checkpoints.wait()
@@ -119,7 +118,7 @@ class RunCheckpoints:
         return steps_of_rank_0[0] if steps_of_rank_0 else 0
 
     def resume(self) -> int:
-        """Load the newest checkpoint. Return its step; 0 without one."""
+        """Load the newest checkpoint. Return its step, or 0 without a checkpoint."""
         engine_state = self.engine.state(host_tensor)
         state = self._state(engine_state)
         loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
@@ -142,9 +141,7 @@ class RunCheckpoints:
         return loaded.step
 
     def go_back(self, step: int) -> int:
-        """Load the newest checkpoint and return its step. step: the refused one. Raises DistattnError without a
-        checkpoint.
-        """
+        """Load the newest checkpoint and return its step. step: the refused step. Raises DistattnError without one."""
         if not (checkpoint := self.resume()) and self._loaded is None:
             raise DistattnError(
                 f"step {step + 1}: there is no checkpoint to go back to, since none could be saved; see the messages above."
@@ -152,7 +149,10 @@ class RunCheckpoints:
         return checkpoint
 
     def leave_damaged(self, damage: Damage) -> int:
-        """Report a damaged state and load a checkpoint of an undamaged one; return its step."""
+        """Report a damaged state, load a checkpoint from before the damage, and return its step.
+
+        Raises DistattnError if damage repeats or watch.action is "stop", and DamagedStateError without a checkpoint.
+        """
         step, saved = damage.step, self._uncompared
         self.reporter.report_warning(step, "damaged state", damage.text)
         if saved is not None:
@@ -176,13 +176,13 @@ class RunCheckpoints:
         )
 
     def begins_at(self, step: int) -> bool:
-        """Return whether a step is the first one after a checkpoint that was not in doubt."""
+        """Return whether `step` is the first one after loading a checkpoint that was not in doubt."""
         return self._loaded is not None and self._loaded.step == step and not self._loaded.doubt
 
     def judge(self, verdict: Verdict, loss: float) -> None:
-        """Record what a step shows about the checkpoint of its weights, and about those before a streak.
+        """Record what a step's verdict shows about the checkpoint with its weights, and about those from before a streak.
 
-        The state was compared before this call, so saves since then are copies of an undamaged state.
+        The caller has just compared the state with its digest, so the last save copied an undamaged state.
         """
         self._loss, self._uncompared = loss, None
         saved_step, streak = self._saved_step, verdict.streak
@@ -193,32 +193,32 @@ class RunCheckpoints:
                 self._end_streak(streak, verdict.recovered)
 
     def judge_refused(self, verdict: Verdict) -> None:
-        """Record what a refused step shows about the checkpoint of its weights, after the step has been examined.
+        """Record what a refused step, already examined, shows about the checkpoint with its weights.
 
-        The newest good checkpoint from before a streak is kept until the run recovers, or has passed the refused step.
-        A run that skips the step continues with the same weights; `NumericsWatch.doubts_weights` decides whether they
-        are in doubt.
+        The newest good checkpoint from before a streak is kept until the run recovers or has passed the refused step. A
+        run that skips the step continues with the same weights; `NumericsWatch.doubts_weights` says whether they are in
+        doubt.
         """
         self._refuse_saved(verdict)
         if verdict.begins_streak:
             self.checkpoints.note(lambda folder: keep_newest_good(folder, verdict.step))
 
     def _refuse_saved(self, verdict: Verdict) -> None:
-        """Refuse the checkpoint with the weights of a refused step, if these are in doubt."""
+        """Refuse the checkpoint with a refused step's weights if the weights are in doubt."""
         saved_step, streak = self._saved_step, verdict.streak
         if saved_step is None or streak is None:
             return
         if self.config.watch.action == SKIP == verdict.action:
             refused = self.watch.doubts_weights and streak.count <= 2
         else:
-            # a rollback loads the checkpoint first, and the step is computed again
+            # with rollback, the checkpoint is refused only if the step is bad again after loading it
             refused = verdict.begins_streak and (verdict.action != ROLLBACK or self._loaded is not None)
         if refused:
             text = f"step {streak.first + 1:,}, computed from it, was refused: {streak.reason.removesuffix('.')}"
             self.checkpoints.note(lambda folder: judge_checkpoint(folder, saved_step, REFUSED, text), saved_step)
 
     def _end_streak(self, streak: Streak, recovered: bool) -> None:
-        """Report the end of a streak, once."""
+        """Report the end of a streak, and release or keep the checkpoint from before it."""
         if recovered:
             self.checkpoints.note(lambda folder: release_kept(folder, streak.first + 1))
         else:
@@ -232,20 +232,23 @@ class RunCheckpoints:
             self.reporter.report_warning(streak.last, "refused", f"{describe_streak(streak)}; {ending}.")
 
     def after_update(self, step: int, stops: Callable[[], object]) -> None:
-        """Record the state after an update. stops: returns whether the run is asked to stop after the step."""
+        """Record the state after an update. stops: returns a true value if the run is asked to stop after the step."""
         self._saved_step = self._loaded = None
         self.growth.after_update(step)
         self.take_digest(f"the update of step {step + 1}", step + 1, stops)
 
     def take_digest(self, after: str, done: int, stops: Callable[[], object] = bool) -> None:
-        """Hash the state after `done` steps, if the run file asks for it, or if the state is about to be saved."""
+        """Hash the state after `done` steps if watch.digest_every asks for it or the state is about to be saved.
+
+        after: see `StateDigest.take`.
+        """
         every, saves = self.config.watch.digest_every, self.config.checkpoint.every_steps
         is_saved = saves > 0 and done % saves == 0 or saves >= 0 and done == self.config.train.steps
         if every and (done % every == 0 or is_saved or self._save_is_due or stops()):
             self.digest.take(after)
 
     def accept_config(self, step: int) -> None:
-        """Replace the run's configuration by this one; if that fails, warn and go on."""
+        """Replace the run's configuration with this one. If that fails, warn and go on."""
         try:
             self.folder.accept_config(self.config, step)
         except OSError as error:
@@ -255,11 +258,11 @@ class RunCheckpoints:
             )
 
     def _kept_state(self, buffers: HostBuffers) -> dict[str, Any]:
-        """Return the state that a checkpoint contains; tensors that an engine gathers for it are in the buffers."""
+        """Return the state to save. The engine copies tensors that it gathers into `buffers`."""
         return self._state(self.engine.state(buffers.keep))
 
     def _state(self, state: EngineState) -> dict[str, Any]:
-        """Return the state that a checkpoint contains. state: the engine's."""
+        """Return the contents of a checkpoint. state: the engine's state."""
         progress = {"updates": state.updates, "watch": self.watch.state_dict()}
         averages = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         return {

@@ -1,4 +1,4 @@
-"""The data of a run: text, whose bytes become an indexed file in the run folder, or an existing plan of packs."""
+"""A run's data: either text, whose bytes are written to an indexed file in the run folder, or an existing plan of packs."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from distattn.ir.errors import DistattnError
 from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
-# maximum number of packs among which a document is placed
+# maximum number of packs in a packing window
 _MOST_WINDOW = 1024
-# name of the corpus of a folder of text
+# name of the corpus made from a run's text
 _TEXT = "text"
 
 
 class RunData(NamedTuple):
-    """A plan of packs and its corpora. vocabulary: token ids are below it."""
+    """A plan of packs and its corpora. vocabulary: upper bound (exclusive) of token ids."""
 
     plan: PackPlan
     corpora: list[Corpus]
@@ -43,17 +43,17 @@ class RunData(NamedTuple):
 
     @property
     def context(self) -> int:
-        """Tokens of the longest pack."""
+        """Number of tokens in the longest pack."""
         return max(tokens for _, tokens in self.plan.rule.context)
 
 
 def pack_config(config: Config) -> PackConfig | None:
-    """Return the configuration of a plan of packs that data.path names; None where it names text."""
+    """Return the configuration of the plan of packs in data.path, or None if data.path names text."""
     return load_pack_config(config.data.path) if config.data.path.endswith(".toml") else None
 
 
 def find_text(config: Config) -> TextCorpus:
-    """Return the documents of the run's text. Raises DistattnError where the text has none; no file is read."""
+    """Return the documents of the run's text without reading any file. Raises DistattnError if it has no documents."""
     data = config.data
     return find_corpus(
         data.path, suffix=data.suffix, exclude=data.exclude, max_document_tokens=data.max_document_tokens
@@ -61,14 +61,15 @@ def find_text(config: Config) -> TextCorpus:
 
 
 def write_text(run: RunFolder, config: Config, text: TextCorpus) -> None:
-    """Write the bytes of the run's text and the plan of its packs into the run folder. Raises DamagedDataError for no
-    text.
+    """Write the bytes of the run's text and the plan of its packs to the run folder.
+
+    Raises DamagedDataError if a file is not UTF-8 text or changes meanwhile.
     """
     _plan_text(config, byte_corpus(text, str(run.corpus_prefix), _TEXT), run.packs_file)
 
 
 def open_data(run: RunFolder, config: Config) -> RunData:
-    """Return the data of a run. Raises DistattnError where they have changed, or are too few for all steps."""
+    """Return a run's data. Raises DistattnError if the data changed or do not suffice for all steps."""
     planned = pack_config(config)
     if planned is None:
         corpora = [Corpus.open(_TEXT, [str(run.corpus_prefix)], config.data.check_tokens)]
@@ -80,10 +81,9 @@ def open_data(run: RunFolder, config: Config) -> RunData:
 
 
 def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> RunData:
-    """Return the data of a run on text with a longer plan that begins with the same steps, written to `path`.
+    """Extend the plan of a run on text to its current number of steps, write it to `path`, and return the data with it.
 
-    Raises DistattnError where evaluated documents would be trained, and where the longer plan would begin with other
-    packs.
+    Raises DistattnError if held-out documents would be trained, or if the longer plan would begin with different packs.
     """
     steps, plan = config.train.steps, data.plan
     if held_out_steps(config):
@@ -103,7 +103,10 @@ def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> Ru
 
 
 def vocabulary_size(config: Config, corpora: Sequence[Corpus] | None = None) -> int:
-    """Return the limit of a run's token ids; 0 if neither the run nor its files have it. corpora: of its plan, if open."""
+    """Return the upper bound (exclusive) of a run's token ids, or 0 if neither the run file nor the data files give it.
+
+    corpora: the open corpora of the run's plan; opened if left out.
+    """
     planned = pack_config(config)
     if config.model.vocab_size or planned is None:
         return config.model.vocab_size or VOCABULARY
@@ -112,7 +115,7 @@ def vocabulary_size(config: Config, corpora: Sequence[Corpus] | None = None) -> 
 
 @contextmanager
 def planned_packs(config: Config) -> Iterator[PackPlan]:
-    """Yield the plan of a run's packs before the run exists: of text, by the sizes of its files."""
+    """Yield the plan of a run's packs before the run exists. For text, it is computed from the file sizes."""
     planned = pack_config(config)
     if planned is not None:
         yield _planned_data(config, planned).plan
@@ -123,15 +126,15 @@ def planned_packs(config: Config) -> Iterator[PackPlan]:
 
 
 def held_out_steps(config: Config) -> int:
-    """Return the number of last steps of the run's own plan that are evaluated instead of trained."""
+    """Return how many steps at the end of the run's own plan are evaluated instead of trained."""
     evaluation = config.evaluation
     return evaluation.steps if evaluation.every_steps and not evaluation.path else 0
 
 
 def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
-    """Return the evaluation's data and first step: evaluation.path, or the last steps of the run's own plan.
+    """Return the data to evaluate and its first step: evaluation.path, or the last steps of the run's own plan.
 
-    Raises DistattnError where there are too few steps, or where the run's data begin again in them;
+    Raises DistattnError if there are too few steps, or if the run's data start over within them.
     `held_out.check_held_out` checks that no document is also trained.
     """
     begin, steps = data.plan.steps - config.evaluation.steps, config.evaluation.steps
@@ -158,19 +161,17 @@ def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
 
 
 def first_packs(plan: PackPlan, config: Config, step: int = 0) -> list[list[int]]:
-    """Return the tokens of each piece of the packs of a step's first attention call, of all shares that attend
-    together.
-    """
+    """Return the document lengths of each pack in a step's first attention call, over all shares that attend together."""
     first, shares = plan.step(step), config.parallel.data_parallel_size
     together = shares if config.parallel.data == "per_rank" else 1
     return [first.packs[share[0]].lengths for share in deal_packs(first, shares)[:together]]
 
 
 def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
-    """Yield where each piece of a document of a step lies, enough to read it without this package.
+    """Yield the location of each document piece of a step, with all facts needed to read it without this package.
 
-    file, dtype, byte: where its tokens begin. follows: whether the document goes on, so that its last token has a
-    label.
+    file, dtype, byte: where its tokens begin. follows: True if the document continues after the piece, so that the last
+    token has a label.
     """
     for number, pack in enumerate(data.plan.step(step).packs):
         for row in pack.rows:
@@ -193,7 +194,7 @@ def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
 
 
 class _Lengths(NamedTuple):
-    """The fields of a corpus that a plan needs."""
+    """The fields of a corpus that planning needs."""
 
     name: str
     lengths: np.ndarray
@@ -201,11 +202,11 @@ class _Lengths(NamedTuple):
 
 
 def _plan_text(config: Config, corpus: CorpusLengths, file: Path) -> PackPlan:
-    """Return the plan of packs of a run on text; it does not depend on the numbers of ranks and shares."""
+    """Return the plan of packs of a run on text. It does not depend on the numbers of ranks and shares."""
     by_step = config.data.context_by_step
     context = min(tokens for _, tokens in by_step)
     packs = config.data.tokens_per_step // context
-    # a window of several epochs would mix them, and a plan that ends within the window would repeat documents
+    # a window longer than an epoch would mix epochs; one longer than the plan would repeat documents
     steps = config.train.steps + held_out_steps(config)
     window = min(_MOST_WINDOW, steps * packs, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
     rule = PackRule(by_step, config.data.tokens_per_step, window)

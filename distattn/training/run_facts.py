@@ -1,4 +1,4 @@
-"""The facts that identify a run: those its checkpoints record, and those that must stay when it is resumed."""
+"""The facts that identify a run: those recorded in its checkpoints, and those that must not change when it is resumed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     # the import takes seconds, and commands that start runs do not need it
     import torch
 
-# a run with other values here is another run
+# sections that must not change, since other values would make it another run
 _FIXED = ("model", "data")
-# the dtype of computation may change, and folders may have moved: the checkpoint's facts identify their contents
+# exceptions: the compute dtype may change, and folders may have moved; the checkpoint's facts identify their contents
 _MAY_CHANGE = ("model.path", "model.dtype", "model.weights", "data.path", "data.check_tokens")
 # keys of a transformers configuration that do not describe the model's shape
 _NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
 
 
 class TrainingRun(NamedTuple):
-    """The run to train. shape: the model's transformers configuration. facts: those of `resume_facts`. device: this rank's."""
+    """The run to train. shape: the model's transformers configuration. facts: see `resume_facts`. device: this rank's device."""
 
     folder: RunFolder
     config: Config
@@ -38,14 +38,13 @@ class TrainingRun(NamedTuple):
 
 
 def resume_facts(config: Config, data: RunData, shape: Any) -> dict[str, str]:
-    """Return the facts that a checkpoint's manifest records of its run; those in `REQUIRED` must match when it is
-    loaded.
+    """Return the facts about a run for its checkpoints' manifests. Those in `REQUIRED` must match on loading.
 
-    shape: the transformers configuration of the model.
+    shape: the model's transformers configuration.
     """
     return {
         "model": _digest({name: value for name, value in shape.to_dict().items() if name not in _NOT_SHAPE}),
-        # extending a plan does not change its order digest
+        # the order digest stays the same if the plan is extended
         "plan": data.plan.order_digest,
         "corpora": " ".join(corpus.digest for corpus in data.corpora),
         "seed": str(config.run.seed),
@@ -55,12 +54,12 @@ def resume_facts(config: Config, data: RunData, shape: Any) -> dict[str, str]:
     }
 
 
-# ranks, degrees, strategy, kernel and engine may change
+# facts that must match; ranks, parallel degrees, strategy, kernel and engine may change
 REQUIRED = ("model", "plan", "corpora", "seed")
 
 
 def check_same_run(before: Config, after: Config) -> None:
-    """Raise DistattnError, naming the key, where the resumed run would be another run."""
+    """Raise DistattnError, naming the key, if the new configuration describes another run."""
     pairs = [
         (f"{name}.{key}", asdict(getattr(before, name))[key], value)
         for name in _FIXED
@@ -75,9 +74,7 @@ def check_same_run(before: Config, after: Config) -> None:
 
 
 def check_steps_left(run: RunFolder, config: Config, done: int) -> None:
-    """Raise DistattnError where a run has done more steps than its configuration asks for. done: the steps of its
-    checkpoint.
-    """
+    """Raise DistattnError if a run's checkpoint, after `done` steps, is beyond the configured number of steps."""
     if done > config.train.steps:
         raise DistattnError(
             f"train.steps: {config.train.steps:,}, but {run.folder} has a checkpoint of step {done:,}: give {done:,} or more."

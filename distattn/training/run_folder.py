@@ -1,4 +1,4 @@
-"""The run folder: everything a run writes. Only this module has the names of its files."""
+"""The run folder, which holds everything that a run writes. Only this module knows the names of its files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from distattn.training.config.run_file import Config
 from distattn.training.job_secret import write_secret
 from distattn.training.reporting.json_lines import JsonLines, Row, append_rows, json_text, read_rows, write_whole
 
-# the splits whose losses by position and corpus are written
+# the splits in losses.jsonl
 TRAINING, EVALUATION = "training", "evaluation"
-# kind of an event: ranks have loaded a checkpoint and continue from its step
+# kind of event: the ranks loaded a checkpoint and continue from its step
 RESUMED = "resumed"
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """The metrics of one training step.
+    """The metrics of one training step. None means unknown.
 
-    loss: mean over tokens, in nats; grad_norm: before clipping; tokens: of all ranks; seconds: wall time of the step on
-    rank 0. learning_rate: of this step. context_length: tokens of a pack. mfu: share of the devices' peak, in [0, 1].
-    skipped: why the step was not applied, empty if it was. Of rank 0, as in `step_clock.StepCosts`: data_seconds,
-    wait_seconds, and bytes of memory. None means unknown.
+    loss: mean over tokens, in nats. grad_norm: gradient norm before clipping. tokens: over all ranks. seconds: wall time
+    on rank 0. context_length: tokens per pack. mfu: share of the devices' peak, in [0, 1]. skipped: why the step was not
+    applied, or empty. data_seconds, wait_seconds and the memory in bytes are rank 0's; see `step_clock.StepCosts`.
     """
 
     step: int
@@ -49,7 +48,7 @@ class StepMetrics:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all ranks over the step's wall time."""
+        """Number of tokens of all ranks per second of the step's wall time."""
         return self.tokens / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,29 +57,29 @@ class StepMetrics:
 
 
 class RunFolder:
-    """The folder of one run, and the names of the files in it."""
+    """The folder of one run, with the paths of its files."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._lines: dict[Path, JsonLines] = {}
         self._held: FolderHandle | None = None
         self.config_file = folder / "config.toml"
-        # for a run on text: its bytes as an indexed file, and the plan of its packs
+        # for a run on text: the indexed file of its bytes, and the plan of its packs
         self.corpus_prefix = folder / "corpus"
         self.packs_file = folder / "corpus.packs"
-        # the pieces of documents of each step
+        # the document pieces of each step
         self.documents_file = folder / "documents.jsonl"
         self.metrics_file = folder / "metrics.jsonl"
-        # losses by position and corpus, of training and of evaluations
+        # losses by position and corpus, in training and evaluation
         self.losses_file = folder / "losses.jsonl"
-        # refused steps with their findings, restarts, ranks that compute wrongly
+        # rare events, such as refused steps with their findings, restarts, and ranks that compute wrongly
         self.events_file = folder / "events.jsonl"
-        # the ranks' speeds and GPU errors; the token that a scrape of the same numbers needs
+        # the ranks' speeds and GPU errors, and the token required to scrape them
         self.health_file = folder / "health.jsonl"
         self.prometheus_token = folder / "prometheus_token"
         # the run's id in Weights & Biases
         self.wandb_file = folder / "wandb_id"
-        # one folder per checkpoint, and the weights before the first step, from which the reference check starts
+        # one folder per checkpoint, and the initial weights, from which the reference check starts
         self.checkpoints = folder / "checkpoints"
         self.initial_weights = folder / "initial"
         self.plan_file = folder / "plan.npz"
@@ -93,25 +92,25 @@ class RunFolder:
         # results of the ranks' checks before the first step
         self.preflight_file = folder / "preflight.json"
         self.logs = folder / "logs"
-        # why ranks were started again, and their state at that time
+        # why ranks were restarted, and their state at that time
         self.attempts = folder / "attempts"
-        # requests that the run saves and ends; contains the reason
+        # requests that the run save and end; contains the reason
         self.stop_file = folder / "stop"
-        # created by a launcher to let ranks save and end, before it starts them again on more nodes
+        # created by a launcher to make ranks save and end before it restarts them on more nodes
         self.regroup_file = folder / "regroup"
         # files of a batch system
         self.script_file = folder / "job.sbatch"
         self.job_file = folder / "job.json"
         self.state_file = folder / "state"
-        # for a Ray cluster: the process that runs the attempts, and its machine
+        # on a Ray cluster: the process that runs the attempts, and its machine
         self.ray_file = folder / "ray.json"
 
     def proposed_config_file(self, name: str) -> Path:
-        """Return the file of a launcher's proposal to its ranks, until they have accepted it; see `Proposal`."""
+        """Return the file of a launcher's proposal before its ranks accept it. See `Proposal`."""
         return self.folder / f"config.proposed-{name}.toml"
 
     def applied_config_file(self, name: str) -> Path:
-        """Return the file of a proposal that a launcher's ranks have accepted."""
+        """Return the file of a launcher's proposal after its ranks have accepted it."""
         return self.folder / f"config.applied-{name}.toml"
 
     def proposals(self) -> list[str]:
@@ -124,24 +123,24 @@ class RunFolder:
         return self.logs / f"rank-{rank}.log"
 
     def note_job(self, job: int | str) -> None:
-        """Write the number of the Slurm job of a run or sweep, for later lookup. Raises OSError."""
+        """Record the Slurm job of a run or sweep. Raises OSError."""
         write_whole(self.job_file, json_text({"job": job}) + "\n")
 
     def ask_to_stop(self, reason: str) -> None:
-        """Request that the ranks save and end after their next step, with exit code 75; an earlier reason is kept."""
+        """Request that the ranks save and end after their next step, with exit code 75. An earlier reason is kept."""
         with suppress(FileExistsError), open(self.stop_file, "x", encoding="utf-8") as file:
             file.write(f"{reason}\n")
 
     def forget_requests(self) -> None:
-        """Remove the requests to end, once the ranks have ended. Raises OSError."""
+        """Remove the requests to end. Call it after the ranks have ended. Raises OSError."""
         for file in (self.stop_file, self.regroup_file):
             file.unlink(missing_ok=True)
 
     def accept_config(self, config: Config, step: int) -> None:
-        """Replace the run's configuration; the old one is kept as config.until-STEP.toml. No rank may be reading it.
+        """Replace the run's configuration, and keep the old one as config.until-STEP.toml. No rank may be reading it.
 
-        step: the step from which the ranks continue. Another change at the same step keeps config.until-STEP-2.toml,
-        and so on. Raises OSError; the run's configuration is unchanged then.
+        step: the step from which the ranks continue. Further changes at the same step keep config.until-STEP-2.toml and so
+        on. Raises OSError, leaving the run's configuration unchanged.
         """
         if configuration.load(self.config_file) == config:
             return
@@ -150,14 +149,14 @@ class RunFolder:
         while file.exists():
             number += 1
             newest, file = file, self.folder / f"config.until-{step}-{number}.toml"
-        # a process that was killed here has already written it
+        # a process killed at this point has already written it
         if newest is None or newest.read_text("utf-8") != before:
             write_whole(file, before)
         configuration.save(config, self.config_file)
 
     @staticmethod
     def create(config: Config) -> RunFolder:
-        """Create a new folder with the configuration in it. Raises DistattnError where that fails."""
+        """Create a new run folder with the configuration in it. Raises DistattnError if it cannot be written."""
         try:
             run = RunFolder(_new_folder(Path(config.run.folder)))
             configuration.save(config, run.config_file)
@@ -167,27 +166,27 @@ class RunFolder:
         return run
 
     def append(self, path: Path, *rows: Row) -> None:
-        """Append JSON lines to a file of the run; see `JsonLines`."""
+        """Append JSON lines to a file of the run. See `JsonLines`."""
         self.lines(path).add(lambda: rows)
 
     def lines(self, path: Path, append: Callable[[Path, Sequence[Row]], None] = append_rows) -> JsonLines:
-        """Return the JSON lines of a file of the run, which `close` closes."""
+        """Return the `JsonLines` of a file of the run. `close` closes it."""
         if path not in self._lines:
             self._lines[path] = JsonLines(path, append, self.is_in_place)
         return self._lines[path]
 
     def hold(self) -> FolderHandle:
-        """Keep the folder open until `close`, so that this process notices if it is moved or deleted. Raises OSError."""
+        """Keep the folder open until `close`, to notice if it is moved or deleted. Return its handle. Raises OSError."""
         if self._held is None:
             self._held = FolderHandle(self.folder)
         return self._held
 
     def is_in_place(self) -> bool:
-        """Return whether the folder's path is still the folder that this process holds, if it holds it."""
+        """Return False if this process holds the folder and the path no longer leads to it."""
         return self._held is None or self._held.is_in_place()
 
     def follow(self) -> Path | None:
-        """Return the held folder's current path, and write waiting lines there; None if it has no path any more."""
+        """Return the held folder's current path, and let JSON lines continue there. Return None if it has no path."""
         place = None if self._held is None else self._held.where()
         if place is not None:
             for lines in self._lines.values():
@@ -195,7 +194,7 @@ class RunFolder:
         return place
 
     def close(self) -> None:
-        """Write the lines that waited for room on the disk; see `JsonLines`. Release the folder."""
+        """Write the lines still waiting for disk space (see `JsonLines`), and release the folder."""
         for lines in self._lines.values():
             lines.close()
         if self._held is not None:
@@ -203,18 +202,17 @@ class RunFolder:
             self._held = None
 
     def metrics(self, steps: float = math.inf) -> list[StepMetrics]:
-        """Return the metrics of the steps so far, in order; for a step repeated after going back, the last ones.
+        """Return the metrics of the steps so far, in order. Steps repeated after a rollback have only their last metrics.
 
-        steps: of the run's configuration. Later steps, from before the run continued with fewer steps, are left out.
+        steps: the configured number of steps. Later steps, done before that number was lowered, are left out.
         """
         last = {row["step"]: StepMetrics(**row) for row in read_rows(self.metrics_file) if row["step"] <= steps}
         return [last[step] for step in sorted(last)]
 
     def losses(self, split: str, steps: float = math.inf) -> list[dict[str, Any]]:
-        """Return rows of `losses.jsonl` of one split (EVALUATION or TRAINING) in the order of steps, the last of each
-        step.
+        """Return the last row of each step in `losses.jsonl` for one split (EVALUATION or TRAINING), in step order.
 
-        steps: as for `metrics`.
+        steps: see `metrics`.
         """
         rows = {
             row["step"]: row for row in read_rows(self.losses_file) if row["split"] == split and row["step"] <= steps
@@ -222,9 +220,9 @@ class RunFolder:
         return [rows[step] for step in sorted(rows)]
 
     def steps_done(self) -> int:
-        """Return the last step that the run has done, or the step of the checkpoint from which it has continued since.
+        """Return the last step done, or the step of a checkpoint from which the run has resumed since; 0 before the first.
 
-        0 before the first. Raises DistattnError where the configuration cannot be read.
+        Raises DistattnError if the configuration cannot be read.
         """
         if not self.metrics_file.exists():
             return 0
@@ -232,27 +230,25 @@ class RunFolder:
         if rows:
             done = rows[-1]["step"]
         resumed = [event for event in self.events() if event["kind"] == RESUMED]
-        # no step was done since the run was resumed
+        # if no step was done since the last resume, the resumed checkpoint's step counts
         if resumed and resumed[-1].get("metrics_bytes", -1) >= self.metrics_file.stat().st_size:
             done = resumed[-1]["step"]
-        # later steps, from before the run continued with fewer, do not count
+        # steps beyond the configured number, done before it was lowered, do not count
         return min(done, configuration.load(self.config_file).train.steps)
 
     def resumed_facts(self) -> Row:
-        """Return the facts of a RESUMED event that later tell whether steps followed it: the length of the metrics
-        file.
-        """
+        """Return facts for a RESUMED event: the current size of the metrics file, which shows later if steps followed."""
         with suppress(OSError):
             return {"metrics_bytes": self.metrics_file.stat().st_size}
         return {}
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the rare events of the run in the order of time: step, kind, text, and facts of the kind."""
+        """Return the run's events in chronological order. Each has step, kind, text, and fields that depend on the kind."""
         return read_rows(self.events_file)
 
 
 def _new_folder(path: Path) -> Path:
-    """Create the folder, or the first free one numbered from 2; two runs started together get two folders."""
+    """Create the folder, or if it exists the first free one numbered from 2. Concurrent callers get different folders."""
     number = 1
     while True:
         folder = path if number == 1 else path.with_name(f"{path.name}-{number}")

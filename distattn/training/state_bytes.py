@@ -1,4 +1,4 @@
-"""Bytes of a run's weights, gradients and AdamW's averages on a rank, computed for every engine."""
+"""Computes the bytes per rank of a run's weights, gradients and AdamW averages, for every engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from distattn.training.run_data import vocabulary_size
 
 
 def state_bytes(config: Config) -> int:
-    """Return the bytes that a rank keeps of weights, gradients and AdamW's two averages, as the engine shards them."""
+    """Return the bytes per rank of weights, gradients and AdamW's two averages, as the engine shards them."""
     ranks, element_bytes = config.parallel.ranks, 8 if config.model.dtype == "float64" else 4
     weights = gradients = averages = 1
     if config.engine.name == "fsdp2":
@@ -21,16 +21,16 @@ def state_bytes(config: Config) -> int:
     shares = (1 / weights, 1 / gradients, 2 / averages)
     extra = 0.0
     if config.engine.name != "fsdp2" and config.model.dtype == "bfloat16":
-        # the weights used for computation, next to the master weights, which are sharded as the averages are
+        # low-precision weights for computation, in addition to master weights, which are sharded like the averages
         shares, extra = (1 / averages, 1 / gradients, 2 / averages), 2 / weights
     return round(model_parameters(config) * (element_bytes * sum(shares) + extra))
 
 
 def model_parameters(config: Config) -> int:
-    """Return how many numbers the model has."""
+    """Return the number of parameters in the model."""
     model = config.model
     if model.path:
-        # the architecture defines experts, biases and norms; its import takes seconds
+        # build the model on the meta device: only its architecture knows experts, biases and norms (the import takes seconds)
         from distattn.models.build import meta_model, model_config
 
         return sum(parameter.numel() for parameter in meta_model(model_config(model.path)).parameters())

@@ -1,5 +1,4 @@
-"""Requests that a run saves and ends: a file in its folder makes the request, and all ranks learn of it in the same
-step.
+"""Requests to save and stop a run. A file in the run's folder is the request; all ranks see it in the same step.
 
 In the same way all ranks learn that the run's folder was moved or deleted.
 """
@@ -17,8 +16,9 @@ from distattn.training.watch.module_observer import gather_values
 
 
 class Stop(IntEnum):
-    """The reason why a run stops. FOLDER_MOVED: its folder has another name, and can be saved there. FOLDER_LOST: it is
-    gone.
+    """The reason why a run stops.
+
+    FOLDER_MOVED: the run's folder has another path, and the run can save there. FOLDER_LOST: the folder is gone.
     """
 
     NO = 0
@@ -30,9 +30,9 @@ class Stop(IntEnum):
 class StopRequest:
     """The request to stop a run. All ranks create and close it together.
 
-    files: each of them requests the stop, if it exists. of_folder: called on rank 0, returns what happened to the run's
-    folder. Rank 0 looks for the files when a step begins and broadcasts the result while the step computes; no rank
-    waits for it. A group of its own, on the host, keeps the message apart from the trainer's messages.
+    files: the run stops if any of them exists. of_folder: called on rank 0; returns FOLDER_MOVED, FOLDER_LOST or NO. Rank 0
+    looks for the files when a step begins and broadcasts the result while the step computes, so no rank waits for it. A
+    separate gloo group keeps this message apart from the trainer's messages.
     """
 
     def __init__(self, *files: Path, of_folder: Callable[[], Stop] = lambda: Stop.NO):
@@ -42,7 +42,7 @@ class StopRequest:
         self._work: dist.Work | None = None
 
     def look(self) -> None:
-        """Start to broadcast whether one of the files exists. All ranks call it when a step begins."""
+        """Start to broadcast whether the run should stop. All ranks call it when a step begins."""
         if dist.get_rank() == 0:
             self._asked.fill_(
                 self._of_folder() or (Stop.ASKED if any(file.exists() for file in self._files) else Stop.NO)
@@ -50,17 +50,17 @@ class StopRequest:
         self._work = dist.broadcast(self._asked, src=0, group=self._group, async_op=True)
 
     def reason(self) -> Stop:
-        """Return the reason to stop that the last `look` broadcast, the same on all ranks."""
+        """Return the reason to stop that the last `look` broadcast. It is the same on all ranks."""
         if self._work is not None:
             self._work.wait()
             self._work = None
         return Stop(int(self._asked))
 
     def text_of_rank_0(self, text: str) -> str:
-        """Return rank 0's text on all ranks, so that they end with the same sentence. A collective call."""
+        """Return rank 0's text on every rank, so that all ranks end with the same message. A collective call."""
         texts: list[str] = gather_values(self._group, text)
         return texts[0]
 
     def close(self) -> None:
-        """Close the group."""
+        """Close the process group."""
         dist.destroy_process_group(self._group)

@@ -1,7 +1,7 @@
 """Causal depthwise convolutions on GPUs with the kernel from flash-linear-attention (package `fla-core`, our extra `fla`).
 
-Each band of a launch becomes a sequence: it ends at the band's last row, and tokens whose x belongs to another launch are
-zeros. Only the results of the band's rows are added to the output.
+Each band of a launch becomes a sequence: it ends at the band's last row, and tokens whose x belongs to another launch
+are zeros. Only the results of the band's rows are added to the output.
 """
 
 # T rows, S keys (tokens with an x), P tokens of all sequences, R rows of all bands, H heads of D channels each, W taps
@@ -31,8 +31,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Sequences(NamedTuple):
     """The sequences of heads [h0, h1).
 
-    ends: end offsets, on the host. offsets: 0 and the ends, as a tensor. key_P: the key of each token, or S for none. token_R,
-    row_R: token number and row number of each row.
+    ends: end offsets, on the host. offsets: 0 and the ends, as a tensor. key_P: the key of each token, or S for none.
+    token_R, row_R: token number and row number of each row.
     """
 
     h0: int
@@ -53,7 +53,7 @@ class SequenceSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the kernels of fla-core run on GPUs, not on {device.type}"

@@ -1,9 +1,9 @@
 """Short convolutions in PyTorch on any device, tap by tap over the cells of a launch.
 
 y_t = sum_d weight[W - 1 - d] x_(t - d) for distances d = 0 .. W - 1 inside a document, the same as a grouped
-`torch.nn.functional.conv1d` on one document padded with W - 1 zeros in front. A launch computes the taps of its cells; partial
-results of a row are added. A weight is (H, D, W), one filter per channel, or (H, D, D, W), from all channels of a head to all
-of them. Without a weight every cell has weight 1.
+`torch.nn.functional.conv1d` on one document padded with W - 1 zeros in front. A launch computes the taps of its cells;
+partial results of a row are added. A weight is (H, D, W), one filter per channel, or (H, D, D, W), from all channels of
+a head to all of them. Without a weight every cell has weight 1.
 """
 
 # T rows, S keys (tokens with an x), H heads of D channels each (E for output channels), W taps

@@ -1,10 +1,10 @@
 """Core attention with PyTorch's variable-length flash attention (FlashAttention 2; 3 and 4 if they are activated).
 
-`torch.nn.attention.activate_flash_attention_impl("FA3")` changes the operators' implementation. This module then only differs in
-which calls it accepts. The operators are private to PyTorch (`aten::_flash_attention_forward` and `_backward`); a test checks
-their arguments. Partial outputs have the inputs' precision, as in every library that merges them. The operators take one head
-dim: if values have a different one from queries and keys (MLA: 128 and 192), the narrower tensors are padded with zeros.
-`pieces` describes how masks are expressed.
+`torch.nn.attention.activate_flash_attention_impl("FA3")` changes the operators' implementation. This module then only
+differs in which calls it accepts. The operators are private to PyTorch (`aten::_flash_attention_forward` and
+`_backward`); a test checks their arguments. Partial outputs have the inputs' precision, as in every library that merges
+them. The operators take one head dim: if values have a different one from queries and keys (MLA: 128 and 192), the
+narrower tensors are padded with zeros. `pieces` describes how masks are expressed.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -35,7 +35,7 @@ backward_operator: Any = getattr(torch.ops.aten, "_flash_attention_backward", No
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     if requirements.device.type != "cuda":
         return f"PyTorch's variable-length flash attention runs on GPUs, not on {requirements.device.type}"
     if forward_operator is None or backward_operator is None:
@@ -101,7 +101,7 @@ def forward(
         o_THE = q_THD.new_empty(*q_THD.shape[:2], dim, dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
     o_THE, lse_TH = into
-    # results of several calls are merged only in fp32
+    # the results of several calls are always merged in fp32
     wide_THE = o_THE if o_THE.dtype == torch.float32 else torch.empty_like(o_THE, dtype=torch.float32)
     if wide_THE is not o_THE and merge:
         wide_THE.copy_(o_THE)
@@ -143,8 +143,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of dq, and
-    of dk and dv, instead of overwriting them.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of
+    dq, and of dk and dv, instead of overwriting them.
     """
     places = into[0], *(into[1] or (None, None))
     adds = add[0], add[1], add[1]
@@ -193,12 +193,13 @@ def backward(
 def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule) -> int:
     """Return an upper bound on the bytes that a pass allocates on the device besides its operands and results.
 
-    The bound covers the allocations of this module and of the operators. FlashAttention 2 (`mha_varlen_fwd` and `mha_varlen_bwd`
-    in PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in fp32 and softmax_d, both with
-    128 extra rows per sequence, and dK and dV for every query head. It splits keys only in calls with one query row.
-    FlashAttention 3 (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of Dao-AILab/flash-attention) also rounds the total number
-    of rows up to whole blocks. It allocates fp32 accumulators for dK and dV, a second log-sum-exp and semaphores, and in the
-    forward pass fp32 partial results for each part of the keys. The allocations of FlashAttention 4 are unknown.
+    The bound covers the allocations of this module and of the operators. FlashAttention 2 (`mha_varlen_fwd` and
+    `mha_varlen_bwd` in PyTorch's `aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp`) allocates dQ in
+    fp32 and softmax_d, both with 128 extra rows per sequence, and dK and dV for every query head. It splits keys only
+    in calls with one query row. FlashAttention 3 (`mha_fwd` and `mha_bwd` in `hopper/flash_api.cpp` of
+    Dao-AILab/flash-attention) also rounds the total number of rows up to whole blocks. It allocates fp32 accumulators
+    for dK and dV, a second log-sum-exp and semaphores, and in the forward pass fp32 partial results for each part of
+    the keys. The allocations of FlashAttention 4 are unknown.
     """
     widest = max(shape.head_dim, shape.v_head_dim)
     rows, keys = shape.rows * shape.heads, shape.keys * shape.kv_heads
@@ -246,8 +247,9 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
 def _key_parts(call: FlashCall, dim: int) -> int:
     """Return an upper bound on the number of parts into which FlashAttention 3 splits keys in the forward pass.
 
-    It is 1 if keys are not split. The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and `num_splits_heuristic`
-    (`hopper/heuristics.h`). PyTorch leaves the choice to them except in deterministic mode (`torch/nn/attention/_fa3.py`).
+    It is 1 if keys are not split. The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and
+    `num_splits_heuristic` (`hopper/heuristics.h`). PyTorch leaves the choice to them except in deterministic mode
+    (`torch/nn/attention/_fa3.py`).
     """
     if implementation() != "FA3" or torch.are_deterministic_algorithms_enabled():
         return 1

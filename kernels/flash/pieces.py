@@ -1,9 +1,9 @@
 """Express a launch's bands for variable-length flash attention: sequences with one window, aligned at the bottom right corner.
 
-A call takes sequences that are consecutive in its queries and in its keys, all with the same window: in a sequence of T rows and
-S keys, row i attends to key j if i + S - T - left <= j <= i + S - T + right. Each band is split into at most three sequences:
-rows whose keys start at the rectangle's edge, rows whose keys end at its edge, and the rows between. Sequences with equal windows
-in ascending order form one call.
+A call takes sequences that are consecutive in its queries and in its keys, all with the same window: in a sequence of T
+rows and S keys, row i attends to key j if i + S - T - left <= j <= i + S - T + right. Each band is split into at most
+three sequences: rows whose keys start at the rectangle's edge, rows whose keys end at its edge, and the rows between.
+Sequences with equal windows in ascending order form one call.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ def sequences(band: Ints) -> Iterator[Sequence]:
     if (bq, bk) != (1, 1):
         yield from _steps(band)
         return
-    # keys of rows before `ends` end at the band's upper limit, keys of rows from `begins` on start at its lower limit; all others
-    # end or start at the rectangle's edge. In row `begins` limit and edge coincide, so as the last row it needs no own sequence
+    # keys of rows before `ends` end at the band's upper limit, keys of rows from `begins` on start at its lower limit;
+    # all others end or start at the rectangle's edge. In row `begins` limit and edge coincide, so if it is the last
+    # row, it needs no sequence of its own
     ends, begins = (min(max(row, q0), q1) for row in (k1 - high, k0 - low))
     begins = q1 if begins == q1 - 1 and begins > q0 else begins
     cuts = sorted({q0, ends, begins, q1})

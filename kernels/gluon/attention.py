@@ -1,7 +1,8 @@
 """Core attention for Hopper in Gluon (tier B): tile sizes and launches. The kernels are in forward.py and backward.py.
 
-It supports bfloat16 and float16 and head dims 64 and 128 on sm_90. Everything else works as in the plain Triton kernels: masks,
-run lists, merging, score modifiers, any lengths and head groups. dQ is summed in no fixed order; "gluon_split" is deterministic.
+It supports bfloat16 and float16 and head dims 64 and 128 on sm_90. Everything else works as in the plain Triton
+kernels: masks, run lists, merging, score modifiers, any lengths and head groups. dQ is summed in no fixed order;
+"gluon_split" is deterministic.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -45,13 +46,13 @@ DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
 # programs add to dQ in no fixed order, so no program is the last to add to a row
 FINISHES = ("forward",)
-# tile sizes by head dim. With 128 query rows at a time the backward spills more registers than with 64 (64 rows at head dim 128:
-# 35 spills in Triton 3.6, 44 in 3.9)
+# tile sizes by head dim. With 128 query rows at a time the backward spills more registers than with 64 (64 rows at head
+# dim 128: 35 spills in Triton 3.6, 44 in 3.9)
 FORWARD = {64: Tile(192, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
 BACKWARD = {64: Tile(64, 128, 4, 3), 128: Tile(64, 128, 4, 3)}
 # tiles are assigned in advance if no program gets more than this multiple of the mean work
 _UNEVEN = 1.15
-# in a job of several ranks, tiles are not assigned in advance from this mean number of key tiles per query tile on
+# in a job of several ranks, tiles are assigned in advance only below this mean number of key tiles per query tile
 _LONG = 64
 _TYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
 
@@ -67,7 +68,7 @@ class TileSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     if requirements.device.type != "cuda" or compute_capability(requirements.device) != 90:
         return "it is written for Hopper GPUs (sm_90)"
     if requirements.dtype not in (torch.bfloat16, torch.float16):
@@ -97,11 +98,11 @@ def forward_programs(
 ) -> int:
     """Return the number of programs of the forward launch: one per multiprocessor, or one per tile of each head.
 
-    With one per multiprocessor, tiles are assigned in advance, in boustrophedon order. Each tile gets its own program if some
-    programs would otherwise get far more work than others, or if messages are in flight: a program needs a multiprocessor's
-    whole shared memory, so a program whose multiprocessor is busy with communication would start late, with a full share of the
-    work still to do. If messages are merely possible (`in_larger_job`), short tiles are still assigned in advance, because a
-    program with several tiles hides their first loads and last writes.
+    With one per multiprocessor, tiles are assigned in advance, back and forth over the programs. Each tile gets its own
+    program if some programs would otherwise get far more work than others, or if messages are in flight: a program
+    needs a multiprocessor's whole shared memory, so a program whose multiprocessor is busy with communication would
+    start late, with a full share of the work still to do. If messages are merely possible (`in_larger_job`), short
+    tiles are still assigned in advance, because a program with several tiles hides their first loads and last writes.
     """
     work = runs.work(keys)[runs.group][:, runs.order].T.ravel()
     programs = min(processors, len(work))
@@ -148,8 +149,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of dq, and
-    of dk and dv, instead of overwriting them.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of
+    dq, and of dk and dv, instead of overwriting them.
     """
     # the kernel accumulates dQ in fp32
     direct = into[0] is not None and into[0].dtype == torch.float32
@@ -247,7 +248,7 @@ def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of block rows and width columns."""
+    """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of `block` rows and `width` columns."""
     layout = NVMMASharedLayout.get_default_for([block, width], _TYPES[x.dtype])
     if not x.numel():
         # a descriptor needs at least one row; it is never read

@@ -1,15 +1,16 @@
 """Backward kernel in Gluon for Hopper: each program owns 128 keys of one KV head and computes dK, dV and a part of dQ.
 
-Scores are computed once for all three gradients (five products instead of the seven of the split kernels). dQ of a query tile
-is summed over programs in global memory, by whole tiles and in no fixed order, so results are not bitwise reproducible. The
-split kernels in distattn.kernels.triton are the deterministic alternative. Two warpgroups own 64 keys each and hold their dK
-and dV. For dQ they exchange dS through shared memory, and each computes half of dQ's columns (FlashAttention-3, Shah et al. 2024,
-arXiv 2407.08608). One warp fetches tiles, another adds dQ to global memory. While a warpgroup waits for dQ of one tile and
-stores it to shared memory, the scores of the next tile are computed, so that a product is always running.
+Scores are computed once for all three gradients (five products instead of the seven of the split kernels). dQ of a
+query tile is summed over programs in global memory, by whole tiles and in no fixed order, so results are not bitwise
+reproducible. The split kernels in distattn.kernels.triton are the deterministic alternative. Two warpgroups own 64 keys
+each and hold their dK and dV. For dQ they exchange dS through shared memory, and each computes half of dQ's columns
+(FlashAttention-3, Shah et al. 2024, arXiv 2407.08608). One warp fetches tiles, another adds dQ to global memory. While
+a warpgroup waits for dQ of one tile and stores it to shared memory, the scores of the next tile are computed, so that a
+product is always running.
 
-Barriers: the bytes of a fetched tile complete `full`, and both warpgroups complete `free` once they have read the tile. ds_full
-and ds_free do the same for dS, which the warpgroups write. dq_full and dq_free do it for each half of dQ, which a warpgroup
-writes and the adding warp reads.
+Barriers: the bytes of a fetched tile complete `full`, and both warpgroups complete `free` once they have read the tile.
+ds_full and ds_free do the same for dS, which the warpgroups write. dq_full and dq_free do it for each half of dQ, which
+a warpgroup writes and the adding warp reads.
 """
 
 # HN = BN / 2 keys per warpgroup, BM query rows; head dim D, value head dim E
@@ -212,7 +213,8 @@ def backward_kernel(
 ):  # fmt: skip
     """Compute dk (keys, kv_heads, D) and dv (keys, kv_heads, E), and add to dq (rows, heads, D), which is fp32.
 
-    For split tiles (kernels/split_tiles.py), write dk and dv of each part to parts (slots, BN, kv_heads, D + E), in fp32.
+    For split tiles (kernels/split_tiles.py), write dk and dv of each part to parts (slots, BN, kv_heads, D + E), in
+    fp32.
     """
     HN: gl.constexpr = BN // 2
     pid = gl.program_id(0)

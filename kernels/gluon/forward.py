@@ -1,15 +1,15 @@
 """Forward kernel in Gluon for Hopper: each program processes tiles of 128 or 192 query rows of one head.
 
-One warp prefetches queries, keys and values by TMA. Two or three warpgroups of 64 rows each multiply and compute the softmax:
-the product with the values of one tile runs while the softmax of the next is computed (FlashAttention-3, Shah et al. 2024, arXiv
-2407.08608). A program processes either one query tile or several (see `attention.forward_programs`). In the latter case it
-fetches the operands of the next while the warpgroups write their results. Run lists, log-sum-exp and merging are those of the
-plain Triton kernel. Results are deterministic.
+One warp prefetches queries, keys and values by TMA. Two or three warpgroups of 64 rows each multiply and compute the
+softmax: the product with the values of one tile runs while the softmax of the next is computed (FlashAttention-3, Shah
+et al. 2024, arXiv 2407.08608). A program processes either one query tile or several (see `attention.forward_programs`).
+In the latter case it fetches the operands of the next while the warpgroups write their results. Run lists, log-sum-exp
+and merging are those of the plain Triton kernel. Results are deterministic.
 
-Barriers: the bytes of a fetched tile complete `full`, and all warpgroups complete `free` once they have read the tile; each
-query barrier belongs to one warpgroup. Key tiles (t) and query tiles (done) are counted over the life of the program: the count
-determines the buffer and the phase of its barriers. A warpgroup waits for its `turn` to start products, so that the others
-compute their softmax meanwhile instead of all at the same time (section 3.1 of the paper).
+Barriers: the bytes of a fetched tile complete `full`, and all warpgroups complete `free` once they have read the tile;
+each query barrier belongs to one warpgroup. Key tiles (t) and query tiles (done) are counted over the life of the
+program: the count determines the buffer and the phase of its barriers. A warpgroup waits for its `turn` to start
+products, so that the others compute their softmax meanwhile instead of all at the same time (section 3.1 of the paper).
 """
 
 # HM rows per warpgroup, BN keys; head dim D, value head dim E

@@ -1,17 +1,17 @@
 """Recurrences in PyTorch on any device: chunk by chunk, forward and backward, with initial and final states.
 
-Inside a chunk, interactions between tokens are matrix products. The state passes from chunk to chunk: both a chunk's outputs and
-the state that leaves it are affine in the state that enters it (Yang et al. 2024, arXiv 2406.06484 and 2412.06464). Everything
-that does not depend on the state is computed for many chunks at once, and a loop over the chunks only passes the state on.
-Segments of any lengths are processed side by side. The backward pass recomputes the chunks from last to first, so that only the
-states between chunks are kept. All tensors have the accumulation dtype.
+Inside a chunk, interactions between tokens are matrix products. The state passes from chunk to chunk: both a chunk's
+outputs and the state that leaves it are affine in the state that enters it (Yang et al. 2024, arXiv 2406.06484 and
+2412.06464). Everything that does not depend on the state is computed for many chunks at once, and a loop over the
+chunks only passes the state on. Segments of any lengths are processed side by side. The backward pass recomputes the
+chunks from last to first, so that only the states between chunks are kept. All tensors have the accumulation dtype.
 
-Decays are kept as sums of logarithms, and only a later sum minus an earlier one is exponentiated, so that nothing overflows and
-vanished decays become 0. The sums are fp64, because the difference between two large sums loses digits.
+Decays are kept as sums of logarithms, and only a later sum minus an earlier one is exponentiated, so that nothing
+overflows and vanished decays become 0. The sums are fp64, because the difference between two large sums loses digits.
 """
 
-# N segments, n of them not ended yet, M chunks per block, C tokens per chunk, T tokens, H heads, G heads of queries and keys,
-# K key dim, V value dim; a state is S_NHKV
+# N segments, n of them not ended yet, M chunks per block, C tokens per chunk, T tokens, H heads, G heads of queries and
+# keys, K key dim, V value dim; a state is S_NHKV
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, Segments, bound
 from distattn.kernels.recurrence.transitions import diagonal_transitions, finite_decays
 from distattn.kernels.spec import KernelRequirements
 
-# the functions also accept meta tensors, for which they allocate as they do on a device
+# the functions also accept meta tensors, and allocate as much for them as on a device
 RUNS_ON_META = True
 # tokens per chunk. With a decay per channel, every pair of tokens in a chunk needs a number per channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
@@ -44,7 +44,8 @@ class Level(NamedTuple):
 class Block(NamedTuple):
     """Chunks that are computed at once.
 
-    rows: the row of each token, (M, C), or -1 for no token. levels: groups of chunks in the order in which states pass through.
+    rows: the row of each token, (M, C), or -1 for no token. levels: groups of chunks in the order in which states pass
+    through.
     """
 
     rows: Tensor
@@ -61,9 +62,9 @@ class ChunkSchedule(NamedTuple):
 class Maps(NamedTuple):
     """A chunk's effect on a state S that enters it: o = read S + pairs (u - w S), and S becomes decay S + key^T (u - w S).
 
-    read, key: (M, H, C, K). pairs: the weight of each token in each output, (M, H, C, C). u: the value that each token stores,
-    (M, H, C, V). w: what it replaces, (M, H, C, K), or None without the delta rule. decay: (M, H, K), or (M, H, 1) if all
-    channels decay alike.
+    read, key: (M, H, C, K). pairs: the weight of each token in each output, (M, H, C, C). u: the value that each token
+    stores, (M, H, C, V). w: what it replaces, (M, H, C, K), or None without the delta rule. decay: (M, H, K), or (M, H,
+    1) if all channels decay alike.
     """
 
     read: Tensor
@@ -80,7 +81,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(segments: Segments, requirements: KernelRequirements) -> ChunkSchedule:
-    """Return the blocks of chunks, on the host: the first chunk of every segment, then every second chunk, and so on."""
+    """Return the blocks of chunks, on the host, ordered by the number of the chunk in its segment, then by segment."""
     size = _CHUNK_OF_CHANNELS if requirements.op.decay == "channel" else _CHUNK
     longest = max((end - begin for begin, end in segments), default=0)
     size = min(size, max(longest, 1))
@@ -122,8 +123,8 @@ def states(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute (the state after each segment, each segment's A), in the dtype of the states. A is None without `transitions`.
 
-    A is the matrix by which a segment multiplies a state: (N, H, K, K) with the delta rule. Without it, A is diagonal and its
-    diagonal is returned, (N, H, K), or (N, H, 1) if that is constant.
+    A is the matrix by which a segment multiplies a state: (N, H, K, K) with the delta rule. Without it, A is diagonal
+    and its diagonal is returned, (N, H, K), or (N, H, 1) if that is constant.
     """
     key_dim, value_dim = state_NHKV.shape[2:]
     # with zero values the recurrence is linear in the state, so applying it to the unit vectors gives A
@@ -275,7 +276,7 @@ def _maps(part: RecurrenceTokens, outputs: bool = True) -> Maps:
     else:
         total = finite_decays(g).cumsum(2).reshape(chunks, heads, size, -1)
     lower = torch.ones(size, size, dtype=torch.bool, device=v.device).tril()
-    # the differences may be rounded: large exponents have large errors, but vanishing powers
+    # rounding the differences is harmless: where their error is large, the exponential is close to 0
     later = (total[:, :, :, None] - total[:, :, None]).to(dtype).masked_fill(~lower[..., None], -torch.inf).exp()
     from_start, to_end = total.to(dtype).exp(), (total[:, :, -1:] - total).to(dtype).exp()
     read, key, decay = q * from_start, k * to_end, from_start[:, :, -1]

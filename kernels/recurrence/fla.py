@@ -1,11 +1,12 @@
 """Recurrences on GPUs with the chunk kernels from flash-linear-attention (package `fla-core`, our extra `fla`).
 
-Only fla-core's public functions are called; they take and return states, and each task of a plan is one such call. To compute the
-effect (A, B) of a segment on any state, the recurrence runs on values [v | 0] from the state [0 | I] and ends in [B | A]. Its
-effect on a gradient is the gradient of its initial state. The backward pass repeats the forward pass, because fla-core keeps its
-intermediate tensors only in autograd's graph.
+Only fla-core's public functions are called; they take and return states, and each task of a plan is one such call. To
+compute the effect (A, B) of a segment on any state, the recurrence runs on values [v | 0] from the state [0 | I] and
+ends in [B | A]. Its effect on a gradient is the gradient of its initial state. The backward pass repeats the forward
+pass, because fla-core keeps its intermediate tensors only in autograd's graph.
 
-Products take operands of the inputs' dtype. float32 inputs are refused, because fla-core would use TF32. States are float32.
+Products take operands of the inputs' dtype. float32 inputs are refused, because fla-core would use TF32. States are
+float32.
 """
 
 # N segments, T tokens, H heads, G heads of queries and keys, K key dim, V value dim; a state is S_NHKV
@@ -38,7 +39,7 @@ _LEAST_DECAY = -100.0
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"the kernels of fla-core run on GPUs, not on {device.type}"

@@ -32,8 +32,8 @@ class DecayFault(NamedTuple):
 def token_decay_fault(capability: int, has_delta_rule: bool) -> DecayFault | None:
     """Return why fla-core cannot compute per-token decays on a GPU of this compute capability (90 is Hopper), or None.
 
-    has_delta_rule: True for an op with a delta rule, such as Gated DeltaNet. fla-core 0.6 can compute such ops with tilelang, but
-    no others: `fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels refuse.
+    has_delta_rule: True for an op with a delta rule, such as Gated DeltaNet. fla-core 0.6 can compute such ops with
+    tilelang, but no others: `fla/ops/simple_gla/chunk.py` keeps fp32 states, which its tilelang kernels refuse.
     """
     triton = _triton_version()
     if capability != 90 or triton is None or not _FIRST_WRONG <= Version(triton) < _FIRST_RIGHT:
@@ -69,7 +69,7 @@ def _installed_version(package: str) -> str | None:
 
 
 def _tilelang_compiles() -> bool:
-    """Return whether fla-core would use tilelang: it is installed, not disabled, and nvcc exists (`fla/backends.py`, 0.6)."""
+    """Return whether fla-core 0.6 would use tilelang: installed, not disabled, and nvcc available (`fla/backends.py`)."""
     is_off = os.environ.get("FLA_TILELANG") == "0" or os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1"
     return find_spec("tilelang") is not None and not is_off and _has_nvcc()
 

@@ -1,7 +1,7 @@
 """Core attention in plain Triton (tier A): tile sizes and launches. The kernels are in forward.py and backward.py.
 
-It runs on NVIDIA GPUs from sm_80 on and, for tests, on the CPU in Triton's interpreter (TRITON_INTERPRET=1). Lengths, runs and
-strides are run-time arguments, so a new batch never triggers a compilation.
+It runs on NVIDIA GPUs from sm_80 on and, for tests, on the CPU in Triton's interpreter (TRITON_INTERPRET=1). Lengths,
+runs and strides are run-time arguments, so a new batch never triggers a compilation.
 """
 
 # T query rows, S key rows, H query heads, K key/value heads, D head dim, E value head dim
@@ -54,8 +54,8 @@ class Tiles(NamedTuple):
     dq: Tile
 
 
-# keys: the largest D + E a row of the table serves. These did best in the compile lint, whose budgets record the remaining
-# spills in loops
+# keys: the largest D + E a row of the table serves. These did best in the compile lint, whose budgets record the
+# remaining spills in loops
 _HALF_90 = {
     128: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
     192: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
@@ -94,7 +94,7 @@ class TileSchedule(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     if requirements.device.type != "cuda" and not (INTERPRETED and requirements.device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {requirements.device.type}"
     if compute_capability(requirements.device) < 80:
@@ -108,7 +108,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def tiles_for(requirements: KernelRequirements, capability: int) -> Tiles:
-    """Return the tile sizes for such a call on a device with this compute capability (80, 90, ...)."""
+    """Return the tile sizes for a call with these requirements on a device with this compute capability (80, 90, ...)."""
     # consumer GPUs from sm_120 on have as little shared memory as sm_80
     table = _HALF_90 if 90 <= capability < 120 else _HALF_80
     table = _SINGLE if requirements.dtype == torch.float32 else table
@@ -173,8 +173,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of dq, and
-    of dk and dv, instead of overwriting them. final: where finished rows of dq go instead.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of
+    dq, and of dk and dv, instead of overwriting them. final: where finished rows of dq go instead.
     """
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
@@ -305,8 +305,8 @@ def _parts(dim: int) -> list[int]:
 def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
     """Return arguments for the operands, their strides and the parts of their head dims.
 
-    tensors: by name, the tensor (tokens, heads, dim) and the rows of its tiles. Operands are TMA descriptors if all of them
-    can be.
+    tensors: by name, the tensor (tokens, heads, dim) and the rows of its tiles. Operands are TMA descriptors if all of
+    them can be.
     """
     tensors = {name: (x if x.stride(2) == 1 else x.contiguous(), block) for name, (x, block) in tensors.items()}
     tma = all(_fits_tma(x) for x, _ in tensors.values())
@@ -332,6 +332,6 @@ def _fits_tma(x: Tensor) -> bool:
 
 
 def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of block rows and width columns."""
+    """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of `block` rows and `width` columns."""
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width])

@@ -1,10 +1,10 @@
 """Backward kernels in plain Triton: one computes dK and dV, the other dQ, so that no two programs write the same gradients.
 
-Each program of the first kernel owns a tile of keys of one KV head and loops over the query tiles of all query heads in its
-group; each program of the second owns a query tile of one head, like the forward. Scores are computed twice, but there are no
-atomics and the results are deterministic (Dao 2023, arXiv 2307.08691). Both kernels read the final log-sum-exp and
-delta = rowsum(dO * O), so they can process any subset of the keys. With ACC they add to existing gradients, as the steps of a
-ring need.
+Each program of the first kernel owns a tile of keys of one KV head and loops over the query tiles of all query heads in
+its group; each program of the second owns a query tile of one head, like the forward. Scores are computed twice, but
+there are no atomics and the results are deterministic (Dao 2023, arXiv 2307.08691). Both kernels read the final
+log-sum-exp and delta = rowsum(dO * O), so they can process any subset of the keys. With ACC they add to existing
+gradients, as the steps of a ring need.
 """
 
 # BM query rows, BN keys; head dim D = D0 + D1, value head dim E = E0 + E1, each part a power of two (or 0 for D1 and E1)

@@ -1,7 +1,8 @@
 """Forward kernel in plain Triton: each program owns a query tile of one head and loops over its runs of key tiles.
 
-It uses online softmax in base 2 (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691) and no atomics, so
-it is deterministic. The result is written, or merged into a running (o, lse) so that a ring step needs no second kernel.
+It uses online softmax in base 2 (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691) and no
+atomics, so it is deterministic. The result is written, or merged into a running (o, lse) so that a ring step needs no
+second kernel.
 """
 
 # BM query rows, BN keys; head dim D = D0 + D1, value head dim E = E0 + E1, each part a power of two (or 0 for D1 and E1)
@@ -36,8 +37,8 @@ def _visit(
         k1 = load_tile(k1_, n, k_col + D0, keys, k_stride, BN, D1, TMA)
         s = tl.dot(q1, k1.T, s, input_precision=PRECISION)
     column = n + tl.arange(0, BN)
-    # scale plain scores after the maximum is known: one instruction then multiplies and subtracts. Not in fp32, where this
-    # would take more registers than large tiles leave
+    # scale plain scores after the maximum is known: one instruction then multiplies and subtracts. Not in fp32, where
+    # this would take more registers than large tiles leave
     late = scale2
     if CAP:
         bent, _ = capped(s * scale2, cap)

@@ -1,7 +1,8 @@
 """A kernel that only occupies some multiprocessors, as communication kernels do while messages are in flight.
 
-Each program has 32 warps, which use most of a multiprocessor's registers, so no program of an attention kernel fits next to it.
-It ends when a flag is set, or on its own after a fixed number of iterations, so that nothing waits for it forever.
+Each program has 32 warps, which use most of a multiprocessor's registers, so no program of an attention kernel fits
+next to it. It ends when a flag is set, or on its own after a fixed number of iterations, so that nothing waits for it
+forever.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from distattn.data.packing.pack_config import load_pack_config, make_configured_plan, open_corpora
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import readable_bytes
 from distattn.launch.command_line import CommandParser
 from distattn.launch.data.progress import ProgressReporter
 from distattn.launch.data.tables import plan_facts, print_plan
-from distattn.parallel.analysis.text_format import readable_bytes
 
 USAGE = """usage: distattn data pack PACKS.toml [--force] [--json]
 

@@ -10,10 +10,10 @@ from dataclasses import asdict
 
 from distattn.data.tokenizing.tokenize import Progress, plan_job
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import readable_bytes
 from distattn.launch.command_line import CommandParser
 from distattn.launch.data.progress import ProgressReporter
 from distattn.launch.data.tokenize_processes import tokenize
-from distattn.parallel.analysis.text_format import readable_bytes
 
 USAGE = """usage: distattn data tokenize PATH... --out PREFIX --tokenizer NAME [options]
 

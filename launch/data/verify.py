@@ -15,9 +15,9 @@ from distattn.data.files.verify_files import VerifiedFile, verify_file
 from distattn.data.packing.pack_config import load_pack_config, open_configured_plan, open_corpora
 from distattn.data.packing.plan_coverage import CorpusCoverage, check_coverage
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.text_format import readable_bytes
 from distattn.launch.command_line import CommandParser, ResultConsole
 from distattn.launch.data.progress import ProgressReporter
-from distattn.parallel.analysis.text_format import readable_bytes
 
 USAGE = """usage: distattn data verify PREFIX|PACKS.toml... [--vocabulary N] [--write-digests] [--json]
 

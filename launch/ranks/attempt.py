@@ -1,7 +1,7 @@
-"""One attempt of a run's ranks on this machine, which are watched: torchrun's API around a fork server.
+"""Runs and watches one attempt of a run's ranks on this machine, with torchrun's API around a fork server.
 
-Forking a process that has imported torch takes a hundredth of a second, a fresh import takes seconds. Every attempt has its own
-rendezvous, since torch 2.13 keeps the dead ranks' addresses over restarts (pytorch#167288).
+Forking a process that has imported torch takes 10 ms, while a fresh import takes seconds. Every attempt has a new rendezvous,
+since torch 2.13 keeps the dead ranks' addresses across restarts (pytorch#167288).
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
-# modules that every rank imports; torch._dynamo is imported by the first optimizer
+# modules that every rank needs; the first optimizer would import torch._dynamo
 _PRELOAD = ("distattn.launch.ranks.ends_with_parent", "torch", "torch._dynamo", "distattn.launch.ranks.entry")
-# after one rank has failed torchrun ends the others, and then the first one is unknown: the watch looks more often
+# seconds between torchrun's checks. The watch checks more often: it must find the first failed rank before torchrun ends
+# the others
 _INTERVAL_SECONDS = 0.1
 
 
 class Ranks(NamedTuple):
-    """The ranks of this machine. function: module:name, called once on each of `size` ranks; it returns the exit code.
+    """The ranks on this machine. function: "module:name", called once on each of `size` ranks; returns the exit code.
 
-    run: the folder of their run, for the titles of processes.
+    run: the run folder, shown in process titles.
     """
 
     size: int
@@ -58,11 +59,11 @@ class Ranks(NamedTuple):
 
 @contextlib.contextmanager
 def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Iterator[None]:
-    """Keep the process from which ranks are forked while the context is open, over all attempts.
+    """Keep the fork server, from which ranks are forked, running for all attempts within the block.
 
-    preload: modules that it imports in addition to torch. run: as in `Ranks`.
+    preload: additional modules to import besides torch. run: see `Ranks`.
     """
-    # a process with more than one thread must not fork: BLAS starts its threads when it is imported
+    # the server must not have more than one thread when it forks, and BLAS starts its threads on import
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     _forget_server_of_parent()
     multiprocessing.set_forkserver_preload([*_PRELOAD, *preload])
@@ -70,7 +71,7 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
     try:
         yield
     except BaseException:
-        # end it before this process: it may be about to fork ranks, and no process would wait for them
+        # end the server before this process: it may be about to fork ranks that no process would wait for
         _server().kill()
         raise
     finally:
@@ -80,10 +81,10 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
 
 
 def _start_server(node: Node, run: str) -> None:
-    """Start the fork server, unless it runs. run: as in `Ranks`."""
+    """Start the fork server unless it is running. run: see `Ranks`."""
     os.environ[RUN_VARIABLE] = run
-    # Ctrl-C in a terminal reaches the server, too, while it imports, and Slurm's SIGTERM reaches all processes of a step; start
-    # the tracker first, because its start unblocks signals
+    # block signals: Ctrl-C in a terminal also reaches the server while it imports, and Slurm's SIGTERM reaches all processes
+    # of a step. Start the tracker first, because starting it unblocks signals.
     _start_tracker()
     blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
@@ -97,8 +98,8 @@ def _start_server(node: Node, run: str) -> None:
 
 
 def _start_tracker() -> None:
-    """Start the resource tracker, unless it runs. A terminal's signals do not end it before this process."""
-    # it ignores SIGINT and SIGTERM by itself, and other signals stay blocked if they are blocked at its start
+    """Start the resource tracker unless it is running. A terminal's signals must not end it before this process ends."""
+    # it ignores SIGINT and SIGTERM by itself; other signals stay blocked if they are blocked when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
     try:
         resource_tracker.ensure_running()
@@ -107,21 +108,21 @@ def _start_tracker() -> None:
 
 
 def _server() -> Helper:
-    """Return the fork server; ranks are its children and end with it."""
+    """Return the fork server. Ranks are its children and end with it."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     return Helper("the fork server", server._forkserver_pid or 0)
 
 
 def _tracker() -> Helper:
-    """Return the resource tracker of multiprocessing, which removes semaphores that dead processes have left."""
+    """Return multiprocessing's resource tracker, which removes semaphores left by dead processes."""
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
 
     def replace() -> int:
-        # Python warns of semaphores that may leak
+        # suppress Python's warning about semaphores that may leak
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _start_tracker()
-        # the new tracker does not know the existing semaphores, and would print a traceback for each that is removed
+        # register existing semaphores with the new tracker, which would otherwise print a traceback when one is removed
         registry: dict[Any, Any] = util._finalizer_registry  # type: ignore[attr-defined]
         for finalizer in list(registry.values()):
             if getattr(finalizer, "_callback", None) is SemLock._cleanup:  # type: ignore[attr-defined]
@@ -132,18 +133,18 @@ def _tracker() -> Helper:
 
 
 def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) -> tuple[int, Trouble | None]:
-    """Run the ranks once; return the exit code and the trouble. number: of the attempt.
+    """Run the ranks once. Return the exit code, and the trouble if they did not end well.
 
-    folder: for evidence; with several nodes all of them share it. board: of this machine's ranks. The code is that of the rank to
-    blame, 128 + the signal that killed it, or 1 if ranks hang or the code is unknown. Raises CommandStopped, and DistattnError if
-    /dev/shm has no room for the semaphores of ranks.
+    number: number of the attempt. folder: folder for evidence, shared by all nodes. board: heartbeat board of this machine's
+    ranks. The exit code is that of the rank at fault, 128 + N if it was killed by signal N, or 1 if ranks hang or the code is
+    unknown. Raises CommandStopped, or DistattnError if /dev/shm has no room for the ranks' semaphores.
     """
     node, reports, links = ranks.node, None, None
     evidence = folder if node.nodes == 1 else folder / f"node-{node.number}"
     try:
         evidence.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        # a full disk must not keep a run from going on
+        # a full disk must not prevent the run
         print_message(f"{evidence}: cannot be created: {error.strerror}; no evidence of ranks that hang is kept there.")
     if node.nodes > 1:
         if (place := own_place(node.address)) is not None:
@@ -159,7 +160,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
     try:
         with restore_process_state(node):
             elastic_launch(config, run_rank)(*rank_arguments)
-        # torchrun takes an exit code of 0 for a good end, even if the rank's work is not done
+        # torchrun accepts exit code 0 even if the rank's work is not done
         if (trouble := watch.close()) is not None:
             code, trouble = _ended({}, trouble)
     except ChildFailedError as error:
@@ -167,7 +168,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         trouble = watch.close()
         code, trouble = _ended(codes, trouble) if trouble is not None else _silent_end(error)
     except (EOFError, OSError) as error:
-        # the fork server ended while it was asked for ranks
+        # the fork server ended while ranks were requested from it
         if (trouble := watch.close()) is None:
             raise _named(error) from None
         code = trouble.exit_code
@@ -175,7 +176,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
         trouble = watch.close()
         if interrupted.stop is not None:
             raise interrupted.stop from None
-        # for ranks without a heartbeat, whose process ids are unknown, the watch sends a signal to this process
+        # the watch signals this process to end ranks without a heartbeat, whose process ids it does not know
         assert trouble is not None
         code = trouble.exit_code
     finally:
@@ -191,7 +192,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
 
 
 def _named(error: EOFError | OSError) -> Exception:
-    """Return an error unchanged; for a semaphore, whose error has no file name, return one with the place and a remedy."""
+    """Return an error that names /dev/shm and a remedy if a semaphore could not be created; otherwise the same error."""
     if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename:
         return error
     return DistattnError(
@@ -201,10 +202,10 @@ def _named(error: EOFError | OSError) -> Exception:
 
 
 def _forget_server_of_parent() -> None:
-    """Forget the server of the parent in a forked process, which cannot wait for it as multiprocessing would."""
+    """Forget the parent's fork server in a forked process, where multiprocessing would wait for it in vain."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     if server._forkserver_pid is not None and server._forkserver_pid not in _children():
-        # while this descriptor is open the parent's server outlives the parent
+        # while this descriptor is open, the parent's server outlives the parent
         os.close(server._forkserver_alive_fd)
         server.__init__()
 
@@ -213,7 +214,7 @@ def _children() -> set[int]:
     """Return the ids of this process's children, from /proc."""
     children = set()
     for file in Path("/proc").glob("[0-9]*/stat"):
-        # other processes may end at the same time
+        # ignore processes that end meanwhile
         with contextlib.suppress(OSError):
             if file.read_text("utf-8", "replace").rpartition(")")[2].split()[1] == str(os.getpid()):
                 children.add(int(file.parent.name))
@@ -221,10 +222,10 @@ def _children() -> set[int]:
 
 
 def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
-    """Return the exit code of an attempt, and its trouble with the ends of the ranks to blame. codes: by rank, from torchrun.
+    """Return an attempt's exit code, and its trouble with how the ranks at fault ended. codes: torchrun's exit codes by rank.
 
-    Of ranks that the watch has found dead at the same time, those are to blame that torchrun has not ended itself. If torchrun
-    has only the code of a rank that the watch has ended, the code of the rank to blame is unknown.
+    If the watch found several ranks dead at the same time, the ranks at fault are those that torchrun did not end itself. If
+    torchrun only has the code of a rank that the watch ended, the code of the rank at fault is unknown.
     """
     if trouble.kind != "killed" or any(culprit.helper for culprit in trouble.culprits):
         return trouble.exit_code, trouble
@@ -235,7 +236,7 @@ def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
 
 
 def _exit_code(code: int) -> int:
-    """Return the exit code that a shell gives for torchrun's, which is -N for signal N."""
+    """Return the exit code that a shell reports for torchrun's code, which is -N for signal N."""
     return code if code > 0 else 128 - code
 
 
@@ -244,7 +245,7 @@ def _how_it_died(code: int) -> str:
 
 
 def _silent_end(error: ChildFailedError) -> tuple[int, Trouble]:
-    """Return the exit code of an attempt whose ranks had no heartbeat, and its trouble with the rank that ended first."""
+    """Return the exit code and the trouble of an attempt whose ranks had no heartbeat. The rank that ended first is blamed."""
     rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
     culprits = (Culprit(rank, f"{describe_exit(failure.exitcode)} before its first heartbeat"),)
     code = _exit_code(failure.exitcode)

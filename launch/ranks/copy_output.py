@@ -1,7 +1,7 @@
-"""Copy the input to a log and to the console: python copy_output.py LOG.
+"""Copy standard input to a log and to the console: python copy_output.py LOG.
 
-Unlike tee this never blocks the rank that writes: lines for a paused console, or for a pager that is not scrolled, wait here in
-memory. Otherwise a rank would hang while it prints, and be killed. It imports little, to start at once.
+Unlike tee, this never blocks the rank that writes, which would otherwise hang while it prints, and be killed: lines for a
+paused console or pager wait in this process's memory. It imports little, so that it starts quickly.
 """
 
 import os
@@ -13,9 +13,9 @@ from contextlib import suppress
 
 
 def main(log: str) -> None:
-    """Copy until the input ends. If the log or the console can no longer be written, continue with the other."""
+    """Copy until the input ends. If either the log or the console cannot be written, continue with the other."""
     chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    # not a daemon thread: this process ends when everything is written
+    # not a daemon thread, so that this process ends only when everything is written
     threading.Thread(target=_to_console, args=(chunks,)).start()
     target, complained = None, False
     try:
@@ -26,7 +26,7 @@ def main(log: str) -> None:
                     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 _write(target, chunk)
             except OSError as error:
-                # a full disk may have room again for the next lines
+                # keep trying: a full disk may have room again for the next lines
                 if not complained:
                     complained = True
                     chunks.put(f"distattn: {log} lacks lines: {error.strerror}; the console has them.\n".encode())
@@ -36,7 +36,7 @@ def main(log: str) -> None:
 
 def _to_console(chunks: queue.SimpleQueue[bytes]) -> None:
     while chunk := chunks.get():
-        # the reader of the console may have ended
+        # the console may be closed
         with suppress(OSError):
             _write(1, chunk)
 

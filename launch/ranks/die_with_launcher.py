@@ -1,7 +1,7 @@
-"""End ranks with their launcher in all cases: `python -m distattn.launch.ranks.die_with_launcher PID MODULE ARGUMENTS`.
+"""End a process with its launcher in all cases: `python -m distattn.launch.ranks.die_with_launcher PID MODULE ARGUMENTS`.
 
-It runs a module like `python -m MODULE ARGUMENTS`, in a process that is killed as soon as its parent, process PID, has ended.
-With -- COMMAND ARGUMENTS in place of a module the process becomes that command, which Linux kills in the same way.
+Runs a module as `python -m MODULE ARGUMENTS` does, in a process that is killed as soon as its parent, process PID, ends.
+With -- COMMAND ARGUMENTS instead of a module, the process becomes that command, which Linux kills in the same way.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _POLL_SECONDS = 1.0
 
 
 def die_with_launcher(launcher: int) -> None:
-    """Let this process be killed by SIGKILL when its parent, the process of this id, ends in any way, even by SIGKILL.
+    """Let this process be killed by SIGKILL when its parent, the process with id `launcher`, ends in any way.
 
-    Linux kills it; on other systems a thread checks every second whether the parent is still the same.
+    Linux kills it. On other systems a thread checks every second whether the parent is still the same.
     """
     if not set_parent_death_signal():
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
-    # the launcher may have died before the signal was set: then another process is the parent by now
+    # if the launcher died before the signal was set, another process is the parent now
     if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def set_parent_death_signal() -> bool:
-    """Let Linux kill this process when its parent ends; return whether Linux supports it."""
+    """Let Linux kill this process when its parent ends. Return False if the system does not support it."""
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
     except (OSError, AttributeError):
@@ -47,7 +47,7 @@ def _watch(launcher: int) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C ends a rank at once and silently: the launcher prints the sentence
+    # Ctrl-C ends a rank at once and silently, since the launcher prints the message
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_launcher(int(sys.argv[1]))
     if sys.argv[2] == "--":
@@ -56,6 +56,6 @@ if __name__ == "__main__":
     from distattn.launch.ranks.process_title import set_title
 
     set_title(f"rank {os.environ['RANK']}" if "RANK" in os.environ else "helper", " ".join(sys.argv[2:]))
-    # runpy replaces the first argument by the module's file
+    # runpy replaces the first argument with the module's file
     sys.argv = sys.argv[2:]
     runpy.run_module(_module, run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
-"""Let multiprocessing's fork server, which alone imports this, end with its launcher, and set its title.
+"""Makes multiprocessing's fork server end with its launcher, and sets its title. Only the fork server imports this module.
 
-Without this the server would end only when no process has its pipe open, and every rank has that pipe.
+By itself, the server would end only when its pipe is closed in all processes, and every rank holds the pipe.
 """
 
 import os

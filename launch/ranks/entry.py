@@ -1,4 +1,4 @@
-"""The entry of a rank in a forked process: it ends with its launcher, and reports its activity by heartbeats."""
+"""The entry point of a rank in a forked process. The rank ends with its launcher, and reports its activity by heartbeats."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from distattn.supervision.flight_recorder import answer_with_flight_recorder
 from distattn.supervision.heartbeats import attach, set_activity, set_end, set_left
 
 _AFTER_OTHERS_SECONDS = 0.5
-# seconds for which threads of libraries may run on after a rank's work
+# seconds that library threads may continue after a rank's work is done
 _LEFT_THREADS_SECONDS = 60.0
 
 
 def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: str, *arguments: object) -> None:
-    """Run one rank in its process. function: module:name of its work, which returns an exit code.
+    """Run one rank in this process. function: "module:name" of the function to call, which returns an exit code.
 
-    launcher: its process id. board: the path of the board for heartbeats. evidence: a folder for the stacks of its threads.
+    launcher: the launcher's process id. board: path of the heartbeat board. evidence: folder for the stacks of this rank's
+    threads.
     """
-    # Ctrl-C ends a rank at once and silently, and the launcher prints the sentence; the fork server has blocked the signal
+    # Ctrl-C ends a rank at once and silently, since the launcher prints the message; the fork server has blocked the signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with_process(launcher)
-    # the thread of end_with_process cannot run while another thread holds the interpreter; the fork server ends with the launcher
+    # end with the fork server, too, which ends with the launcher: the thread of end_with_process needs the GIL
     set_parent_death_signal()
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
@@ -55,16 +56,16 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
-        # if this rank fails because another one has died, the launcher has to find the other's end first
+        # if this rank fails because another one died, the launcher must notice the other's end first
         time.sleep(_AFTER_OTHERS_SECONDS)
-        # torchrun knows exceptions and exit codes, not return values
+        # torchrun sees exceptions and exit codes, but not return values
         os._exit(code)
-    # runs when torchrun has released all ranks, which wait for each other
+    # runs after torchrun has released all ranks, which wait for each other
     Finalize(None, _leave, (_LEFT_THREADS_SECONDS, rank), exitpriority=0)
 
 
 def end_with_process(pid: int) -> None:
-    """Let this process be killed as soon as another process, which need not be its parent, has ended in any way."""
+    """Kill this process as soon as process `pid`, which need not be its parent, has ended in any way."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -78,7 +79,7 @@ def end_with_process(pid: int) -> None:
 
 
 def _leave(seconds: float, rank: int) -> None:
-    """End this process with exit code 0 after some time, even if Python waits for threads: its work is done."""
+    """End this process with exit code 0 after `seconds`, even if Python still waits for threads. The rank's work is done."""
     set_left()
 
     def end() -> None:

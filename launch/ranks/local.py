@@ -1,4 +1,4 @@
-"""Ranks of one machine, or of one node of several, started through torchrun's API."""
+"""Starts the ranks of one machine, alone or as one of several nodes, through torchrun's API."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 
 
 class Node(NamedTuple):
-    """One of several machines. number: its place among `nodes`. address: host:port on which the first one listens.
+    """One of several machines. number: its number among `nodes`. address: host:port at which the first node listens.
 
-    keeps_sigterm: the caller handles this process's SIGTERM; otherwise it ends the ranks.
+    keeps_sigterm: True if the caller handles this process's SIGTERM; otherwise SIGTERM ends the ranks.
     """
 
     number: int = 0
@@ -42,9 +42,9 @@ HERE = Node()
 
 
 class RanksInterrupted(SignalException):
-    """An exception with which torchrun ends its ranks by SIGINT, which no rank blocks.
+    """An exception that makes torchrun end its ranks by SIGINT, which no rank blocks.
 
-    stop: the signal that ends this command; None if the watch ends the ranks.
+    stop: the signal that ended this command; None if the watch ends the ranks.
     """
 
     def __init__(self, stop: CommandStopped | None):
@@ -53,19 +53,19 @@ class RanksInterrupted(SignalException):
 
 
 def run_ranks(ranks: int, module: str, *arguments: str) -> int:
-    """Run `python -m module ARGUMENTS` once per rank, and wait. Return the exit code. Ranks end when this process ends.
+    """Run `python -m module ARGUMENTS` once per rank, and wait for all. Ranks end when this process ends.
 
-    The code is 0 if all ranks end well, else that of the first rank that failed. Raises CommandStopped.
+    Returns 0 if all ranks end well, otherwise the exit code of the rank that failed first. Raises CommandStopped.
     """
     try:
         with restore_process_state():
             elastic_launch(torchrun_config(ranks), sys.executable)("-m", _WRAPPER, str(os.getpid()), module, *arguments)
     except ChildFailedError as error:
-        # a killed rank makes its peers fail at the same moment: it is the cause, not they
+        # a killed rank makes its peers fail at the same moment, so blame the killed rank
         failures = error.failures.items()
 
         def blame(failure: Any) -> tuple[bool, bool, int]:
-            # torchrun itself ends the others by SIGTERM
+            # torchrun itself ends the other ranks by SIGTERM
             code = failure.exitcode
             return code == -signal.SIGTERM, code > 0, failure.timestamp
 
@@ -80,11 +80,11 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
 
 
 def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", interval: float = 0.1) -> LaunchConfig:
-    """Return the configuration of ranks on this machine, alone or one of several, with their own rendezvous.
+    """Return torchrun's configuration for ranks on this machine, alone or as one of several nodes, with a new rendezvous.
 
-    start_method: for ranks that are functions. interval: seconds between two looks at them.
+    start_method: how multiprocessing starts ranks that run a function. interval: seconds between checks of the ranks.
     """
-    # each of several nodes knows its place, on which the plan relies, so the rendezvous decides nothing
+    # nodes already know their numbers, on which the plan relies, so the rendezvous must not assign them
     meeting: dict[str, Any] = {"rdzv_backend": NODES_RENDEZVOUS, "rdzv_endpoint": node.address}
     if node.nodes == 1:
         meeting = {"rdzv_backend": RENDEZVOUS}
@@ -92,13 +92,13 @@ def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", 
         min_nodes=node.nodes,
         max_nodes=node.nodes,
         nproc_per_node=ranks,
-        # the same on all nodes
+        # must be equal on all nodes
         run_id=node.address or uuid.uuid4().hex,
         rdzv_configs={"rank": node.number} if node.nodes > 1 else {},
         max_restarts=0,
         monitor_interval=interval,
         start_method=start_method,
-        # `restore_process_state` handles them: torchrun would also handle ignored signals, again and again
+        # `restore_process_state` handles signals: torchrun would also handle ignored ones, and repeatedly
         signals_to_handle="",
         **meeting,
     )
@@ -106,10 +106,10 @@ def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", 
 
 @contextlib.contextmanager
 def restore_process_state(node: Node = HERE) -> Iterator[None]:
-    """Set logs, signal handlers and gloo's interface for torchrun in the block, and restore them afterwards.
+    """Set up logging, signal handlers and gloo's interface for torchrun within the block, and restore them afterwards.
 
-    Ranks and launchers report errors themselves, so torchrun's logs are silenced. Signals that stop the command, and that of the
-    watch, end the ranks by RanksInterrupted. On one machine gloo uses the loopback.
+    torchrun's logs are silenced, since ranks and launchers report errors themselves. Signals that stop the command, and the
+    watch's signal, end the ranks by raising RanksInterrupted. On a single machine gloo uses the loopback.
     """
     logging.disable(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in (*STOPPING, INTERRUPT)}
@@ -135,5 +135,5 @@ def restore_process_state(node: Node = HERE) -> Iterator[None]:
         logging.disable(logging.NOTSET)
         if threading.current_thread() is threading.main_thread():
             for number in answered:
-                # the watch may send its signal just after torchrun has ended by itself
+                # ignore the watch's signal from now on: it may arrive just after torchrun has ended by itself
                 signal.signal(number, signal.SIG_IGN if number == INTERRUPT else handlers[number])

@@ -1,7 +1,6 @@
-"""Rendezvous of ranks on the loopback of one machine, or on the first machine's address: torchrun's own listens on all
-interfaces.
+"""Rendezvous of ranks on one machine's loopback, or at the first machine's address. torchrun's listens on all interfaces.
 
-Each attempt has its own store: PyTorch's store is kept over restarts, with the addresses of the dead ranks (pytorch#167288).
+Each attempt has a new store, since PyTorch keeps its store across restarts, with the dead ranks' addresses (pytorch#167288).
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ from distattn.parallel.runtime.communication.network_interfaces import (
 )
 from distattn.supervision.node_links import NodeAddress
 
-# rdzv_backend of torchrun's `LaunchConfig`, for one machine and for several
+# values of rdzv_backend in torchrun's `LaunchConfig`, for one machine and for several
 RENDEZVOUS, NODES_RENDEZVOUS = "distattn-loopback", "distattn-nodes"
 _GLOO_INTERFACE, _INTERFACE = "GLOO_SOCKET_IFNAME", "lo"
-# the largest number of connections that the store has not accepted yet
+# backlog of the store's socket: maximum number of connections not yet accepted
 _WAITING = 1024
-# time limit for the first node to come
+# time limit for all nodes to connect
 _LIMIT = timedelta(minutes=10)
 
 
 @contextmanager
 def gloo_on_loopback() -> Iterator[None]:
-    """Let gloo of ranks that are started in the block listen on the loopback, unless the environment names an interface."""
+    """Let gloo listen on the loopback in ranks started within the block, unless the environment names an interface."""
     named = os.environ.get(_GLOO_INTERFACE)
     os.environ[_GLOO_INTERFACE] = named or _INTERFACE
     try:
@@ -58,10 +57,10 @@ def gloo_on_loopback() -> Iterator[None]:
 
 
 def own_place(endpoint: str) -> NodeAddress | None:
-    """Return the address of this machine for the other nodes of an attempt; None if it is unknown.
+    """Return the address at which the other nodes of an attempt reach this machine; None if it is unknown.
 
-    endpoint: host:port of the first node. The address is that of gloo's configured interface, else of the interface that faces
-    the first node.
+    endpoint: host:port of the first node. The address belongs to gloo's configured interface, or else to the interface that
+    faces the first node.
     """
     host, port = parse_rendezvous_endpoint(endpoint, -1)
     if names := os.environ.get(_GLOO_INTERFACE):
@@ -72,7 +71,7 @@ def own_place(endpoint: str) -> NodeAddress | None:
 
 
 class _LoopbackRendezvous(RendezvousHandler):
-    """The rendezvous of a single agent, whose store its ranks use."""
+    """The rendezvous of a single agent. The ranks use the agent's store."""
 
     def __init__(self, parameters: RendezvousParameters):
         self._run = parameters.run_id
@@ -109,7 +108,7 @@ class _LoopbackRendezvous(RendezvousHandler):
 
 
 class _NodesRendezvous(_LoopbackRendezvous):
-    """The rendezvous of agents on several nodes that know their places. The first agent holds the store."""
+    """The rendezvous of agents on several nodes, each of which knows its number. The first agent hosts the store."""
 
     def __init__(self, parameters: RendezvousParameters):
         super().__init__(parameters)
@@ -141,10 +140,10 @@ class _NodesRendezvous(_LoopbackRendezvous):
 
 
 def _socket_of(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on the address of this machine's name. Raises OSError if the port is taken.
+    """Return a socket that listens on the address of `host`, a name of this machine. Raises OSError if the port is taken.
 
-    It listens on all interfaces if the name has no address here, an address of another machine, or the loopback's, as in
-    /etc/hosts of some systems, although other machines reach this one by the name.
+    The socket listens on all interfaces if the name does not resolve here to an address by which other machines reach this
+    one: if it has no address, another machine's, or the loopback's, as in /etc/hosts of some systems.
     """
     for address in resolve_host(host)[:1]:
         if host in (address, "localhost") or not ipaddress.ip_address(address).is_loopback:

@@ -1,25 +1,25 @@
-"""Limits of the number of ranks on this machine: more are refused, with the arithmetic, before any of them starts."""
+"""Limits on the number of ranks per machine, checked before any rank starts. The errors show the arithmetic."""
 
 from __future__ import annotations
 
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import plural
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.memory.host_memory import available_bytes
-from distattn.parallel.analysis.text_format import plural
 from distattn.training.config.checks import NO_GPU_FOR_MEGATRON
 from distattn.training.config.run_file import Config
 from distattn.training.state_bytes import model_parameters, state_bytes
 
-# 10^6 bytes of one rank's private memory. Estimates from Private_Dirty in /proc/PID/smaps_rollup of ranks with torch 2.13 and
-# transformers 5, without a record. Memory that ranks share, such as the code of libraries, is not included
+# private memory of one rank in MB (10^6 bytes), estimated from Private_Dirty in /proc/PID/smaps_rollup with torch 2.13 and
+# transformers 5 (not recorded in the log). Memory shared by ranks, such as library code, is not included.
 TRAIN_RANK_MB = 400
 DOCTOR_RANK_MB = 270
 CALIBRATE_RANK_MB = 240
 
 
 def check_run_fits(config: Config) -> None:
-    """Raise DistattnError, with the arithmetic, for a run with more ranks than this machine has memory or GPUs for."""
+    """Raise DistattnError, with the arithmetic, if this machine has too little memory or too few GPUs for a run's ranks."""
     ranks, kernel = config.parallel.ranks, config.parallel.kernel
     model_mb = state_bytes(config) / 1e6
     check_memory(
@@ -30,13 +30,13 @@ def check_run_fits(config: Config) -> None:
     )
     if config.engine.name == "megatron" and not gpu_count():
         raise DistattnError(NO_GPU_FOR_MEGATRON)
-    # "auto" is the CPU's kernel where there are no GPUs
+    # without GPUs, "auto" selects the CPU kernel
     if kernel not in CPU_KERNELS and (kernel != AUTO or gpu_count()):
         check_gpus("parallel.ranks", ranks, f"kernel {kernel!r} needs one for each rank")
 
 
 def check_device_holds_state(config: Config, cluster: ClusterSpec) -> None:
-    """Raise DistattnError for a run whose model and optimizer, without activations, do not fit into its cluster's devices."""
+    """Raise DistattnError if model and optimizer, even without activations, do not fit in the memory of a cluster's device."""
     need, have = state_bytes(config), cluster.device.memory_gb * 1e9
     if config.parallel.kernel not in CPU_KERNELS and need > have:
         raise DistattnError(
@@ -47,9 +47,12 @@ def check_device_holds_state(config: Config, cluster: ClusterSpec) -> None:
 
 
 def check_nodes_hold_ranks(config: Config, node_bytes: int | None) -> None:
-    """Raise DistattnError if ranks need more memory on a node than it has. node_bytes: of the largest node; None if unknown."""
+    """Raise DistattnError if a node's ranks need more memory than it has.
+
+    node_bytes: memory of the largest node; None if unknown.
+    """
     ranks = config.parallel.devices_per_node or config.parallel.ranks
-    # ranks with a device keep their state on the device
+    # ranks with a GPU keep their state on it
     each = state_bytes(config) if config.parallel.kernel in CPU_KERNELS else 0
     need = ranks * (TRAIN_RANK_MB * 1e6 + each)
     if node_bytes is not None and need > node_bytes:
@@ -60,7 +63,7 @@ def check_nodes_hold_ranks(config: Config, node_bytes: int | None) -> None:
 
 
 def check_memory(key: str, ranks: int, rank_mb: float, parts: str) -> None:
-    """Raise DistattnError for more ranks than fit into the free memory. rank_mb: 10^6 bytes of each; parts: a list of them."""
+    """Raise DistattnError if the ranks do not fit in free memory. rank_mb: MB (10^6 bytes) per rank. parts: its breakdown."""
     free = available_bytes()
     if free is None or ranks * rank_mb * 1e6 <= free:
         return
@@ -73,14 +76,14 @@ def check_memory(key: str, ranks: int, rank_mb: float, parts: str) -> None:
 
 
 def check_gpus(key: str, ranks: int, why: str) -> None:
-    """Raise DistattnError for more ranks than this machine has GPUs."""
+    """Raise DistattnError if this machine has fewer GPUs than ranks. why: the reason, as the end of the message."""
     gpus = gpu_count()
     if ranks > gpus:
         raise DistattnError(f"{key}: {ranks:,} ranks on a machine with {plural(gpus, 'GPU')}; {why}.")
 
 
 def gpu_count() -> int:
-    """Return the number of this machine's GPUs that torch can use."""
+    """Return the number of GPUs on this machine that torch can use."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,4 +1,4 @@
-"""One rank of a run, in its forked process."""
+"""The function that each rank of a run executes in its forked process."""
 
 import contextlib
 import io
@@ -14,14 +14,14 @@ from distattn.launch.ranks import copy_output
 from distattn.launch.ranks.process_title import set_title
 from distattn.supervision.helper_processes import LOOK_SECONDS, Helper
 
-# less than the time that ranks may be silent: rank 0 waits for a stopped copier once the pipe is full
+# shorter than the watch's patience, since rank 0 blocks on a stopped copier when the pipe is full
 _COPY_PATIENCE_SECONDS = 3.0
 
 
 def run(folder: str, json_lines: bool, proposed: str = "") -> int:
-    """Run one rank of a run, in its own process, whose rank torchrun has set. Return the exit code.
+    """Run one rank of a run in this process, whose rank torchrun has set. Return the exit code.
 
-    proposed: the name of the proposal of `distattn resume`; "" if the ranks use the run's configuration.
+    proposed: name of the proposal of `distattn resume`; "" to use the run's own configuration.
     """
     set_title(f"rank {os.environ['RANK']}", folder)
     if (logs := Path(folder, "logs")).is_dir():
@@ -35,16 +35,16 @@ def run(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def set_allocator() -> None:
-    """Set the GPU allocator to segments that grow, unless the user has set it. Call this before anything uses a GPU.
+    """Let PyTorch's GPU allocator use expandable segments, unless the user configured it. Call this before using a GPU.
 
-    Packed batches need buffers of many sizes, and fixed segments of the allocator would leave holes between them.
+    Packed batches need buffers of many sizes, which would fragment segments of fixed size.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def keep_log(folder: Path) -> None:
-    """Send the output of this rank and its libraries to its own file; rank 0's goes to the console, too."""
+    """Send the output of this rank and its libraries to a log file of its own. Rank 0's also goes to the console."""
     rank = os.environ["RANK"]
     file = folder / f"rank-{rank}.log"
     if rank == "0":
@@ -64,10 +64,10 @@ def keep_log(folder: Path) -> None:
 
 
 class _Log(io.FileIO):
-    """A log that leaves out a line if the disk is full: no rank may end because it prints."""
+    """A log that drops lines while the disk is full, since no rank may fail because it prints."""
 
     def write(self, content: Any, /) -> int:
-        """Write the content, or leave it out; return the number of bytes that are dealt with."""
+        """Write the content, or drop it if that fails. Return the number of bytes written or dropped."""
         try:
             return super().write(content)
         except OSError:
@@ -80,22 +80,22 @@ def _log_stream(descriptor: int) -> io.TextIOWrapper:
 
 
 def _copied(file: Path) -> int:
-    """Return the end of a pipe to a process that copies its input to a file and to the console.
+    """Start a process that copies its input to a file and to the console. Return the write end of the pipe to it.
 
-    This process keeps the pipe's other end, too: if the copying process is lost, another one continues.
+    This process keeps the read end open, too, so that another process can continue if the copying process is lost.
     """
     read, write = os.pipe()
     command = [sys.executable, "-SP", copy_output.__file__, str(file)]
     console, errors = os.dup(1), os.dup(2)
 
     def start() -> int:
-        # in a group of its own: Ctrl-C must not end it before the last line
+        # in a session of its own, so that Ctrl-C does not end it before it has copied the last line
         return subprocess.Popen(command, stdin=read, stdout=console, stderr=errors, start_new_session=True).pid
 
     def watch() -> None:
         while True:
             time.sleep(LOOK_SECONDS)
-            # if no process can be started now, try again later
+            # if no process can be started, try again later
             with contextlib.suppress(OSError):
                 if fault := copy.fault(_COPY_PATIENCE_SECONDS):
                     os.write(write, f"distattn: {copy.start_again(fault)}.\n".encode())

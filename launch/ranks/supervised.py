@@ -1,4 +1,4 @@
-"""Run the ranks of one machine under a watch, and start them again if one was killed or hangs."""
+"""Run the ranks of one machine under a watch, and restart them if one was killed or hangs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from distattn.supervision.rank_watch import Trouble
 
 @dataclass(frozen=True)
 class Restarts:
-    """The limit of restarts. limit: restarts in a row without progress. progress: returns the run's progress as a number.
+    """The conditions of restarts. limit: maximum number of consecutive restarts without progress.
 
-    folder: of the run; ranks are only started again while it is in its place.
+    progress: returns the run's progress as a number. folder: the run folder; ranks are restarted only while it is in place.
     """
 
     limit: int
@@ -33,12 +33,11 @@ class Restarts:
 
 
 def run_supervised(ranks: Ranks, attempts: Attempts, restarts: Restarts, preload: Sequence[str] = ()) -> int:
-    """Run ranks, and start them again if one is killed or hangs. Return the exit code. preload: modules that all ranks import.
+    """Run ranks, and restart all of them if one is killed, hangs or raises an error. Ranks end when this process ends.
 
-    All ranks are started again if one is killed, hangs, or raises an error, unless no step was done before the error or it is the
-    same as before; they are not if one refuses to go on. Ranks end when this process ends.
-
-    Return 0 if all ranks end well, else the exit code of `run_attempt`. Raises CommandStopped if this process is stopped.
+    They are not restarted if a rank refuses to go on, or raises an error before the first step or the same error as before.
+    preload: modules that all ranks import. Returns 0 if all ranks end well, otherwise the exit code of `run_attempt`. Raises
+    CommandStopped if this process is stopped.
     """
     attempts.end_open("ended with its launcher, before the cause was known")
     with stop_on_signals(), fork_server(preload, run=ranks.run):
@@ -60,7 +59,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
         without_progress, furthest = (1, now) if now > furthest else (without_progress + 1, furthest)
         repeated = without_progress > 1 and trouble.repeats(before)
         if trouble.kind == "refused" and restarts.folder is not None and not restarts.folder.is_in_place():
-            # the fate of the run's folder concerns all ranks; one rank has reported it
+            # a rank has already reported that the run's folder is gone
             return code
         if not _may_go_better(trouble, code, repeated) or without_progress > restarts.limit:
             names = ", ".join(culprit.name for culprit in trouble.culprits)
@@ -77,7 +76,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
 
 
 def _may_go_better(trouble: Trouble, code: int, repeated: bool) -> bool:
-    """Return whether another attempt may succeed. repeated: the last one made no progress and failed for the same reason."""
+    """Return whether another attempt may succeed. repeated: True if this is the same failure again, without progress."""
     if trouble.kind == "raised":
         return trouble.steps > 0 and not repeated
     return trouble.kind != "refused" or code == LostRankError.exit_code
@@ -87,7 +86,7 @@ def _run_once(ranks: Ranks, attempts: Attempts) -> tuple[int, Trouble | None]:
     board = HeartbeatBoard.make(ranks.size)
     facts = {"host": socket.gethostname(), "launcher": os.getpid(), "process": writer_name(), "board": str(board.path)}
     number = attempts.begin(**facts)
-    # close the board when the attempt has ended and no process looks for it
+    # close the board only after the end of the attempt is recorded, when no process looks for it any more
     with contextlib.closing(board):
         try:
             code, trouble = run_attempt(ranks, number, attempts.folder(number), board)

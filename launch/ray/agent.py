@@ -1,6 +1,6 @@
-"""The actor on a node of a Ray cluster, which starts `distattn.launch.run_node` as its child and waits for it.
+"""The Ray actor on each node, which starts `distattn.launch.run_node` as its child process and waits for it.
 
-The ranks, their supervision and their records are the same as on Slurm; Ray places the actors and reports lost ones.
+Ranks, supervision and records are the same as on Slurm. Ray only places the actors and reports lost ones.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from distattn.checkpoints.owner import JOB_VARIABLE
 from distattn.launch.attempts import Attempts
 from distattn.training.run_folder import RunFolder
 
-# seconds between two checks that no later attempt has begun
+# seconds between checks for a later attempt
 _LOOK_SECONDS = 1.0
 
 
 class NodePlace(NamedTuple):
-    """The place of an agent. node: Ray's id of the node; port: a free port at its address."""
+    """The location of an agent. node: Ray's node id. address: the node's address. port: a free port at that address."""
 
     node: str
     address: str
@@ -33,9 +33,9 @@ class NodePlace(NamedTuple):
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment of a process that an actor or a task starts, so that it imports the same distattn."""
+    """Return the environment for a process started by an actor or task, so that it imports the same distattn."""
     environment = dict(os.environ)
-    # Ray sets it to the number of CPUs; ranks are forked from a process that must have one thread
+    # Ray sets it to the number of CPUs, but the process from which ranks are forked must have only one thread
     environment.pop("OMP_NUM_THREADS", None)
     package = find_spec("distattn")
     assert package is not None and package.origin is not None
@@ -44,19 +44,19 @@ def child_environment() -> dict[str, str]:
 
 
 class NodeAgent:
-    """The actor on one node for one attempt. Its process ends with the driver's process, and its child ends with it."""
+    """The actor on one node for one attempt. Its process ends with the driver's, and its child process ends with it."""
 
     def place(self) -> NodePlace:
-        """Return where this agent runs."""
+        """Return the location of this agent, with a port that is free now."""
         address = get_node_ip_address()
         with socket.socket() as free:
             free.bind((address, 0))
             return NodePlace(ray.get_runtime_context().get_node_id(), address, free.getsockname()[1])
 
     def run(self, folder: Path, job: str, attempt: int, *arguments: str) -> int:
-        """Run `run_node FOLDER ARGUMENTS`. Return its exit code, -N if signal N killed it. attempt: 0 for the report.
+        """Run `run_node FOLDER ARGUMENTS`. Return its exit code, or -N if signal N killed it. attempt: 0 for the report.
 
-        The agent of a node that was given up but still lives kills its ranks when a later attempt begins.
+        An agent that the driver has given up but that is still alive kills its ranks when a later attempt begins.
         """
         environment = child_environment() | {JOB_VARIABLE: job}
         module = "distattn.launch.run_node"
@@ -68,7 +68,7 @@ class NodeAgent:
             module,
             str(folder),
         ]
-        # a terminal's signals are for the driver
+        # in a session of its own, since a terminal's signals are meant for the driver
         child = subprocess.Popen([*command, *arguments], env=environment, start_new_session=True)
         attempts = Attempts(RunFolder(folder).attempts)
         while True:

@@ -1,8 +1,8 @@
 """The attempts of a run on a Ray cluster: `python -m distattn.launch.ray.attempts RUN [--ray.address=HOST:PORT]`.
 
-This command continues the run of a folder, on the cluster that its configuration names or on another one. `distattn launch ray`
-does the same with a new run. After a lost node, or ranks that were killed or hung, the next attempt runs on the nodes that are
-left or were added. Needs a Ray cluster whose nodes share the run folder, but neither torch nor a GPU here.
+This command continues a run on the cluster in its configuration or on another one. `distattn launch ray` does the same with a
+new run. After a node is lost, or ranks are killed or hang, the next attempt runs on the remaining and newly added nodes. Needs
+a Ray cluster whose nodes share the run folder, but neither torch nor a GPU on this machine.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from distattn.training.run_folder import RunFolder
 
 @contextmanager
 def connected(configs: Sequence[Config], quiet: bool) -> Iterator[None]:
-    """Connect to the cluster that all of the runs name, as `ray.driver.connected` does."""
+    """Connect to the cluster that all runs name. See `ray.driver.connected`."""
     with ray_driver.connected(configs[0].ray.address, quiet, lambda: _cores_here(configs)):
         yield
 
 
 def _cores_here(configs: Sequence[Config]) -> int:
-    """Return the number of CPUs of a new cluster on this machine alone. Raise DistattnError for runs of several nodes."""
+    """Return the number of CPUs for a new cluster of this machine alone. Raises DistattnError for runs on several nodes."""
     needs = [node_needs(config) for config in configs]
     nodes = max(config.parallel.ranks // need.ranks for config, need in zip(configs, needs, strict=True))
     if nodes > 1:
@@ -44,12 +44,12 @@ def _cores_here(configs: Sequence[Config]) -> int:
             f"launch ray: {nodes} nodes need a Ray cluster, and a new one here has one node: name another "
             "(--ray.address=HOST:PORT), or start it (ray start)."
         )
-    # ranks may share cores here, as with `distattn launch local`
+    # on one machine, ranks may share cores, as with `distattn launch local`
     return max(os.cpu_count() or 1, *(need.cpus for need in needs))
 
 
 def run_attempts(run: RunFolder, config: Config) -> int:
-    """Run attempts of a run on the cluster that this process is connected to. Return the exit code, 75 if it was stopped."""
+    """Run a run's attempts on the connected cluster. Return the exit code, which is 75 if the run was stopped."""
     ray_run = RayRun(run, config, new_job())
     then = f"{resume_command(run.folder)} continues from the newest checkpoint"
     with stopped("on Ray", then), stopping(ray_run.stop), watch_head(run.folder):
@@ -57,7 +57,7 @@ def run_attempts(run: RunFolder, config: Config) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Continue the run, or the sweep's runs, of a folder. Return the exit code."""
+    """Continue the run in a folder, or all runs of a sweep. Return the exit code."""
     parser = CommandParser("ray.attempts")
     parser.add_argument("run", type=Path)
     parser.add_argument("--ray.address", dest="address")

@@ -1,4 +1,4 @@
-"""`distattn calibrate --ray`: every node of a Ray cluster measures itself, in a task that takes all its GPUs or all its CPUs."""
+"""`distattn calibrate --ray`: each node of a Ray cluster measures itself, in a task that takes all its GPUs or CPUs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from distattn.preflight.outliers import SLOW_FACTOR
 def calibrate_nodes(
     address: str, options: Sequence[str], report_progress: Callable[[str], None]
 ) -> tuple[dict[str, ClusterSpec], list[str]]:
-    """Return (each node's measured description, by the node's name; sentences about nodes whose measurement failed).
+    """Measure all nodes. Return their descriptions by node name, and a sentence for each node whose measurement failed.
 
-    address: of the cluster, as in `ray.driver.connected`. options: more options of `distattn calibrate`.
+    address: see `ray.driver.connected`. options: further options for `distattn calibrate`.
     """
     from distattn.launch.ray.driver import connected
     from distattn.launch.ray.tasks import Task, run_tasks, task_nodes
@@ -47,9 +47,9 @@ def calibrate_nodes(
 
 
 def slow_nodes(specs: Mapping[str, ClusterSpec]) -> Iterator[str]:
-    """Yield a sentence for each speed of a node that is far below the median of nodes with the same device.
+    """Yield a sentence for each speed of a node that is far below the median of the nodes with the same device.
 
-    specs: by the nodes' names.
+    specs: descriptions by node name.
     """
     for device in sorted({spec.device.name for spec in specs.values()}):
         same_device = {name: _speeds(spec) for name, spec in specs.items() if spec.device.name == device}
@@ -65,7 +65,7 @@ def slow_nodes(specs: Mapping[str, ClusterSpec]) -> Iterator[str]:
 
 
 def _speeds(spec: ClusterSpec) -> dict[tuple[str, str], float]:
-    """Return the speeds of a node by (work, unit)."""
+    """Return a node's speeds by (kind of work, unit)."""
     attention = {
         (f"attention, {direction},", "TFLOP/s"): statistics.median(
             row.tflops for row in spec.attention if row.direction == direction

@@ -1,4 +1,4 @@
-"""This process as a driver of a Ray cluster."""
+"""Connects this process, as a driver, to a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communication.network_interfaces import LOOPBACK
 
-# in place of an address: a new cluster on this machine
+# the address that stands for a new cluster on this machine
 _HERE = "local"
 
 
@@ -22,8 +22,8 @@ _HERE = "local"
 def connected(address: str, quiet: bool, cores_here: Callable[[], int]) -> Iterator[None]:
     """Connect this process to a cluster: at `address` (HOST:PORT), at RAY_ADDRESS, on this machine, or a new one here.
 
-    quiet: hide what processes of the cluster print. cores_here: returns the number of CPUs of a new cluster. Raise DistattnError
-    if no cluster can be reached or started.
+    quiet: hide the output of the cluster's processes. cores_here: returns the number of CPUs for a new cluster. Raises
+    DistattnError if no cluster can be reached or started.
     """
     options: dict[str, Any] = {"log_to_driver": not quiet, "logging_level": "ERROR"}
     if address == _HERE or not _join(address, options):
@@ -36,19 +36,19 @@ def connected(address: str, quiet: bool, cores_here: Callable[[], int]) -> Itera
 
 def _begin_here(cores: int, options: dict[str, Any]) -> None:
     """Start a cluster of this machine alone, with all sockets on the loopback interface."""
-    # otherwise Ray, here and in its processes, replaces the loopback address by another one of the machine, and listens on all
+    # keep Ray, here and in its processes, from replacing the loopback by another address of the machine and listening on all
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray.init(address="local", num_cpus=cores, include_dashboard=False, _node_ip_address=LOOPBACK, **options)
 
 
 def _join(address: str, options: dict[str, Any]) -> bool:
-    """Connect to a cluster; return False if none was named and none runs here. Raise DistattnError if one cannot be joined."""
+    """Connect to an existing cluster. Return False if none is named and none runs here. Raises DistattnError if it fails."""
     named = address or os.environ.get("RAY_ADDRESS", "")
     try:
         ray.init(address=named or "auto", **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        # a RayError means that a cluster runs here but refuses the connection
+        # a RayError means that a cluster is running here but refuses the connection
         if named or isinstance(error, RayError):
             first = str(error).strip().splitlines()[0]
             raise DistattnError(f"ray.address: no cluster at {named or 'this machine'}: {first}") from None

@@ -1,4 +1,4 @@
-"""A message when the head of a Ray cluster is lost, with the command that completes the run. Ray ends the launcher later."""
+"""Prints a message, with the command that completes the run, if a Ray cluster's head is lost. Ray ends the launcher later."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import ray
 
 from distattn.launch.command_line import print_message
 
-# seconds between two requests, and for an answer; requests in a row without an answer before the head counts as lost
+# seconds between requests; timeout of a request; consecutive failed requests after which the head counts as lost
 _LOOK_SECONDS, _ANSWER_SECONDS, _LOOKS = 2.0, 2.0, 5
 
 
 def resume_command(folder: object) -> str:
-    """Return the command that continues the run, or the sweep, of a folder."""
+    """Return the command that continues the run or sweep in a folder."""
     return f"python -m distattn.launch.ray.attempts {folder}"
 
 
 @contextmanager
 def watch_head(folder: object) -> Iterator[None]:
-    """Watch the head of this process's cluster during the context, and print once if it is lost. folder: of a run or sweep."""
+    """Watch the head of the connected cluster within the block, and print a message once if it is lost.
+
+    folder: folder of the run or sweep.
+    """
     address = ray.get_runtime_context().gcs_address
     closed = threading.Event()
     thread = threading.Thread(target=_watch, args=(address, folder, closed), daemon=True, name="distattn-ray-head")

@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster for the attempts of a run: each is one bundle of a placement group, with an agent in it."""
+"""Nodes of a Ray cluster for a run's attempts. Each node is one bundle of a placement group, with an agent in it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from distattn.launch.ray.agent import NodeAgent, NodePlace
 from distattn.launch.ray.placement import NodeReservation, bundle_nodes, hold_nodes
 from distattn.training.run_folder import RunFolder
 
-# seconds for an agent to start: its process has to import, and Ray may notice late that a node is gone
+# time limit for an agent to start: its process has imports to do, and Ray may be late to notice that a node is gone
 _ANSWER_SECONDS = 60.0
-# seconds between two looks at agents, and at the file that asks to stop
+# seconds between checks of the agents and of the stop file
 _LOOK_SECONDS = 0.2
-# seconds to wait for busy nodes before fewer are requested: Ray frees this run's nodes once their processes have ended
+# seconds to wait for busy nodes before requesting fewer: Ray frees this run's own nodes only after their processes end
 _FREED_SECONDS = 60.0
-# seconds of waiting before a message announces it
+# print a message after this many seconds of waiting
 _SILENT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class NodeCounts:
-    """The possible numbers of nodes of an attempt, largest first.
+    """An attempt's possible node counts, largest first.
 
-    waiting_seconds: the longest time to wait for nodes in all; shrink_seconds: to wait before fewer nodes are requested.
-    resize: called with the number of nodes of the next attempt.
+    waiting_seconds: maximum time to wait for nodes in total. shrink_seconds: time to wait before requesting fewer nodes.
+    resize: called with the node count of the next attempt.
     """
 
     counts: tuple[int, ...]
@@ -46,27 +46,27 @@ class NodeCounts:
 
 
 class RayNodes:
-    """Runs attempts on nodes of the cluster that this process is connected to. job: the job's name for ranks of all attempts.
+    """Runs attempts on nodes of the connected cluster. job: a job name shared by the ranks of all attempts.
 
-    Ray chooses a node for each bundle. Bundles have no order, so ranks follow the natural order of the nodes' names. The group
-    is kept between attempts, so that no other user gets a node, until a node has to be left out or the number of nodes changes.
+    Ray chooses a node for each bundle. Bundles have no order, so ranks follow the natural order of node names. The placement
+    group is kept between attempts, so that no other user takes the nodes, until a node is left out or the node count changes.
     """
 
     def __init__(self, run: RunFolder, job: str, needs: NodeNeeds, size: NodeCounts):
         self._run, self._job, self._needs, self._size = run, job, needs, size
         self._folder, self._wanted = run.folder.absolute(), size.counts[0]
         self._group: PlacementGroup | None = None
-        # of the current attempt, by the nodes' names
+        # agents and places in the current attempt, by node name
         self._agents: dict[str, Any] = {}
         self._places: dict[str, NodePlace] = {}
-        # Ray's ids of nodes; a node that is started again gets another one
+        # contains Ray's node ids; a node that is restarted gets a new id
         self._left_out = LeftOut()
 
     def choose(self) -> list[str] | None:
-        """Return nodes whose agents answer; None after `waiting_seconds` without room, or if the run is asked to stop.
+        """Return nodes whose agents answer, or None after `waiting_seconds` without room or if the run is asked to stop.
 
-        A node that does not answer in time is left out. If too few other nodes get free, the node that was left out first is
-        asked again, since it may have been slow.
+        A node that does not answer in time is left out. If too few other nodes become free, the node left out first is asked
+        again, since it may only have been slow.
         """
         began = time.monotonic()
         while (group := self._placed()) is not None:
@@ -91,9 +91,9 @@ class RayNodes:
         return None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Let each agent run its node's ranks. Soon after one fails, end the others.
+        """Let each agent run its node's ranks. If one fails, end the others OTHERS_SECONDS later.
 
-        Once there is room for more nodes, ask the ranks to save and end, so that the next attempt has more nodes.
+        When there is room for more nodes, ask the ranks to save and end, so that the next attempt can use more nodes.
         """
         self._run.regroup_file.unlink(missing_ok=True)
         first = self._places[hosts[0]]
@@ -130,7 +130,7 @@ class RayNodes:
         return end
 
     def finish(self, hosts: Sequence[str]) -> int:
-        """Write the report in a new agent on any of the nodes. Return the exit code, 1 if the agent was lost."""
+        """Write the report in a new agent on one of the nodes. Return the exit code, which is 1 if the agent was lost."""
         assert self._group is not None
         agent = self._agent(self._group, 0)
         try:
@@ -148,34 +148,34 @@ class RayNodes:
         return 1 if code is None else code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Leave out nodes as `LeftOut.blame` does, among those that Ray still has; the next group is placed without them."""
+        """Leave failed nodes that Ray still has out of the next placement group. See `LeftOut.blame`."""
         nodes = {name: place.node for name, place in self._places.items()}
-        # without `end.lost`: Ray itself replaces nodes that it knows to be gone
+        # omit `end.lost`: Ray itself replaces nodes that it knows to be gone
         node_end = AttemptEnd(codes={nodes[host]: code for host, code in end.codes.items()})
         before = len(self._left_out.hosts)
-        # nodes beyond the smallest possible number are spare
+        # nodes beyond the smallest possible count are spare
         spare = self._usable() - min(self._size.counts)
         self._left_out.blame([nodes[host] for host in hosts], node_end, spare)
         if len(self._left_out.hosts) > before:
             self.close()
 
     def give_back(self) -> str:
-        """Return "": a node that is left out is given back at once, and Ray replaces it while the run continues."""
+        """Return "": the run need not stop, because a node left out is given back at once and Ray can replace it."""
         return ""
 
     def shortage(self) -> str:
-        """Describe the nodes that were waited for, and how many the cluster has."""
+        """Return a sentence about the nodes that the run waited for, and how many the cluster has."""
         waited = f"{self._size.waiting_seconds:,.0f} s"
         return f"for {waited} there was no room for {self._demand()}: {self._usable()} nodes are that large"
 
     def close(self) -> None:
-        """Give the nodes back."""
+        """Give the nodes back to the cluster."""
         if self._group is not None:
             remove_placement_group(self._group)
             self._group = None
 
     def _placed(self) -> PlacementGroup | None:
-        """Return the group once Ray has a node for each bundle; None after `waiting_seconds`, or if the run is asked to stop."""
+        """Return the group when Ray has placed all bundles; None after `waiting_seconds` or if the run is asked to stop."""
         began = requested_at = time.monotonic()
         announced = False
         while not (group := self._held()).wait(_LOOK_SECONDS):
@@ -194,13 +194,16 @@ class RayNodes:
         return group
 
     def _is_short(self, waited: float, in_all: float) -> bool:
-        """Return whether to ask for fewer nodes now. Busy nodes get more time at first than missing ones."""
-        # at most half of the time, so that the rest is left for a smaller request
+        """Return whether to request fewer nodes now. The first wait is longer for busy nodes than for missing nodes.
+
+        waited: seconds since the last request. in_all: seconds since the first request.
+        """
+        # wait at most half of the time, so that the rest is left for a smaller request
         freed = in_all > min(_FREED_SECONDS, self._size.waiting_seconds / 2)
         return waited > self._size.shrink_seconds and (freed or self._usable() < self._wanted)
 
     def _ask_for_less(self) -> None:
-        """Ask for fewer nodes. If the run cannot have fewer, take back nodes that were left out."""
+        """Request fewer nodes. If the run cannot use fewer, take back nodes that were left out."""
         if fewer := self._fewer():
             self._wanted = fewer
         else:
@@ -211,7 +214,7 @@ class RayNodes:
         self.close()
 
     def _take_back(self) -> bool:
-        """Take back nodes that have failed but answered; return whether there are any."""
+        """Take back nodes that failed but still answer. Return whether there are any."""
         alive, names = _alive(), node_names()
         nodes = [node for node in self._left_out.take_back() if node in alive]
         if nodes:
@@ -219,20 +222,20 @@ class RayNodes:
         return bool(nodes)
 
     def _take_back_unstarted(self) -> bool:
-        """Take back a node that did not answer, or could not start an agent; return whether there is one."""
+        """Take back a node that did not answer or could not start an agent. Return whether there is such a node."""
         node = self._left_out.take_back_unstarted(_alive())
         if node:
             print_message(f"there are too few others: {node_names()[node]} is asked again.")
         return bool(node)
 
     def _held(self) -> PlacementGroup:
-        """Return the group, which may still wait for room; create it if needed."""
+        """Return the placement group, which may still wait for room. Create it if needed."""
         if self._group is None:
             self._group = hold_nodes(self._needs, self._wanted, self._left_out.hosts)
         return self._group
 
     def _fewer(self) -> int:
-        """Return the next smaller number of nodes, if possible one that the cluster has; 0 if there is no smaller number."""
+        """Return the next smaller node count that the cluster can fill, or else the smallest; 0 if there is no smaller count."""
         fewer, usable = [count for count in self._size.counts if count < self._wanted], self._usable()
         return next((count for count in fewer if count <= usable), fewer[-1] if fewer else 0)
 
@@ -248,7 +251,7 @@ class RayNodes:
         return f"{self._wanted} nodes of {gpus}{self._needs.cpus} CPUs"
 
     def _usable(self) -> int:
-        """Return the number of nodes that are large enough, free or busy, and not left out."""
+        """Return the number of nodes, free or busy, that are large enough and not left out."""
         needs = {"CPU": self._needs.cpus, "GPU": self._needs.gpus}
         return sum(
             node["Alive"]
@@ -265,7 +268,7 @@ class RayNodes:
     def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> bool:
         """Leave out the nodes whose agents did not answer or could not start.
 
-        Return False if there are no other nodes, or only ones that were asked before.
+        Returns False if no other nodes are left, or only nodes that were already asked again.
         """
         others_left = True
         nodes, names = bundle_nodes(group), node_names()
@@ -285,10 +288,10 @@ class RayNodes:
 
 
 def node_names() -> dict[str, str]:
-    """Return the name of each node of the cluster, dead or alive, by Ray's id: the address, unless the node was given a name."""
+    """Return the names of all nodes, dead or alive, by Ray's node id. A node without a given name is named by its address."""
     nodes = {node["NodeID"]: node["NodeName"] or node["NodeManagerAddress"] for node in ray.nodes()}
     counts = Counter(nodes.values())
-    # a node that came back has the same name as its dead predecessor
+    # a restarted node has the same name as its dead predecessor
     return {node: name if counts[name] == 1 else f"{name}/{node[:6]}" for node, name in nodes.items()}
 
 
@@ -298,13 +301,13 @@ def _alive() -> set[str]:
 
 
 def _answers(requests: Sequence[Any]) -> list[NodePlace | str]:
-    """Wait until all agents have answered, at most _ANSWER_SECONDS; return the answers."""
+    """Wait at most _ANSWER_SECONDS for all agents to answer. Return the answers."""
     ray.wait(list(requests), num_returns=len(requests), timeout=_ANSWER_SECONDS)
     return [_answer(request) for request in requests]
 
 
 def _answer(request: Any) -> NodePlace | str:
-    """Return the place of an agent, or why it is not known."""
+    """Return the place of an agent, or a clause that says why it is unknown."""
     try:
         place: NodePlace = ray.get(request, timeout=0)
         return place
@@ -315,7 +318,10 @@ def _answer(request: Any) -> NodePlace | str:
 
 
 def _exit(request: Any) -> tuple[int | None, str]:
-    """Return (the exit code of `run_node`, None if a signal killed it or its agent; a description of its end, or "")."""
+    """Return the exit code of `run_node` and a description of its end.
+
+    The code is None if a signal killed `run_node` or its agent. Otherwise the description is "".
+    """
     try:
         code: int = ray.get(request)
     except RayError as error:

@@ -1,4 +1,4 @@
-"""Placement groups of a Ray cluster with one bundle a node, and reservations of more nodes while an attempt runs."""
+"""Placement groups with one bundle per node of a Ray cluster, and reservations of more nodes while an attempt runs."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from distattn.launch.node_needs import NodeNeeds
 
-# seconds between two requests to the cluster
+# seconds between requests to the cluster
 _LOOK_SECONDS = 1.0
-# seconds to wait for further nodes after the last one came, so that nodes that come together join together
+# seconds to wait for further nodes after a new one, so that nodes added together join in the same attempt
 _SETTLE_SECONDS = 10.0
 
 
 def hold_nodes(needs: NodeNeeds, count: int, without: Sequence[str]) -> PlacementGroup:
-    """Request room on `count` different nodes at once. without: Ray's ids of nodes to exclude."""
+    """Request room on `count` different nodes at once. without: Ray's ids of excluded nodes."""
     bundle = {"CPU": float(needs.cpus)} | ({"GPU": float(needs.gpus)} if needs.gpus else {})
-    # no blanks: Ray would take them for a part of the id
+    # no spaces, which Ray would treat as part of an id
     others = {"ray.io/node-id": f"!in({','.join(without)})"} if without else {}
     return placement_group([bundle] * count, strategy="STRICT_SPREAD", bundle_label_selector=[others] * count)
 
 
 def node_slots(needs: NodeNeeds) -> int:
-    """Return for how many nodes' ranks an idle cluster would have room; a large node may count several times."""
+    """Return how many nodes of this size an idle cluster has room for. A large node may count several times."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus}
     return sum(min(int(node.get(kind, 0) // count) for kind, count in wanted.items() if count) for node in resources)
 
 
 def bundle_nodes(group: PlacementGroup) -> dict[int, str]:
-    """Return Ray's id of the node of each bundle, without bundles whose node is gone."""
+    """Return Ray's node id for each bundle, without bundles whose node is gone."""
     nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
     return {bundle: node for bundle, node in nodes.items() if node}
 
 
 class NodeReservation:
-    """Reserves nodes in addition to an attempt's, until there are enough for a larger number of nodes that the run may have.
+    """Reserves nodes in addition to an attempt's nodes, to reach the next larger node count that the run may use.
 
-    Ray's autoscaler adds nodes for a request that waits for room.
+    The pending request also makes Ray's autoscaler add nodes.
     """
 
     def __init__(self, needs: NodeNeeds, nodes: Sequence[str], counts: Sequence[int], left_out: Sequence[str]):
         """Start without reserved nodes.
 
-        nodes: Ray's ids of the attempt's nodes. counts: possible numbers of nodes. left_out: Ray's ids of nodes to exclude.
+        nodes: Ray's ids of the attempt's nodes. counts: possible node counts. left_out: Ray's ids of excluded nodes.
         """
         self._needs, self._without = needs, [*left_out, *nodes]
         self._counts = [len(nodes), *sorted(count for count in counts if count > len(nodes))]
-        # for the second count, the third and so on; only the last group may still wait
+        # groups for the second count, the third and so on; only the last group may still be pending
         self._groups: list[PlacementGroup] = []
         self._placed = 0
         self._looked = self._found_at = float("-inf")
 
     def available_nodes(self) -> int:
-        """Return the number of nodes that the run can have now, with the attempt's; 0 if not more, or if more may follow soon."""
+        """Return the node count that the run can now grow to; 0 if it cannot grow, or if more nodes may follow soon."""
         now = time.monotonic()
         if self._placed + 1 < len(self._counts) and now - self._looked > _LOOK_SECONDS:
             self._looked = now
@@ -65,7 +65,7 @@ class NodeReservation:
         return self._counts[self._placed] if self._placed and settled else 0
 
     def close(self) -> None:
-        """Give the nodes back."""
+        """Give the reserved nodes back to the cluster."""
         while self._groups:
             remove_placement_group(self._groups.pop())
 

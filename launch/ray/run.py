@@ -1,4 +1,4 @@
-"""One run on a Ray cluster: its attempts, and their state in the run folder."""
+"""Runs one run's attempts on a Ray cluster, and records their state in the run folder."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from distattn.training.run_folder import RunFolder
 
 
 class RayRun:
-    """The attempts of one run on the cluster that this process is connected to."""
+    """The attempts of one run on the connected cluster."""
 
     def __init__(self, run: RunFolder, config: Config, job: str):
-        """Note the run as waiting. job: a name of `new_job`, for ranks of all attempts. Raise DistattnError as `ElasticRun`."""
+        """Record that the run is waiting. job: the result of `new_job`. Raises DistattnError as `ElasticRun` does."""
         self.run, self.needs = run, node_needs(config)
         last = ray_facts(run) if run.ray_file.exists() else {}
         elastic = ElasticRun(run, config, last.get("nodes", 0), launcher_facts())
@@ -44,7 +44,7 @@ class RayRun:
         self._attempts = NodeAttempts(run, self._nodes, config.supervision.max_restarts, elastic.facts)
 
     def stop(self, number: int) -> None:
-        """Ask the ranks to save and end with exit code 75. number: of the signal that asks for it."""
+        """Ask the ranks to save and end with exit code 75. number: number of the signal that requests it."""
         self._attempts.stop(number)
 
     def train(self) -> int:
@@ -78,19 +78,19 @@ def launcher_facts() -> dict[str, Any]:
 
 
 def note_launcher(run: RunFolder, state: str, **facts: Any) -> None:
-    """Note the launcher and the state in the folder of a run or of a sweep. facts: further ones to note."""
+    """Record the launcher and the state in the folder of a run or sweep. facts: further facts to record."""
     all_facts = {"job": ray.get_runtime_context().get_job_id(), **launcher_facts(), **facts}
     write_whole(run.ray_file, json.dumps(all_facts) + "\n")
     note_state(run, state)
 
 
 def note_state(run: RunFolder, state: str) -> None:
-    """Note the state of a run: "waiting", "running", or "ended CODE"."""
+    """Record the state of a run: "waiting", "running" or "ended CODE"."""
     write_whole(run.state_file, f"{state}\n")
 
 
 def new_job() -> str:
-    """Return a name for the runs of this driver. This process takes it, too, since it changes configurations in their folders."""
+    """Return a job name for this driver's runs. This process uses it, too, since it changes configurations in run folders."""
     job = f"Ray job {ray.get_runtime_context().get_job_id()} ({secrets.token_hex(4)})"
     os.environ[JOB_VARIABLE] = job
     return job
@@ -98,7 +98,7 @@ def new_job() -> str:
 
 @contextmanager
 def stopping(stop: Callable[[int], None]) -> Iterator[None]:
-    """Call `stop` with the signal's number on SIGTERM and Ctrl-C; a second Ctrl-C ends this process and the ranks."""
+    """Call `stop` with the signal's number on SIGTERM and Ctrl-C. A second Ctrl-C ends this process and the ranks."""
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop(number)

@@ -1,4 +1,4 @@
-"""The runs of a sweep on a Ray cluster: as many at a time as the cluster has room for, each with its own attempts."""
+"""Runs a sweep on a Ray cluster: as many runs at a time as the cluster has room for, each with its own attempts."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from distattn.launch.stop_signals import stopped
 from distattn.training.config.run_file import Config
 from distattn.training.run_folder import RunFolder
 
-# seconds between two looks at the runs, at the cluster, and at the file that asks to stop
+# seconds between checks of the runs, the cluster and the stop file
 _LOOK_SECONDS = 1.0
 
 
 class RaySweep:
-    """The runs of a sweep, which start in their order."""
+    """The runs of a sweep, started in order."""
 
     def __init__(self, folder: RunFolder, runs: Sequence[RayRun]):
-        """Start no run yet. folder: of the sweep; a file `stop` in it is for all runs."""
+        """Prepare the sweep without starting a run. folder: the sweep's folder; a file `stop` in it stops all runs."""
         self._folder, self._runs, self._waiting = folder, runs, list(runs)
         self._threads: dict[RayRun, threading.Thread] = {}
         self._codes: dict[RayRun, int] = {}
         self._stopped = False
 
     def stop(self, number: int) -> None:
-        """Ask all ranks to save and end, and start no other run: a handler of signals."""
+        """Ask all ranks to save and end, and start no other run. This is a signal handler."""
         self._stopped = True
         for run, thread in self._threads.items():
-            # also a run that is about to start
+            # include a run that is about to start
             if thread.is_alive() or run not in self._codes:
                 run.stop(number)
 
     def train(self) -> int:
-        """Run all. Return the exit code of the first run that failed, else 75 if a run was stopped, else 0."""
+        """Run the whole sweep. Return the exit code of the first failed run, or 75 if a run was stopped, or 0."""
         for folder in (self._folder, *(run.run for run in self._runs)):
             folder.forget_requests()
         while (self._waiting and not self._stopped) or self._running():
@@ -49,7 +49,7 @@ class RaySweep:
             time.sleep(_LOOK_SECONDS)
         codes = [self._codes.get(run, RunStopped.exit_code) for run in self._runs]
         for run, code in zip(self._runs, codes, strict=True):
-            # also for runs that were never started
+            # record it even for runs that were never started
             note_state(run.run, f"ended {code}")
             print_message(f"{run.run.folder} ended with exit code {code}.")
         return next((code for code in codes if code not in (0, RunStopped.exit_code)), max(codes, default=0))
@@ -58,15 +58,15 @@ class RaySweep:
         return [run for run, thread in self._threads.items() if thread.is_alive()]
 
     def _has_room(self, run: RayRun) -> bool:
-        """Return whether the cluster has room for another run; True for the first, so that an autoscaler sees its demand."""
+        """Return whether the cluster has room for another run. Always True for the first, so that an autoscaler sees it."""
         running = self._running()
         return not running or node_slots(run.needs) >= sum(other.most_nodes for other in [*running, run])
 
     def _begin(self, run: RayRun) -> None:
-        """Start a run, unless it was cancelled while it waited."""
+        """Start a run unless it was cancelled while it waited."""
         if run.run.stop_file.exists():
             return
-        # a daemon, so that a run that is still going after a second Ctrl-C ends with this process
+        # a daemon thread, so that a second Ctrl-C ends this process even if a run is still going
         self._threads[run] = threading.Thread(target=self._train, args=(run,), daemon=True)
         self._threads[run].start()
 
@@ -75,7 +75,7 @@ class RaySweep:
         self._codes[run] = run.train()
 
     def _stop_as_asked(self) -> None:
-        """Pass the request in the sweep's folder on to the runs."""
+        """Pass the stop request in the sweep's folder on to the runs."""
         self._stopped = True
         reason = self._folder.stop_file.read_text("utf-8").strip()
         for run in self._running():
@@ -83,7 +83,7 @@ class RaySweep:
 
 
 def run_sweep(folder: RunFolder, runs: Sequence[tuple[RunFolder, Config]]) -> int:
-    """Run a sweep's runs that have not ended well, on the cluster that this process is connected to. Return the exit code."""
+    """Run those runs of a sweep that have not ended well, on the connected cluster. Return the exit code."""
     job = new_job()
     sweep = RaySweep(folder, [RayRun(run, config, job) for run, config in runs if not _has_ended_well(run)])
     note_launcher(folder, "running")

@@ -1,4 +1,4 @@
-"""Commands as tasks of a Ray cluster, each with its own GPUs and CPUs: measurements on every node, or cases of a benchmark.
+"""Runs commands as tasks of a Ray cluster, each with its own GPUs and CPUs, to measure nodes or run a benchmark's cases.
 
 python -m distattn.launch.ray.tasks FOLDER [options] -- COMMAND
 """
@@ -31,12 +31,12 @@ room for, or once on every node. The output of each task is written to FOLDER/NA
 copied to FOLDER/NAME. --gpus and --cpus are those of one task (default 0 and 1); with --every-node a task gets all of its node.
 The command's python is the one that runs Ray's workers.
 """
-# stands for the folder whose files are returned
+# placeholder for the folder whose files are returned
 _OUT = "{out}"
 
 
 class Task(NamedTuple):
-    """A command to run. command: {out} in it becomes a folder. node: Ray's id of the node to run on, "" for any."""
+    """A command to run. command: {out} in it is replaced with a folder. node: Ray's id of the node to run on; "" for any."""
 
     name: str
     command: tuple[str, ...]
@@ -46,7 +46,10 @@ class Task(NamedTuple):
 
 
 class TaskEnd(NamedTuple):
-    """How a command has ended. code: -N if signal N killed it, 1 if its node or worker was lost. files: by name."""
+    """The result of a command. code: exit code, -N if signal N killed it, 1 if its node or worker was lost.
+
+    output: stdout and stderr. files: contents of the files in {out}, by name.
+    """
 
     code: int
     output: str
@@ -54,7 +57,7 @@ class TaskEnd(NamedTuple):
 
 
 class RayNode(NamedTuple):
-    """A node of the cluster that has CPUs or GPUs. number: Ray's id."""
+    """A node of the cluster with CPUs or GPUs. number: Ray's node id."""
 
     name: str
     number: str
@@ -63,7 +66,7 @@ class RayNode(NamedTuple):
 
 
 def task_nodes() -> list[RayNode]:
-    """Return the nodes for tasks that take a whole node each, sorted by name; only those with GPUs if there are any."""
+    """Return the nodes for tasks that take a whole node, sorted by name. If any have GPUs, only these are returned."""
     names = node_names()
     nodes = [
         RayNode(
@@ -77,7 +80,7 @@ def task_nodes() -> list[RayNode]:
 
 
 def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, TaskEnd]]:
-    """Run commands on the cluster that this process is connected to, as soon as there is room; yield them as they end."""
+    """Run commands on the connected cluster as soon as there is room. Yield (task, end) when a task ends."""
     folder = os.getcwd()
     waiting = {_options(task).remote(task.command, folder): task for task in tasks}
     while waiting:
@@ -90,7 +93,7 @@ def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, TaskEnd]]:
 
 
 def run_command(command: Sequence[str], folder: str) -> TaskEnd:
-    """Run a command as a task, which ends with its worker. folder: to run in, if the node has it; else the worker's folder."""
+    """Run a command as a task, which ends with its worker. folder: working directory, if it exists on the node."""
     program = sys.executable if command[0] == "python" else command[0]
     with tempfile.TemporaryDirectory() as out:
         wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
@@ -114,7 +117,7 @@ def _options(task: Task) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code: 0, or that of the first task that failed."""
+    """Run the command. Return 0, or the exit code of the first task that failed."""
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2

@@ -1,8 +1,8 @@
 """The attempts of a run inside one Slurm job: `python -m distattn.launch.slurm.attempts RUN ... -- srun ...`, on its first node.
 
-The batch script replaces itself by this process. Each attempt is a step of the job on as many nodes as the run needs, with its
-own address. After a lost node or killed ranks, the next attempt runs on the nodes that are left. When Slurm signals the time
-limit or a preemption, the ranks save and end with exit code 75, and the job is queued again. Needs neither torch nor a GPU.
+The batch script execs this process. Each attempt is a job step on as many nodes as the run needs, with its own address. After
+a lost node or killed ranks, the next attempt runs on the remaining nodes. When Slurm signals the time limit or a preemption,
+the ranks save and end with exit code 75, and the job is requeued. Needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from distattn.launch.slurm.commands import (
 )
 from distattn.training.run_folder import RunFolder
 
-# seconds that Slurm gets to end a step, beyond OTHERS_SECONDS after its first failure
+# a step is killed OTHERS_SECONDS after its first failure; srun is killed if the step has not ended this much later
 _ENDING_SECONDS = 15.0
 # srun's messages about tasks and nodes
 _TASK_ENDED = re.compile(r"srun: error: (\S+): tasks? [\d,\[\]-]+: (?:Exited with exit code (\d+)|(\w[^\n]*))")
@@ -49,9 +49,9 @@ _NODE_LOST = re.compile(r"srun: error: (?:Node failure on|[^\n]*failed on node) 
 
 
 class _Job(NamedTuple):
-    """This job. requeues: how often it was queued again, at most max_requeues times.
+    """The Slurm job of this process. requeues: how often it was requeued; at most max_requeues.
 
-    name: for Slurm's commands; of an array's task it names this task alone, not the whole array.
+    name: its name in Slurm's commands; for an array task, the name of this task, not of the whole array.
     """
 
     number: str
@@ -62,9 +62,9 @@ class _Job(NamedTuple):
 
 
 class JobNodes:
-    """Runs each attempt as a step on nodes of a job.
+    """Runs each attempt as a step on the nodes of a job.
 
-    command: srun and the command that it starts. hosts: all nodes of the job. wanted: the number of nodes of an attempt.
+    command: srun and the command that it starts. hosts: all nodes of the job. wanted: number of nodes per attempt.
     """
 
     def __init__(self, job: _Job, command: Sequence[str], hosts: Sequence[str], wanted: int):
@@ -72,45 +72,48 @@ class JobNodes:
         self._left_out = LeftOut()
 
     def choose(self) -> list[str] | None:
-        """Return the first usable nodes in Slurm's order; None if they are too few."""
+        """Return the first usable nodes in Slurm's order, or None if there are too few."""
         unusable = unusable_hosts(self._hosts)
         usable = [host for host in self._hosts if host not in self._left_out.hosts and host not in unusable]
         return usable[: self._wanted] if len(usable) >= self._wanted else None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Run the attempt's step with its own address."""
+        """Run a job step with an address of its own."""
         address = f"{host_address(hosts[0])}:{_port(int(self._job.number), attempt)}"
         print_message(f"attempt {attempt} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
         return self._step(hosts, address)
 
     def finish(self, hosts: Sequence[str]) -> int:
-        """Write the report, as a step on the first host."""
+        """Write the report in a step on the first host. Return its exit code."""
         return self._step(hosts[:1], "finish").code
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Leave out hosts after a failure, as `LeftOut.blame` does."""
+        """Leave hosts out of later attempts. See `LeftOut.blame`."""
         self._left_out.blame(hosts, end, spare=len(self._hosts) - len(self._left_out.hosts) - self._wanted)
 
     def give_back(self) -> str:
-        """Name the nodes that failed repeatedly and have no spare, so that the job is queued again without them; or return ""."""
+        """Return a clause that names repeatedly failing nodes without a spare, so that the job is requeued without them; or "".
+
+        It is also "" if no requeues are left or Slurm has too few other nodes.
+        """
         stuck = [host for host in self._left_out.failing if host not in self._left_out.hosts]
         if self._job.requeues >= self._job.max_requeues or not stuck or not self.to_avoid():
             return ""
         return f"{' '.join(stuck)} failed repeatedly and is given back"
 
     def to_avoid(self) -> list[str]:
-        """Return the nodes that have failed repeatedly; [] if Slurm has too few others."""
+        """Return the nodes that failed repeatedly, or [] if Slurm has too few others."""
         if not (failing := self._left_out.failing):
             return []
         others = usable_hosts(self._job.partition) - {*failing, *avoided_hosts(self._job.name)}
         return failing if len(others) >= len(self._hosts) else []
 
     def shortage(self) -> str:
-        """Describe how many nodes are needed, and which ones the job has."""
+        """Return a sentence that says how many nodes are needed and which nodes the job has."""
         return f"fewer than {self._wanted} nodes are left of {' '.join(self._hosts)}"
 
     def _step(self, hosts: Sequence[str], argument: str) -> AttemptEnd:
-        """Run one step of the job on these hosts, and read srun's messages as they come. argument: the last one of `run_node`."""
+        """Run a job step on these hosts, and read srun's messages as they come. argument: the last argument of `run_node`."""
         placement = [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
         process = subprocess.Popen(
             [self._command[0], *placement, *self._command[1:], argument],
@@ -128,7 +131,7 @@ class JobNodes:
                 line = ""
             if line is None:
                 break
-            # tasks that end after the step was killed did not fail by themselves
+            # ignore tasks that end after the step was killed: they did not fail by themselves
             if _read_srun_line(end, line, tasks=not killed) and not failed_at:
                 failed_at = time.monotonic()
             waited = time.monotonic() - failed_at if failed_at else 0.0
@@ -137,7 +140,7 @@ class JobNodes:
                 try:
                     end_steps(self._job.name)
                 except SlurmError as error:
-                    # the step may have ended by itself in the meantime
+                    # the step may have ended meanwhile
                     print_message(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
@@ -147,7 +150,7 @@ class JobNodes:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code of the batch script."""
+    """Run the command. Return the exit code of the batch script."""
     split = arguments.index("--")
     options = _parsed(arguments[:split])
     run = RunFolder(options.run)
@@ -164,14 +167,14 @@ def main(arguments: Sequence[str]) -> int:
             attempts.stop(signal.Signals[options.asked])
         outcome = attempts.run()
     except SlurmError as error:
-        # nothing is wrong with the run
+        # Slurm is at fault, not the run, so let it continue later
         print_message(str(error))
         outcome = Outcome(RunStopped.exit_code, again=True)
     except DistattnError as error:
         print_message(str(error))
         outcome = Outcome(error.exit_code)
     finally:
-        # before the job is queued again, which ends this process
+        # write this before requeuing the job, which ends this process
         try:
             run.state_file.write_text(f"ended {outcome.code}\n", "utf-8")
         except OSError as error:
@@ -186,7 +189,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("slurm.attempts")
     parser.add_argument("run", type=Path)
-    # a signal that the batch script received before this process began
+    # a signal that the batch script received before it started this process
     parser.add_argument("--asked", default="")
     for name in ("nodes", "max-restarts", "max-requeues"):
         parser.add_argument(f"--{name}", type=int, required=True)
@@ -194,16 +197,16 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _noted_job(run: RunFolder, max_requeues: int) -> _Job:
-    """Read the job from Slurm's variables, note it in the folders of the run and of its sweep, and return it."""
+    """Read the job from Slurm's environment variables, record it in the folders of the run and its sweep, and return it."""
     number = name = os.environ["SLURM_JOB_ID"]
     notes: list[tuple[RunFolder, int | str]] = [(run, int(number))]
     if task := os.environ.get("SLURM_ARRAY_TASK_ID"):
-        # the number of one of the tasks equals that of the array
+        # SLURM_JOB_ID does not identify the task: one of the tasks has the same number as the array
         array = os.environ["SLURM_ARRAY_JOB_ID"]
         name = f"{array}_{task}"
         notes = [(run, name), (RunFolder(run.folder.parent), int(array))]
     for folder, job in notes:
-        # a script that a user submits again has another number than launch noted; the tasks of a sweep note the same number
+        # a script that the user submitted again has a new number; all tasks of a sweep record the same array number
         with contextlib.suppress(OSError):
             folder.note_job(job)
     requeues = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -220,14 +223,14 @@ def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
         )
         return
     try:
-        # a job that was cancelled, or that Slurm queues again by itself, is not running any more
+        # a job that was cancelled, or that Slurm requeues by itself, is no longer running
         if job_state(job.name, OUTAGE_SECONDS) == "RUNNING":
             avoid = nodes.to_avoid() if nodes is not None else []
-            # Slurm sends SIGTERM to all processes of a job that is queued again, also to scontrol, which inherits this setting
+            # Slurm sends SIGTERM to all processes of a requeued job, including scontrol, which inherits this disposition
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             ask_slurm("scontrol", "requeue", job.name, patience=OUTAGE_SECONDS)
             if avoid:
-                # Slurm accepts this only for a job that waits; it kills this process after its KillWait
+                # Slurm accepts this only for a pending job, and does not kill this process before KillWait has passed
                 avoid_hosts(job.name, avoid)
                 print_message(
                     f"job {job.number} starts again without {' '.join(avoid)}; scontrol update excnodelist= allows all nodes."
@@ -237,7 +240,10 @@ def _queue_again(job: _Job, nodes: JobNodes | None) -> None:
 
 
 def _read_srun_line(end: AttemptEnd, line: str, tasks: bool) -> bool:
-    """Add what a line of srun says to `end`; return whether it reports a failure. tasks: whether ends of tasks count."""
+    """Add the facts in a line of srun's output to `end`, and return whether it reports a failure.
+
+    tasks: False to ignore ends of tasks.
+    """
     if match := _NO_STEP.search(line):
         end.unstarted = match[1]
         return True
@@ -261,7 +267,7 @@ def _pass_on(process: subprocess.Popen[str], lines: queue.SimpleQueue[str | None
 
 
 def _port(job: int, attempt: int) -> int:
-    """Return the port of the first node. Each attempt has its own, since ranks of the previous one may still hold theirs."""
+    """Return the first node's port. It differs between attempts, since ranks of the previous one may still hold theirs."""
     return 20_000 + (job + 1_009 * attempt) % 20_000
 
 

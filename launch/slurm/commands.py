@@ -1,4 +1,4 @@
-"""Slurm's commands, and what they report about jobs and nodes."""
+"""Runs Slurm's commands, and parses what they report about jobs and nodes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections.abc import Sequence
 
 from distattn.ir.errors import DistattnError
 
-# states of nodes that take no step; Slurm adds a star to the state of a node that does not answer
+# states of nodes that cannot run a step; Slurm appends a star to the state of a node that does not respond
 _UNUSABLE = ("down", "fail", "error", "power", "reboot", "unknown")
 
-# messages about a controller that does not answer, while a backup takes over; how long that may take, and the pause between
-# two requests
+# messages of an unresponsive controller, as while a backup takes over; seconds that this may take; seconds between requests
 _UNANSWERED = re.compile(r"[Uu]nable to contact|timed out|[Cc]onnection refused|connect failure|Zero Bytes")
 OUTAGE_SECONDS, _PAUSE_SECONDS = 120.0, 2.0
 
 
 class SlurmError(DistattnError):
-    """A refusal of Slurm, or a missing answer. answer: Slurm's message."""
+    """An error of a Slurm command: Slurm refused the request or did not respond. answer: Slurm's message."""
 
     def __init__(self, command: str, answer: str):
         super().__init__(f"{command} refused: {answer}")
@@ -27,9 +26,9 @@ class SlurmError(DistattnError):
 
 
 def ask_slurm(*command: str, patience: float = 0.0) -> str:
-    """Run a command of Slurm and return its output. Raise SlurmError with Slurm's message if it refuses.
+    """Run a Slurm command and return its output. Raises SlurmError with Slurm's message if the command fails.
 
-    patience: seconds during which the command is repeated while the controller does not answer.
+    patience: seconds during which the command is retried while the controller does not respond.
     """
     deadline = time.monotonic() + patience
     while True:
@@ -46,7 +45,7 @@ def ask_slurm(*command: str, patience: float = 0.0) -> str:
 
 
 def expand_hosts(names: str) -> list[str]:
-    """Return the nodes of a list in Slurm's notation: node[1-2,7] is node1, node2, node7."""
+    """Return the nodes in a list in Slurm's notation, in which node[1-2,7] means node1, node2 and node7."""
     return ask_slurm("scontrol", "show", "hostnames", names).split() if "[" in names or "," in names else [names]
 
 
@@ -57,7 +56,7 @@ def host_address(host: str) -> str:
 
 
 def unusable_hosts(hosts: Sequence[str]) -> set[str]:
-    """Return the nodes among `hosts` that are down, or that do not answer Slurm."""
+    """Return the nodes in `hosts` that are down or do not respond to Slurm."""
     command = "sinfo", "--noheader", "--Node", f"--nodes={','.join(hosts)}", "--format=%N %T"
     lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
     states = [line.split() for line in lines if len(line.split()) == 2]
@@ -65,7 +64,7 @@ def unusable_hosts(hosts: Sequence[str]) -> set[str]:
 
 
 def usable_hosts(partition: str) -> set[str]:
-    """Return the nodes of a partition on which jobs may start once the nodes are free. partition: "" for the whole cluster."""
+    """Return the nodes of a partition that can run jobs, whether busy or free. partition: "" for the whole cluster."""
     command = ["sinfo", "--noheader", "--Node", "--format=%N %T", *([f"--partition={partition}"] if partition else [])]
     lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
     states = [line.split() for line in lines if len(line.split()) == 2]
@@ -74,31 +73,31 @@ def usable_hosts(partition: str) -> set[str]:
 
 
 def avoided_hosts(job: str) -> list[str]:
-    """Return the nodes on which a job must not start."""
+    """Return the nodes that a job excludes."""
     fields = ask_slurm("scontrol", "show", "job", job, patience=OUTAGE_SECONDS).split()
     hosts = next((field.removeprefix("ExcNodeList=") for field in fields if field.startswith("ExcNodeList=")), "(null)")
     return [] if hosts in ("", "(null)") else expand_hosts(hosts)
 
 
 def avoid_hosts(job: str, hosts: Sequence[str]) -> None:
-    """Exclude nodes for a waiting job, besides those that it excludes already."""
+    """Exclude more nodes for a pending job, in addition to those that it excludes already."""
     avoided = dict.fromkeys([*avoided_hosts(job), *hosts])
     ask_slurm("scontrol", "update", f"jobid={job}", f"excnodelist={','.join(avoided)}", patience=OUTAGE_SECONDS)
 
 
 def job_state(job: str, patience: float = 0.0) -> str:
-    """Return Slurm's state of a job, such as RUNNING; "" once Slurm has forgotten the job. patience: see `ask_slurm`."""
+    """Return a job's state in Slurm, such as RUNNING; "" if Slurm has forgotten the job. patience: see `ask_slurm`."""
     try:
         return ask_slurm("squeue", "--noheader", "--jobs", job, "--format=%T", patience=patience)
     except SlurmError as error:
-        # Slurm forgets a job some minutes after its end
+        # Slurm forgets a job some minutes after it ends
         if "Invalid job id" not in error.answer:
             raise
         return ""
 
 
 def end_steps(job: str) -> None:
-    """Kill the steps of a job, without its batch script."""
+    """Kill the steps of a job, but not its batch script."""
     command = "squeue", "--noheader", "--steps", "--jobs", job, "--format=%i"
     steps = ask_slurm(*command, patience=OUTAGE_SECONDS).split()
     if numbered := [step for step in steps if step.rpartition(".")[2].isdecimal()]:

@@ -1,7 +1,7 @@
-"""Runs on Slurm: a readable batch script, submitted, watched and cancelled with Slurm's own commands.
+"""Runs on Slurm: a readable batch script, which is submitted, monitored and cancelled with Slurm's own commands.
 
-Needs neither torch nor a GPU here. The run folder has the script and the job's number. A sweep has them in its folder, which
-contains the run folders of its tasks, named by number.
+Needs neither torch nor a GPU. The script and the job's number are in the run folder or, for a sweep, in the sweep's folder,
+which contains the run folders of its tasks, named by task number.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _TEMPLATES.filters["quote"] = shlex.quote
 
 
 class SubmittedError(DistattnError):
-    """A failure after Slurm had accepted a job: the run folder stays."""
+    """A failure after Slurm has accepted the job. The run folder is kept."""
 
 
 def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
-    """Return the text of the batch script of a run in this folder. Raise DistattnError if a setting does not fit into it.
+    """Return the text of the batch script of a run in `folder`. Raises DistattnError if a setting cannot be written in it.
 
-    tasks: the number of runs of a sweep, in the folders 0, 1, ... of this one; 0 for a single run.
+    tasks: number of runs in a sweep, in the folders 0, 1, ... of `folder`; 0 for a single run.
     """
     node, slurm = node_needs(config), config.slurm
     values = (slurm.partition, slurm.account, slurm.time, slurm.container_image, *slurm.container_mounts)
@@ -64,25 +64,25 @@ def batch_script(config: Config, folder: Path, tasks: int = 0) -> str:
         cpus=node.cpus,
         container_options=options,
         container_prefix=prefix,
-        # without checkpoints a run cannot continue
+        # a run without checkpoints cannot continue
         requeues=slurm.max_requeues if config.checkpoint.every_steps >= 0 else 0,
         slurm=slurm,
     )
 
 
 def submit(config: Config, folder: Path, runs: Sequence[RunFolder]) -> int:
-    """Write the script of a run, or of the runs of a sweep, into a folder and submit it. Return the job's number.
+    """Write the batch script of a run or sweep into `folder`, submit it, and return the job's number.
 
-    Raise DistattnError with Slurm's message if Slurm rejects the job.
+    Raises DistattnError with Slurm's message if Slurm rejects the job.
     """
     job_folder = RunFolder(folder)
     tasks = 0 if [run.folder for run in runs] == [folder] else len(runs)
     job_folder.script_file.write_text(batch_script(config, folder, tasks), "utf-8")
-    # no signal may come between the submission and the note of the job's number
+    # block signals between submitting the job and recording its number
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         answer = ask_slurm("sbatch", "--parsable", str(job_folder.script_file))
-        # "number" or "number;cluster", after any messages of the site
+        # the last line is "number" or "number;cluster"; messages of the site may precede it
         number = re.match(r"(\d+)(;|$)", (answer.splitlines() or [""])[-1])
         if number is None:
             raise SubmittedError(f"sbatch took the job and answered {answer!r}: no job number; see squeue --me.")
@@ -103,23 +103,26 @@ def require_slurm() -> None:
 
 
 def node_bytes(partition: str) -> int | None:
-    """Return the memory of the largest node of a partition, or of the cluster, in bytes; None if Slurm does not know it."""
+    """Return the bytes of memory of the largest node in a partition; None if Slurm does not know it.
+
+    partition: "" for the whole cluster.
+    """
     try:
         output = ask_slurm(
             "sinfo", "--noheader", "--Node", "--format=%m", *([f"--partition={partition}"] if partition else [])
         )
     except DistattnError:
-        # sbatch gives a better reason
+        # sbatch will report a better reason
         return None
     megabytes = [int(word) for word in output.split() if word.isdecimal()]
-    # 1 is Slurm's default where no memory is configured
+    # Slurm reports 1 if no memory is configured
     return max(megabytes) << 20 if max(megabytes, default=1) > 1 else None
 
 
 def status(run: RunFolder) -> dict[str, Any]:
-    """Return a job's number, its state, the steps done and the attempts (see `Attempts.rows`).
+    """Return a job's number and state, the steps done and the attempts (see `Attempts.rows`).
 
-    The state is Slurm's while Slurm knows the job; later it is the one that the script wrote into the run folder.
+    The state comes from Slurm while Slurm knows the job, and later from the file that the script wrote to the run folder.
     """
     job = _job(run)
     state = job_state(str(job))
@@ -139,14 +142,14 @@ def status(run: RunFolder) -> dict[str, Any]:
 
 
 def cancel(run: RunFolder) -> int | str:
-    """Cancel the job of a run, or of a whole sweep; return its number. Ranks save what they can until Slurm kills them."""
+    """Cancel the job of a run or of a whole sweep, and return its number. Ranks may save until Slurm kills them."""
     job = _job(run)
     ask_slurm("scancel", str(job))
     return job
 
 
 def _container(config: Config, folder: Path, gpus: bool) -> tuple[str, str]:
-    """Return srun's options for a container, and the prefix of a command that runs in it; both are "" without a container."""
+    """Return srun's container options, and the prefix of commands to run in the container; both "" without a container."""
     slurm = config.slurm
     if not slurm.container_image:
         return "", ""
@@ -157,7 +160,7 @@ def _container(config: Config, folder: Path, gpus: bool) -> tuple[str, str]:
 
 
 def _job(run: RunFolder) -> int | str:
-    """Return the job's number; for a task of a sweep ARRAY_TASK, as Slurm writes it."""
+    """Return the job's number or, for a task of a sweep, Slurm's name ARRAY_TASK."""
     try:
         job = json.loads(run.job_file.read_text("utf-8"))["job"]
         return job if re.fullmatch(r"\d+_\d+", str(job)) else int(job)

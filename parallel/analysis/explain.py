@@ -23,10 +23,10 @@ from distattn.ir.plan import (
     select_rows,
     task_areas,
 )
+from distattn.ir.text_format import align_columns, plural, readable_bytes
 from distattn.parallel.analysis import quality
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
 from distattn.parallel.analysis.score_matrix import draw_score_matrix, score_matrix_html
-from distattn.parallel.analysis.text_format import align_columns, plural, readable_bytes
 from distattn.parallel.analysis.verify import Proof, verify
 
 # largest number of ranks listed; if there are more, only the least and most loaded are shown

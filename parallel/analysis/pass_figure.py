@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distattn.ir.intervals import Ints
-from distattn.parallel.analysis.text_format import with_common_unit
+from distattn.ir.text_format import with_common_unit
 
 if TYPE_CHECKING:
     from distattn.parallel.analysis.timeline import Numbers, PassTimeline

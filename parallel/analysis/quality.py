@@ -21,7 +21,7 @@ from distattn.ir.plan import (
     select_rows,
     task_areas,
 )
-from distattn.parallel.analysis.text_format import readable_bytes
+from distattn.ir.text_format import readable_bytes
 from distattn.parallel.tables.cost import CostModel, bytes_per_row_and_key
 from distattn.parallel.tables.partition import mask_rectangles, owns_range, split_by_query_owner
 
@@ -107,7 +107,7 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     """
     call = plan.call
     if call.op.is_recurrent:
-        # a recurrence can be balanced by moving states, whose number is not bounded by the work
+        # no bound for recurrences: they are balanced by moving states, whose size does not depend on the work
         return np.zeros(call.ranks)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))

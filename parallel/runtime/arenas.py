@@ -40,7 +40,7 @@ class ArenaPool:
     def __init__(self) -> None:
         # reentrant, since garbage collection may close a driver, which frees arenas, on a thread that holds the lock
         self._lock = threading.RLock()
-        # for each place, sorted by size, the smallest first
+        # for each place, its idle arenas, the smallest first
         self._idle: dict[_Place, list[Tensor]] = defaultdict(list)
         # for each place, memory for tensors received for a backward pass; it may be in use
         self._kept: dict[_Place, list[Tensor]] = defaultdict(list)

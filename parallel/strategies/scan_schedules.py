@@ -182,7 +182,7 @@ def _states_then_all(begins: Sequence[int], first_whole: int) -> list[Compute]:
     if not last:
         return [Compute(0, 0, True)]
     states = [Compute(0, i, False) for i in range(1 if first_whole == 0 else 0, last)]
-    # no other segment waits for the first one after the last step
+    # compute the first segment in the last step at the latest, since no rank waits for it
     first = Compute(min(first_whole, max(begins)), 0, True)
     return [first, *states, *(Compute(begins[i], i, True) for i in range(1, last + 1))]
 

@@ -1,4 +1,6 @@
-"""DeepSpeed's ZeRO stages equal one process; what its own reductions get wrong is refused."""
+"""Checks that DeepSpeed's ZeRO stages match a single process, and that setups which its own reductions get wrong are
+refused.
+"""
 
 import os
 
@@ -22,7 +24,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.s
 
 def _start(rank: int) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
-    # otherwise DeepSpeed compiles a C++ extension for shared memory
+    # without this, DeepSpeed compiles a C++ extension for shared memory
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
@@ -49,7 +51,7 @@ def engine_of(cp, stage: int, micro_batches: int, dtype=torch.float32, **config)
 
 
 def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[torch.Tensor]:
-    """Take a step. Return the gradients before the optimizer's step."""
+    """Take a training step. Return the gradients from before the optimizer's step."""
     for batch in cp.shard_step(small.step(rank // degree, micro_batches)):
         engine.backward(local_loss(engine, batch))
         if engine.is_gradient_accumulation_boundary():
@@ -59,9 +61,9 @@ def take_step(cp, engine, rank: int, degree: int, micro_batches: int) -> list[to
 
 
 def _gradients(rank: int, stage: int, degree: int, shared: bool = False):
-    """Return the factor and the gradients of steps.
+    """Return the loss factor and the gradients of several steps.
 
-    shared: blocks of `degree` ranks have their own batches, and share attention.
+    shared: blocks of `degree` ranks have their own batches and share attention.
     """
     _start(rank)
     results = []
@@ -102,7 +104,7 @@ def test_replicas_that_share_attention_have_the_gradients_of_one_process(stage, 
 
 
 def _stepped(rank: int, stage: int, config: dict):
-    """Return (gradient norm that DeepSpeed reports, parameters) after a clipped step, offloaded if the stage allows it."""
+    """Return (gradient norm reported by DeepSpeed, parameters) after a clipped step, offloaded if the stage allows it."""
     _start(rank)
     cp = da.ContextParallel(groups(rank, 2), loss_group=dist.group.WORLD, strategy="ring", layout="document_zigzag")
     dtype = torch.bfloat16 if "bf16" in config else torch.float32
@@ -130,7 +132,7 @@ OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cp
     ],
     ids=["0", "1", "2", "3", "offload", "bf16 1", "bf16 3"],
 )
-def test_a_clipped_step_is_that_of_one_process(stage, config):
+def test_a_clipped_step_matches_one_process(stage, config):
     model = small.build(torch.float32)
     _, gradients = small.in_one_process(model, [batch for replica in range(2) for batch in small.step(replica, 2)])
     norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
@@ -153,7 +155,7 @@ VARIANTS = {
 
 
 def _variant(rank: int, variant: str, stage: int, probes: bool):
-    """Return parameters and optimizer state after three steps, optionally with a probe between any two."""
+    """Return the parameters and optimizer state after three steps. probes: run a probe between steps."""
     _start(rank)
     config = dict(VARIANTS[variant])
     if config.pop("offload", False):
@@ -177,7 +179,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     return factor, gradients, state
 
 
-# every stage and every variant; DeepSpeed offloads, and sums in another dtype, from stage 1 on
+# every stage with every variant; DeepSpeed supports offloading and reduction in another dtype from stage 1 on
 @pytest.mark.parametrize(
     ("variant", "stage"),
     [
@@ -187,7 +189,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
         *(("offload", stage) for stage in (2, 3)),
     ],
 )
-def test_probes_between_steps_change_not_a_bit(variant, stage):
+def test_probes_between_steps_change_nothing(variant, stage):
     probed, plain = (run_on_ranks(2, _variant, variant, stage, probes)[0] for probes in (True, False))
     assert probed[0] == plain[0]
     for got, wanted in zip(probed[2], plain[2], strict=True):
@@ -195,7 +197,7 @@ def test_probes_between_steps_change_not_a_bit(variant, stage):
 
 
 def _other_weights(rank: int) -> str:
-    """Return the refusal of a rank that loads other weights into one layer, after DeepSpeed has made all alike."""
+    """Return the error of a rank that loads different weights into one layer after DeepSpeed has made all ranks equal."""
     _start(rank)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring")
     engine = engine_of(cp, 1, 1)
@@ -268,7 +270,7 @@ def test_ranks_that_only_serve_are_refused():
     assert all("no rank can only serve; leave servers out" in refusal for refusal in refusals)
 
 
-def test_what_deepspeed_cannot_do_is_refused_by_name():
+def test_settings_that_deepspeed_does_not_support_are_refused_by_name():
     wanted = ["has 2; give", "split over 4 ranks, not 2", "PipelineModule", "expert parallelism", "1 of a step's 2"]
     for refusals in run_on_ranks(4, _refusals):
         assert all(sentence in refusal for sentence, refusal in zip(wanted, refusals, strict=True)), refusals

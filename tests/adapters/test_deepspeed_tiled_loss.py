@@ -1,4 +1,6 @@
-"""A tiled loss under ZeRO: the output layer's weight is available when its tiles are computed, also if it is partitioned."""
+"""A tiled loss under ZeRO: the output layer's weight is available while its tiles are computed, even if it is
+partitioned.
+"""
 
 import memory_run
 import pytest
@@ -31,7 +33,7 @@ def step(rank, stage):
 
 
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full), 3])
-def test_gradients_are_those_of_one_process(stage):
+def test_gradients_match_one_process(stage):
     loss, wanted = small.in_one_process(small.build(torch.float32), memory_run.batches())
     for mean_loss, gradients in run_on_ranks(2, step, stage):
         assert mean_loss == pytest.approx(float(loss), rel=1e-5)

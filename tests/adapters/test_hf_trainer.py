@@ -1,4 +1,6 @@
-"""transformers' Trainer on several ranks: the curve of one process, evaluation, and refusals."""
+"""transformers' Trainer on several ranks: it matches the loss curve of a single process, evaluates, and refuses wrong
+setups.
+"""
 
 import contextlib
 import io
@@ -26,7 +28,7 @@ ROWS_PER_STEP = 4
 
 
 class Rows(torch.utils.data.Dataset):
-    """48 sequences of uneven lengths."""
+    """A dataset of 48 sequences of uneven lengths."""
 
     def __len__(self) -> int:
         return 48
@@ -37,7 +39,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """The same sequences, one after the other."""
+    """The same sequences as an iterable dataset."""
 
     def __iter__(self):
         return map(Rows().__getitem__, range(48))
@@ -68,7 +70,7 @@ def arguments(folder, micro_batches: int, replicas: int, **changes) -> TrainingA
 
 
 class Watched(ContextParallelTrainer):
-    """A trainer that keeps the parts of each step."""
+    """A trainer that keeps the micro-batches of each step."""
 
     def get_batch_samples(self, *args):
         parts, count = super().get_batch_samples(*args)
@@ -84,7 +86,7 @@ def _as_torchrun(rank: int) -> None:
 
 
 def _refilled(rank: int, folder: str) -> list[int]:
-    """Return the first token id of each batch of a collator that fills one tensor again and again."""
+    """Return the first token id of each batch from a collator that refills the same tensor every time."""
     _as_torchrun(rank)
     ids = torch.zeros(4, 3, dtype=torch.int64)
     trainer = ContextParallelTrainer(
@@ -94,7 +96,7 @@ def _refilled(rank: int, folder: str) -> list[int]:
         data_collator=lambda rows: {"input_ids": ids.copy_(torch.tensor(rows)[:, None].expand(4, 3))},
         context_parallel=da.ContextParallel(strategy="ring", kernel="reference"),
     )
-    # as the micro-batches of one step are collected
+    # collect all batches in a list, as the Trainer does with the micro-batches of a step
     return [int(batch["input_ids"][0, 0]) for batch in list(trainer.get_train_dataloader())]
 
 
@@ -105,7 +107,7 @@ def test_a_collator_may_fill_one_tensor_again(tmp_path):
 def _train(
     rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows, shared=False
 ):
-    """Train. shared: blocks of `degree` ranks have their own batches, and share attention."""
+    """Train on this rank. shared: blocks of `degree` ranks have their own batches and share attention."""
     ranks = dist.get_world_size()
     _as_torchrun(rank)
     if changes.get("deepspeed"):
@@ -141,7 +143,7 @@ def _train(
     last = trainer.state.log_history[STEPS - 1]
     assert last["num_input_tokens_seen"] == tokens
     if ranks == 1:
-        # every token but the last of a row has a label
+        # every token except the last of each row has a label
         assert tokens == sum(int((part["labels"] >= 0).sum()) for part in trainer.parts) + STEPS * ROWS_PER_STEP
     if changes.get("deepspeed"):
         engine = trainer.model_wrapped
@@ -151,7 +153,7 @@ def _train(
 
 
 def _check_rates(metrics: dict, kind: str, samples: int, steps: int) -> None:
-    """Check that rates count every sample once; they are rounded, and so is the time."""
+    """Check that the rates count every sample once. Both rates and times are rounded."""
     seconds = metrics[f"{kind}_runtime"]
     assert metrics[f"{kind}_samples_per_second"] * seconds == pytest.approx(samples, rel=0.02)
     assert metrics[f"{kind}_steps_per_second"] * seconds == pytest.approx(steps, rel=0.02)
@@ -165,7 +167,7 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("ranks", "degree", "micro_batches"), [(2, 2, 1), (2, 2, 2), (4, 2, 2), (4, 4, 1)])
-def test_the_curve_is_that_of_one_process(tmp_path, one_process, ranks, degree, micro_batches):
+def test_the_curve_matches_one_process(tmp_path, one_process, ranks, degree, micro_batches):
     curve, norms, evaluated, tokens = one_process
     for got, got_norms, got_evaluated, got_tokens in run_on_ranks(ranks, _train, tmp_path, degree, micro_batches, {}):
         assert got_tokens == tokens
@@ -188,12 +190,14 @@ def test_replicas_that_share_attention_have_the_curve_of_one_process(
 
 
 def _packs(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Collate rows into one pack, which no model takes whole without context parallelism."""
+    """Collate rows into one pack, which no model accepts whole without context parallelism."""
     return {"input_ids": torch.cat(rows)[None], "document_lengths": [len(row) for row in rows]}
 
 
 def _evaluates(rank: int, folder, degree: int, metrics: bool = False):
-    """Return losses of evaluations before, in and after training, on packs; with metrics on whole rows."""
+    """Return the losses of evaluations on packs before, during and after training. metrics: evaluate whole rows
+    instead.
+    """
     ranks = dist.get_world_size()
     _as_torchrun(rank)
     groups = [dist.new_group(range(first, first + degree)) for first in range(0, ranks, degree)]
@@ -220,7 +224,7 @@ def test_long_sequences_are_evaluated_split(tmp_path, ranks, degree):
     assert len(expected) == 4 and expected[-1] < expected[0]
     for losses, _ in run_on_ranks(ranks, _evaluates, tmp_path, degree):
         assert losses == pytest.approx(expected, rel=1e-5)
-    # metrics need logits of whole sequences
+    # metrics need the logits of whole sequences
     for _, tokens in run_on_ranks(2, _evaluates, tmp_path / "metrics", 2, True):
         assert tokens == 15
 
@@ -278,7 +282,9 @@ def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
 
 
 def _refused(rank: int, folder, error: Exception | None) -> tuple[str, int | None]:
-    """Return what this rank prints when its script ends with a refusal of the Trainer or another error, and its exit code."""
+    """Return what this rank prints, and its exit code, when its script ends with a refusal by the Trainer or with
+    `error`.
+    """
     _as_torchrun(rank)
     cp = da.ContextParallel(strategy="ring")
     printed = io.StringIO()
@@ -302,7 +308,7 @@ def test_a_refusal_is_one_sentence_of_one_rank(tmp_path):
     (sentence,) = "".join(outputs).splitlines()
     assert sentence.startswith("distattn: rank ") and "label_smoothing_factor is not supported" in sentence
     assert "(test_hf_trainer.py, line " in sentence
-    # each rank reports other errors itself
+    # each rank reports any other error itself
     for printed, code in run_on_ranks(2, _refused, tmp_path, KeyError("mine")):
         assert "KeyError: 'mine'" in printed and code is None
 
@@ -315,7 +321,7 @@ def test_a_refusal_is_one_sentence_of_one_rank(tmp_path):
         (dict(train_sampling_strategy="group_by_length"), "'group_by_length' is not supported"),
     ],
 )
-def test_what_the_trainer_cannot_split_is_refused(tmp_path, changes, sentence):
+def test_batches_that_the_trainer_cannot_split_are_refused(tmp_path, changes, sentence):
     cp = da.ContextParallel(strategy="ring")
     with pytest.raises(da.DistattnError, match=sentence):
         ContextParallelTrainer(model=small.build(), args=arguments(tmp_path, 1, 1, **changes), context_parallel=cp)

@@ -1,4 +1,4 @@
-"""transformers models of every kind of attention on several ranks compared with one process; and refusals."""
+"""transformers models with every kind of attention: several ranks match a single process, or are refused."""
 
 import copy
 import subprocess
@@ -40,7 +40,7 @@ TINY = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=8,
-    # large enough for caps, sinks and windows to matter
+    # large enough that caps, sinks and windows matter
     initializer_range=0.3,
     pad_token_id=0,
     bos_token_id=None,
@@ -60,10 +60,10 @@ LENGTHS = [17, 1, 22]
 
 
 def build(name: str) -> torch.nn.Module:
-    """Return a seeded model in float64, with random sinks for gpt-oss."""
+    """Return a seeded float64 model, with random sinks for gpt-oss."""
     huggingface.register()
     torch.manual_seed(0)
-    # transformers' grouped experts have no float64
+    # transformers' grouped experts do not support float64
     experts = {"experts_implementation": "eager"} if name == "gpt-oss" else {}
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="distattn", **experts)
     return model.to(torch.float64)
@@ -97,11 +97,11 @@ HYBRID = {"window": dict(strategy="allgather", layout="contiguous"), "full": dic
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("ranks", "layers"), [(2, HYBRID), (4, None)], ids=["2, layers differ", "4"])
-def test_loss_and_gradients_are_those_of_one_process(name, ranks, layers):
+def test_loss_and_gradients_match_one_process(name, ranks, layers):
     model = build(name)
     loss = plain(model)
     loss.backward()
-    # transformers computes norms and, where it has no sdpa, the softmax in fp32
+    # transformers computes norms in fp32, and also the softmax where it has no SDPA
     for total, gradients in run_on_ranks(ranks, _split, name, layers):
         assert abs(total - loss) < 1e-6
         for got, parameter in zip(gradients, model.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""transformers' hybrid models on several ranks compared with one process that has one document at a time."""
+"""transformers' hybrid models: several ranks match a single process that computes one document at a time."""
 
 import copy
 import sys
@@ -17,7 +17,8 @@ from distattn.adapters.huggingface_recurrent import MODELS
 from distattn.adapters.pytorch import local_loss
 
 PACK = [17, 1, 22]
-# one of each kind of layer: Gated DeltaNet, KDA with latent attention, Mamba-2 in groups and alone, convolutions alone
+# one model per kind of layer: Gated DeltaNet, KDA with latent attention, Mamba-2 in a hybrid, Mamba-2 alone, short
+# convolutions
 KINDS = ["qwen3_next", "kimi_linear", "nemotron_h", "mamba2", "lfm2"]
 CASES = {
     2: [(name, PACK, dict(layout="zigzag")) for name in RECURRENT],
@@ -25,7 +26,7 @@ CASES = {
     4: [
         *((name, PACK, dict(layout="contiguous")) for name in KINDS),
         *((name, PACK, dict(layout="balanced")) for name in KINDS),
-        # ranks without tokens, and padding
+        # these leave ranks without tokens, and add padding
         *((name, [2, 1], dict(layout="zigzag", pad_to=8)) for name in KINDS),
     ],
 }
@@ -61,7 +62,7 @@ def _check(ranks: int, cases: list, dtype: torch.dtype, tolerance: float) -> Non
 
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("ranks", CASES)
-def test_loss_and_gradients_are_those_of_one_process(ranks):
+def test_loss_and_gradients_match_one_process(ranks):
     _check(ranks, CASES[ranks], torch.float64, 1e-10)
 
 
@@ -69,7 +70,7 @@ def test_loss_and_gradients_in_float32():
     _check(2, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.float32, 2e-5)
 
 
-def test_bfloat16_errs_at_most_twice_as_much_as_one_process():
+def test_bfloat16_errors_are_at_most_twice_those_of_one_process():
     results = run_on_ranks(2, _split, [(name, PACK, dict(layout="zigzag")) for name in KINDS], torch.bfloat16)[-1]
     for name, (_, gradients) in zip(KINDS, results, strict=True):
         model = hybrid_models.build(name, torch.bfloat16)
@@ -113,7 +114,7 @@ def test_a_layer_that_does_not_ask_for_its_plan_is_noticed(monkeypatch):
     model = hybrid_models.build("lfm2")
     module = sys.modules[type(model).__module__]
     planned = module.causal_conv1d_fn.__wrapped__
-    # as in a transformers that calls the function by another name
+    # imitate a version of transformers that calls the function by another name
     monkeypatch.setattr(module, "causal_conv1d_fn", lambda *args, context_parallel, **named: planned(*args, **named))
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     with pytest.raises(da.DistattnError, match="the conv layers of Lfm2ForCausalLM did not ask for their plans"):
@@ -121,7 +122,7 @@ def test_a_layer_that_does_not_ask_for_its_plan_is_noticed(monkeypatch):
 
 
 def _checkpointed(rank: int, checkpointed: bool) -> list:
-    # both models exist at once, and so do their batches
+    # all models exist at the same time, and so do their batches
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     models = [hybrid_models.build(name) for name in ("qwen3_next", "mamba2", "mamba2")]
     losses = []

@@ -1,4 +1,4 @@
-"""transformers' models with latent attention, expanded and by latents, compared with one process."""
+"""transformers' models with latent attention, in expanded and latent form, compared to a single process."""
 
 import hybrid_models
 import pytest
@@ -49,7 +49,7 @@ def _split(rank: int, cases: list) -> list:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("ranks", CASES)
-def test_loss_and_gradients_are_those_of_one_process(ranks):
+def test_loss_and_gradients_match_one_process(ranks):
     results = run_on_ranks(ranks, _split, CASES[ranks])[-1]
     for case, (total, gradients, ops) in zip(CASES[ranks], results, strict=True):
         model = hybrid_models.build(case[0])
@@ -77,7 +77,7 @@ def test_whole_batches_are_computed_alone_in_between():
             assert model.generate(whole, max_new_tokens=3, do_sample=False).shape == (1, 12)
 
 
-def test_what_has_no_latents_or_no_plain_weight_is_refused():
+def test_models_without_latents_or_plain_weights_are_refused():
     with pytest.raises(da.DistattnError, match="Qwen3NextForCausalLM has no latent attention"):
         huggingface.attend_by_latents(hybrid_models.build("qwen3_next"))
     model = hybrid_models.build("deepseek_v3")

@@ -1,4 +1,4 @@
-"""Megatron-core on CPU ranks compared with its own attention in one process, by our layouts and by its own."""
+"""Megatron-core on CPU ranks, with our layouts and its own, compared to Megatron's own attention in a single process."""
 
 import threading
 from functools import partial
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.sampled(6)
 
 
 def _stock(rank: int, micro_batches: int, replicas: int, changes: dict):
-    """Compute loss and gradients in one process with Megatron's own attention, one document at a time."""
+    """Compute the loss and gradients in a single process with Megatron's own attention, one document at a time."""
     start()
     model = build(config_of(), get_gpt_layer_local_spec(normalization="RMSNorm"), **changes)
     total, valid = torch.zeros(()), 0
@@ -79,7 +79,7 @@ def _gradients(
 @pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 @pytest.mark.parametrize(("cp", "shared"), [(2, False), (4, False), (2, True)], ids=["2", "4", "2, shared"])
-def test_gradients_are_those_of_megatrons_own_attention(cp, shared, distributed_optimizer, per_token, micro_batches):
+def test_gradients_match_megatrons_own_attention(cp, shared, distributed_optimizer, per_token, micro_batches):
     changes = {"share_embeddings_and_output_weights": cp == 4}
     ((loss, wanted),) = run_on_ranks(1, _stock, micro_batches, 4 // cp, changes)
     arguments = cp, distributed_optimizer, per_token, micro_batches, changes, shared
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_megatrons_own_attention(cp, shared, distributed_
 
 
 def zigzag(tokens: torch.Tensor, lengths: list[int], rank: int, ranks: int) -> torch.Tensor:
-    """Return a rank's part of rows (B, S) as Megatron's loaders give it, each row or document split separately."""
+    """Return a rank's part of rows (B, S) as Megatron's loaders provide it, with each row or document split separately."""
     parts = []
     for document in tokens.split(lengths, 1):
         chunks = document.chunk(2 * ranks, 1)
@@ -99,7 +99,7 @@ def zigzag(tokens: torch.Tensor, lengths: list[int], rank: int, ranks: int) -> t
 
 
 def _own_batches(rank: int, cp: int, kind: str, changes: dict, spec_kind: str = "ours"):
-    """Return summed loss and gradients of a batch as Megatron's own loaders shard it, summed over ranks by hand."""
+    """Return the loss and gradients of a batch sharded by Megatron's own loaders, both summed over ranks by hand."""
     start(cp=cp)
     config = config_of(cp=cp, **changes)
     stock = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -132,7 +132,7 @@ def _own_batches(rank: int, cp: int, kind: str, changes: dict, spec_kind: str = 
 
 
 def _alone(rank: int):
-    """Run ranks of a context-parallel group, each with its own batch."""
+    """Run the ranks of a context-parallel group, each with its own batch."""
     start(cp=2)
     alone = [dist.new_group([other]) for other in range(2)][rank]
     packed = PackedSeqParams("sbhd", max_seqlen_q=20, max_seqlen_kv=20, local_cp_size=1, cp_group=alone)
@@ -154,7 +154,9 @@ def test_a_batch_may_have_a_group_of_its_own():
 
 
 def _closed(rank: int) -> tuple[int, set[str], str]:
-    """Close a model after rows of many lengths. Return the batches it remembered, its threads, and its error afterwards."""
+    """Close a model after rows of many lengths. Return its number of cached batches, its threads, and its error
+    afterwards.
+    """
     start(cp=2)
     model = build(config_of(cp=2))
     for rows in range(1, 71):
@@ -183,7 +185,7 @@ def same(got, wanted) -> None:
 
 @pytest.mark.parametrize("cp", [2, 4])
 @pytest.mark.parametrize("kind", ["sbhd", "own group", "window"])
-def test_rows_in_megatrons_own_order_are_those_of_its_own_attention(kind, cp):
+def test_rows_in_megatrons_own_order_match_its_own_attention(kind, cp):
     changes = {"window_size": (6, 0)} if kind == "window" else {}
     (wanted,) = run_on_ranks(1, _own_batches, 1, "sbhd", changes, "stock")
     same(run_on_ranks(cp, _own_batches, cp, kind, changes), wanted)
@@ -216,11 +218,11 @@ def _one_by_one(rank: int):
 
 
 def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
-    """Return the losses of a step with tensor and pipeline parallelism, and of one that only evaluates."""
+    """Return the losses of a training step and an evaluation-only step, with tensor and pipeline parallelism."""
     start(tp, pp, cp)
 
     def seeded(weight):
-        # the same weights on any stage and tensor-parallel rank
+        # the same weights on every stage and tensor-parallel rank
         torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
 
     config = config_of(
@@ -263,7 +265,7 @@ def test_tensor_and_pipeline_parallelism_change_nothing(tp, pp, cp, changes):
 
 
 def _shared(rank: int, tp: int, pp: int, per_token: bool, distributed_optimizer: bool, replicas: list[int]):
-    """Return loss and squared gradient norm of a step. Several data-parallel ranks share attention."""
+    """Return the loss and squared gradient norm of a step in which data-parallel ranks share attention."""
     start(tp, pp)
 
     def seeded(weight):
@@ -350,7 +352,7 @@ def _untouched(rank: int, distributed_optimizer: bool) -> bool:
     schedule(chunk, config, ours.shard_step(small.step(0, 2)))
 
     def state() -> list[torch.Tensor]:
-        # gradients are reduced, but not used yet
+        # the gradients are reduced but not used yet
         moments = [
             x for state_ in optimizer.chained_optimizers for s in state_.optimizer.state.values() for x in s.values()
         ]
@@ -413,7 +415,7 @@ def _refused(rank: int) -> list[str]:
 
 
 def _direct(rank: int, kind: str):
-    """Return the outputs of one layer with sinks, and of the definition: a key without value in every softmax."""
+    """Return the outputs of a layer with sinks, and of their definition: a key without a value in every softmax."""
     start()
     config = config_of(softmax_type=kind)
     core = build(config).decoder.layers[0].self_attention.core_attention
@@ -449,6 +451,6 @@ def _without_attention():
     return spec
 
 
-def test_what_would_be_wrong_is_refused_by_name():
+def test_models_that_would_be_wrong_are_refused_by_name():
     for refusals in run_on_ranks(2, _refused):
         assert len(refusals) == 17

@@ -1,4 +1,4 @@
-"""Megatron-core's latent attention, Gated DeltaNet, Mamba-2 and experts on CPU ranks compared with one process."""
+"""Megatron-core's latent attention, Gated DeltaNet, Mamba-2 and experts on CPU ranks compared to a single process."""
 
 import zlib
 
@@ -63,14 +63,16 @@ MODELS = {
         linear_num_value_heads=4,
         deterministic_mode=True,
     ),
-    # numbers of heads that context-parallel ranks could not split
+    # head counts that context-parallel ranks could not split
     "mamba": dict(mamba_state_dim=6, mamba_head_dim=8, mamba_num_heads=6, mamba_num_groups=2, num_layers=3),
 }
 RECURRENT = ["gated delta net", "mamba"]
 
 
 class DenseAttention(torch.nn.Module):
-    """Transformer Engine's computation for latent attention; Megatron's own core attention knows one width of values only."""
+    """Latent attention as Transformer Engine computes it. Megatron's own core attention requires equal widths of keys
+    and values.
+    """
 
     def __init__(self, config, softmax_scale: float, **others):
         super().__init__()
@@ -83,7 +85,7 @@ class DenseAttention(torch.nn.Module):
 
 
 class GatedNorm(torch.nn.Module):
-    """A norm of each group of channels, as mamba-ssm has on GPUs."""
+    """A norm over each group of channels, which mamba-ssm has only on GPUs."""
 
     def __init__(self, width: int, eps: float, group_size: int, **others):
         super().__init__()
@@ -94,7 +96,7 @@ class GatedNorm(torch.nn.Module):
 
 
 def read_token_by_token(zxbcdt, weight, bias, dt_bias, a, D, headdim, ngroups, **others):  # noqa: N803
-    """Compute the output of mamba-ssm's fused kernel: (B, T, ...) to (B, T, H * headdim), without a norm."""
+    """Compute the output of mamba-ssm's fused kernel, without a norm. Maps (B, T, ...) to (B, T, H * headdim)."""
     heads = len(a)
     inner = heads * headdim
     z, mixed, dt = zxbcdt.split([inner, zxbcdt.shape[-1] - 2 * inner + inner - heads, heads], -1)
@@ -115,7 +117,7 @@ def read_token_by_token(zxbcdt, weight, bias, dt_bias, a, D, headdim, ngroups, *
 
 
 def without_kernels() -> None:
-    """Replace the GPU kernels of Megatron's layers in this rank's process by their definitions."""
+    """Replace the GPU kernels of Megatron's layers in this process by their definitions."""
     multi_latent_attention.HAVE_TE = False
     moe_utils.te_general_gemm = None
     gated_delta_net.HAVE_FLA = mamba_mixer.HAVE_MAMBA_SSM = True
@@ -165,7 +167,7 @@ def model_of(kind: str, config, ours: bool):
 
 
 def sums_of(model) -> list[torch.Tensor]:
-    """Return the gradients of a rank, summed over all ranks."""
+    """Return a rank's gradients, summed over all ranks."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dist.all_reduce(parameter.grad)
@@ -173,7 +175,7 @@ def sums_of(model) -> list[torch.Tensor]:
 
 
 def _stock(rank: int, kind: str):
-    """Compute loss and gradients in one process with Megatron's own layers, one document at a time."""
+    """Compute the loss and gradients in a single process with Megatron's own layers, one document at a time."""
     start()
     model = model_of(kind, config_of(**MODELS[kind]), ours=False)
     total, valid = torch.zeros(()), 0
@@ -219,7 +221,7 @@ def test_layers_of_packed_documents_are_megatrons_own_of_each_document(kind):
 
 
 def _own_batches(rank: int, kind: str, cp: int):
-    """Run rows and a pack as Megatron's own loaders shard them."""
+    """Run rows and a pack sharded by Megatron's own loaders."""
     start(cp=cp)
     model = model_of(kind, config_of(cp=cp, **MODELS[kind]), ours=True)
     ids = torch.randint(0, 64, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -249,7 +251,7 @@ def test_batches_of_megatrons_own_loaders_do_not_depend_on_the_number_of_ranks(k
 
 
 def sections_of(name: str, config) -> list[int]:
-    """Return the sizes of the parts of a whole weight of which every tensor-parallel rank has its share."""
+    """Return the sizes of the sections of a full weight, each of which is split over the tensor-parallel ranks."""
     if "linear_fc1" in name:
         return [config.ffn_hidden_size] * 2
     inner, keys = config.mamba_num_heads, config.mamba_num_groups * config.mamba_state_dim
@@ -264,7 +266,7 @@ def sections_of(name: str, config) -> list[int]:
 
 
 def _tensor_parallel(rank: int, kind: str, weights: dict, gradients: list, changes: dict):
-    """Return the loss on 2 tensor- x 2 context-parallel ranks, and the errors of this rank's gradients by name."""
+    """Return the loss on 2 tensor- x 2 context-parallel ranks, and this rank's gradient errors by name."""
     start(tp=2, cp=2)
     config = config_of(tp=2, cp=2, calculate_per_token_loss=True, **MODELS[kind], **changes)
     model = megatron.use_batch_positions(model_of(kind, config, ours=True))
@@ -327,7 +329,7 @@ EXPERTS = dict(
 
 
 def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = False):
-    """Return loss, gradients by name, and the biases of experts after a step of Megatron's schedule."""
+    """Return the loss, the gradients by name and the experts' biases after a step of Megatron's schedule."""
     import megatron_on_cpu  # noqa: F401
 
     without_kernels()
@@ -342,7 +344,7 @@ def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = 
         before, separator, after = name.partition("local_experts.")
         number, _, rest = after.partition(".")
         names[parameter] = f"{before}{separator}{first + int(number)}.{rest}" if separator else name
-        # the same weights on any rank of an expert
+        # the same weights on every rank that holds an expert
         seeded = torch.Generator().manual_seed(zlib.crc32(names[parameter].encode()))
         torch.nn.init.normal_(parameter, std=0.2, generator=seeded)
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
@@ -350,7 +352,7 @@ def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = 
         router.__class__ = TopKRouter
         megatron.padding_of = lambda *args: None
     chunk = wrapped(config, model, distributed_optimizer=False)
-    # the stock router counts padding, so it must have none
+    # the stock router counts padding, so there must be none
     with context_parallel(pad_to=1 if stock_router else 4) as ours:
         chunks = megatron.ProbeTarget([chunk], 2)
         ours.loss_scale(chunks)

@@ -1,4 +1,4 @@
-"""The probe on Megatron-core's models: the ranks over which a parameter's gradient is summed, and missing reductions."""
+"""The probe on Megatron-core's models: it finds the ranks over which a gradient is summed, and missing reductions."""
 
 import pytest
 
@@ -13,13 +13,15 @@ from distattn.adapters import megatron  # noqa: E402
 
 
 def _only_data_parallel(chunks, *args, **named):
-    """Reduce gradients over data-parallel ranks, and forget what tensor- and pipeline-parallel ranks share."""
+    """Reduce gradients over data-parallel ranks only, omitting the parameters shared by tensor- and pipeline-parallel
+    ranks.
+    """
     for chunk in chunks:
         chunk.finish_grad_sync()
 
 
 def _probed(rank: int, tp: int, pp: int, changes: dict, is_tied: bool) -> tuple[float, str]:
-    """Return the factor, and the refusal where shared parameters are left out."""
+    """Return the loss factor, and the error when the reduction omits shared parameters."""
     start(tp, pp)
     config = config_of(tp, pp, **changes)
     spec = sequence_parallel_spec() if config.sequence_parallel else None
@@ -62,6 +64,6 @@ def _fused(rank: int) -> list[str]:
     return warnings
 
 
-def test_what_fusion_hides_is_said():
+def test_gradients_hidden_by_fusion_are_reported():
     for warnings in run_on_ranks(1, _fused):
         assert len(warnings) == 1 and "gradient_accumulation_fusion=False to compare all parameters" in warnings[0]

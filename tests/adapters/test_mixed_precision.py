@@ -1,4 +1,6 @@
-"""Mixed precision as each trainer does it, on two ranks compared with one process: autocast, FSDP2's policy, narrow weights."""
+"""Mixed precision on two ranks as each trainer does it (autocast, FSDP2's policy, low-precision weights), compared to a
+single process.
+"""
 
 import os
 from functools import partial
@@ -15,7 +17,7 @@ import distattn as da
 from distattn.adapters import pytorch
 from distattn.adapters.pytorch import ProbeTarget, full_tensor, local_loss
 
-# errors of losses and gradients against one process in fp32: the cost of rounding every product
+# errors of losses and gradients relative to a single process in fp32, which come from rounding every product
 TOLERANCE = {"bfloat16": (2e-3, 5e-2), "float16": (3e-4, 8e-3)}
 SHARING = {"ring": dict(strategy="ring"), "cad": small.CAD}
 
@@ -25,7 +27,7 @@ def batches_of(sharing: str, rank: int) -> list[dict]:
 
 
 def wanted(sharing: str):
-    """Compute loss and gradients of one process in fp32."""
+    """Compute the loss and gradients of a single process in fp32."""
     ranks = (0, 1) if sharing == "cad" else (0,)
     return small.in_one_process(small.build(torch.float32), [batch for rank in ranks for batch in small.step(rank, 2)])
 
@@ -40,7 +42,7 @@ def assert_close(results, expected, dtype: str) -> None:
 
 
 def _in_autocast(rank: int, sharing: str, dtype: str):
-    """Train a step with weights in fp32 and the model under autocast; in fp16 with a scaled loss."""
+    """Train one step with fp32 weights under autocast. In fp16 the loss is scaled."""
     model, scale = small.build(torch.float32), 1024.0 if dtype == "float16" else 1.0
     with da.ContextParallel(**SHARING[sharing]) as cp:
         cp.loss_scale(ProbeTarget(model, reduce=partial(sum_gradients, model)))
@@ -60,7 +62,7 @@ def test_a_loop_under_autocast(sharing, dtype):
 
 
 def _by_fsdp(rank: int, sharing: str, dtype: str):
-    """Train a step with weights in fp32, gathered in low precision. Gradients are reduced in fp32."""
+    """Train one step with fp32 weights that are gathered in low precision. Gradients are reduced in fp32."""
     model = small.build(torch.float32)
     per_rank = sharing == "cad"
     mesh = init_device_mesh("cpu", (2, 1) if per_rank else (1, 2), mesh_dim_names=("dp", "cp"))
@@ -93,7 +95,7 @@ def _by_deepspeed(rank: int, sharing: str, dtype: str, config: dict):
     weights = getattr(torch, dtype) if dtype in config or "bf16" in config else torch.float32
     engine = test_deepspeed.engine_of(cp, 2, 2, weights, **config)
     cp.loss_scale(deepspeed.ProbeTarget(engine))
-    # fp16: gradients are those of the scaled loss until the step
+    # in fp16 the gradients include the loss scale until the optimizer's step
     scale = engine.optimizer.loss_scale if "fp16" in config else 1.0
     losses, gradients = [], []
     for batch in cp.shard_step(batches_of(sharing, rank)):

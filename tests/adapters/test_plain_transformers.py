@@ -1,4 +1,6 @@
-"""Plain transformers computes router losses of its Trainer and states of packed documents otherwise (docs/huggingface.md)."""
+"""Shows where plain transformers differs: router losses in its Trainer, and states of packed documents
+(docs/huggingface.md).
+"""
 
 import functools
 import os
@@ -21,13 +23,13 @@ from distattn.adapters.hf_trainer import ContextParallelTrainer  # noqa: E402
 from distattn.adapters.pytorch import local_loss  # noqa: E402
 from distattn.batch.packed_batch import IGNORE_INDEX  # noqa: E402
 
-# what the router loss weighs beside the token losses; large, for errors to be seen
+# the weight of the router loss relative to the token losses, large so that errors show
 WEIGHT = 0.5
 PACK = [17, 1, 22]
 
 
 class Rows(torch.utils.data.Dataset):
-    """4 rows of equal length, so that all micro-batches have equally many labels."""
+    """Four rows of equal length, so that all micro-batches have the same number of labels."""
 
     def __len__(self) -> int:
         return 4
@@ -41,7 +43,9 @@ def _collate(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _first_step(trainer_class: type[Trainer], folder, micro_batches: int, weight: float, **settings) -> tuple:
-    """Return loss and gradient norm of one step of a mixture of experts. weight: of the router's loss, 0 without one."""
+    """Return the loss and gradient norm of one step of a mixture-of-experts model. weight: weight of the router loss, 0
+    to disable it.
+    """
     asked = dict(output_router_logits=True, router_aux_loss_coef=weight) if weight else {}
     model = hybrid_models.build("qwen3_moe", torch.float32, **asked)
     args = TrainingArguments(
@@ -80,15 +84,15 @@ def test_the_plain_trainer_adds_the_router_loss_once_for_each_micro_batch_and_ra
     ours = functools.partial(
         _first_step, ContextParallelTrainer, tmp_path, context_parallel=da.ContextParallel(strategy="ring")
     )
-    # the same without accumulation, and without a router loss
+    # both agree without accumulation, and without a router loss
     assert ours(1, WEIGHT) == pytest.approx(plain(1, WEIGHT), rel=1e-5)
     without = ours(2, 0.0)
     assert without == pytest.approx(plain(2, 0.0), rel=1e-5)
-    # a mean over micro-batches here, a sum there
+    # we average the router loss over micro-batches; the plain Trainer sums it
     right = ours(2, WEIGHT)
     assert plain(2, WEIGHT)[0] - without[0] == pytest.approx(2 * (right[0] - without[0]), rel=1e-4)
     assert plain(2, WEIGHT / 2) == pytest.approx(right, rel=1e-5)
-    # and a sum over the ranks of DDP
+    # DDP also sums it over ranks
     for loss, norm in run_on_ranks(2, _plain_on_two_ranks, tmp_path, free_ports(1)[0], WEIGHT / 2):
         assert (loss, norm) == pytest.approx(right, rel=1e-4)
 
@@ -101,7 +105,7 @@ def _norm(model: torch.nn.Module) -> float:
     ("name", "differs"), [("qwen3_next", True), ("nemotron_h", True), ("lfm2", True), ("qwen3_moe", False)]
 )
 def test_plain_transformers_runs_states_over_the_borders_of_packed_documents(name, differs):
-    """Compare a pack that only position_ids describe. differs: the model has recurrent layers or convolutions."""
+    """Compare a pack described only by position_ids. differs: the model has recurrent layers or convolutions."""
     build = functools.partial(hybrid_models.build, name, torch.float32)
     alone, ours, packed = build(), build(), build()
     batch = batch_of(PACK)

@@ -1,4 +1,4 @@
-"""Ray Train's `TorchTrainer` on a real Ray: a killed worker does not change what the model learns."""
+"""Ray Train's `TorchTrainer` on a real Ray cluster: a killed worker does not change what the model learns."""
 
 import importlib.util
 import json
@@ -33,17 +33,17 @@ def test_a_worker_that_is_killed_costs_no_step_and_checkpoints_are_reported(tmp_
     reported = json.loads(re.search(r"^reported (.*)", done.stdout, re.M)[1])
     # no step was repeated
     assert (tmp_path / "killed").exists() and (tmp_path / "steps").read_text().split() == ["2", "4", "6", "8"]
-    # the controller asks every two seconds: it may have missed what was reported before the failure
+    # the controller polls every two seconds, so it may have missed what was reported just before the failure
     steps = [step for step, _, _ in reported]
     assert steps[-2:] == [6, 8] and steps == sorted({2, 4, 6, 8} & set(steps))
     for step, _, path in reported:
         assert (
             Path(path) == tmp_path / f"ray_train/checkpoints/step-{step:08d}" and Path(path, "manifest.json").exists()
         )
-    # the same loop without Ray, uninterrupted
+    # the same training loop without Ray, uninterrupted
     output = run_script_on_ranks(2, ROOT / "examples/fsdp2.py", "--steps", "8")[0]
     wanted = [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", output, re.M)]
     assert len(wanted) == 8
-    # in float32, on another number of threads
+    # float32, computed with a different number of threads
     differences = [abs(loss - wanted[step - 1]) / wanted[step - 1] for step, loss, _ in reported]
     assert max(differences) <= 1e-4, differences

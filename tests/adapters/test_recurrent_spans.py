@@ -1,4 +1,6 @@
-"""Spans of recurrent layers of transformers' models on contiguous slices: loss and gradients are those of one process."""
+"""Spans of recurrent layers of transformers' models, computed on contiguous slices: loss and gradients match a single
+process.
+"""
 
 from dataclasses import replace
 
@@ -35,12 +37,14 @@ CHOSEN = ["qwen3_next", "nemotron_h", "bamba"]
 
 
 def _cluster(ranks: int) -> ClusterSpec:
-    """Return links so slow that the states of many segments take longer than two moves of all tokens."""
+    """Return a cluster with links so slow that sending the states of many segments takes longer than moving all tokens
+    twice.
+    """
     return replace(load(f"h100-1x{ranks}"), intra_node=Link(0.001, 10.0))
 
 
 def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> list:
-    """Run checkpointed models. cluster: for the choice, or None for rows that move in any case."""
+    """Run checkpointed models. cluster: the cluster by which relayout is chosen, or None to always move the rows."""
     results = []
     if cluster is None:
         huggingface_spans.recurrent_span = lambda batch, *args, **named: da.RecurrentSpan(batch, "contiguous")
@@ -68,7 +72,7 @@ def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> 
 
 @pytest.mark.sampled(20)
 @pytest.mark.parametrize("ranks, pad_to, chosen", [(2, 8, True), (4, 1, True), (2, 1, False)])
-def test_loss_and_gradients_are_those_of_one_process(ranks, pad_to, chosen):
+def test_loss_and_gradients_match_one_process(ranks, pad_to, chosen):
     names = [name for name in MODELS if (name in CHOSEN) == chosen]
     results = run_on_ranks(ranks, _split, names, pad_to, _cluster(ranks) if chosen else None)[-1]
     for name, (total, gradients) in zip(names, results, strict=True):
@@ -80,7 +84,7 @@ def test_loss_and_gradients_are_those_of_one_process(ranks, pad_to, chosen):
 
 
 def _forward(model: torch.nn.Module, **asked: bool) -> tuple:
-    """Run a forward pass on one rank. Return its local batch, and the settings of each choice."""
+    """Run a forward pass on one rank. Return its local batch and the settings passed to each choice."""
     cp, choices = da.ContextParallel(strategy="ring", kernel="reference"), []
     batch = cp.shard(batch_of(PACK))
 
@@ -95,7 +99,7 @@ def _forward(model: torch.nn.Module, **asked: bool) -> tuple:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_shape_that_is_chosen_by_is_the_shape_that_layers_ask_for(name):
+def test_the_choice_uses_the_shape_that_layers_request(name):
     model = hybrid_models.build(name, **MODELS[name])
     huggingface.relayout_recurrent_spans(model)
     local, choices = _forward(model)
@@ -107,7 +111,7 @@ def test_the_shape_that_is_chosen_by_is_the_shape_that_layers_ask_for(name):
     shape = recurrence_shape(model.config)
     assert asked.op == op_of(shape["op"]) and asked.layout == "contiguous"
     assert all(getattr(asked, name) == shape[name] for name in ("heads", "kv_heads", "head_dim", "v_head_dim"))
-    # the numbers of rows that move are kept with the batch
+    # row moves are cached in the batch
     cpu = torch.device("cpu")
     assert local.row_moves("contiguous", cpu) is local.row_moves("contiguous", cpu)
     assert choices[0]["width"] == 32 and asked.dtype == str(choices[0]["dtype"])[6:]
@@ -119,14 +123,14 @@ def test_rows_stay_where_hooks_cannot_see_what_becomes_of_them():
     assert len(_forward(model)[1]) == 2
     for name in ("output_hidden_states", "output_router_logits"):
         assert not _forward(model, **{name: True})[1]
-    # without a batch nothing is split
+    # without a batch nothing is moved
     with huggingface.single_process_attention(model):
         model(batch_of([9])["input_ids"])
     model.config.output_router_logits = True
     assert not _forward(model)[1]
     model.config.output_router_logits = False
 
-    # layers that read other tensors of tokens: their order is unknown
+    # layers that read other per-token tensors are refused, because the order of those tensors is unknown
     def give_more(layer, args, named):
         return args, named | {"image_mask": torch.ones(1, 24)}
 
@@ -139,7 +143,7 @@ def test_rows_stay_where_hooks_cannot_see_what_becomes_of_them():
 
 
 def test_models_without_such_runs_are_left_alone():
-    # attention beside each recurrence, convolutions alone, embeddings that go to all layers, attention alone
+    # attention next to each recurrence; convolutions only; embeddings that go to all layers; attention only
     for name in ("falcon_h1", "lfm2", "zamba2", "qwen3_moe"):
         assert not huggingface.relayout_recurrent_spans(hybrid_models.build(name)), name
 

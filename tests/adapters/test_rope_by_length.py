@@ -1,4 +1,6 @@
-"""RoPE whose frequencies depend on the length: loss and gradients equal one process with the whole pack at every step."""
+"""RoPE whose frequencies depend on the length: loss and gradients match a single process that has the whole pack, at
+every step.
+"""
 
 import copy
 import re
@@ -26,7 +28,7 @@ ROPES = {
         "original_max_position_embeddings": 16,
     },
 }
-# the longest documents are above, below and at the model's own length, 16, and not in increasing order
+# the longest documents are above, below and equal to the model's own length of 16, in mixed order
 STEPS = [[30, 8], [10, 3, 3], [5, 45], [20, 7], [16, 12], [17]]
 
 
@@ -41,7 +43,9 @@ def _model(kind: str) -> torch.nn.Module:
 
 
 def _whole_pack(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run plain transformers in one process: the pack in one call, a mask between documents, positions counted in each."""
+    """Run plain transformers in a single process: one call for the pack, a mask between documents, positions that
+    restart in each.
+    """
     lengths, ids = batch["document_lengths"], batch["input_ids"]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -55,7 +59,7 @@ def _whole_pack(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, list
 
 
 def _differences(rank: int, kind: str, layout: str) -> list[float]:
-    """Return, by step, the largest difference of loss and gradients of a lasting model from one that is new at every step."""
+    """Return, for each step, the largest difference in loss or gradients between a reused model and a new one."""
     new, model, differences = _plain(kind), _model(kind), []
     batches = [small.micro_batch(lengths) for lengths in STEPS]
     with da.ContextParallel(dist.group.WORLD, strategy="ring", layout=layout, kernel="reference") as cp:
@@ -78,21 +82,21 @@ def _differences(rank: int, kind: str, layout: str) -> list[float]:
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", ROPES)
 @pytest.mark.parametrize(("ranks", "layout"), [(1, "zigzag"), (2, "document_zigzag"), (4, "zigzag"), (4, "contiguous")])
-def test_loss_and_gradients_are_those_of_one_process_over_steps_of_different_lengths(kind, ranks, layout):
+def test_loss_and_gradients_match_one_process_over_steps_of_different_lengths(kind, ranks, layout):
     for differences in run_on_ranks(ranks, _differences, kind, layout):
-        # cosines are of float32 frequencies, which are bitwise equal on both sides
+        # cosines are computed from float32 frequencies, which are bitwise equal on both sides
         assert max(differences) < 1e-12, differences
 
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_frequencies_follow_the_pack_and_not_this_rank_s_tokens(kind):
-    """Show the reason for this scaling: without it a rank's own positions would count."""
+    """Show why this scaling is needed: without it a rank's own positions would count."""
     model, plain = _model(kind), _plain(kind)
     batch = da.ContextParallel(strategy="ring", kernel="reference").shard(small.micro_batch([40, 4]))
     logits = model(**huggingface.inputs(batch)).logits
     batch["context_parallel"].longest_document = 80
     longer = model(**huggingface.inputs(batch)).logits
-    # longrope knows two sets of frequencies only
+    # longrope has only two sets of frequencies
     assert torch.equal(logits, longer) == (kind == "longrope")
     sentence = f"{kind} RoPE, whose frequencies .* Call huggingface.scale_rope_by_pack"
     with pytest.raises(da.DistattnError, match=sentence):

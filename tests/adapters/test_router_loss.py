@@ -1,4 +1,4 @@
-"""Mixture-of-experts models on several ranks: their router loss is that of one process that has all tokens."""
+"""Mixture-of-experts models on several ranks: their router loss equals that of a single process with all tokens."""
 
 import sys
 
@@ -15,9 +15,9 @@ import distattn as da
 from distattn.adapters import huggingface, pytorch
 from distattn.memory.tiled_loss import TiledLoss
 
-# the weight of the router loss relative to the token losses; large, so that errors show
+# the weight of the router loss relative to the token losses, large so that errors show
 WEIGHT = 0.7
-# the micro-batches of two replicas; one replica has fewer
+# document lengths by replica and micro-batch; one replica has fewer micro-batches
 STEPS = [[[17, 1, 22], [9]], [[12, 4]]]
 CASES = [(name, None) for name in EXPERTS] + [("mixtral", TiledLoss(tile_tokens=8))]
 
@@ -42,7 +42,9 @@ def _split(rank: int, replicas: int, ranks: int, cases: list) -> list:
 
 
 def in_one_process(model: torch.nn.Module, replicas: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Compute token losses over all labels of all replicas, and transformers' router loss of each round of micro-batches."""
+    """Compute token losses over all labels of all replicas, and transformers' router loss for each round of
+    micro-batches.
+    """
     router = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
     rounds, labels = [], []
     with huggingface.single_process_attention(model):
@@ -66,7 +68,7 @@ def in_one_process(model: torch.nn.Module, replicas: int) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize(("replicas", "ranks"), [(1, 2), (2, 2)])
-def test_loss_and_gradients_are_those_of_one_process(replicas, ranks):
+def test_loss_and_gradients_match_one_process(replicas, ranks):
     cases = CASES if replicas == 1 else CASES[1:2]
     results = run_on_ranks(replicas * ranks, _split, replicas, ranks, cases)[-1]
     for (name, _), (total, gradients) in zip(cases, results, strict=True):

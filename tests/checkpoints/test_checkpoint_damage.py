@@ -1,4 +1,6 @@
-"""Damage to a checkpoint is found before any of it is unpickled, named by file and byte, and the checkpoint before is loaded."""
+"""Damaged checkpoints: the fault is found before anything is unpickled, reported by file and byte, and the previous
+checkpoint is loaded.
+"""
 
 import dataclasses
 import io
@@ -25,7 +27,7 @@ from distattn.models.checkpoint_files import checkpoint_tensors
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Save two checkpoints on two ranks."""
+    """Save two checkpoints on two ranks. Return their folder."""
     folder = tmp_path_factory.mktemp("pair")
     run_on_ranks(2, faults.save_pair, str(folder))
     return folder
@@ -38,7 +40,7 @@ def copy(pair, tmp_path):
 
 
 def load(folder, group=None):
-    """Load the newest checkpoint. Return what was loaded, the state, the warnings."""
+    """Load the newest checkpoint. Return what was loaded, the state and the warnings."""
     warned: list[str] = []
     checkpoints = Checkpoints(Path(folder), group=group, facts={}, keep=KeepRule(), warn=warned.append)
     state = faults.empty_state()
@@ -56,12 +58,12 @@ def test_no_damage_is_loaded_silently(kind, pair, tmp_path):
     injector.close()
     assert not injector.silent, injector.silent[:3]
     if kind != "edited manifest":
-        # a changed blank in the manifest changes nothing
+        # an edit of the manifest may change only whitespace, which has no effect
         assert injector.counts[kind] == {"passed over": 25}
 
 
 def test_plain_dcp_loads_flipped_bits_silently(pair, tmp_path):
-    """Show why there are digests."""
+    """Show why digests are needed."""
     injector = faults.Injector(pair, tmp_path, seed=1)
     for _ in range(20):
         injector.inject("flipped bit of a tensor file")
@@ -90,7 +92,7 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(file, copy):
     assert len(warned) == 1 and file in warned[0] and "Resuming from step-00000100 instead." in warned[0]
 
 
-def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew(copy):
+def test_if_no_checkpoint_is_intact_the_run_does_not_start_over(copy):
     flip(copy / faults.NEWER / "__0_0.distcp", 40)
     (copy / faults.OLDER / "manifest.json").unlink()
     with pytest.raises(DamagedDataError, match=r"none of its 2 checkpoints is whole.*manifest\.json.*__0_0\.distcp"):
@@ -111,7 +113,7 @@ def test_nothing_is_unpickled_before_its_digest_is_right(copy):
 
 
 class RunsCode:
-    """An object that makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -121,7 +123,7 @@ class RunsCode:
 
 
 def forged(folder, where, marker):
-    """Write a hostile checkpoint that tries to run code and has the right digests. where: the part that names the code."""
+    """Write a hostile checkpoint with correct digests that tries to run code. where: the part that names the code."""
     step = folder / "step-00000007"
     state = {"weights": torch.ones(4), "model.w": torch.ones(4), "words": "plain", "hostile": RunsCode(marker)}
     dcp.save(state, checkpoint_id=step, no_dist=True)
@@ -163,13 +165,13 @@ def test_a_checkpoint_with_right_digests_runs_no_code_and_is_not_called_good(whe
         with pytest.raises(DamagedDataError, match=r"metadata: names posix\.mkdir|model\.w cannot be read"):
             dict(checkpoint_tensors(step))
     assert not marker.exists()
-    # DCP alone runs the code
+    # plain DCP does run the code
     dcp.load({"weights": torch.zeros(4), "words": ""} if where != "tensor" else {"words": ""}, checkpoint_id=step)
     assert marker.exists() == (where != "tensor")
 
 
 class Attribute:
-    """An attribute of a class, pickled as some versions of Python 3.11 pickle the members of enumerations."""
+    """An attribute of a class, pickled as some versions of Python 3.11 pickle enum members."""
 
     def __init__(self, owner, name):
         self.owner, self.name = owner, name
@@ -198,15 +200,15 @@ def test_a_checkpoint_names_no_files_outside_of_its_folder(outside, copy):
         Manifest.read(step)
 
 
-def test_what_verify_lets_pass_torch_takes_as_plain_values():
+def test_torch_allows_the_values_that_verify_accepts():
     allowed = torch._weights_only_unpickler._get_allowed_globals()
-    # of other versions of torch there may be dtypes that this one does not have
+    # the list may contain dtypes of other torch versions that this version lacks
     missing = {f"{module}.{name}" for module, name in VALUES} - set(allowed)
     assert all(not hasattr(torch, name.removeprefix("torch.")) for name in missing), missing
 
 
-def test_what_other_packages_let_pytorch_load_is_not_taken(tmp_path):
-    """Refuse a path, although Megatron-core adds its class to the list of `torch.load(weights_only=True)`."""
+def test_classes_that_other_packages_allow_in_pytorch_are_not_accepted(tmp_path):
+    """Refuse a path even though Megatron-core adds its class to the list of `torch.load(weights_only=True)`."""
     checkpoints = Checkpoints(tmp_path, group=None, facts={}, keep=KeepRule(), warn=faults.no_warning)
     try:
         with torch.serialization.safe_globals([type(Path("a"))]):
@@ -234,7 +236,7 @@ def test_a_value_that_could_not_be_read_again_is_refused_when_it_is_saved(tmp_pa
 
 
 def test_damage_between_the_check_and_the_reading_is_found_too(copy, monkeypatch):
-    # like a disk that returns other bytes the second time
+    # imitate a disk that returns different bytes the second time
     from distattn.checkpoints import checkpoints as module
 
     def check_then_flip(folder, manifest, part, parts):
@@ -270,7 +272,7 @@ def test_a_manifest_of_another_version_is_refused_by_its_version(copy, monkeypat
     monkeypatch.undo()
     with pytest.raises(DamagedDataError, match="format version 2; this distattn reads version 1"):
         Manifest.read(copy / faults.NEWER)
-    # a checkpoint that cannot be read is last
+    # an unreadable checkpoint sorts last
     assert [listed.manifest is None for listed in list_checkpoints(copy)] == [False, True]
 
 

@@ -1,4 +1,4 @@
-"""Ranks that are killed while they save: a good checkpoint is left, the others do not hang, leftovers are removed."""
+"""Ranks killed while they save: a good checkpoint remains, the other ranks do not hang, and leftovers are removed."""
 
 import os
 import signal
@@ -17,13 +17,13 @@ from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import LostRankError
 
 
-def test_a_good_checkpoint_is_left_by_every_kill(tmp_path):
+def test_every_kill_leaves_a_good_checkpoint(tmp_path):
     # benchmarks/checkpoint_faults.py does this 200 times
     assert faults.run_kills(6, seed=3, folder=tmp_path / "run").kills == 6
 
 
 def lose_a_rank(rank, folder, victim):
-    """Kill the victim as it begins to write its part. Return the others' errors."""
+    """Kill `victim` as it starts to write its part. Return the other ranks' errors."""
     saver = Checkpoints(folder, group=dist.group.WORLD, facts={}, keep=KeepRule(), warn=faults.no_warning)
     saver.save(1, faults.state_of(1))
     saver.wait()
@@ -59,7 +59,7 @@ def leave(tmp_path, writer):
 def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_are_not(tmp_path):
     machine, pid, started = writer_name().split("-")
     alive = leave(tmp_path, writer_name())
-    # no process number exceeds 2**22, and the second process had this one's number at another time
+    # no process id exceeds 2**22; the second name has this process's id but another start time
     dead = [leave(tmp_path, f"{machine}-{2**22 + 1}-{started}"), leave(tmp_path, f"{machine}-{pid}-{started}0")]
     far, silent = leave(tmp_path, "00000000-1-1"), leave(tmp_path, "00000000-2-1")
     outdated = tmp_path / "step-00000001.removed-00000005"
@@ -70,7 +70,7 @@ def test_leftovers_of_dead_writers_are_removed_and_those_of_live_ones_are_not(tm
     for path in [*silent.iterdir(), silent]:
         os.utime(path, (long_ago, long_ago))
     assert clean_leftovers(tmp_path) == sorted(path.name for path in [*dead, silent, outdated])
-    # a folder with a name that is not ours stays
+    # folders whose names are not ours stay
     assert sorted(tmp_path.iterdir()) == sorted([alive, far, mine])
 
 

@@ -1,4 +1,4 @@
-"""A folder is known by what it is: one that is renamed, replaced or deleted while a process works in it is noticed."""
+"""Folder handles: a process notices if the folder it works in is renamed, replaced or deleted."""
 
 import re
 import shutil

@@ -1,4 +1,6 @@
-"""Tensors that an engine gathers for a checkpoint: copied to the host as they come, few at once on the device, without a race."""
+"""Tensors that an engine gathers for a checkpoint: copied to the host one after another, few at a time on the device,
+without a race.
+"""
 
 import ctypes
 import gc
@@ -17,7 +19,9 @@ from distattn.memory.pinned_memory import pinned_like
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """Record the bytes that CUDA was asked to pin, by address. Ranges must be whole mapped pages, and are pinned once."""
+    """Record the bytes that CUDA was asked to pin, by address. Assert that ranges are whole mapped pages, each pinned
+    once.
+    """
     ranges: dict[int, int] = {}
     record = SimpleNamespace(ranges=ranges, error=0)
 
@@ -28,7 +32,7 @@ def pinned(monkeypatch):
         return record.error
 
     def unregister(address):
-        # the memory must still be mapped
+        # reading it checks that the memory is still mapped
         ctypes.string_at(address, ranges.pop(address))
         return 0
 
@@ -69,7 +73,7 @@ def test_gathered_tensors_are_copied_without_a_race_and_few_are_held():
                 state[f"layer {number}"] = buffers.keep(f"layer {number}", gathered)
                 most = max(most, len(alive))
                 del gathered
-            # changed by the next optimizer step
+            # the next optimizer step changes it
             last = torch.zeros(4, device=DEVICE)
             state["last"] = buffers.keep("last", last)
             buffers.finish_kept()
@@ -89,7 +93,7 @@ def test_a_state_keeps_tensors_that_are_buffers_already_as_they_are():
     staged.copy_tensors()
     assert staged._staged["a"] is kept and staged._staged["b"] is not other
     assert list(buffers._buffers) == ["a", "b"] and buffers.keep("a", torch.zeros(3)) is kept
-    # a buffer of a save before is a tensor like any other
+    # a buffer of an earlier save is an ordinary tensor
     assert not HostBuffers().holds(kept)
 
 
@@ -101,7 +105,7 @@ def test_a_tensor_with_the_id_of_a_buffer_that_is_gone_is_no_buffer():
     assert not buffers.holds(other)
 
 
-def test_the_buffer_of_another_shape_takes_the_place_of_the_old_one():
+def test_a_buffer_of_another_shape_replaces_the_old_one():
     buffers = HostBuffers()
     old = weakref.ref(buffers.keep("a", torch.ones(3)))
     assert buffers.keep("a", torch.ones(4)).shape == (4,) and old() is None

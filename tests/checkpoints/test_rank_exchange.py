@@ -23,7 +23,7 @@ from distattn.parallel.runtime.communication import collective_calls, network_in
 def answers(rank):
     exchange = RankExchange(dist.group.WORLD)
     results_ = [exchange.decide(lambda: rank * 10, lambda results: [sum(results) + r for r in range(len(results))])]
-    # more than a socket holds at once
+    # larger than a socket's buffer
     results_.append(len(exchange.decide(lambda: bytes(3_000_000), lambda results: [b"".join(results)] * 3)))
     exchange.close()
     return results_
@@ -56,7 +56,7 @@ def failures(rank):
     return seen
 
 
-def test_every_rank_hears_of_the_same_failure():
+def test_every_rank_gets_the_same_failure():
     wanted = [
         ("files", 1, "a/file: No space left", "DistattnError"),
         ("damaged", 2, "file: is damaged.", "DamagedDataError"),
@@ -84,10 +84,13 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def among_strangers(rank):
-    """Connect strangers that send nothing or have a wrong key, and one that listens in rank 0's place. None is accepted."""
+    """Connect strangers that send nothing or use a wrong key, and one that listens in rank 0's place. None may be
+    accepted.
+    """
     refused = []
     if rank == 0:
-        # for the stranger that sends nothing; the other rank waits for a busy machine
+        # a short limit for the stranger that sends nothing. The other rank keeps the long limit, since the machine may
+        # be busy
         rank_sockets._CONNECT_SECONDS = 0.2
     if rank == 1:
         connect = rank_sockets._connect
@@ -95,7 +98,7 @@ def among_strangers(rank):
         def connect_after_strangers(store, key, rank_, timeout):
             store.wait(["root"], timedelta(seconds=60))
             where = json.loads(store.get("root"))
-            # the store does not hold the key
+            # the key is not in the store
             assert sorted(where) == ["address", "port"] and where["address"] == "127.0.0.1"
             address = where["address"], where["port"]
             strangers = [socket.create_connection(address) for _ in range(3)]
@@ -130,7 +133,7 @@ def answer_falsely(server):
     opened.sendall(bytes(32))
 
 
-def test_strangers_are_not_let_in_and_not_believed():
+def test_strangers_are_neither_accepted_nor_trusted():
     (first, _), (second, refused) = run_on_ranks(2, among_strangers)
     assert first == second and len(set(first)) == 2
     closed, unknown = refused
@@ -138,7 +141,7 @@ def test_strangers_are_not_let_in_and_not_believed():
     assert "the process that answers there does not know the key" in unknown
 
 
-def test_what_does_not_match_its_digest_is_never_unpickled():
+def test_data_that_does_not_match_its_digest_is_never_unpickled():
     class Armed:
         def __reduce__(self):
             return exec, ("raise SystemExit('unpickled')",)
@@ -154,7 +157,7 @@ def test_what_does_not_match_its_digest_is_never_unpickled():
     stranger.send(Armed())
     with pytest.raises(ConnectionError, match="does not match its digest"):
         receiver.recv()
-    # neither is a message that was sent before, or in the other direction
+    # a replayed message is refused as well, and so is one sent back in the other direction
     for side, sent in ((1, 0), (0, 1)):
         again = RankConnection(sending, key, side, 1 - side)
         again._sent = sent
@@ -167,13 +170,13 @@ def test_what_does_not_match_its_digest_is_never_unpickled():
 
 
 def from_another_machine(rank, interface):
-    """Exchange between ranks that take themselves for two machines."""
+    """Exchange messages between ranks that believe they are on two machines."""
     rank_sockets.machine_digest = lambda: f"machine {rank}"
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     if interface is None:
-        # a machine whose name resolves to the loopback only
+        # imitate a machine whose name resolves only to the loopback
         network_interfaces.resolve_host = lambda host: ["127.0.1.1"]
     try:
         return RankExchange(dist.group.WORLD).decide(lambda: rank, lambda results: [results] * 2)

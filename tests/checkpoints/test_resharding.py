@@ -1,10 +1,10 @@
-"""Other numbers of ranks load bitwise what some ranks have saved: a model sharded by FSDP2, and the state of AdamW."""
+"""Resharding: a model sharded by FSDP2 and its AdamW state load bitwise equal on another number of ranks."""
 
 import checkpoint_faults as faults
 import pytest
 import torch
 
-# imported once, and not by every forked rank at its first optimizer step
+# import it once here, not in every forked rank at its first optimizer step
 import torch._dynamo  # noqa: F401
 import torch.distributed as dist
 from processes import run_on_ranks
@@ -18,7 +18,7 @@ from distattn.checkpoints.retention import KeepRule
 
 
 def build(seed, replicas=1):
-    """Return a model whose parameters divide among no number of ranks, one of them in half precision, and its optimizer."""
+    """Return a model and its optimizer. No number of ranks divides its parameters evenly, and one is in half precision."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False))
     model.register_buffer("counts", torch.rand(3))
@@ -36,7 +36,7 @@ def train(model, optimizer, steps):
 
 
 def whole(state):
-    """Return every tensor of a state unsharded, and its plain values, by name."""
+    """Return a state with all tensors unsharded and its other values as they are, by name."""
     if isinstance(state, dict):
         return {key: whole(value) for key, value in state.items()}
     if isinstance(state, torch.Tensor):
@@ -58,7 +58,8 @@ def save(rank, folder, replicas=1):
         state = both(model, optimizer)
         wanted = whole(state)
         saver.save(step, state, overlap=True)
-        # trains on at once; PyTorch does not count changes of sharded tensors, so the optimizer's step waits for the copies
+        # training continues at once. PyTorch does not count changes of sharded tensors, so the optimizer's step waits
+        # for the copies
         train(model, optimizer, 1)
     saver.close()
     return wanted
@@ -66,7 +67,7 @@ def save(rank, folder, replicas=1):
 
 def load(rank, folder, replicas=1):
     model, optimizer = build(1, replicas)
-    # as when a trainer resumes: the optimizer has no state yet, get_state_dict makes it
+    # as in a trainer that resumes, the optimizer has no state yet and get_state_dict creates it
     state = both(model, optimizer)
     saver = Checkpoints(folder, group=dist.group.WORLD, facts={}, keep=KeepRule(), warn=faults.no_warning)
     loaded = saver.load_newest(state)

@@ -1,4 +1,4 @@
-"""The rule of kept checkpoints: which ones are removed after a save."""
+"""The rule that decides which checkpoints are removed after a save."""
 
 import dataclasses
 import errno
@@ -28,7 +28,9 @@ def steps(folder):
 
 
 def fill(folder, hours, keep):
-    """Return checkpoints saved after these hours of training (None: unknown), and the steps that the rule would remove."""
+    """Return checkpoints saved after `hours` hours of training (None: unknown), and the steps that the rule would
+    remove.
+    """
     saver = open_checkpoints(folder, keep=KeepRule(last=1000))
     for step, _ in enumerate(hours):
         saver.save(step, {"a": 1})
@@ -45,9 +47,9 @@ def fill(folder, hours, keep):
 def test_one_checkpoint_of_every_few_hours_is_kept(tmp_path):
     hours = [0, 1, 2, 3, 4.5, 5, 6, 7, 8]
     checkpoints, removable = fill(tmp_path, hours, KeepRule(last=2, every_hours=3))
-    # kept: hours 0, 3 and 6, and the last two
+    # this keeps hours 0, 3 and 6, and the last two checkpoints
     assert removable == [1, 2, 4, 5]
-    # what is kept does not depend on how often the rule was applied
+    # the result does not depend on how often the rule was applied
     left = [checkpoint for checkpoint in checkpoints if checkpoint.step not in removable]
     assert KeepRule(last=2, every_hours=3).removable(left) == []
 
@@ -58,13 +60,13 @@ def test_a_clock_that_was_ahead_does_not_end_the_keeping_of_hours(tmp_path, monk
     class Jumping(datetime):
         @classmethod
         def now(cls, tz=None):
-            # the second save is made while the time of day is three days ahead
+            # during the second save the system clock is three days ahead
             return datetime.now(tz) + timedelta(days=next(days))
 
     monkeypatch.setattr(module, "datetime", Jumping)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     for first, began in ((1, 1e6), (5, 7.0)):
-        # a second job, on a machine that was just started
+        # the second pass is a new job, on a machine that has just booted
         clock[0] = began
         saver = open_checkpoints(tmp_path, keep=KeepRule(last=1, every_hours=2))
         for step in range(first, first + 4):
@@ -88,7 +90,7 @@ def test_the_only_good_checkpoint_is_never_removed(tmp_path):
     assert KeepRule(last=2).removable(checkpoints) == []
     (checkpoints[3].folder / "__0_0.distcp").unlink()
     assert KeepRule(last=2).removable(checkpoints) == []
-    # a checkpoint whose manifest cannot be trusted does not count, and stays
+    # a checkpoint without a valid manifest does not count, and stays
     (checkpoints[3].folder / "manifest.json").unlink()
     assert [checkpoint.step for checkpoint in KeepRule(last=2).removable(list_checkpoints(tmp_path))] == [0]
 
@@ -99,7 +101,7 @@ def test_a_rule_that_keeps_nothing_is_refused(rule, why):
         KeepRule(**rule)
 
 
-def test_what_a_job_that_was_killed_after_its_last_save_has_not_removed_goes_when_it_is_resumed(tmp_path):
+def test_checkpoints_that_a_killed_job_has_not_removed_go_when_it_is_resumed(tmp_path):
     saver = open_checkpoints(tmp_path, keep=KeepRule(last=1000))
     for step in range(4):
         saver.save(step, {"a": step})
@@ -111,7 +113,7 @@ def test_what_a_job_that_was_killed_after_its_last_save_has_not_removed_goes_whe
     assert steps(tmp_path) == [2, 3]
 
 
-def test_what_cannot_be_removed_costs_a_warning(tmp_path, monkeypatch):
+def test_files_that_cannot_be_removed_cost_a_warning(tmp_path, monkeypatch):
     def refuse(folder):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 

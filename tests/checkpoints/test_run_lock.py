@@ -1,4 +1,4 @@
-"""Two jobs on one folder: the second refuses and names the owner; a dead owner's folder is taken over."""
+"""Two jobs on one folder: the second is refused and told who the owner is, and a dead owner's folder is taken over."""
 
 import json
 import multiprocessing
@@ -23,7 +23,7 @@ def hold(folder, job, ready, child, role):
         os.environ["SLURM_JOB_ID"] = job
     lock = RunLock(folder, role)
     if child:
-        # like a loader's worker, which outlives its parent
+        # imitate a data loader's worker that outlives its parent
         pid = os.fork()
         if pid == 0:
             time.sleep(600)
@@ -35,7 +35,7 @@ def hold(folder, job, ready, child, role):
 
 @pytest.fixture
 def owner(tmp_path):
-    """Start other processes that hold the folder. All are killed at the end."""
+    """Start other processes that hold the folder. Kill all of them at the end."""
     context = multiprocessing.get_context("fork")
     started = []
 
@@ -58,7 +58,7 @@ def test_the_second_of_two_jobs_refuses_and_names_the_first(owner, tmp_path, mon
         DistattnError, match=rf"belongs to process {process.pid} on \S+, Slurm job 4711, since 20\S+; end it"
     ):
         RunLock(tmp_path)
-    # another job is another job
+    # a different job id is a different job
     monkeypatch.setenv("SLURM_JOB_ID", "4712")
     with pytest.raises(DistattnError, match="Slurm job 4711"):
         RunLock(tmp_path)
@@ -70,7 +70,7 @@ def test_the_folder_of_a_killed_owner_is_free_at_once(owner, tmp_path):
     process.kill()
     process.join()
     RunLock(tmp_path).close()
-    # so is the folder of an owner that has closed its lock
+    # a folder whose owner has closed its lock is also free
     with RunLock(tmp_path) as lock:
         lock.check()
     assert os.listdir(tmp_path) == ["owner.lock"]
@@ -90,7 +90,9 @@ def test_children_of_a_killed_owner_do_not_keep_the_folder(owner, tmp_path):
 
 
 def contend(folder, start, outcomes, done):
-    """Try to take the folder when the others do. Report the outcome, and keep the folder until all have reported."""
+    """Try to take the folder at the same time as the others. Report the outcome, and hold the folder until all have
+    reported.
+    """
     os.environ.pop("SLURM_JOB_ID", None)
     start.wait()
     try:
@@ -104,7 +106,7 @@ def contend(folder, start, outcomes, done):
 
 
 def own_and_die(folder, children):
-    """Take the folder, leave a child that has all of this process's open files, and kill this process."""
+    """Take the folder, fork a child that inherits all open files, and kill this process."""
     RunLock(folder)
     if (child := os.fork()) == 0:
         signal.pause()
@@ -151,7 +153,7 @@ def test_a_forked_child_that_closes_the_lock_takes_nothing_from_its_parent(tmp_p
         assert Owner.read(tmp_path / "owner.json").pid == os.getpid()
 
 
-def test_an_attempt_of_the_same_job_waits_for_the_one_before_to_end(owner, tmp_path, monkeypatch):
+def test_an_attempt_of_the_same_job_waits_for_the_previous_one_to_end(owner, tmp_path, monkeypatch):
     process = owner(job="4711")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: (process.kill(), process.join()))
@@ -160,7 +162,7 @@ def test_an_attempt_of_the_same_job_waits_for_the_one_before_to_end(owner, tmp_p
 
 
 def elsewhere(folder, role=OWNER, **changes):
-    """Write the file of another machine's process that has the folder, over a file system that does not share flock."""
+    """Write the file of an owner on another machine, on a file system that does not share flock between machines."""
     owner_ = Owner.of_this_process()
     facts = {**owner_.__dict__, "host": "node-7", "machine": "another", "job": "4711", **changes}
     file = folder / f"{role}.json"
@@ -183,7 +185,7 @@ def test_a_lease_of_another_machine_is_respected_until_it_ends(tmp_path, monkeyp
 
 @pytest.mark.parametrize("days", [-3, 3])
 def test_a_lease_that_is_still_renewed_has_not_ended_whatever_the_clock_says(days, tmp_path, monkeypatch):
-    # the clock has jumped since it was last renewed
+    # the clock has jumped since the lease was last renewed
     file = elsewhere(tmp_path)
     then = time.time() + days * 86400
     os.utime(file, (then, then))
@@ -193,7 +195,7 @@ def test_a_lease_that_is_still_renewed_has_not_ended_whatever_the_clock_says(day
         RunLock(tmp_path)
 
 
-def test_a_lease_from_the_future_that_nobody_renews_ends(tmp_path, monkeypatch):
+def test_a_lease_from_the_future_that_is_not_renewed_ends(tmp_path, monkeypatch):
     file = elsewhere(tmp_path)
     then = time.time() + 86400
     os.utime(file, (then, then))
@@ -210,7 +212,7 @@ def test_an_attempt_of_the_same_job_on_another_machine_takes_over_at_once(tmp_pa
 
 
 def test_a_launcher_of_the_same_job_is_another_launcher(owner, tmp_path, monkeypatch):
-    # all commands of one salloc have the same SLURM_JOB_ID
+    # all commands within one salloc have the same SLURM_JOB_ID
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: pytest.fail("it waits"))
     file = elsewhere(tmp_path, LAUNCHER)
@@ -232,7 +234,7 @@ def test_the_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
         elsewhere(tmp_path)
         with pytest.raises(DistattnError, match="was taken by process .* on node-7"):
             lock.check()
-    # another owner's file stays
+    # the other owner's file stays
     assert file.exists()
 
 

@@ -1,4 +1,4 @@
-"""Saving overlaps with training, and survives a disk that is full or cannot be written."""
+"""Saving overlaps with training, and survives a disk that is full or not writable."""
 
 import errno
 import os
@@ -49,14 +49,14 @@ def test_twenty_saves_leave_the_last_ones_and_nothing_else(tmp_path):
     assert [checkpoint.manifest.serial for checkpoint in list_checkpoints(tmp_path)] == [18, 19, 20]
 
 
-def test_nothing_is_loaded_where_there_is_nothing(tmp_path):
+def test_nothing_is_loaded_without_a_checkpoint(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         saver = open_checkpoints(folder)
         assert saver.load_newest(faults.empty_state()) is None
         saver.close()
 
 
-def test_what_was_saved_is_as_it_was_at_the_call(tmp_path):
+def test_the_saved_state_is_the_state_at_the_call(tmp_path):
     saver = open_checkpoints(tmp_path)
     state = faults.state_of(1) | {"history": [1, 2]}
     saver.save(1, state)
@@ -81,7 +81,7 @@ def test_copies_are_made_in_the_same_memory_at_every_save(tmp_path):
     assert where[0] == where[1] and len(where[0]) == 16
 
 
-def test_overlapped_copies_are_what_was_there_at_the_call(tmp_path):
+def test_overlapped_copies_hold_the_state_at_the_call(tmp_path):
     saver = open_checkpoints(tmp_path)
     state = faults.state_of(1)
     saver.save(1, state, overlap=True)
@@ -139,7 +139,7 @@ def test_a_state_that_changes_while_it_is_copied_is_not_saved(tmp_path, monkeypa
     ):
         saver.wait()
     assert steps(tmp_path) == []
-    # after the error was raised, the next save is tried
+    # once the error has been raised, the next save is tried
     saver.save(2, state)
     saver.close()
     assert steps(tmp_path) == [2]
@@ -216,7 +216,7 @@ def test_after_a_run_has_gone_back_the_newest_is_what_was_saved_last(tmp_path):
         saver.save(step, {"a": step})
     state = {"a": 0}
     assert saver.load_newest(state).step == 15 and state == {"a": 15}
-    # a step that was saved already is replaced
+    # a step that was already saved is replaced
     saver.save(30, {"a": 31})
     assert saver.load_newest(state).step == 30 and state == {"a": 31}
     saver.close()
@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_costs_a_warning_and_the_next_save_works(tmp_path):
 
 
 def fill_the_disk(rank, folder):
-    """Use RLIMIT_FSIZE in a process of its own in place of a full disk."""
+    """Imitate a full disk with RLIMIT_FSIZE, in a separate process."""
     warned = []
     saver = open_checkpoints(folder, warned.append, group=dist.group.WORLD)
     saver.save(1, faults.state_of(1))
@@ -254,7 +254,7 @@ def fill_the_disk(rank, folder):
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_all_ranks_go_on_where_one_cannot_write(failing, tmp_path):
+def test_all_ranks_continue_if_one_cannot_write(failing, tmp_path):
     assert sum(run_on_ranks(2, fail_on_one_rank, tmp_path, failing), []) == [
         f"step-00000002 was not saved: rank {failing}: {tmp_path}: No space left on device; the run goes on, and the next save "
         "tries again."
@@ -284,7 +284,7 @@ def fail_on_one_rank(rank, folder, failing):
 
 @pytest.mark.waits
 @pytest.mark.parametrize("hangs", [0, 1])
-def test_of_ranks_that_wait_for_a_save_the_one_that_writes_is_to_blame(hangs, tmp_path):
+def test_the_writing_rank_is_to_blame_when_others_wait_for_a_save(hangs, tmp_path):
     board = HeartbeatBoard.make(2)
     run_on_ranks(2, hang_on_one_rank, tmp_path, hangs, board.path)
     board.close()
@@ -304,7 +304,7 @@ def hang_on_one_rank(rank, folder, hangs, board):
         return mine.seconds and waits and culprits(beats, {0: "S", 1: "S"}) == wanted
 
     def hang(file, content):
-        # until the other rank has done its part, and waits for this one
+        # until the other rank has finished its part and waits for this one
         eventually(is_waited_for, lambda: f"{read(0)}, {read(1)}")
         return write(file, content)
 
@@ -354,7 +354,7 @@ def test_a_file_where_the_folder_should_be_costs_a_warning(tmp_path):
     saver.close()
 
 
-def test_what_cannot_be_saved_at_all_is_an_error_not_a_warning(tmp_path):
+def test_a_state_that_can_never_be_saved_is_an_error_not_a_warning(tmp_path):
     saver = open_checkpoints(tmp_path)
     saver.save(1, {"a": (1, ["two"])})
     saver.wait()
@@ -367,7 +367,7 @@ def test_what_cannot_be_saved_at_all_is_an_error_not_a_warning(tmp_path):
     assert steps(tmp_path) == [1] and len(os.listdir(tmp_path)) == 1
 
 
-def test_ranks_that_save_other_steps_are_told_so(tmp_path):
+def test_ranks_that_save_different_steps_get_an_error(tmp_path):
     run_on_ranks(2, save_other_steps, tmp_path)
     assert steps(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""Verdicts of training decide which checkpoints are kept and loaded; a user's choice counts more."""
+"""Training verdicts decide which checkpoints are kept and loaded. A user's choice takes precedence."""
 
 import errno
 import multiprocessing
@@ -48,17 +48,17 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     for step, kind in ((1, GOOD), (2, GOOD), (3, REFUSED), (4, UNTESTED), (5, REFUSED)):
         judged(step, kind)
     saver.wait()
-    # 2 is the newest that is known to be good, 4 the newest that is not in doubt
+    # step 2 is the newest known to be good, and step 4 the newest not in doubt
     assert steps(tmp_path) == [2, 4, 5]
     state = {"a": 0}
     assert saver.load_newest(state).step == 4 and state == {"a": 4}
     assert warned == [f"{tmp_path / 'step-00000005'}: why. Resuming from step-00000004 instead."]
-    # once a checkpoint is shown to be good, none before it is kept
+    # once a checkpoint is found to be good, all earlier ones are removed
     saver.note(lambda folder: judge_checkpoint(folder, 4, GOOD))
     saver.wait()
     assert steps(tmp_path) == [4, 5]
     assert list_checkpoints(tmp_path)[0].manifest.facts == {"loss": "4"}
-    # a checkpoint that is kept for a refused step stays until it is released
+    # a checkpoint kept because of a refused step stays until it is released
     saver.note(lambda folder: keep_newest_good(folder, 9))
     for step in (6, 7):
         judged(step, GOOD)
@@ -68,7 +68,7 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     saver.wait()
     assert steps(tmp_path) == [4, 7]
     saver.note(lambda folder: release_kept(folder, 10))
-    # if all are in doubt, the newest is taken
+    # if all checkpoints are in doubt, the newest is loaded
     saver.note(lambda folder: judge_checkpoint(folder, 7, REFUSED, "why"))
     loaded = saver.load_newest(state)
     assert (loaded.step, loaded.doubt) == (7, "refused: why") and steps(tmp_path) == [7]
@@ -90,7 +90,7 @@ def test_the_mark_of_a_refused_step_goes_once_the_run_has_passed_it(new_level, k
         return [checkpoint.step for checkpoint in list_checkpoints(tmp_path) if checkpoint.verdict.kept]
 
     save_good(5)
-    # step 8 is refused; the run goes back or is started again, which ends the streak silently
+    # step 8 is refused; then the run goes back or restarts, which ends the streak silently
     saver.note(lambda folder: keep_newest_good(folder, 8))
     if new_level:
         saver.note(lambda folder: keep_for_good(folder, 8))
@@ -121,7 +121,7 @@ def test_a_verdict_on_a_save_that_failed_leaves_an_older_checkpoint_of_the_same_
         saver.wait()
     assert list_checkpoints(tmp_path) == older and saver.has_failed(5)
     assert len(warned) == 1 and "step-00000005 was not saved" in warned[0]
-    # a run that has loaded the older one judges it
+    # a run that has loaded the older checkpoint of this step judges that one
     assert saver.load_newest({"a": 0}).step == 5 and not saver.has_failed(5)
     saver.save(5, {"a": 3})
     saver.note(lambda folder: judge_checkpoint(folder, 5, REFUSED, "why"), 5)
@@ -132,7 +132,7 @@ def test_a_verdict_on_a_save_that_failed_leaves_an_older_checkpoint_of_the_same_
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b'{"kind": "fine"}', b'{"kind": 3}', b'{"refused_step": ""}', b"\xff", b"[" * 100_000]
 )
-def test_a_verdict_that_cannot_be_read_is_none(tmp_path, content):
+def test_an_unreadable_verdict_does_not_count(tmp_path, content):
     saver = open_checkpoints(tmp_path, [])
     saver.save(1, {"a": 1})
     saver.close()
@@ -168,7 +168,9 @@ def test_a_person_chooses_a_step_and_later_ones_are_set_aside(tmp_path):
 
 
 def _choose_and_die(folder, step, replaced):
-    """Choose a step in a child process, which is killed before the n-th verdict gets its name, or while a run loads it."""
+    """Choose a step in a child process that is killed before the n-th verdict is renamed into place, or while a run
+    loads it.
+    """
     replace, left = os.replace, [replaced]
 
     def fatal_replace(*names):
@@ -183,7 +185,7 @@ def _choose_and_die(folder, step, replaced):
 
 
 @pytest.mark.parametrize("replaced", range(4))
-def test_a_choice_of_which_the_process_is_killed_holds_or_was_not_made(tmp_path, replaced):
+def test_a_choice_whose_process_is_killed_is_complete_or_was_not_made(tmp_path, replaced):
     for serial, step in enumerate((10, 20, 30, 40), 1):
         (tmp_path / f"step-{step:08d}").mkdir()
         Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(tmp_path / f"step-{step:08d}")
@@ -192,7 +194,7 @@ def test_a_choice_of_which_the_process_is_killed_holds_or_was_not_made(tmp_path,
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    # a checkpoint that was refused first, then those that were saved later
+    # first a checkpoint that was refused, then those saved later
     assert preferred_step(tmp_path) == (20 if replaced == 3 else 40)
     with choose_step(tmp_path, 40):
         pass

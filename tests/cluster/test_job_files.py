@@ -1,4 +1,6 @@
-"""The files of cluster/jobs have the fields of their schedulers, start an existing module, and continue after exit code 75."""
+"""The files in cluster/jobs: they use their schedulers' fields, start an existing module, and continue after exit code
+75.
+"""
 
 import shlex
 import subprocess
@@ -21,7 +23,9 @@ def documents(name: str) -> list[dict]:
 
 
 def check_policies(spec) -> None:
-    """Check that a pod that ends with 75 fails its job for the reason of the JobSet's rule; other exit codes use up restarts."""
+    """Check that a pod's exit code 75 fails its job for the reason in the JobSet's rule, and that other exit codes use
+    up restarts.
+    """
     (rule,) = spec.failurePolicy.rules
     assert rule.action == "RestartJobSetAndIgnoreMaxRestarts" and rule.onJobFailureReasons == ["PodFailurePolicy"]
     (job,) = spec.replicatedJobs
@@ -32,7 +36,7 @@ def check_policies(spec) -> None:
     assert failure.onExitCodes.containerName == container.name
     pod = job.template.spec.template.spec
     assert {mount.name for mount in container.volumeMounts} == {volume.name for volume in pod.volumes}
-    # JobSet sets this label on all pods of all its restarts
+    # JobSet sets this label on all pods across restarts
     (variable,) = container.env
     assert variable.name == JOB_VARIABLE
     assert variable.valueFrom.fieldRef.fieldPath == "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"
@@ -76,7 +80,7 @@ def test_dstack():
 
 
 def check_command(command: list[str], environment: dict[str, str], job: str = "") -> None:
-    """Check that a shell runs a command as run_node for the second of four nodes. job: the name that the command sets."""
+    """Check that a shell runs the command as run_node on the second of four nodes. job: the name that the command sets."""
     assert command[:2] == ["bash", "-c"]
     shown = f'exec() {{ printf "%s\\n" "${JOB_VARIABLE}" "$@"; }}\n' + command[2]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Output of nccl-tests in both formats, made here for a link of known speed."""
+"""nccl-tests output in both formats, generated here for a link of known speed."""
 
 import re
 
@@ -17,7 +17,7 @@ def test_the_link_is_found_whatever_the_test(tmp_path, kind, test):
     assert (run.test, run.ranks, len(run.rows)) == (test, 8, len(SIZES))
     link = run.link()
     assert link.gbs == pytest.approx(350, rel=0.02) and link.latency_us == pytest.approx(12, rel=0.05)
-    # nothing of the environment is kept
+    # nothing from the environment is stored
     assert "secret" not in repr(run)
 
 
@@ -55,13 +55,13 @@ def test_older_tables_without_a_root_are_read_too(tmp_path):
         rows.append(line)
     (tmp_path / "old").write_text("\n".join(rows))
     assert nccl.read(tmp_path / "old").link().gbs == pytest.approx(350, rel=0.02)
-    # without its header the columns are not known
+    # without the header the columns are unknown
     (tmp_path / "bare").write_text("\n".join(row for row in rows if "algbw" not in row))
     with pytest.raises(da.DistattnError, match="time and algbw of size 1024 do not agree"):
         nccl.read(tmp_path / "bare")
 
 
-def test_times_that_do_not_grow_are_no_link():
+def test_times_that_do_not_grow_do_not_describe_a_link():
     flat = nccl.NcclTestRun("sendrecv", 2, ((1024, 10.0), (4096, 10.0), (16384, 9.0)))
     with pytest.raises(da.DistattnError, match="larger messages are not slower"):
         flat.link()

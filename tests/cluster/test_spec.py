@@ -1,4 +1,4 @@
-"""Cluster descriptions: shipped ones, files of the user, and refusals."""
+"""Cluster descriptions: the shipped ones, the user's own files, and refusals."""
 
 import re
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Packs stay within their limits, are almost full, and are alike."""
+"""Packs stay within their limits, are almost full, and resemble each other."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ COST = PackCost(token_cells=3, document_cells=50)
 
 
 def web_like(documents, seed=0):
-    """Return log-normal lengths with a tail, like those of a corpus of web pages, books and code."""
+    """Return log-normal lengths with a heavy tail, like those of a corpus of web pages, books and code."""
     rng = np.random.default_rng(seed)
     lengths = 575 + rng.lognormal(7.2, 1.0, documents)
     tail = rng.random(documents) < 0.002
@@ -34,7 +34,7 @@ LISTS = st.lists(st.integers(1, 60), max_size=60).map(lambda lengths: np.array(l
     st.none() | st.integers(1, 6),
     st.none() | st.integers(1, 3000),
 )
-def test_no_pack_holds_more_than_it_may_except_what_is_alone(groups, tokens, max_documents, max_cells):
+def test_no_pack_exceeds_its_limits_except_for_a_single_piece(groups, tokens, max_documents, max_cells):
     limits = PackLimits(tokens, COST, max_documents, max_cells)
     packs = BestFitPacks(limits)
     pack = np.concatenate([packs.add(lengths) for lengths in groups])
@@ -43,7 +43,7 @@ def test_no_pack_holds_more_than_it_may_except_what_is_alone(groups, tokens, max
     for number, (slots, room) in enumerate(zip(packs.slots.tolist(), packs.room.tolist(), strict=True)):
         mine = lengths[pack == number]
         assert room == slots * tokens - mine.sum() >= 0
-        # only a piece longer than a pack takes several slots, and only as many as it needs
+        # only a piece longer than a pack occupies several slots, and no more than it needs
         assert slots == max(1, -(-int(mine.max()) // tokens))
         if max_documents is not None:
             assert len(mine) <= max_documents * slots
@@ -57,7 +57,8 @@ def test_a_pack_is_opened_only_for_what_fits_in_none_of_those_before(lengths, to
     pack = packs.add(lengths)
     filled = np.bincount(pack, lengths)
     slots = packs.slots
-    # any two packs hold more than one; those before have no more room than a later pack's longest piece
+    # any two packs together hold more than one pack's tokens, and no earlier pack had room for a later pack's longest
+    # piece
     for later in range(len(filled)):
         for earlier in range(later):
             assert filled[earlier] + filled[later] > tokens * max(slots[earlier], slots[later]) - tokens * (
@@ -67,7 +68,7 @@ def test_a_pack_is_opened_only_for_what_fits_in_none_of_those_before(lengths, to
 
 @given(LISTS.filter(len), st.integers(8, 60))
 def test_long_pieces_go_where_best_fit_decreasing_puts_them(lengths, tokens):
-    # all are longer than one eighth of a pack
+    # make all pieces longer than one eighth of a pack
     lengths = np.minimum(np.maximum(lengths, tokens // 8 + 1), tokens)
     pack = BestFitPacks(PackLimits(tokens, COST)).add(lengths)
     rooms: list[int] = []
@@ -94,7 +95,8 @@ def test_packs_of_real_lengths_are_full_and_alike(tokens):
     packs = BestFitPacks(PackLimits(tokens, PackCost()))
     documents = np.bincount(packs.add(lengths))
     assert 1 - packs.room.sum() / tokens / len(packs.room) > 0.995
-    # packed by length alone, the last packs would have the shortest documents only, more than five times as many as the mean
+    # if packed by length alone, the last packs would hold only the shortest documents, more than five times the mean
+    # number
     assert documents.max() < 3 * documents.mean()
 
 

@@ -1,4 +1,6 @@
-"""Blends keep every corpus at its share, read every document once an epoch, and do not depend on how they are computed."""
+"""Blends keep every corpus at its share, read every document once per epoch, and do not depend on how they are
+computed.
+"""
 
 from fractions import Fraction
 from itertools import islice
@@ -65,7 +67,7 @@ def test_the_corpus_that_is_furthest_behind_comes_next_and_shares_are_kept_to_a_
             read[number] += length
             for tokens, unit, longest_document in zip(read, units, longest, strict=True):
                 share = Fraction(unit, sum(units))
-                # turns are rounded to less than a token
+                # rounding shifts a share by less than one token
                 assert -share * sum(longest) - 1 <= tokens - share * sum(read) <= longest_document + 1
 
 
@@ -99,7 +101,7 @@ def test_epochs_corpora_and_seeds_have_orders_of_their_own():
 
 
 def test_a_blend_of_large_numbers_does_not_overflow():
-    # 14 documents of 2^31 - 1 tokens and the smallest weight there is
+    # 14 documents of 2^31 - 1 tokens, and the smallest possible weight
     long = np.full(14, (1 << 31) - 1, np.int32)
     short = np.full(1000, 3, np.int32)
     sources = [
@@ -125,7 +127,7 @@ def test_a_blend_of_large_numbers_does_not_overflow():
         ({"tokens": 0}, "are empty"),
     ],
 )
-def test_a_source_that_cannot_be_is_refused_by_name(arguments, sentence):
+def test_an_impossible_source_is_refused_by_name(arguments, sentence):
     with pytest.raises(DistattnError, match=f"corpus books: .*{sentence}"):
         BlendSource(**{"name": "books", "documents": 10, "tokens": 100, "weight": 1.0} | arguments)
 

@@ -1,4 +1,4 @@
-"""A block with a digest is read whole and checked once per process; after that only the requested bytes are read."""
+"""A block with a digest is read in full and checked once per process. After that, only the requested bytes are read."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from distattn.data.files.block_digests import BLOCK_BYTES, CheckedBlocks
 from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
 from distattn.ir.errors import DamagedDataError
 
-# uint16 tokens, in blocks of 8,192: nine whole blocks and a part
+# uint16 tokens in blocks of 8,192: nine full blocks and a partial one
 TOKENS = 9 * BLOCK_BYTES // 2 + 777
 
 
@@ -26,14 +26,14 @@ def prefix(tmp_path):
 def flip(prefix, byte):
     content = bytearray(Path(f"{prefix}.bin").read_bytes())
     content[byte] ^= 16
-    # in the same file, which is open
+    # change the file in place, because it is open
     with open(f"{prefix}.bin", "r+b") as file:
         file.write(content)
 
 
 @pytest.fixture
 def bytes_read(monkeypatch):
-    """Return the sizes of all reads of token files."""
+    """Return a list that collects the sizes of all reads of token files."""
     sizes, preadv = [], os.preadv
 
     def noted(file, buffers, offset):
@@ -47,17 +47,17 @@ def bytes_read(monkeypatch):
 def test_a_block_is_read_whole_once(prefix, bytes_read):
     file, whole = IndexedFile.open(prefix), np.arange(TOKENS) % 50_000
     wanted = [
-        # (first token, tokens, bytes that are read)
+        # (first token, number of tokens, bytes read)
         (100, 50, BLOCK_BYTES),
         (100, 50, 100),
         (8000, 192, 384),
-        # from a checked block into the next one
+        # from a checked block into an unchecked one
         (8000, 300, 384 + BLOCK_BYTES),
         (8000, 300, 600),
-        # over the last block, which is shorter
+        # into the last block, which is shorter
         (TOKENS - 800, 800, BLOCK_BYTES + 2 * 777),
         (TOKENS - 800, 800, 1600),
-        # an unchecked block between checked ones, which are not read whole again
+        # an unchecked block between checked ones, which are not read in full again
         (3 * 8192, 1, BLOCK_BYTES),
         (2 * 8192 - 5, 8192 + 10, 10 + BLOCK_BYTES + 10),
         (0, 0, None),

@@ -1,4 +1,4 @@
-"""Damage to indexed files is found where they are opened or first read, and named by file and byte."""
+"""Damaged indexed files: the damage is found on opening or on the first read, and named by file and byte."""
 
 import pickle
 import re
@@ -20,10 +20,10 @@ PAGE = 4096
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Write two files with the same number of tokens and documents. Return their folder and the first one's documents."""
+    """Write two files with equal numbers of tokens and documents. Return their folder and the first file's documents."""
     folder = tmp_path_factory.mktemp("originals")
     rng = np.random.default_rng(3)
-    # many documents, so that each section of the index has several pages
+    # many documents, so that each section of the index spans several pages
     lengths = rng.permutation(np.concatenate([rng.integers(0, 60, 2998), [9000, 30_000]]))
     for name, order in (("file", lengths), ("other", lengths[::-1])):
         with IndexedFileWriter(str(folder / name), "uint16") as writer:
@@ -32,7 +32,7 @@ def originals(tmp_path_factory):
 
 
 def read_all(prefix):
-    """Open a file, look at all lengths, and return all documents."""
+    """Open a file, read all lengths, and return all documents."""
     file = IndexedFile.open(prefix)
     lengths = file.document_lengths.tolist()
     return [file.read(number, 0, length, VOCABULARY) for number, length in enumerate(lengths)]
@@ -75,7 +75,7 @@ FAULTS = (flip, flip, flip, zero_page, swap_pages, cut, lengthen, garble)
 
 
 def damaged_copies(originals, folder, faults, suffixes):
-    """Yield copies of the first file with one fault each: (fault, suffix, bytes that differ, prefix)."""
+    """Yield copies of the first file with one fault each, as (fault, suffix, bytes that differ, prefix)."""
     rng = np.random.default_rng(11)
     source = originals[0]
     whole = {suffix: (source / f"file{suffix}").read_bytes() for suffix in suffixes}
@@ -99,7 +99,7 @@ def test_no_fault_is_silent_where_there_are_digests(originals, tmp_path):
             read_all(prefix)
             pytest.fail(fault)
         message = str(refusal.value)
-        # one sentence with the file's name and the place of the fault
+        # one sentence with the file's name and the position of the fault
         assert str(tmp_path / "file.") in message and "\n" not in message, fault
         assert re.search(r"bytes? \d|a table of digests was altered", message), (fault, message)
         refusals += 1
@@ -121,11 +121,12 @@ def test_without_digests_only_tokens_and_limits_of_documents_can_be_altered_unno
             continue
         silent[suffix] += 1
         if suffix == ".bin":
-            # the file has the right size, and every id is in the vocabulary
+            # the fault goes unnoticed only if the file has the right size and every id is in the vocabulary
             assert len(content) == (originals[0] / "file.bin").stat().st_size, fault
             assert [len(document) for document in documents] == [len(document) for document in originals[1]]
         else:
-            # altered lengths and pointers would contradict each other: only limits of documents may differ, and they are in order
+            # altered lengths and pointers would contradict each other, so only document limits may differ, and they are
+            # still in order
             differing = [at for at in range(len(whole)) if whole[at] != content[at]]
             assert len(content) == len(whole) and ends <= min(differing) and max(differing) < modes, fault
             np.testing.assert_array_equal(np.concatenate(documents), np.concatenate(originals[1]))
@@ -157,7 +158,7 @@ def test_altered_tokens_are_found_when_they_are_read_and_not_before(originals, t
     with pytest.raises(DamagedDataError, match=rf"file\.bin: bytes {3 * BLOCK_BYTES:,} to {4 * BLOCK_BYTES:,} are not"):
         read_all(file.prefix)
     np.testing.assert_array_equal(file.read(0, 0, len(originals[1][0])), originals[1][0])
-    # without the check the fault is not noticed
+    # without the check the fault goes unnoticed
     unchecked = pickle.loads(pickle.dumps(IndexedFile.open(file.prefix, check_tokens=False)))
     read_documents = [unchecked.read(number, 0, len(document)) for number, document in enumerate(originals[1])]
     assert sum((here != there).sum() for here, there in zip(read_documents, originals[1], strict=True)) == 1
@@ -196,7 +197,7 @@ def test_ids_beyond_the_vocabulary_are_named_by_byte(tmp_path, dtype):
             file.read(number, 0, len(documents[number]), 100)
 
 
-def test_what_is_no_index_is_refused(tmp_path, originals):
+def test_files_that_are_not_an_index_are_refused(tmp_path, originals):
     good = (originals[0] / "file.idx").read_bytes()
     shutil.copy(originals[0] / "file.bin", tmp_path / "file.bin")
     for content, why in (

@@ -1,4 +1,4 @@
-"""Indexed files: megatron-core reads ours and we read its files, and only the requested bytes are read."""
+"""Indexed files: Megatron-core reads ours, we read Megatron's, and only the requested bytes are read."""
 
 import os
 import pickle
@@ -68,7 +68,7 @@ def test_we_read_what_megatron_writes_with_several_sequences_or_none_in_a_docume
     )
     given_modes = []
     for number, document in enumerate(documents):
-        # none, one or three sequences; one of the three is empty
+        # zero, one or three sequences; one of the three is empty
         parts = [len(document) // 3, 0, len(document) - len(document) // 3] if number % 2 else [len(document)]
         parts = [] if not len(document) and number % 3 else parts
         mode = [number % 5] * len(parts)
@@ -139,7 +139,7 @@ def test_opening_and_reading_touch_only_what_they_need(tmp_path, monkeypatch):
     again = IndexedFile.open(file.prefix)
     assert not wanted
     again.read(17, 20_000, 100)
-    # one block, or two where the tokens lie on a border
+    # one block, or two if the tokens cross a block boundary
     (offset, size), begin = wanted[0], 2 * (17 * 50_000 + 20_000)
     assert len(wanted) == 1 and offset % BLOCK_BYTES == 0
     assert offset <= begin and begin + 200 <= offset + size and size <= 2 * BLOCK_BYTES
@@ -240,7 +240,7 @@ def test_the_digest_of_a_corpus_is_of_what_is_in_it(tmp_path):
         Corpus.open("any", order).digest for order in ([first.prefix, tokens.prefix], [tokens.prefix, first.prefix])
     ]
     assert orders[0] != orders[1]
-    # without side files the tokens are not known, but the indices are
+    # without side files the tokens are not covered by digests, but the indices are
     for file in (first, tokens, lengths):
         os.unlink(f"{file.prefix}.xxh3")
     bare = [Corpus.open("any", [file.prefix]).digest for file in (first, tokens, lengths)]

@@ -1,4 +1,4 @@
-"""Lengths of some documents are read without the rest of the index, and equal those of the whole."""
+"""Lengths of some documents are read without the rest of the index, and match those of the whole file."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 
 def write_sequences(prefix, documents):
-    """Write an indexed file of uint8 whose documents have several sequences, or none."""
+    """Write a uint8 indexed file whose documents have zero or more sequences."""
     lengths = np.array([length for document in documents for length in document], "<i4")
     limits = np.cumsum([0, *map(len, documents)]).astype("<i8")
     pointers = (np.cumsum(lengths, dtype="<i8") - lengths).astype("<i8")
@@ -42,10 +42,10 @@ def test_documents_of_several_files(tmp_path):
 
 
 @pytest.mark.parametrize("digests", [True, False])
-def test_an_entry_that_was_altered_is_refused_when_it_is_looked_at(tmp_path, digests):
+def test_an_altered_entry_is_refused_when_it_is_read(tmp_path, digests):
     corpus = write_corpus(tmp_path, "web", [[9] * 8000])
     index = bytearray((tmp_path / "web-0.idx").read_bytes())
-    # the top bit of the length of document 6000
+    # flip the top bit of the length of document 6000
     index[HEADER.size + 4 * 6000 + 3] ^= 0x80
     (tmp_path / "web-0.idx").write_bytes(index)
     if not digests:

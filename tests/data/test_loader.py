@@ -1,4 +1,4 @@
-"""A plan's steps are dealt out to any number of shares, and the order never changes: the state is one integer."""
+"""A plan's steps are dealt out to any number of ranks in an order that never changes, and the state is one integer."""
 
 import gc
 import os
@@ -59,7 +59,7 @@ def digests(step_of_shares):
 
 @pytest.fixture(scope="module")
 def reference(plan, corpora):
-    """Return, for each step, the digests of its batches with the sums of their ids and labels."""
+    """Return, for each step, a dict from each batch's digest to the sums of its ids and labels."""
     steps = []
     for batches, *others in zip(*shares_of(plan, corpora, 1, ahead=0), strict=True):
         assert not others
@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_and_resumed_with_other_shares_reads_what_an_unbrok
     seen = [{} for _ in reference]
     for line in (tmp_path / "journal").read_text().splitlines():
         step, digest, ids, labels = line.split()
-        # a step that was broken off is read again, and is the same
+        # a step that was interrupted is read again and must be identical
         assert seen[int(step)].setdefault(digest, (int(ids), int(labels))) == (int(ids), int(labels))
     assert seen == reference
 
@@ -149,7 +149,7 @@ def step_of(slots, context=10):
     return StepPacks(0, context, rows, np.arange(1, len(slots) + 1))
 
 
-def test_a_pack_in_the_place_of_several_counts_as_so_many():
+def test_a_pack_that_replaces_several_counts_as_several():
     assert deal_packs(step_of([1, 1, 1, 1, 1]), 2) == [[0, 2, 4], [1, 3]]
     assert deal_packs(step_of([1, 4, 1, 1, 1]), 2) == [[1], [0, 2, 3, 4]]
     assert deal_packs(step_of([1, 2, 3, 1, 1]), 3) == [[2], [1, 4], [0, 3]]
@@ -181,7 +181,7 @@ def test_documents_that_are_kept_whole_are_dealt_out_whole(tmp_path):
         ({"ahead": -1}, "ahead is -1"),
     ],
 )
-def test_what_the_plan_does_not_have_is_refused(plan, corpora, more, message):
+def test_requests_outside_the_plan_are_refused(plan, corpora, more, message):
     with pytest.raises(DistattnError, match=message):
         PackLoader(plan, corpora, **{"rank": 0, "size": 2, **more})
 
@@ -205,7 +205,7 @@ def test_a_last_step_with_too_few_packs_is_refused_before_the_first_and_may_be_l
         PackLoader(plan, [corpus], rank=0, size=4, drop_last=True, steps=3)
     assert len(list(PackLoader(plan, [corpus], rank=0, size=4, even=True, steps=2))) == 2
     assert len(list(PackLoader(plan, [corpus], rank=0, size=2, even=True))) == 3
-    # whatever the number of shares
+    # drop_last keeps the same two steps for any number of ranks
     for size in (1, 2, 3, 16):
         assert PackLoader(plan, [corpus], rank=0, size=size, drop_last=True).end == 2
 
@@ -218,7 +218,7 @@ def test_leaving_out_the_last_step_leaves_out_no_full_one(tmp_path):
     assert (little.steps, little.full_steps) == (1, 0)
     with pytest.raises(DistattnError, match="has one step, which is not full, and drop_last leaves it out"):
         PackLoader(little, [corpus], rank=0, size=1, drop_last=True)
-    # a document in the place of several packs fills a step by itself
+    # a document that replaces several packs fills a step by itself
     kept = small_plan(tmp_path, [write_corpus(tmp_path, "long", [[16 * 64]])], rule={"long_documents": "keep"})
     assert (kept.steps, kept.full_steps, len(kept.step(0).packs)) == (1, 1, 1)
 
@@ -283,7 +283,7 @@ def test_a_loader_that_is_dropped_ends_its_thread(plan, corpora):
     assert not mine.is_alive()
 
 
-def test_a_process_ends_while_its_loader_has_work_begun(folder):
+def test_a_process_can_end_while_its_loader_is_working(folder):
     code = f"""
 import threading, numpy as np
 from distattn.data.files.corpus import Corpus

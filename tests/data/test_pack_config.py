@@ -1,4 +1,4 @@
-"""The TOML file of a pack plan: a plan is made of its settings, and a wrong setting is refused with its key."""
+"""The TOML file of a pack plan: a plan follows its settings, and a wrong setting is refused with its key."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def test_refusals_name_the_line(folder):
             load_pack_config(written(folder, *parts))
         return [line.removeprefix(f"{folder}/packs.toml").partition(": ")[0] for line in str(caught.value).splitlines()]
 
-    # HEAD has lines 1 to 3, RULE 4 to 7, WEB 8 to 11, BOOKS 12 to 15
+    # HEAD occupies lines 1 to 3, RULE 4 to 7, WEB 8 to 11, BOOKS 12 to 15
     assert places(HEAD, RULE, WEB, BOOKS.replace("1.5", '"x"')) == [":15"]
     assert places(HEAD, RULE, WEB, "nix = 1\n", BOOKS) == [":12"]
     assert places(HEAD, RULE, WEB, BOOKS.replace("weight = 1.5", "")) == [":12"]
@@ -194,7 +194,7 @@ def test_corpora_of_different_tokenizers_are_refused_in_any_order(folder):
         make_configured_plan(config, corpora)
     assert not os.path.exists(config.plan)
     manifest("a").save(f"{folder}/books-0")
-    # one file does not say
+    # one file does not name its vocabulary
     assert vocabulary_of(corpora) is None
     manifest("a").save(f"{folder}/web-1")
     assert vocabulary_of(corpora) == 50_000
@@ -254,7 +254,7 @@ def test_a_corpus_that_has_changed_is_refused(folder):
         open_configured_plan(config, open_corpora(config))
 
 
-def test_a_manifest_that_is_none_is_damage(folder):
+def test_an_invalid_manifest_is_damage(folder):
     (folder / "web-0.json").write_text(json.dumps({"version": 1}))
     with pytest.raises(DamagedDataError, match=r"web-0.json: was not written by distattn data tokenize"):
         vocabulary_of(open_corpora(load_pack_config(written(folder, HEAD, RULE, WEB))))

@@ -1,4 +1,4 @@
-"""A plan's file returns what was planned, in any order of steps, and damage is refused."""
+"""A plan's file returns what was planned in any order of steps, and a damaged file is refused."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 
 class Lengths:
-    """A corpus of which only the lengths are known."""
+    """A corpus with known lengths but no tokens."""
 
     def __init__(self, name, lengths, digest="d1"):
         self.name, self.digest = name, digest
@@ -91,7 +91,7 @@ def test_a_plan_says_what_it_reads_of_each_corpus(plan):
     assert (web.epochs, books.epochs) == (1.0, 2.0)
 
 
-def test_a_document_that_is_kept_whole_takes_the_place_of_several_packs(tmp_path):
+def test_a_document_kept_whole_replaces_several_packs(tmp_path):
     rule = PackRule(context=((0, 4096),), tokens_per_step=8 * 4096, window=64, long_documents="keep")
     lengths = np.minimum(web_like(3000), 8 * 4096)
     plan = make_pack_plan(tmp_path / "plan", [Lengths("web", lengths)], seed=7, rule=rule, max_epochs=[1.0])
@@ -130,13 +130,13 @@ def test_a_plan_of_fewer_steps_is_the_beginning_of_one_with_more(tmp_path):
     for step in range(21):
         assert np.array_equal(short.step(step).rows, long.step(step).rows)
         assert np.array_equal(short.step(step).ends, long.step(step).ends)
-    # equal weights, and long after the smaller corpus was read whole
+    # the weights are equal, and the plan goes on long after the smaller corpus has been read once
     web, books = long.sources
     assert abs(web.planned_tokens / long.tokens - 0.5) < 0.01
     assert books.epochs > 5
 
 
-def test_the_plan_is_pinned_for_ever(tmp_path):
+def test_the_plan_never_changes(tmp_path):
     lengths = [(number * 7919) % 5000 for number in range(400)]
     rule = PackRule(
         context=((0, 1024), (20, 4096)),
@@ -149,7 +149,7 @@ def test_the_plan_is_pinned_for_ever(tmp_path):
     corpora = [Lengths("a", lengths), Lengths("b", lengths[::-1][:50])]
     plan = make_pack_plan(tmp_path / "plan", corpora, seed=3, rule=rule, weights=[0.7, 0.3], max_epochs=[1.0, 2.5])
     assert plan.digest == GOLDEN_DIGEST
-    # the content of the packs, independent of the file's format
+    # a digest of the packs' content, independent of the file format
     packs = hashlib.sha256()
     for step in map(plan.step, range(plan.steps)):
         packs.update(step.ends.astype("<i8").tobytes())
@@ -159,7 +159,7 @@ def test_the_plan_is_pinned_for_ever(tmp_path):
 
 
 def test_open_and_step_read_a_few_bytes_of_a_large_plan(tmp_path, monkeypatch):
-    # 200,000 steps: 30 MB of records and index
+    # 200,000 steps, which take 30 MB of records and index
     window = PackedWindow(
         np.full(200_000, 2),
         np.full(400_000, 4),
@@ -205,7 +205,7 @@ def read_all(path, digest):
 
 
 def test_no_damage_is_silent(plan, tmp_path):
-    """Try 1,000 faults: flipped bits, truncations, swapped blocks, zeroed pages, inserted bytes."""
+    """Try 1,000 faults: flipped bits, truncations, swapped blocks, zeroed pages and inserted bytes."""
     content = Path(plan.path).read_bytes()
     rng = np.random.default_rng(0)
     path = tmp_path / "damaged"
@@ -213,7 +213,7 @@ def test_no_damage_is_silent(plan, tmp_path):
         damaged = bytearray(content)
         kind = fault % 5
         if kind == 0:
-            # a hundred in the first 64 bytes, which hold the places of everything
+            # a hundred of them in the first 64 bytes, which hold the offsets of all sections
             place = int(rng.integers(64 if fault < 500 else len(content)))
             damaged[place] ^= 1 << int(rng.integers(8))
         elif kind == 1:
@@ -255,7 +255,9 @@ def test_a_damaged_step_is_found_when_it_is_read_and_others_are_not_harmed(plan,
 
 
 def test_a_step_in_another_ones_place_is_found(tmp_path):
-    """Record, offsets and checksum all fit: only the number of the step, which a checksum includes, does not."""
+    """Put a step's record in another step's place. Record, offsets and checksum match, except that the checksum
+    includes the step's number.
+    """
     window = next(
         plan_windows(RULE, blend_documents([BlendSource("a", 80, 8000, 1.0, 1.0)], [np.full(80, 100, np.int32)], 0), 0)
     )
@@ -362,7 +364,7 @@ def test_nothing_is_left_of_a_plan_that_was_not_finished(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_plan_that_cannot_be_is_refused_by_name(arguments, sentence, tmp_path):
+def test_an_impossible_plan_is_refused_by_name(arguments, sentence, tmp_path):
     corpora = arguments.pop("corpora", [Lengths("web", web_like(20))])
     with pytest.raises(DistattnError, match=sentence):
         make_pack_plan(tmp_path / "plan", corpora, **{"seed": 0, "rule": RULE} | arguments)
@@ -375,7 +377,7 @@ def test_the_header_is_json_that_others_can_read(plan):
     header = json.loads(content[offset : offset + size])
     assert header["rule"]["context"] == [[0, 4096]]
     assert [source["name"] for source in header["sources"]] == ["web", "books"]
-    # and records are what the format says
+    # the records follow the documented format as well
     begin = int(np.frombuffer(content, "<u8", 1, offset=header["index"])[0])
     packs = int(np.frombuffer(content, "<u4", 1, offset=begin)[0])
     counts = np.frombuffer(content, "<u4", packs, offset=begin + 4)

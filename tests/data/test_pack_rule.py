@@ -1,4 +1,4 @@
-"""A rule says what a step is, survives JSON, and refuses what cannot be, by name."""
+"""A rule defines what a step is, survives JSON, and refuses impossible settings by name."""
 
 import json
 
@@ -61,11 +61,11 @@ def test_a_rule_survives_json():
         ({"long_documents": "drop"}, "long_documents: there is no 'drop'; there are cut, keep"),
     ],
 )
-def test_a_rule_that_cannot_be_is_refused_by_name(fields, sentence):
+def test_an_impossible_rule_is_refused_by_name(fields, sentence):
     with pytest.raises(DistattnError, match=sentence):
         PackRule(**{"context": ((0, 64),), "tokens_per_step": 128} | fields)
 
 
-def test_a_cost_that_cannot_be_is_refused_by_name():
+def test_an_impossible_cost_is_refused_by_name():
     with pytest.raises(DistattnError, match="document_cells: at least 0, not -1"):
         PackCost(document_cells=-1)

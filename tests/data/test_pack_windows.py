@@ -1,4 +1,4 @@
-"""Steps hold every document once, in packs within their caps, after a bounded wait, whatever the rule."""
+"""Steps contain every document once, in packs within their caps, after a bounded wait, under any rule."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def documents_of(corpora, seed, max_epochs=1.0):
 
 
 def packs_of(rule, documents, seed, spans=None):
-    """Return (step, pack's pieces, waits) of all packs, and the windows' sizes in steps."""
+    """Return (step, pieces, waits) of each pack, and the number of steps in each window."""
     packs, sizes, step = [], [], 0
     for window in plan_windows(rule, documents, seed, spans or {}):
         assert window.packs.min() > 0
@@ -88,7 +88,7 @@ def test_every_token_of_every_document_is_there_once_an_epoch_and_packs_keep_the
         assert lengths.min() > 0
         assert lengths.sum() <= limits.tokens * slots
         assert slots == 1 or rule.long_documents == "keep"
-        # a pack of several slots is one document, which comes first
+        # a pack of several slots starts with the one document that needs them
         assert slots == 1 or lengths[0] == lengths.max()
         if limits.max_documents is not None:
             assert len(pack) <= limits.max_documents * slots
@@ -109,13 +109,13 @@ def test_every_token_of_every_document_is_there_once_an_epoch_and_packs_keep_the
     assert sorted(slots_of_step) == list(range(len(slots_of_step)))
     for step, slots in slots_of_step.items():
         assert slots <= rule.packs_at(step)
-        # only packs of several slots, and the last step, leave slots free
+        # only packs of several slots and the last step leave slots free
         assert slots == rule.packs_at(step) or step == len(slots_of_step) - 1 or rule.long_documents == "keep"
 
 
 @st.composite
 def spanned_corpora(draw):
-    """Draw corpora and, for some documents, spans that a pack of 8 tokens holds; often one directly behind the other."""
+    """Draw corpora, and for some documents spans that fit a pack of 8 tokens and often directly follow each other."""
     corpora, spans = draw(CORPORA), {}
     for number, lengths in enumerate(corpora):
         for document, length in enumerate(lengths.tolist()):
@@ -133,7 +133,7 @@ CUTTING = [((0, 8),), ((0, 48),), ((0, 8), (2, 16)), ((0, 48), (3, 16), (4, 96))
 
 @settings(max_examples=100)
 @given(spanned_corpora(), rules(), st.sampled_from(CUTTING), st.integers(0, 5))
-def test_spans_are_never_cut_and_steps_are_full_all_the_same(corpora_and_spans, rule, context, seed):
+def test_spans_are_never_cut_and_steps_are_still_full(corpora_and_spans, rule, context, seed):
     corpora, spans = corpora_and_spans
     rule = PackRule(**{**vars(rule), "context": context, "long_documents": "cut"})
     of_corpus = {
@@ -189,7 +189,7 @@ def test_a_span_that_no_pack_holds_is_refused_by_name():
         DistattnError, match=r"web: document 1 has a span of 101 tokens \(130 to 231\), which no pack of 100"
     ):
         packs_of(rule, documents_of([np.array([30, 250])], 0), 0, spans)
-    # a document that is not cut may have any
+    # spans of a document that is not cut may have any length
     kept = PackRule(**{**vars(rule), "long_documents": "keep"})
     assert len(packs_of(kept, documents_of([np.array([30, 250])], 0), 0, spans)[0]) == 1
 
@@ -207,7 +207,7 @@ def test_windows_end_where_the_context_length_changes():
     corpora = [web_like(3000)]
     rule = PackRule(context=((0, 8192), (7, 32_768), (20, 16_384)), tokens_per_step=1 << 17, window=64)
     packs, sizes = packs_of(rule, documents_of(corpora, 0), 0)
-    # 64 packs are 4, 16 and 8 steps
+    # 64 packs fill 4, 16 and 8 steps
     assert sizes[:3] == [4, 3, 13]
     assert set(sizes[3:-1]) == {8}
     for step, pack, _ in packs:
@@ -219,7 +219,7 @@ def test_steps_are_full_and_documents_hardly_wait(tokens):
     lengths = web_like(100_000)
     rule = PackRule(context=((0, tokens),), tokens_per_step=32 * tokens, window=512)
     packs, _ = packs_of(rule, documents_of([lengths], 0), 0)
-    # the last window takes what there is
+    # the last window takes whatever is left
     steps = packs[-1][0] - 32
     inside = [(pack, waited) for step, pack, waited in packs if step < steps]
     assert sum(int(pack["length"].sum(dtype=np.int64)) for pack, _ in inside) / (len(inside) * tokens) > 0.995
@@ -237,7 +237,7 @@ def test_steps_are_not_sorted_by_length():
     place = [np.mean([pack["length"].max() for pack in [p for s, p, _ in packs if s < 64][i::16]]) for i in range(16)]
     # correlations of 64 independent pairs have a standard deviation of 1/8
     assert abs(np.corrcoef(longest, np.arange(64))[0, 1]) < 0.6
-    # and means of 64 packs differ by chance only
+    # means of 64 packs differ only by chance
     assert max(place) < 2 * min(place)
 
 
@@ -262,7 +262,7 @@ def test_packs_that_take_several_places_stay_within_their_step():
     for step, pack, _ in packs:
         slots[step] += slots_of(pack, rule, step)
     assert slots.max() == 8
-    # long documents fill half of the room, and short ones the rest of their steps
+    # long documents fill half of the slots, and short documents the rest of their steps
     assert slots[:-8].mean() > 7.9
 
 

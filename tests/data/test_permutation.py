@@ -1,4 +1,4 @@
-"""The arithmetic order is a bijection, looks random, and never changes."""
+"""The arithmetic permutation is a bijection, looks random, and never changes."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def test_every_number_is_at_one_position_whatever_the_key(size, key):
 
 
 @given(st.integers(1, 1 << 40), st.integers(0, (1 << 64) - 1), st.data())
-def test_a_position_has_the_same_number_whatever_is_asked_beside_it(size, key, data):
+def test_a_position_has_the_same_number_whatever_else_is_requested(size, key, data):
     positions = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)))
     together = permuted(positions, size, key)
     assert ((together >= 0) & (together < size)).all()
@@ -35,7 +35,7 @@ def test_a_position_has_the_same_number_whatever_is_asked_beside_it(size, key, d
     assert len(set(together.tolist())) == len(set(positions.tolist()))
 
 
-def test_the_order_is_pinned_for_ever():
+def test_the_order_never_changes():
     golden = {
         (10, 0): GOLDEN_10,
         (1000, 1): GOLDEN_1000,
@@ -53,7 +53,8 @@ def test_all_orders_of_few_numbers_are_about_equally_frequent():
         kinds = list(itertools.permutations(range(size)))
         counts = np.array([orders.count(kind) for kind in kinds])
         mean = len(orders) / len(kinds)
-        # chi-square; its mean is the degrees of freedom and its standard deviation sqrt(2 x them): six of them
+        # chi-square: the mean is the degrees of freedom, the standard deviation sqrt(2 x degrees of freedom); allow six
+        # deviations
         freedom = len(kinds) - 1
         assert ((counts - mean) ** 2 / mean).sum() < freedom + 6 * (2 * freedom) ** 0.5
 
@@ -62,14 +63,14 @@ def test_all_orders_of_few_numbers_are_about_equally_frequent():
 def test_positions_and_numbers_are_independent(size):
     for key in range(4):
         order = permuted(np.arange(size), size, key)
-        # correlations of n independent pairs have a standard deviation of 1 / sqrt(n): six of them
+        # correlations of n independent pairs have a standard deviation of 1 / sqrt(n); allow six deviations
         limit = 6 / size**0.5
         assert abs(np.corrcoef(order, np.arange(size))[0, 1]) < limit
         assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < limit
         assert abs(np.corrcoef(order, permuted(np.arange(size), size, key + 1))[0, 1]) < limit
-        # the number of neighbours that stay neighbours is about Poisson with mean 2
+        # the number of neighbours that stay neighbours is roughly Poisson with mean 2
         assert (np.abs(np.diff(order)) == 1).sum() < 20
-        # cells of a grid of places and numbers
+        # counts in a 10 x 10 grid of old and new positions
         cells = np.bincount(np.arange(size) * 10 // size * 10 + order * 10 // size, minlength=100)
         assert ((cells - size / 100) ** 2 / (size / 100)).sum() < 81 + 6 * (2 * 81) ** 0.5
 

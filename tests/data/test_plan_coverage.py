@@ -1,4 +1,4 @@
-"""A plan that reads a document twice, not to its end or not at all is detected, and a right one is not."""
+"""A plan that reads a document twice, partially or not at all is detected, and a correct plan is accepted."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,10 @@ def plan(tmp_path, part_rows):
 
 
 def rewritten(plan, path, change):
-    """Rewrite the plan with the pieces that `change` returns for (pieces of all steps, PIECE (N,), the step of each (N,))."""
+    """Rewrite the plan with the pieces that `change` returns.
+
+    change: takes the pieces of all steps, PIECE (N,), and the step of each, (N,).
+    """
     steps = list(map(plan.step, range(plan.steps)))
     rows, step_of = change(
         np.concatenate([step.rows for step in steps]),
@@ -47,7 +50,7 @@ def rewritten(plan, path, change):
         for number, source in enumerate(plan.sources)
     ]
     with PackPlanWriter(path) as writer:
-        # one pack for each step: the check does not look at packs
+        # write one pack per step, since the check does not look at packs
         writer.add(PackedWindow(np.ones_like(counts), counts, rows, np.zeros(len(rows), np.int64)))
         writer.finish(
             seed=plan.seed,
@@ -59,7 +62,7 @@ def rewritten(plan, path, change):
     return type(plan).open(path)
 
 
-def test_a_right_plan_is_right_however_its_pieces_are_ordered(plan, tmp_path):
+def test_a_correct_plan_is_accepted_in_any_order_of_its_pieces(plan, tmp_path):
     seen = []
     wanted = [CorpusCoverage("web", 1, 0), CorpusCoverage("books", 2, 15)]
     assert check_coverage(plan, corpora(), lambda done, total: seen.append((done, total))) == wanted
@@ -73,7 +76,7 @@ def test_a_right_plan_is_right_however_its_pieces_are_ordered(plan, tmp_path):
 
 @settings(max_examples=40)
 @given(CORPORA, rules())
-def test_what_is_planned_is_right_whatever_the_rule(tmp_path_factory, lengths, rule):
+def test_planned_coverage_is_correct_for_any_rule(tmp_path_factory, lengths, rule):
     if rule.long_documents == "keep":
         lengths = [np.minimum(corpus_lengths, rule.tokens_per_step) for corpus_lengths in lengths]
     corpora_ = [Lengths(str(number), corpus_lengths) for number, corpus_lengths in enumerate(lengths)]
@@ -88,7 +91,7 @@ def test_what_is_planned_is_right_whatever_the_rule(tmp_path_factory, lengths, r
 
 
 def first_cut(rows):
-    """Return the row of a piece that begins in the middle of its document, in epoch 1 of books."""
+    """Return the row of a piece that starts in the middle of its document, in epoch 1 of books."""
     return int(np.flatnonzero((rows["start"] > 0) & ~rows["ends_document"] & (rows["epoch"] == 1))[0])
 
 
@@ -163,7 +166,7 @@ def in_the_last_epoch(rows, step_of):
         (other_corpus, r"has pieces of corpus 2, which does not exist"),
     ],
 )
-def test_what_is_not_right_is_named(plan, tmp_path, change, message):
+def test_wrong_coverage_is_named(plan, tmp_path, change, message):
     with pytest.raises(DamagedDataError, match=f"wrong: .*{message}"):
         check_coverage(rewritten(plan, tmp_path / "wrong", change), corpora())
 
@@ -181,7 +184,7 @@ def test_a_plan_of_some_steps_may_lack_what_still_waits_and_nothing_else(tmp_pat
 
     with pytest.raises(DamagedDataError, match="of corpus books is not read to its end in epoch 3"):
         check_coverage(rewritten(plan, tmp_path / "wrong", gone(3)), corpora())
-    # a little after the next epoch has begun it might still have come
+    # shortly after the next epoch has begun, the document could still have come later
     begun = next(step for step in range(400) if (plan.step(step).rows[["corpus", "epoch"]].tolist().count((1, 8))))
     short = make_pack_plan(tmp_path / "short", corpora(), seed=5, rule=RULE, weights=[1.0, 1.0], steps=begun + 10)
     assert check_coverage(rewritten(short, tmp_path / "cut", gone(7)), corpora())[1].epochs == 7

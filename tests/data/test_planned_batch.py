@@ -1,4 +1,4 @@
-"""A planned batch has the token ids and labels of its documents, and reads only the requested ones."""
+"""A planned batch has the token ids and labels of its documents, and reads only the requested tokens."""
 
 import gc
 import threading
@@ -21,7 +21,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.layout import Layout
 
 LENGTHS = [[40, 1, 7, 3000], [25, 0, 12]]
-# (document, start, length) of a corpus: whole ones, the first and the last part of a cut one, a single token
+# (document, start, length): whole documents, the first and last part of a document that is cut, and a single token
 PIECES = [(0, 0, 40), (3, 0, 1000), (6, 0, 12), (3, 1000, 1200), (1, 0, 1), (3, 2200, 800), (4, 0, 25)]
 
 
@@ -34,7 +34,7 @@ def pack_of(pieces, corpus=0):
 
 
 def expected(pieces, allowed=lambda document, tokens: np.ones(len(tokens), bool)):
-    """Return ids and labels of the whole axis, by definition."""
+    """Return the ids and labels of the whole token axis, by definition."""
     lengths, ids, labels = sum(LENGTHS, []), [], []
     for document, start, length in pieces:
         whole = document_tokens(document, lengths[document])
@@ -72,7 +72,7 @@ def test_ranks_read_their_own_tokens_and_one_more_for_each_run(corpus, layout):
     for rank in range(8):
         before, tokens = batch.bytes_read, plan.tokens(rank)
         np.testing.assert_array_equal(batch.read(tokens), (ids[tokens], labels[tokens]))
-        # each of at most two chunks has a run for every piece in it
+        # each of at most two chunks reads one extra token per piece in it
         runs = 2 * (1 + len(PIECES))
         assert 0 <= batch.bytes_read - before - 4 * len(tokens) <= 4 * runs
     assert batch.bytes_read <= 4 * (batch.tokens + 16 + len(PIECES))
@@ -88,7 +88,7 @@ def test_a_cut_keeps_the_label_of_its_last_token_and_a_document_has_none_at_its_
 
 def test_lengths_and_labels_are_known_without_any_file_of_the_corpus():
     batch = PlannedBatch(pack_of(PIECES), [], "", masks=[None])
-    # tokens 999 and 2199 of document 3 have labels
+    # tokens 999 and 2199 of document 3 have labels, because their successors are in the same document
     assert batch.valid_labels == sum(length for _, _, length in PIECES) - 5 and not batch.bytes_read
 
 
@@ -98,7 +98,7 @@ def test_a_token_with_mask_0_is_no_label_and_a_placeholder_neither(tmp_path):
     spans = [[], [], [[0, 3], [6, 7]], [[5, 90], [90, 100], [999, 1003], [2900, 3000]]]
     write_mask(plain.files[0].prefix, "loss", masks)
     write_mask(plain.files[0].prefix, "spans", spans)
-    # the second file has none
+    # the second file has no spans
     corpus = Corpus.open("web", [file.prefix for file in plain.files])
 
     def allowed(document, tokens):
@@ -164,7 +164,7 @@ def test_a_plan_that_goes_beyond_a_document_and_an_id_beyond_the_vocabulary_are_
 
 
 @pytest.mark.parametrize("thread", [None, ReadingThread()], ids=["at once", "thread"])
-def test_what_was_started_is_returned_and_what_was_not_is_read(corpus, thread):
+def test_started_reads_are_returned_and_others_are_read(corpus, thread):
     batch = PlannedBatch(pack_of(PIECES), [corpus], "", thread=thread)
     ids, labels = expected(PIECES)
     mine, other = np.arange(5, 900), np.arange(900, 1300)
@@ -179,7 +179,7 @@ def test_what_was_started_is_returned_and_what_was_not_is_read(corpus, thread):
         np.testing.assert_array_equal(pair, (ids[tokens], labels[tokens]))
 
 
-def test_work_that_waits_behind_other_work_is_done_by_whoever_needs_it():
+def test_queued_work_is_done_by_the_thread_that_needs_it():
     thread, release = ReadingThread(), threading.Event()
     slow = thread.start(release.wait)
     assert thread.start(lambda: 5).result() == 5

@@ -1,4 +1,4 @@
-"""Loss masks and spans belong to a plan: spans are not cut, and masks that changed since are noticed."""
+"""Loss masks and spans belong to a plan: spans are not cut, and masks changed since the plan was made are noticed."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def opened(folder):
 
 
 def write_masks(folder, last=0):
-    """Write loss masks of the first file, and spans of both."""
+    """Write loss masks for the first file, and spans for both files."""
     for number, lengths in enumerate(LENGTHS):
         spans = [[0, 9, 40, 70, 100, 160, 160, 170] if length > 90 else [3, 9] for length in lengths]
         write_mask(str(folder / f"web-{number}"), "spans", spans)

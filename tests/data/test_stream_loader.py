@@ -1,4 +1,4 @@
-"""Streams of other libraries are packed as they come, and resumed if their own state allows it."""
+"""Streams of other libraries are packed as they come, and can resume if their own state allows it."""
 
 import copy
 import io
@@ -18,14 +18,14 @@ SETTINGS = {"context": 64, "packs_per_step": 4, "window": 8}
 
 
 def documents(count=400, seed=0, longest=200):
-    """Return documents whose first two ids identify them; some are longer than a pack, some empty."""
+    """Return documents identified by their first two ids. Some are longer than a pack, some are empty."""
     rng = np.random.default_rng(seed)
     lengths = np.minimum(rng.lognormal(2.5, 1.2, count).astype(int), longest)
     return [[number, 1000 + number, *rng.integers(0, 99, length)][:length] for number, length in enumerate(lengths)]
 
 
 class Stateful:
-    """A stream like a StatefulDataLoader or an IterableDataset of Hugging Face: iterating moves its state."""
+    """A stream like a StatefulDataLoader or Hugging Face's IterableDataset: iterating advances its state."""
 
     def __init__(self, items):
         self.items_, self.position, self.read = items, 0, 0
@@ -44,7 +44,9 @@ class Stateful:
 
 
 class TellsLate(Stateful):
-    """A stream like Hugging Face's datasets: a loaded state shows only in the iteration; a finished one begins anew."""
+    """A stream like Hugging Face's datasets: a loaded state takes effect at the next iteration, and a finished stream
+    starts over.
+    """
 
     def load_state_dict(self, state):
         self.loaded = state["position"] % len(self.items_)
@@ -55,7 +57,7 @@ class TellsLate(Stateful):
 
 
 class Counted:
-    """A stream like mosaicml-streaming's StreamingDataset: the reader counts samples."""
+    """A stream like mosaicml-streaming's StreamingDataset: the reader counts the samples."""
 
     def __init__(self, items, replication=None):
         self.items_, self.begin, self.read, self.replication = items, 0, 0, replication
@@ -92,7 +94,7 @@ KINDS = {"list": list, "plain": Plain, "stateful": Stateful, "tells late": Tells
 
 
 def flat(steps):
-    """Return the contents of steps, to compare them."""
+    """Return the contents of steps in a form that can be compared."""
     return [
         [(batch["document_lengths"], batch["input_ids"].tolist(), batch["shift_labels"].tolist()) for batch in step]
         for step in steps
@@ -124,13 +126,13 @@ def test_every_token_is_in_one_pack_and_packs_keep_their_limits(lengths, context
     assert all(len(step) == packs for step in steps[:-1]) and all(0 < len(step) <= packs for step in steps[-1:])
     read = sorted(token for piece in pieces_of(steps) for token in piece.tolist())
     assert read == np.concatenate([[], *stream]).tolist()
-    # only what is longer than a pack is cut
+    # only documents longer than a pack are cut
     assert len(pieces_of(steps)) == sum(-(-length // context) for length in lengths)
 
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
-def test_resuming_after_any_step_goes_on_as_if_nothing_had_been(kind):
+def test_resuming_after_any_step_continues_as_if_uninterrupted(kind):
     make = lambda: KINDS[kind](documents())  # noqa: E731
     whole = flat(StreamLoader(make(), **SETTINGS))
     assert len(whole) > 20
@@ -143,7 +145,7 @@ def test_resuming_after_any_step_goes_on_as_if_nothing_had_been(kind):
         second = StreamLoader(make(), **SETTINGS)
         second.load_state_dict(torch.load(state, weights_only=True))
         assert second.step == done
-        # a state that is taken at once is the same
+        # a state taken right after loading is the same
         assert str(second.state_dict()) == str(first.state_dict())
         assert flat(before) + flat(second) == whole
 
@@ -181,7 +183,7 @@ def test_packs_are_filled_and_steps_are_not_sorted_by_length():
     tokens = [batch["input_ids"].shape[1] for step in steps for batch in step]
     assert sum(tokens) / len(tokens) / 4096 > 0.99
     longest = [max(batch["document_lengths"]) for step in steps[:8] for batch in step]
-    # the correlation of the longest document with its place in the window
+    # the correlation between a pack's longest document and its position in the window
     assert abs(np.corrcoef(longest, np.arange(64))[0, 1]) < 0.5
 
 
@@ -218,7 +220,7 @@ def test_batches_are_as_their_documents_one_by_one():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_label_is_the_next_token_of_the_document_also_where_it_is_cut_and_carried(masked):
-    """Give token ids in sequence, so that each identifies its label; every third is masked."""
+    """Use consecutive token ids, so that each id identifies its label. Every third label is masked."""
     lengths = [min(len(ids), 150) for ids in documents(200)]
     sequences = [np.arange(1000 * number, 1000 * number + length) for number, length in enumerate(lengths)]
     ends = {int(ids[-1]) for ids in sequences if len(ids)}
@@ -268,8 +270,8 @@ def test_text_is_tokenized():
         ({"input_ids": [[1, 2], [3]], "labels": [[1]]}, "is of a batch with 2 rows and 1 of labels"),
     ],
 )
-def test_a_document_that_is_none_is_refused_by_its_number(wrong, message):
-    # one that is empty counts too
+def test_an_invalid_document_is_refused_by_its_number(wrong, message):
+    # an empty document counts as well
     stream = [[1, 2], [], [[3], [4, 5]], wrong]
     with pytest.raises(DistattnError, match=f"document 4 of the stream {message}"):
         list(StreamLoader(stream, **SETTINGS))
@@ -293,7 +295,7 @@ def test_wrong_labels_are_refused():
         ({"stream": 3}, "a stream is an iterable of documents, not a int"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(more, message):
+def test_impossible_arguments_are_refused(more, message):
     with pytest.raises(DistattnError, match=message):
         StreamLoader(**{"stream": [], **SETTINGS, **more})
 
@@ -335,7 +337,7 @@ def test_a_stream_that_deals_out_its_samples_itself_is_refused_unless_all_ranks_
         ("counted", "repeats a few samples"),
     ],
 )
-def test_what_a_stream_cannot_promise_is_said(kind, sentence):
+def test_guarantees_that_a_stream_cannot_give_are_reported(kind, sentence):
     promises = StreamLoader(KINDS[kind](documents()), **SETTINGS, size=2).promises()
     assert any(sentence in promise for promise in promises) and all(promise.endswith(".") for promise in promises)
     assert "each of the 2 shares reads and packs the whole stream" in promises[0]

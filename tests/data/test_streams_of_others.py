@@ -1,4 +1,6 @@
-"""Real streams of torchdata, Hugging Face's datasets and mosaicml-streaming, where they are installed: resumed exactly."""
+"""Real streams of torchdata, Hugging Face's datasets and mosaicml-streaming resume exactly. They are skipped if not
+installed.
+"""
 
 import itertools
 
@@ -10,7 +12,7 @@ from distattn.data.streaming.streams import StreamLoader
 
 
 def package(name, shown):
-    # what is installed may still not import, as mosaicml-streaming without a torchvision that fits
+    # an installed package may still fail to import, such as mosaicml-streaming without a matching torchvision
     try:
         return pytest.importorskip(name, reason=f"{shown} is not installed", exc_type=ImportError)
     except RuntimeError as error:
@@ -22,7 +24,9 @@ def nonempty(count=200):
 
 
 def assert_resumes(make, every=3):
-    """Assert that a loader of `make()` that resumes after any step equals an unbroken one, and that all documents are in it."""
+    """Assert that a loader of `make()` that resumes after any step equals an unbroken one, and that it contains all
+    documents.
+    """
     whole = list(StreamLoader(make(), **SETTINGS))
     assert len(whole) > 8
     for done in range(0, len(whole) + 1, every):
@@ -42,7 +46,7 @@ def test_torchdatas_stateful_loader(workers):
     def make():
         return loaders.StatefulDataLoader(nonempty(), batch_size=8, collate_fn=list, num_workers=workers)
 
-    # processes take a while to begin
+    # worker processes take a while to start
     assert_resumes(make, every=9 if workers else 3)
 
 
@@ -66,7 +70,7 @@ def test_mosaicmls_streaming_dataset(tmp_path):
             writer.write({"input_ids": np.array(document["input_ids"], np.int32)})
 
     def make():
-        # what a dataset of this process left of its state would be found by the next
+        # the next dataset would find the shared memory that a previous dataset of this process left behind
         streaming.base.util.clean_stale_shared_memory()
         return streaming.StreamingDataset(local=str(tmp_path), batch_size=4, shuffle=True, shuffle_seed=3)
 

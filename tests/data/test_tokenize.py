@@ -1,4 +1,4 @@
-"""distattn data tokenize: every document once and in order, whatever the files, the processes and the tokenizer."""
+"""distattn data tokenize writes every document once and in order, for any files, number of processes and tokenizer."""
 
 import gzip
 import json
@@ -33,14 +33,14 @@ SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
 
 
 def write_jsonl(file, texts, field="text"):
-    # with and without escapes, and with blank lines that are no documents
+    # with and without escapes, and with blank lines, which are not documents
     lines = [json.dumps({"id": i, field: text}, ensure_ascii=bool(i % 2)) for i, text in enumerate(texts)]
     file.write_text("\n".join([*lines[:2], "", *lines[2:]]) + "\n", "utf-8")
     return file
 
 
 def tokenize_here(job):
-    """Tokenize in this process; returns the documents as bytes."""
+    """Tokenize in this process. Return the documents as bytes."""
     with locked(job):
         tokenizer = load_tokenizer(job.tokenizer, job.eos)
         for shard in range(len(job.shards)):
@@ -63,7 +63,7 @@ def train_tokenizer(folder):
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    # what would cut and fill documents, if it were not switched off
+    # these would truncate and pad documents if the job did not switch them off
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding()
     folder.mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     content = plain.read_bytes()
     with gzip.open(tmp_path / "b.json.gz", "wb") as file:
         file.write(content)
-    # several frames, cut within lines, and no newline at the end
+    # several frames, split within lines, without a newline at the end
     frames = [content[:37], content[37:1000], content[1000:-1]]
     (tmp_path / "c.jsonl.zst").write_bytes(b"".join(zstandard.ZstdCompressor().compress(frame) for frame in frames))
     table = pyarrow.table({"n": range(len(TEXTS)), "text": TEXTS})
@@ -91,7 +91,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     for name in ("a.jsonl", "b.json.gz", "c.jsonl.zst", "d.parquet", "e"):
         job = plan_job(str(tmp_path / f"out-{name}"), [str(tmp_path / name)], "bytes")
         assert tokenize_here(job) == expected, name
-    # all at once, in the order in which they are named
+    # all files at once, in the order in which they are given
     job = plan_job(str(tmp_path / "out"), [str(tmp_path / name) for name in ("d.parquet", "a.jsonl", "e")], "bytes")
     assert tokenize_here(job) == expected * 3
     manifest = Manifest.load(job.prefix)
@@ -123,7 +123,7 @@ def test_a_tokenizer_file_gives_the_librarys_own_ids(tmp_path):
         job = plan_job(str(tmp_path / f"out{eos}"), [str(source)], str(tmp_path / "tokenizer"), eos=eos)
         documents = [np.frombuffer(document, np.uint16).tolist() for document in tokenize_here(job)]
         expected = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        # a document without text stays one without tokens
+        # a document without text becomes a document without tokens
         assert documents == [ids + end if ids else [] for ids in expected]
         assert 0 in documents[-1]
     manifest = Manifest.load(job.prefix)
@@ -232,7 +232,7 @@ def test_a_job_is_saved_whole(tmp_path):
 
 
 def bad_files():
-    """Return (name, content, refusal) of each bad file."""
+    """Return (name, content, error message) for each bad file."""
     line = b'{"text": "fine", "id": 1}\n'
     return [
         (
@@ -329,7 +329,7 @@ def test_files_that_are_named_twice_or_change_are_refused(tmp_path):
         tokenize_here(job)
 
 
-def test_commands_that_cannot_be_are_refused_in_a_sentence(tmp_path, capsys):
+def test_impossible_commands_are_refused_in_a_sentence(tmp_path, capsys):
     file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "no.json").write_text("{}")
     train_tokenizer(tmp_path / "tokenizer")

@@ -1,4 +1,6 @@
-"""distattn data tokenize after kills and on full disks: nothing hangs, nothing is lost, and the result is the same to the bit."""
+"""distattn data tokenize after kills and on full disks: nothing hangs, nothing is lost, and the result is bitwise the
+same.
+"""
 
 import json
 import os
@@ -23,8 +25,8 @@ from distattn.supervision.helper_processes import MOST_REPLACEMENTS
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
 SHARDS = 40
-# shards small enough that there are many; the process kills itself before the n-th time that it gives a file its name, or some
-# seconds after its workers have done this many shards
+# use small shards, so that there are many. The process kills itself before it renames a file for the n-th time, or some
+# seconds after its workers have finished a given number of shards
 DRIVER = """
 import os, signal, sys, time
 from distattn.data.tokenizing import document_sources
@@ -57,13 +59,13 @@ os.rename = fatal_rename
 tokenize_processes._Worker.give = fatal_give
 sys.exit(cli.main(sys.argv[4:]))
 """
-# each begins with a shard
+# each worker starts with one shard
 WORKERS = 2
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Write a file of about 40 shards. Return its folder, and the output of an uninterrupted command."""
+    """Write a file of about 40 shards. Return its folder and the output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(5)
     with open(folder / "a.jsonl", "w") as file:
@@ -125,7 +127,7 @@ def alive(process):
 
 
 def reached(condition, process):
-    """Wait until a condition holds; False where the command ended first."""
+    """Wait until a condition holds. Return False if the command ends first."""
     while not condition():
         if process.poll() is not None:
             return False
@@ -133,11 +135,11 @@ def reached(condition, process):
     return True
 
 
-def test_a_command_that_is_killed_again_and_again_goes_on(corpus, tmp_path):
+def test_a_command_that_is_killed_repeatedly_continues(corpus, tmp_path):
     folder, whole = corpus
     rng = random.Random(1)
     out = tmp_path / "out"
-    # each time a few shards further, never all
+    # each run gets a few shards further and never finishes
     for shards in rng.choices(range(1, 5), k=6):
         before = finished(out)
         killed = finish(folder, out, shards=WORKERS + shards, seconds=rng.random() * 0.02)
@@ -162,9 +164,9 @@ def test_workers_end_with_a_command_that_is_killed(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("die_at", range(1, 6))
-def test_a_command_that_is_killed_while_it_gives_files_their_names_goes_on(corpus, tmp_path, die_at):
+def test_a_command_that_is_killed_while_it_renames_files_continues(corpus, tmp_path, die_at):
     folder, whole = corpus
-    # the job's file, then the tokens, the digests, the index and the manifest
+    # the job file, then the tokens, digests, index and manifest
     killed = finish(folder, tmp_path / "out", die_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out.json").exists()
@@ -176,13 +178,13 @@ def test_a_command_that_is_killed_while_it_gives_files_their_names_goes_on(corpu
 
 
 def workers_of_this_process():
-    """Return the process ids of the workers that tokenize for the test itself."""
+    """Return the process ids of the workers started by the test itself."""
     children = workers(SimpleNamespace(pid=os.getpid()))
     return [pid for pid in children if b"tokenize_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
-def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_done_again(corpus, tmp_path, monkeypatch, capsys, how):
+def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_is_repeated(corpus, tmp_path, monkeypatch, capsys, how):
     folder, whole = corpus
     monkeypatch.setattr(document_sources, "_shard_bytes", lambda sources: 60_000)
     monkeypatch.setattr(tokenize_processes, "LOOK_SECONDS", 0.05)
@@ -192,7 +194,7 @@ def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_done_again(corpus
 
     def report(progress):
         told.append(progress)
-        # amid shards, of which some progress was told
+        # after four progress reports, kill all workers in the middle of their shards
         if len(told) == 4:
             lost.extend(workers_of_this_process())
             for pid in lost:
@@ -209,7 +211,7 @@ def test_a_worker_that_dies_or_stops_is_replaced_and_its_shard_done_again(corpus
             line,
         ), line
     assert len(error_lines) == WORKERS
-    # what was done twice counts once
+    # work that was done twice counts once
     assert [sum(counts) for counts in zip(*told, strict=True)][1:3] == [manifest.documents, manifest.tokens]
 
 
@@ -246,7 +248,7 @@ def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
         tokenize.locked(job),
     ):
         pass
-    # started together, the later one waits, and finds everything done
+    # of two commands started together, the later one waits and finds everything done
     processes = [start(folder, tmp_path / "out") for _ in range(2)]
     outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -255,7 +257,7 @@ def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [30_000, 500_000], ids=["in a shard", "putting shards together"])
-def test_a_limit_on_files_is_a_sentence_and_nothing_is_lost(corpus, tmp_path, limit):
+def test_a_limit_on_files_gives_a_sentence_and_nothing_is_lost(corpus, tmp_path, limit):
     folder, whole = corpus
 
     def limited():
@@ -270,13 +272,13 @@ def test_a_limit_on_files_is_a_sentence_and_nothing_is_lost(corpus, tmp_path, li
     assert not list(tmp_path.rglob("*.tmp"))
     kept = finished(tmp_path / "out")
     assert ("Finished shards are kept: the same command continues from there." in full.stderr) == (kept > 0)
-    # no shard fits into the lower limit, and every shard into the higher one
+    # no shard fits into the lower limit, and every shard fits into the higher one
     assert kept == 0 if limit == 30_000 else kept > SHARDS // 2
     done = finish(folder, tmp_path / "out")
     assert done.returncode == 0 and contents(tmp_path / "out") == whole, done.stderr
 
 
-def test_a_full_disk_is_a_sentence_and_nothing_is_lost(corpus, tmp_path):
+def test_a_full_disk_gives_a_sentence_and_nothing_is_lost(corpus, tmp_path):
     folder, whole = corpus
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -1,4 +1,6 @@
-"""The cost of a pack on a device: that of the cluster's cost model, and of the matrix products of the model's shape."""
+"""The cost of a pack on a device: attention as in the cluster's cost model, plus the matrix products of the model's
+shape.
+"""
 
 import json
 
@@ -38,21 +40,27 @@ def load(folder, cost, rule=RULE):
     return load_pack_config(folder / "packs.toml")
 
 
-def test_products_and_pairs_are_those_of_the_shape():
-    """Compare an 8B Llama on an H100 with a count by hand: 7.5e9 weights, 2 x 32 x 32 x 128 products a pair, 3.5 x backward."""
+def test_products_and_pairs_match_the_shape():
+    """Compare an 8B Llama on an H100 with a count by hand.
+
+    It has 7.5e9 weights and 2 x 32 x 32 x 128 multiplications per pair. The backward pass of attention takes 2.5 times
+    as many.
+    """
     shape = ModelShape(32, 4096, 32, 14336, 128256, 8)
     assert shape.multiplications == 32 * 4096 * (2 * 40 * 128 + 3 * 14336) + 4096 * 128256
     cost = training_cost(shape, load_device("h100"))
     pairs, products = 131072**2 / 2, 6 * shape.multiplications * 131072
     expected = pairs * 4 * 32 * 32 * 128 * (1 / 701e12 + 2.5 / 601e12) + products / 750e12
     assert cost.seconds(131072) == pytest.approx(expected, rel=0.05)
-    # overheads cost more where documents are short
+    # overheads weigh more for short documents
     assert 1024 * cost.seconds(128) < cost.seconds(131072) < 1.2 * 1024 * cost.seconds(128) + pairs * 7e-9
 
 
 @pytest.mark.parametrize("device", ["h100", "b200", "laptop"])
-def test_attention_is_that_of_the_cost_model_of_clusters(device):
-    """Compare the seconds without products with `padded_cells`, on average over lengths that fill tiles more and less."""
+def test_attention_matches_the_cost_model_of_clusters(device):
+    """Compare the seconds without matrix products with `padded_cells`, averaged over lengths that fill their tiles to
+    varying degrees.
+    """
     cluster = load_device(device)
     shape = ModelShape(1, 1, 16, 1, 1, head_dim=128)
     cost = training_cost(shape, cluster)
@@ -64,7 +72,7 @@ def test_attention_is_that_of_the_cost_model_of_clusters(device):
 
 
 def _kernel_seconds(cluster, length):
-    # rows, keys, and keys from so far below to the row's own
+    # a causal band: each row sees all keys up to its own
     bands = np.array([[0, length, 0, length, -length, 0, 1, 1, 0, 0]])
     long = np.array([1 << 20])
     return sum(
@@ -127,7 +135,7 @@ def test_a_plan_without_a_device_is_the_file_that_it_was():
         ('[rule.cost]\ntoken_cells = 5\n[cost]\ndevice = "h100"\nmodel = "config.json"\n', ":9: cost: is estimated for a dev"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_estimated_is_refused_with_line_and_key(folder, cost, sentence):
+def test_devices_and_models_that_cannot_be_estimated_are_refused_with_line_and_key(folder, cost, sentence):
     (folder / "moe.json").write_text(json.dumps(LLAMA | {"num_experts": 8}))
     (folder / "some.json").write_text(json.dumps({"num_hidden_layers": 3}))
     (folder / "list.json").write_text("[]")

@@ -1,4 +1,4 @@
-"""distattn data verify: right files are called right, and the first fault of a wrong one is named."""
+"""distattn data verify accepts correct files, and names the first fault of a damaged file."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def alter(file, at, value):
     Path(file).write_bytes(content)
 
 
-def test_what_is_right_is_called_right(prefix, capsys):
+def test_correct_files_are_accepted(prefix, capsys):
     code, shown = verify(capsys, prefix, "--vocabulary", "1000")
     assert code == 0
     row = shown.out.splitlines()[1]
@@ -63,7 +63,9 @@ def test_what_is_right_is_called_right(prefix, capsys):
 
 
 def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
-    """Write digests of files of Megatron's tools: then opening a corpus reads only headers, and changes are noticed."""
+    """Write digests for files made by Megatron's tools. Opening a corpus then reads only headers, and changes are
+    noticed.
+    """
     expected = Path(f"{prefix}.xxh3").read_bytes()
     plain = Corpus.open("web", [prefix]).digest
     os.unlink(f"{prefix}.xxh3")
@@ -72,7 +74,7 @@ def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
     assert code == 0 and " yes " in shown.out.splitlines()[1]
     assert Path(f"{prefix}.xxh3").read_bytes() == expected
     assert not list(Path(prefix).parent.glob("*.tmp"))
-    # nothing is read whole: neither the index nor the tokens
+    # neither the index nor the tokens are read in full
     monkeypatch.setattr(indexed_file, "root_digest", lambda file: pytest.fail(f"{file} is read whole"))
     monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("tokens are read"))
     checked = []
@@ -80,7 +82,7 @@ def test_digests_are_written_where_there_are_none(prefix, capsys, monkeypatch):
     monkeypatch.setattr(BlockDigests, "check", lambda self, *rest: (checked.append(len(rest[3])), check(self, *rest)))
     corpus = Corpus.open("web", [prefix])
     assert corpus.digest == plain != bare and corpus.has_digest(plain) and sum(checked) <= 2 * BLOCK_BYTES
-    # a plan that was made before the digests existed is of these files, too
+    # a plan made before the digests existed also belongs to these files
     assert corpus.has_digest(bare) and not corpus.has_digest("0" * 32)
     monkeypatch.undo()
     alter(f"{prefix}.bin", 100_000, Path(f"{prefix}.bin").read_bytes()[100_000] ^ 1)
@@ -178,7 +180,7 @@ def test_packages_that_are_missing_are_named_with_the_extra(monkeypatch):
 
 @pytest.fixture
 def packs(tmp_path, prefix):
-    """Write a TOML file and its plan: an epoch of one corpus and a bit more."""
+    """Write a TOML file and its plan: a little more than one epoch of one corpus."""
     (tmp_path / "packs.toml").write_text(
         f"""
 plan = "run.packs"
@@ -195,7 +197,7 @@ max_epochs = 1.5
     return tmp_path / "packs.toml"
 
 
-def test_a_right_plan_is_called_right(packs, prefix, capsys):
+def test_a_correct_plan_is_accepted(packs, prefix, capsys):
     capsys.readouterr()
     code, shown = verify(capsys, packs, prefix)
     lines = shown.out.splitlines()

@@ -1,4 +1,4 @@
-"""Scripts for the doctor: what people do wrong with models and trainers, and all of it put together."""
+"""Scripts for the doctor with typical mistakes in models and trainers, and a function that assembles them."""
 
 from set_ups import FAMILIES, HEAD, TRAINERS
 
@@ -436,13 +436,13 @@ MISTAKES["layer scaled a little"] = MISTAKES["layer scaled"].replace("* 1.5", "*
 
 
 def plant(mistakes: dict[str, str]) -> None:
-    """Add mistakes with new names to those of all tests."""
+    """Add new mistakes to those shared by all tests."""
     assert not (twice := MISTAKES.keys() & mistakes.keys()), twice
     MISTAKES.update(mistakes)
 
 
 def script(family: str, trainer: str = "loop", *mistakes: str, dtype: str = "float32", more: str = "") -> str:
-    """Return a script for the doctor."""
+    """Return a doctor script from a model family, a trainer, planted mistakes and further lines."""
     planted = (MISTAKES[mistake] for mistake in mistakes)
     parts = [HEAD.format(dtype=dtype), FAMILIES[family], TRAINERS[trainer], *planted, more]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""The beginnings of scripts for the doctor: model families and trainers that are as they should be."""
+"""The first parts of doctor scripts: correct model families and trainers."""
 
 HEAD = """
 import os

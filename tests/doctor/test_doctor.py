@@ -1,4 +1,4 @@
-"""The doctor names planted mistakes, finds nothing in healthy scripts, and checks the machine."""
+"""The doctor names planted mistakes, reports nothing for healthy scripts, and checks the machine."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def forward(model, part):
 """
     path = tmp_path / "target.py"
     path.write_text(script("llama", more=body))
-    # ranks that end, as they do for the command: the other one loses its connection
+    # the other rank ends as well when it loses its connection, as it would with the command
     (finding,) = doctor.examine_target(str(path), 2).findings
     assert finding.cause == "failed" and "rank 1: RuntimeError: the real cause (target.py, line" in finding.observed
 
@@ -74,7 +74,7 @@ def test_the_command_examines_a_configuration_and_says_so(tmp_path):
         (["--rank", "2"], "'--rank' is not known. Did you mean --ranks?"),
     ],
 )
-def test_bad_arguments_are_one_sentence(arguments, sentence, capsys):
+def test_bad_arguments_give_one_sentence(arguments, sentence, capsys):
     from distattn.launch import cli
 
     assert cli.main(["doctor", *arguments]) == 2
@@ -109,7 +109,7 @@ def test_a_script_without_a_model_or_with_strange_functions_is_refused(tmp_path)
     path.write_text("def model(): raise ValueError('no weights')")
     with pytest.raises(DistattnError, match="model.. fails in one process.*ValueError: no weights .target.py, line 1."):
         diagnose(Target(str(path)), [{}])
-    # exit codes of scripts are not the doctor's
+    # a script's exit code must not become the doctor's
     path.write_text("def model(): raise SystemExit(0)")
     with pytest.raises(DistattnError, match="model.. fails in one process.*SystemExit"):
         diagnose(Target(str(path)), [{}])
@@ -139,7 +139,7 @@ def test_a_script_that_cannot_be_examined_is_named_with_its_own_line(tmp_path):
             assert part.replace("LINE", str(last)) in sentence, (sentence, part)
 
 
-def test_the_machine_is_looked_at(monkeypatch):
+def test_the_machine_is_inspected(monkeypatch):
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     checks = {check.name: check for check in check_machine()}

@@ -1,4 +1,4 @@
-"""Parts of the doctor by themselves: what was done to values, sums of gradients, and how a verdict is printed."""
+"""Unit tests of the doctor: explaining changed values, explaining gradient sums, and printing a verdict."""
 
 import subprocess
 import sys
@@ -48,7 +48,9 @@ def test_a_factor_is_found_by_search():
 
 
 def _explained(factors: list[list[float]], of_rank: list[list[list[float]]] | None = None) -> Finding | None:
-    """Explain gradients of 2 ranks, with a micro-batch for each column of `factors`. of_rank: other factors on each rank."""
+    """Explain gradients of two ranks. factors: one row per rank, one column per micro-batch. of_rank: factors as seen
+    by each rank.
+    """
     count = len(factors[0])
     generator = torch.Generator().manual_seed(0)
     local = [[{"weight": torch.randn(20, generator=generator)} for _ in range(count)] for _ in range(2)]
@@ -106,11 +108,11 @@ def test_the_verdict_comes_first_and_wraps_like_prose(monkeypatch, capsys):
     first = next(number for number, line in enumerate(lines) if "what to do" in line)
     paragraph = " ".join(" ".join(lines[first : first + 3]).split())
     assert paragraph.startswith(f"what to do: {REMEDY}.")
-    # the machine after it, in two lines at most
+    # the summary of the machine follows, in at most two lines
     assert (
         lines[-2] == "machine: python 3.11.7; noteworthy: GPUs. distattn doctor" and "--json, shows more." in lines[-1]
     )
-    # by itself it is the answer: what is noteworthy, and the rest in a line
+    # without a script, the machine is the answer: the noteworthy facts, then the rest in one line
     assert doctor_command.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("note GPUs: none") and lines[1] == "machine: python 3.11.7, ports free."
@@ -137,7 +139,7 @@ def test_help_does_not_import_torch(command):
     assert done.returncode == 0 and done.stdout.startswith(f"usage: distattn {command}"), done.stderr
 
 
-def test_why_a_lookup_could_not_be_tried_is_noted():
+def test_the_reason_why_a_lookup_was_not_tried_is_recorded():
     noted, place = [], Place(0, "output", "embed")
 
     def fail(hypothesis):
@@ -153,7 +155,7 @@ def test_why_a_lookup_could_not_be_tried_is_noted():
 
 
 @pytest.mark.parametrize("works", ["_script_forward", ""], ids=["by the script", "in no way"])
-def test_why_a_model_runs_in_no_way_is_noted(works, monkeypatch):
+def test_the_reason_why_a_model_cannot_run_is_recorded(works, monkeypatch):
     def run(self, forward, *arguments):
         if forward.__name__ != works:
             raise TypeError(f"{forward.__name__} does not work")

@@ -1,4 +1,6 @@
-"""Planted mistakes in model families and trainers are named, and none is taken for right; healthy set-ups have no finding."""
+"""Planted mistakes in model families and trainers are named, none passes as correct, and healthy set-ups have no
+findings.
+"""
 
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from distattn.doctor.target import Target
 from distattn.launch import doctor_command
 
 BF16 = "bfloat16"
-# (family, trainer, mistake, what the doctor calls it) and, maybe, the dtype
+# (family, trainer, mistake, the doctor's name for it), optionally followed by the dtype
 PLANTED = [
     ("llama", "loop", "positions from 0", "positions not sharded"),
     ("gpt2", "DDP", "positions from 0", "positions not sharded"),
@@ -123,7 +125,7 @@ PLANTED = [
     ("llama", "DDP", "layer scaled a little", "values changed"),
     ("qwen3", "FSDP2", "layer scaled", "values changed", BF16),
 ]
-# the first module that is wrong
+# the first module with wrong results
 FIRST = {
     "positions from 0": "model.rotary_emb",
     "no lengths": "model.rotary_emb",
@@ -254,7 +256,7 @@ def _examine(rank: int, scripts: list[str]) -> list[dict]:
 
 
 def diagnoses(folder: Path, texts: list[str]):
-    """Return the doctor's diagnoses of scripts, run one after another by the same two ranks."""
+    """Return the doctor's diagnoses of scripts, which the same two ranks run one after another."""
     scripts = []
     for number, text in enumerate(texts):
         scripts.append(str(folder / f"target{number}.py"))
@@ -289,7 +291,7 @@ def test_planted_mistakes_are_named(tmp_path, trainer):
     assert not wrong, "\n".join(wrong)
 
 
-def test_there_are_enough_of_them():
+def test_enough_mistakes_are_planted():
     assert len([case for case in PLANTED if case[3] != "unknown"]) >= 60 and len(HEALTHY) >= 40
     assert len({family for family, *_ in PLANTED}) >= 5 and set(GROUPS) == {trainer for _, trainer, *_ in PLANTED}
 
@@ -312,7 +314,7 @@ def test_healthy_set_ups_have_no_finding(tmp_path, trainer):
     assert not {name: ratio for name, ratio in exact.items() if abs(ratio - 1) > 1e-4 and "autocast" not in name}
 
 
-def test_ok_says_when_the_steps_of_ranks_could_not_be_repeated(tmp_path, monkeypatch, capsys):
+def test_ok_mentions_that_the_steps_of_ranks_could_not_be_repeated(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no hooks here")
 

@@ -1,4 +1,4 @@
-"""Mistakes of one rank, of heads, precision and sums of gradients are named, in bf16 as in fp32, with the rank and its tokens."""
+"""Mistakes on one rank, in heads, precision and gradient sums are named with the rank and its tokens, in bf16 and fp32."""
 
 import pytest
 from planted import plant, script
@@ -154,7 +154,7 @@ def shard(cp, batch):
 """,
     }
 )
-# (mistake, what the doctor calls it, and words that its sentences have)
+# (mistake, the doctor's name for it, and words that its sentences contain)
 PLANTED = [
     ("queries of a rank", "softmax scale", "on rank 1", "1.1"),
     ("scale of a rank", "softmax scale", "on rank 1", "0.5 times"),
@@ -193,14 +193,14 @@ PLANTED = [
     ("never in one process", "unknown", "on rank 1 in tokens 24", "not all mistakes could be tried"),
 ]
 FAMILY = {"detached in a fused projection": "own", "never in one process": "own"}
-# in bf16 they are no mistakes
+# in bf16 these are not mistakes
 ROUNDED = [
     ("results in bf16", "attention output rounded", "ranks 0 and 1", "bfloat16"),
     ("coarse norm", "low precision", "on rank 1", "model.layers.1.input_layernorm"),
 ]
 
 
-# thirds of the mistakes
+# each dtype runs all three thirds of the mistakes
 PARTS = [(BF16, 0), ("float32", 1), (BF16, 2), ("float32", 0), (BF16, 1), ("float32", 2)]
 
 

@@ -1,4 +1,6 @@
-"""Planted mistakes of recurrent layers and convolutions of a hybrid model are named; a healthy one has no finding."""
+"""Planted mistakes in the recurrent layers and convolutions of a hybrid model are named, and a healthy model has no
+findings.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_planted import BF16, diagnoses
 import distattn as da
 from distattn.doctor.emulation import _convolution, _EmulatedRank, _prefix_softmax, _shifted
 
-# what ranks do in the place of the batch's recurrence or convolution; `parts` are the ranks' tokens
+# the code that ranks run instead of the batch's recurrence or convolution; `parts` holds the ranks' tokens
 CARELESS = """
 class Careless:
     def __init__(self, local):
@@ -101,14 +103,14 @@ def test_mistakes_of_recurrent_layers_are_named_and_right_scripts_have_no_findin
 
 
 @pytest.mark.parametrize("distance", [1, -2, 40])
-def test_emulated_shifts_are_those_of_documents(distance):
+def test_emulated_shifts_match_each_document(distance):
     lengths = [5, 30, 1]
     plain, documents = PlainBatch(lengths), torch.arange(36).split(lengths)
     labels = torch.arange(36)
     assert torch.equal(_shifted(labels, distance, -100, documents), plain.token_shift(labels, distance, fill=-100))
 
 
-def test_emulated_convolutions_are_those_of_documents():
+def test_emulated_convolutions_match_each_document():
     lengths = [5, 30, 1]
     plain, documents = PlainBatch(lengths), torch.arange(36).split(lengths)
     x, bias = torch.randn(36, 6), torch.randn(6)
@@ -125,7 +127,7 @@ def test_states_of_documents_are_refused_by_name():
         rank.causal_conv1d(x.flatten(1), torch.zeros(16, 4), initial_state=torch.zeros(1, 16, 3))
 
 
-def test_emulated_softmaxes_over_the_tokens_so_far_are_those_of_documents():
+def test_emulated_prefix_softmaxes_match_each_document():
     lengths = [5, 30, 1]
     plain, documents = PlainBatch(lengths), torch.arange(36).split(lengths)
     weights, logits, v = torch.rand(36, 2, 3), 30 * torch.randn(36, 2, 3), torch.randn(36, 2, 4)

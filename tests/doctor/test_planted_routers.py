@@ -1,4 +1,4 @@
-"""Planted mistakes of router losses are named; healthy mixtures of experts have no finding."""
+"""Planted mistakes in router losses are named, and healthy mixtures of experts have no findings."""
 
 import pytest
 from planted import plant, script
@@ -16,7 +16,7 @@ COEFFICIENT = 0.5
 CONFIG = MixtralConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
                        router_aux_loss_coef=COEFFICIENT)
 """
-# the script calls the model itself, and has a loss of its own
+# the script calls the model itself and computes its own loss
 OUTPUT = """
 OUTPUT = []
 
@@ -97,7 +97,7 @@ def test_mistakes_of_router_losses_are_named_and_right_scripts_have_no_finding(t
     texts = [
         script("experts", on, *filter(None, [name]), dtype=(*dtype, "float32")[0]) for on, name, _, *dtype in PLANTED
     ]
-    # and the model's own loss with padding
+    # also test the model's own loss with padding
     texts.append(script("experts", "loop", "padded ranks", "aux_loss"))
     *results, padded = diagnoses(tmp_path, texts)
     wrong = []

@@ -1,4 +1,4 @@
-"""A thread that waits for another thread's answer reports a wait for other ranks while that thread waits for them."""
+"""A thread that waits for another thread reports a wait for other ranks only while that other thread waits for them."""
 
 import re
 import threading
@@ -17,7 +17,7 @@ from distattn.supervision.heartbeats import HeartbeatBoard, set_activity, thread
 
 @pytest.fixture
 def told(monkeypatch):
-    """Return a function that reads this process's heartbeat."""
+    """Yield a function that reads this process's heartbeat."""
     monkeypatch.setattr(heartbeats, "_CURRENT", heartbeats._CurrentActivity())
     board = HeartbeatBoard.make(1)
     heartbeats.attach(board.path, 0, 1)
@@ -32,7 +32,7 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
 
     def thread():
         idents.append(threading.get_ident())
-        # of the step before, for whose plans no thread waits yet
+        # an exchange of the previous step, for whose plans no thread waits yet
         with thread_activity("the comparison of plans", waits=True):
             steps[0].wait()
         steps[1].wait()
@@ -45,14 +45,14 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
         try:
             pool.submit(thread)
             eventually(lambda: idents and heartbeats._CURRENT.other_threads, "the thread does not come")
-            # no thread waits for it: this rank does its own work
+            # no thread waits for it, so this rank does its own work
             assert not told().waits and told().activity == "evaluation" and told().seconds == 300
             results.append(AwaitedResult(idents[0]))
             waiting = pool.submit(results[0].result)
             eventually(lambda: told().waits, lambda: str(told()))
             assert (told().activity, told().seconds, told().step) == ("the comparison of plans", 0.0, 3)
             steps[0].set()
-            # the thread computes alone: that is this rank's own time
+            # the thread computes on its own, which is this rank's own time
             eventually(lambda: not told().waits, lambda: str(told()))
             assert told().activity == "evaluation" and told().seconds == 300
             steps[1].set()
@@ -68,7 +68,7 @@ def test_a_rank_waits_for_others_only_while_they_are_asked(told):
                 step.set()
 
 
-def test_what_is_there_is_not_waited_for(told):
+def test_a_result_that_is_ready_is_not_waited_for(told):
     set_activity("forward and backward", step=1)
     result = AwaitedResult(1)
     result.set_result(7)
@@ -76,7 +76,7 @@ def test_what_is_there_is_not_waited_for(told):
     assert result.result() == 7 and told().beats == beats
 
 
-def test_errors_of_the_thread_come_to_whoever_waits(told):
+def test_errors_of_the_thread_reach_the_waiting_thread(told):
     result = AwaitedResult(1)
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(result.result)
@@ -86,12 +86,12 @@ def test_errors_of_the_thread_come_to_whoever_waits(told):
     assert heartbeats._CURRENT.awaited is None
 
 
-# the activities of rank 0 while rank 1 is late: before its first layer, and in its loader
+# the activities in which rank 0 waits for a late rank 1, before rank 1's first layer and in its loader
 LATE = ("the trial of kernels", "the exchange of a step")
 
 
 def trained_beside_a_late_rank(rank, folder):
-    """Train. Return this rank's heartbeats: pairs of the activity and whether it waits for others."""
+    """Train. Return this rank's heartbeats as (activity, whether the rank waits for others)."""
     told = []
 
     def write(activity, step, seconds, waits, *fields):
@@ -129,6 +129,6 @@ def test_ranks_say_what_they_wait_for_and_of_which_layer(tmp_path):
         assert messages and all(re.fullmatch(form, activity) for activity in messages), told
         passes = {activity.rpartition("the ")[2] for activity in messages}
         assert passes == {f"{direction} pass of layer {n}" for direction in ("forward", "backward") for n in (0, 1)}
-        # backward passes come in the opposite order
+        # backward passes run in reverse order
         order = [activity[-1] for activity in messages if "backward" in activity]
         assert order[0] == "1" and "0" in order

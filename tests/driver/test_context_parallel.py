@@ -1,4 +1,4 @@
-"""The calls of trainers: sharded batches, and equal losses on any number of ranks."""
+"""The calls that trainers make: batches are sharded, and losses are equal on any number of ranks."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def batch(lengths, seed=0):
     return {"input_ids": torch.randint(0, 256, (1, sum(lengths)), generator=generator), "document_lengths": lengths}
 
 
-def test_one_rank_gets_the_whole_axis_with_restarting_positions_and_shifted_labels():
+def test_a_single_rank_gets_the_whole_axis_with_restarting_positions_and_shifted_labels():
     cp = da.ContextParallel(strategy="ring")
     local = cp.shard({"input_ids": torch.tensor([[5, 6, 7, 8]]), "document_lengths": [3, 1]})
     assert local["input_ids"].tolist() == [[5, 6, 7, 8]]
@@ -46,7 +46,7 @@ def test_rows_of_a_batch_are_documents_and_given_labels_count():
     assert local["loss_scale"] == 1 / 3
 
 
-def test_labels_that_are_shifted_already_stay_as_they_are():
+def test_labels_that_are_already_shifted_stay_as_they_are():
     cp = da.ContextParallel(strategy="ring")
     ids, shifted = torch.tensor([[5, 6, 7]]), torch.tensor([[6, -100, 9]])
     local = cp.shard({"input_ids": ids, "shift_labels": shifted})
@@ -284,7 +284,9 @@ CONFIG = Config(
 
 
 def _gradients(rank: int, strategy: str, layouts: Sequence[str], lengths: list[int]):
-    """Return the gradients of each layout, all by the same processes, which take longer to start than to compute."""
+    """Return the gradients for each layout. The same processes run all layouts, because starting them takes longer than
+    computing.
+    """
     gradients = []
     for layout in layouts:
         with da.ContextParallel(strategy=strategy, layout=layout) as cp:
@@ -305,7 +307,7 @@ def _gradients_of(cp: da.ContextParallel, lengths: list[int]):
 
 
 def _plain(lengths: list[int]):
-    """Compute the loss in one process, one document at a time, with transformers' own attention."""
+    """Compute the loss and gradients in a single process with transformers' own attention, one document at a time."""
     model = build_model(CONFIG, configured_model(CONFIG, 256, 4096), "sdpa")
     loss = loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], [batch(lengths)])
     loss.backward()
@@ -318,12 +320,12 @@ def _plain(lengths: list[int]):
 @pytest.mark.parametrize("rules", ["gloo", pytest.param("nccl", marks=pytest.mark.full)])
 def test_loss_and_every_gradient_equal_plain_transformers(strategy, lengths, rules):
     loss, gradients = _plain(lengths)
-    # half of the layouts run with gloo and half by NCCL's rules; the next strategy and the other pack swap the halves
+    # half of the layouts run with gloo and half with NCCL's rules; the next strategy and the other pack swap the halves
     first = list(STRATEGIES).index(strategy) + (rules == "nccl") + (len(lengths) == 1)
     layouts = list(LAYOUTS)[first % 2 :: 2]
     for of_rank in run_on_ranks(4, by_rules(rules, _gradients), strategy, layouts, lengths):
         for layout, (got, got_gradients) in zip(layouts, of_rank, strict=True):
-            # the model's norms compute in fp32: a last bit may flip between shapes
+            # the model's norms compute in fp32, so the last bit may differ between shapes
             assert abs(got - loss) < 1e-9, layout
             for a, b in zip(got_gradients, gradients, strict=True):
                 assert (a - b).abs().max() < 1e-8, layout
@@ -351,5 +353,5 @@ def test_programs_for_known_shapes_are_made_ahead():
     assert layer([4, 2])[0] == {}
     ahead, executable = layer([3, 3])
     (planned,) = ahead.values()
-    # the layer used the very program that the thread had made
+    # the layer used the program that the thread had prepared
     assert executable.program is next(iter(EXECUTABLES._programs[planned.plan].values()))

@@ -1,4 +1,4 @@
-"""States of documents in and out of local batches: documents in two batches that pass on their states equal whole ones."""
+"""Document states passed into and out of local batches: documents split over two batches equal whole documents."""
 
 from dataclasses import replace
 
@@ -19,14 +19,14 @@ from distattn.parallel.attention_config import AttentionConfig
 
 HEADS, DIM, TAPS = 2, 4, 4
 WIDTH = 4 * HEADS * DIM
-# tokens of each document in the first and the second batch; the third part is shorter than a filter
+# tokens of each document in the first and second batch; the third document's part is shorter than a filter
 FIRST, SECOND = [5, 40, 1, 30], [7, 3, 1, 21]
-# for each block of ranks; the last block has nothing in either batch
+# one entry per block of ranks; any further block has no tokens in either batch
 OF_BLOCKS = [([5, 40, 1], [7, 3, 1]), ([30], [21])]
 
 
 class Layers(torch.nn.Module):
-    """A short convolution and a recurrence of every token's own row, so that gradients are known by token."""
+    """A short convolution and a recurrence over one parameter row per token, which makes gradients known by token."""
 
     def __init__(self, tokens, documents):
         super().__init__()
@@ -36,7 +36,7 @@ class Layers(torch.nn.Module):
         self.rows, self.filters, self.before, self.state = map(torch.nn.Parameter, tensors)
 
     def forward(self, local, ids, states, span=None):
-        """Return (o, states) of a batch. span: the layout on which tokens lie meanwhile."""
+        """Return (o, states) for a batch. span: a span of layers that run on another layout."""
         x, before, state = self.rows[ids], *states
         if span is not None:
             x, local = span.enter(x), span.batch
@@ -59,9 +59,9 @@ class Layers(torch.nn.Module):
 
 
 def of_two_batches(rank, settings, relaid, blocks):
-    """Return (loss of this rank, final states, gradients summed over ranks) of documents of which each batch has a part.
+    """Return (this rank's loss, final states, gradients summed over ranks) of documents split over two batches.
 
-    blocks: for each block of ranks the tokens of its documents in the first and the second batch.
+    blocks: for each block of ranks, the tokens of its documents in the first and in the second batch.
     """
     total = sum(sum(first) + sum(second) for first, second in blocks)
     documents = sum(len(first) for first, _ in blocks)
@@ -73,7 +73,7 @@ def of_two_batches(rank, settings, relaid, blocks):
         number = sum(len(first) for first, _ in blocks[:mine])
         lengths_of_batches = blocks[mine] if mine < len(blocks) else ([], [])
         states = [every[number : number + len(lengths_of_batches[0])] for every in (model.before, model.state)]
-        # all ranks of a block have the same loss: a rank counts its share
+        # all ranks of a block have the same loss, so each rank counts its share
         loss = torch.zeros((), dtype=torch.float64)
         for lengths in lengths_of_batches:
             ids = torch.arange(token, token + sum(lengths))[None]
@@ -94,12 +94,12 @@ def of_two_batches(rank, settings, relaid, blocks):
 
 
 def weighted(o, ids):
-    """Sum squared outputs with weights by token, so that exchanged tokens change the loss."""
+    """Sum the squared outputs with a weight per token, so that swapped tokens change the loss."""
     return o.square().sum(1) * (1 + ids % 7)
 
 
 def of_one_batch(blocks):
-    """Compute the same results of whole documents, each alone."""
+    """Compute the same results from whole documents, one at a time."""
     total = sum(sum(first) + sum(second) for first, second in blocks)
     model = Layers(total, sum(len(first) for first, _ in blocks))
     loss, token, number, final = 0.0, 0, 0, []
@@ -120,7 +120,7 @@ def of_one_batch(blocks):
 
 
 REPLICATED = [(FIRST, SECOND)]
-# on this cluster moving tokens takes no time
+# moving tokens takes almost no time on this cluster
 _H100 = load("h100-1x2")
 FAST = replace(
     _H100,
@@ -131,14 +131,14 @@ CASES = {
     1: [(dict(layout="zigzag"), None, REPLICATED)],
     2: [
         (dict(layout="block_cyclic", layout_options=dict(block=1), cluster=FAST), None, REPLICATED),
-        # the other rank does not know the states of a rank's own documents
+        # a rank does not know the states of the other rank's documents
         (dict(data="per_rank", cluster=FAST), None, OF_BLOCKS),
     ],
     4: [
         (dict(layout="zigzag", pad_to=8), None, REPLICATED),
         (dict(layout="balanced"), None, REPLICATED),
         (dict(layout="block_cyclic", layout_options=dict(block=3), pad_to=8), "contiguous", REPLICATED),
-        # ranks that split their own batch, and ranks that each have one, two of them an empty one
+        # first, blocks of two ranks that split their own batch; then four ranks with one batch each, two of them empty
         (dict(data="per_rank", context_parallel_size=2, layout="zigzag", pad_to=8), None, OF_BLOCKS),
         (dict(data="per_rank"), None, OF_BLOCKS),
     ],
@@ -151,7 +151,7 @@ def work(rank, ranks):
 
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", CASES)
-def test_batches_that_hand_on_states_equal_one(ranks):
+def test_batches_that_pass_on_states_equal_one_batch(ranks):
     for (settings, _, blocks), results in zip(
         CASES[ranks], zip(*run_on_ranks(ranks, work, ranks), strict=True), strict=True
     ):
@@ -160,7 +160,7 @@ def test_batches_that_hand_on_states_equal_one(ranks):
         size = settings.get("context_parallel_size", 1) if "data" in settings else ranks
         for rank, (_, states, rank_gradients) in enumerate(results):
             mine = rank // size
-            # whole and bitwise equal on every rank that has the batch
+            # complete and bitwise equal on every rank that has the batch
             assert all(map(torch.equal, states, results[mine * size][1]))
             for a, b in zip(states, final[mine] if mine < len(final) else [], strict=False):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
@@ -169,7 +169,7 @@ def test_batches_that_hand_on_states_equal_one(ranks):
                 assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max()), settings
 
 
-def test_states_that_are_not_of_the_documents_are_refused():
+def test_states_of_other_documents_are_refused():
     with da.ContextParallel(strategy="ring") as cp:
         batch = cp.shard({"input_ids": torch.arange(12)[None], "document_lengths": [5, 7]})["context_parallel"]
         x, filters = torch.randn(12, 8), torch.randn(8, 4)
@@ -178,7 +178,7 @@ def test_states_that_are_not_of_the_documents_are_refused():
         q = torch.randn(12, 2, 4)
         with pytest.raises(da.DistattnError, match="initial_state is float; "):
             batch.recurrence(q, q, q, "linear_attention", initial_state=0.0)
-    # a batch of the first rank only, whose rows would lie on both ranks in the span
+    # this batch belongs to the first rank only, but the span would place its rows on both ranks
     planner = Planner(
         AttentionConfig(strategy="ring"), None, lambda ends: (da.Mask.causal(12), da.Layout.zigzag([12], 2))
     )
@@ -192,7 +192,7 @@ SHAPE = dict(heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="float32")
 
 
 def _strategies(rank):
-    """Return the strategy that plans a batch of the rank's own, and the faster strategy."""
+    """Return the strategy that plans a rank's own batch, and the strategy that would be faster."""
     with da.ContextParallel(strategy="ring", data="per_rank", cluster=FAST) as cp:
         lengths = [[4000, 96], [8]][rank]
         batch = cp.shard({"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths})
@@ -202,5 +202,5 @@ def _strategies(rank):
         return plan.strategy, faster.strategy
 
 
-def test_tokens_stay_where_ranks_have_states_of_documents_of_their_own():
+def test_tokens_stay_on_ranks_that_have_states_of_their_own_documents():
     assert run_on_ranks(2, _strategies) == [("scan", "ulysses")] * 2

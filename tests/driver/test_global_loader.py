@@ -1,4 +1,4 @@
-"""Loaders that know all steps of all ranks: ranks exchange no facts of steps, and the training is the same."""
+"""Loaders that know all ranks' steps: ranks exchange no step facts, and the training is the same."""
 
 import pytest
 from packs_of_ranks import PACKS, documents, model_of, shared, trained, whole_run
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.sampled(3)
 
 
 class SharedPacks:
-    """A loader that knows the packs of all shares, as one of a plan does."""
+    """A loader that knows the packs of all shares, like the loader of a plan."""
 
     def __init__(self, rank, size, data_digest="plan"):
         self.rank, self.size, self.data_digest, self.step = rank, size, data_digest, 0
@@ -37,7 +37,7 @@ class SharedPacks:
 
 
 def trained_run(rank, shares, options, digests=None):
-    """Return (losses and gradients, number of exchanges of a step's facts)."""
+    """Return (losses and gradients, number of exchanges of step facts)."""
     asked, gather = [], HostGroup.all_gather
 
     def counted(group, value, label):
@@ -61,7 +61,7 @@ def test_ranks_ask_once_and_train_as_one_process():
 def test_ranks_that_split_a_batch_read_the_same_share():
     options = dict(strategy="ring", layout="zigzag", context_parallel_size=2)
     for result, asked in run_on_ranks(4, trained_run, 2, options):
-        # a step's losses are summed over ranks, which have their own tokens
+        # a step's losses are summed over the ranks, which have different tokens
         assert_same(result, whole_run(2), 1e-11)
         assert asked == 1
 
@@ -73,7 +73,7 @@ def test_ranks_with_other_plans_are_refused():
 
 
 def left_run(rank):
-    """Return the loader's next step after a loop that is left in its second step, and after a loop over the rest."""
+    """Return the loader's next step after leaving a loop in its second step, and after looping over the rest."""
     model = model_of()
     with shared(options=dict(block=8)) as cp:
         loader, seen = SharedPacks(rank, 2), []
@@ -93,7 +93,9 @@ def test_a_loop_that_is_left_loses_no_step():
 
 
 def held_run(rank):
-    """Hold a loop's generator while another loop goes on. Return the trained steps, and the refusal when the first goes on."""
+    """Hold a loop's generator while another loop continues. Return the trained steps, and the error when the first one
+    continues.
+    """
     model = model_of()
     with shared(options=dict(block=8)) as cp:
         loader = SharedPacks(rank, 2)

@@ -1,4 +1,4 @@
-"""Losses are scaled so that any trainer's gradients come out as one process has them."""
+"""Losses are scaled so that any trainer gets the gradients of a single process."""
 
 import logging
 import random
@@ -52,7 +52,9 @@ RING = dict(strategy="ring", layout="document_zigzag")
 
 
 def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: dict, settings: dict):
-    """Return (factor, loss of one process, gradients). degree: ranks with the same batch, a mesh dim if there are several."""
+    """Return (factor, loss in a single process, gradients). degree: ranks with the same batch; above 1 they form a mesh
+    dimension.
+    """
     replicas = dist.get_world_size() // degree
     shape, names = ((replicas, degree), ("dp", "cp")) if degree > 1 else ((replicas,), ("dp",))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
@@ -80,7 +82,7 @@ def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: d
 
 @pytest.mark.parametrize(("degree", "micro_batches"), [(2, 2), (4, 1)])
 @pytest.mark.parametrize("kind", FACTORS)
-def test_gradients_are_those_of_one_process(kind, degree, micro_batches):
+def test_gradients_match_one_process(kind, degree, micro_batches):
     changes = {"tie_word_embeddings": kind == "ddp"}
     batches = [batch for replica in range(4 // degree) for batch in small.step(replica, micro_batches)]
     loss, gradients = small.in_one_process(small.build(**changes), batches)
@@ -139,7 +141,7 @@ def _refused(rank: int, kind: str) -> str:
         loop._reduce = lambda: (right(), [p.grad.clamp_(-0.1, 0.1) for p in model.parameters()])
     cp = pytorch.context_parallel(mesh, strategy="ring", kernel="reference")
     if kind == "only the group's":
-        # gradients are summed over both replicas, but loss_group names one replica
+        # gradients are summed over both replicas, but loss_group contains only one replica
         cp = ContextParallel(mesh["cp"].get_group(), strategy="ring", kernel="reference")
     with pytest.raises(DistattnError) as refusal:
         cp.loss_scale(loop)
@@ -157,7 +159,7 @@ def _refused(rank: int, kind: str) -> str:
         ("only the group's", "ranks outside of it add theirs"),
     ],
 )
-def test_what_no_factor_can_mend_is_refused_on_all_ranks(kind, sentence):
+def test_gradients_that_no_factor_can_correct_are_refused_on_all_ranks(kind, sentence):
     for refusal in run_on_ranks(4, _refused, kind):
         assert sentence in refusal
 
@@ -166,7 +168,7 @@ def _frozen(rank: int, kind: str) -> float:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
     model = small.build()
     model.requires_grad_(False)
-    # trains adapters only, as LoRA does
+    # train only some weights, as with LoRA adapters
     model.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
     if kind == "ddp":
         model = DistributedDataParallel(model)
@@ -178,7 +180,7 @@ def _frozen(rank: int, kind: str) -> float:
 
 
 @pytest.mark.parametrize("kind", ["sum", "ddp"])
-def test_where_the_output_layer_is_frozen_another_one_is_read(kind):
+def test_another_layer_is_read_if_the_output_layer_is_frozen(kind):
     assert run_on_ranks(4, _frozen, kind) == [FACTORS[kind]] * 4
 
 
@@ -221,7 +223,7 @@ def _untouched(rank: int, kind: str) -> bool:
 
     take_step()
     optimizer.step()
-    # a probe in the middle of a step keeps the gradients
+    # a probe in the middle of a step leaves the gradients unchanged
     before, moments = (
         _state(model),
         [x.clone() for s in optimizer.state.values() for x in map(pytorch.full_tensor, s.values())],
@@ -261,7 +263,7 @@ class _Said(logging.Handler):
 
 
 def _not_probed(rank):
-    """Return the warnings of a trainer whose scale was not measured, of one whose scale was, and of an evaluation."""
+    """Return the warnings of a trainer without a measured loss scale, of a trainer with one, and of an evaluation."""
     batch = {"input_ids": torch.arange(8)[None]}
     warnings = []
     for kind in ("trains", "was probed", "evaluates"):
@@ -278,14 +280,14 @@ def _not_probed(rank):
     return warnings
 
 
-def test_a_scale_that_nobody_asked_for_is_said_once():
+def test_a_missing_loss_scale_is_reported_once():
     (warnings, *silent), others = run_on_ranks(2, _not_probed)
     assert len(warnings) == 1 and "loss_scale(target) was not called" in warnings[0] and silent == [[], []]
     assert others == [[], [], []]
 
 
 def _other_weights(rank):
-    """Return the refusal of ranks with different seeds."""
+    """Return the error of ranks with different seeds."""
     cp, model = ContextParallel(strategy="ring", kernel="reference"), small.build()
     torch.manual_seed(rank)
     torch.nn.init.normal_(model.get_output_embeddings().weight)
@@ -301,7 +303,7 @@ def test_ranks_that_begin_with_other_weights_are_refused():
 
 
 def _other_counts(rank):
-    """Return the refusal of a trainer that accumulates four micro-batches and makes steps of two."""
+    """Return the error of a trainer that accumulates four micro-batches but steps after two."""
     cp = ContextParallel(strategy="ring", kernel="reference")
     model = small.build()
     target = pytorch.ProbeTarget(model, reduce=lambda: _sum(model))

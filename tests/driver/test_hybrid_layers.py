@@ -1,4 +1,6 @@
-"""Recurrent layers and attention in one model: the same batch, any layout, packed documents, equal on any number of ranks."""
+"""Recurrent layers and attention in one model share a batch, in any layout, with packed documents, on any number of
+ranks.
+"""
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ WIDTH, HEADS, DIM = 24, 4, 6
 
 
 class Hybrid(torch.nn.Module):
-    """Gated DeltaNet, Mamba-2, attention and latent attention layers with short convolutions of values."""
+    """Layers of Gated DeltaNet, Mamba-2, attention and latent attention, with short convolutions of the values."""
 
     def __init__(self, ops=("gated_delta_rule", "attention", "ssd", "latent_attention")):
         super().__init__()
@@ -28,13 +30,13 @@ class Hybrid(torch.nn.Module):
         self.taps = torch.nn.Parameter(torch.randn(WIDTH, 4, generator=generator, dtype=torch.float64))
 
     def span_of_recurrences(self, batch, layout):
-        """Run three layers in a row on a layout of their own."""
+        """Run three consecutive recurrent layers on a layout of their own."""
         span = RecurrentSpan(batch["context_parallel"], layout)
         assert span.is_relaid == (layout is not None)
         x = span.enter(self.embed[batch["input_ids"][0]])
         for map_, op in zip(self.maps, ("gated_delta_rule", "ssd", "gated_delta_rule"), strict=False):
             x = x + self.recurrent(x @ map_, span.batch, op)
-        # attention after the span has the layout of before the span
+        # after the span, attention uses the original layout again
         q, k, v, _ = (y.reshape(-1, HEADS, DIM) for y in (span.leave(x) @ self.maps[3]).chunk(4, -1))
         return batch["context_parallel"].attention(q, k, v).flatten(1)
 
@@ -66,7 +68,11 @@ class Hybrid(torch.nn.Module):
 
 
 def losses(rank, layout, pad_to, span_layout=False):
-    """Return losses and gradients. span_layout: of a span of recurrences in place of the model; None: the model's own layout."""
+    """Return the losses and gradients of two batches.
+
+    span_layout: False to run the whole model. Otherwise only a span of recurrent layers runs, on this layout, or on the
+    batch's own layout if None.
+    """
     cp = da.ContextParallel(strategy="ring", layout=layout, pad_to=pad_to)
     model, losses_ = Hybrid(), []
     for seed in (0, 1):
@@ -74,7 +80,7 @@ def losses(rank, layout, pad_to, span_layout=False):
         ids = torch.randint(0, 64, (1, sum(LENGTHS)), generator=generator)
         batch = cp.shard({"input_ids": ids, "document_lengths": LENGTHS[seed:] + LENGTHS[:seed]})
         out = model(batch) if span_layout is False else model.span_of_recurrences(batch, span_layout)
-        # padding has no label
+        # padding has no labels
         loss = out[batch["labels"][0] >= 0].square().sum()
         loss.backward()
         losses_.append(float(loss.detach()))
@@ -95,7 +101,7 @@ def test_a_hybrid_model_is_the_same_on_any_number_of_ranks(layout, pad_to, run):
         assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
 
 
-# by rank and step, the documents of its one micro-batch; the third rank has none in two of the steps
+# document lengths of the single micro-batch, by rank and step; the third rank has no documents in two steps
 PACKS = [[[64, 3], [1], [90]], [[20, 70, 2], [100], [8]], [[31], [], []]]
 
 
@@ -107,7 +113,7 @@ def packs_of(rank):
 
 
 def steps_of(model, cp, loader, group=None):
-    """Return losses and gradients of every step, summed over the ranks that have a model."""
+    """Return the losses and gradients of every step, summed over the ranks with a model."""
     results = []
     for micro_batches in cp.steps(loader):
         total = torch.zeros((), dtype=torch.float64)
@@ -140,7 +146,7 @@ def pooled(rank, servers, ops):
 
 
 def alone(rank, ops):
-    """Run every step of all ranks in one process, one micro-batch after another."""
+    """Run every step of all ranks in a single process, one micro-batch after another."""
     steps = [
         [pack for of_rank in step for pack in of_rank] for step in zip(*(packs_of(r) for r in range(3)), strict=True)
     ]
@@ -160,7 +166,7 @@ def test_recurrent_layers_stay_where_tokens_are_while_attention_is_pooled_or_ser
             assert loss == pytest.approx(other_loss, rel=1e-11)
             for a, b in zip(gradients, others, strict=True):
                 assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
-    # attention of one layer in each of three steps, forward and backward
+    # one attention layer in each of three steps, forward and backward
     assert served == ((3, 3) if servers else None)
 
 

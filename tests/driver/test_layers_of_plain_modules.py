@@ -1,4 +1,4 @@
-"""The layers of examples/, on any number of ranks, equal the same modules on each document alone."""
+"""The layers in examples/ on any number of ranks match the same modules run on each document separately."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ WIDTH, HEADS, DIM, LATENTS, VOCABULARY, AHEAD = 12, 2, 3, 4, 32, 2
 
 
 class GatedAttention(nn.Module):
-    """Attention as in Qwen3-Next: a sigmoid of the layer's input scales outputs, without communication."""
+    """Attention as in Qwen3-Next: a sigmoid of the layer's input scales the outputs, without communication."""
 
     def __init__(self, affine: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Model(nn.Module):
         self.double()
 
     def loss(self, ids, labels, batch):
-        """Return the sum over tokens of the usual loss, and that of the labels further ahead."""
+        """Return the usual loss summed over tokens, plus the loss of the labels further ahead."""
         x = self.embed(ids)
         for mixer in self.mixers:
             x = mixer(x, batch)
@@ -95,7 +95,7 @@ def test_layers_equal_each_document_alone(ranks):
     labels = batch.token_shift(ids, -1, fill=-100)
     loss = model.loss(ids, labels, batch)
     wanted = torch.autograd.grad(loss, list(model.parameters()))
-    # the tokens that are AHEAD tokens after the successor, by definition
+    # by definition, the token AHEAD positions after the successor
     later = batch.token_shift(labels, -AHEAD, fill=-100)
     assert later[5 : 5 + 40 - 1 - AHEAD].tolist() == ids[5 + 1 + AHEAD : 45].tolist()
     assert (later[45 - 1 - AHEAD : 46] == -100).all()

@@ -1,4 +1,4 @@
-"""Loaders may fill one buffer again and again, use any dtype, and be left and continued."""
+"""Loaders may refill one buffer, use any dtype, and be left and continued."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ STEPS = 5
 
 
 def refilled(kind):
-    """Yield steps whose tensors are one buffer: the ids of step i are 10 * i + 1 to 10 * i + 4, the labels 5 more."""
+    """Yield steps that share one buffer. Step i has the ids 10 * i + 1 to 10 * i + 4, and its labels are 5 larger."""
     of_step = np.arange(1, 5)[None]
     buffers = [np.zeros((1, 4), np.int64) for _ in range(2)]
-    # numpy's writes are not counted as versions of a tensor that shares its memory
+    # writes through NumPy do not change the version counter of a tensor that shares the memory
     ids, labels = (torch.from_numpy(buffer) if kind == "numpy" else torch.zeros(1, 4).long() for buffer in buffers)
     lengths, batch, micro_batches = [], {}, []
     for step in range(STEPS):
@@ -56,7 +56,7 @@ def test_a_part_shares_no_memory_with_the_batch():
 
 
 class Numbered:
-    """An iterator of steps, whose ids are all the step's number. fails: the step that cannot be read at first."""
+    """An iterator over steps whose ids all equal the step's number. fails: the step whose first read fails."""
 
     def __init__(self, fails=None):
         self.step, self.fails = 0, fails
@@ -101,7 +101,7 @@ def test_the_next_loop_begins_with_the_step_that_was_taken_ahead(make):
             for parts in cp.steps(loader):
                 seen.append(number_of(parts))
                 raise KeyError
-        # a generator that is held in a variable is not closed when its loop is left
+        # a generator that is held in a variable is not closed when its loop ends early
         held = cp.steps(loader)
         seen.append(number_of(next(held)))
         seen += map(number_of, cp.steps(loader))
@@ -109,12 +109,12 @@ def test_the_next_loop_begins_with_the_step_that_was_taken_ahead(make):
     assert seen == list(range(STEPS))
 
 
-def test_what_begins_anew_begins_with_its_first_step():
+def test_an_iterable_that_starts_over_starts_with_its_first_step():
     with da.ContextParallel(strategy="ring") as cp:
         steps = [numbered(step) for step in range(STEPS)]
         for _ in range(2):
             assert number_of(next(iter(cp.steps(steps)))) == 0
-        # persistent workers: the loader has one iterator, which it resets
+        # with persistent workers the loader has one iterator, which it resets
         loader = torch.utils.data.DataLoader(
             steps, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
         )
@@ -133,7 +133,7 @@ def test_an_error_of_a_loader_comes_after_the_step_before_it():
 
 
 def nested(rank):
-    """Return the steps of two loops over one iterator, which ends a step earlier on rank 1."""
+    """Return the steps of two nested loops over one iterator, which ends one step earlier on rank 1."""
     seen, loader = [], iter([numbered(step) for step in range(STEPS - rank)])
     with da.ContextParallel(strategy="cad", data="per_rank") as cp:
         for outer in cp.steps(loader):
@@ -145,7 +145,7 @@ def nested(rank):
 
 
 def test_loops_over_one_iterator_share_its_steps_in_order():
-    # rank 1 has padding, of token 0, in the last step
+    # in the last step rank 1 has padding, which is token 0
     assert run_on_ranks(2, nested) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
 
 
@@ -153,7 +153,7 @@ UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
 
 
 @pytest.mark.parametrize("dtype", [*UNSIGNED, torch.int8, torch.int16, torch.int32], ids=str)
-def test_token_ids_of_any_whole_dtype_are_int64_and_have_right_labels(dtype):
+def test_token_ids_of_any_integer_dtype_become_int64_with_the_right_labels(dtype):
     with da.ContextParallel(strategy="ring") as cp:
         part = cp.shard({"input_ids": torch.tensor([[5, 6, 7, 100]]).to(dtype), "document_lengths": [3, 1]})
     assert part["input_ids"].dtype == part["labels"].dtype == torch.int64
@@ -172,7 +172,7 @@ def test_labels_of_signed_dtypes_become_int64(name, dtype):
 
 @pytest.mark.parametrize("dtype", [*UNSIGNED, torch.bool, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
-def test_labels_that_cannot_hold_their_absence_are_refused(name, dtype):
+def test_label_dtypes_that_cannot_hold_minus_100_are_refused(name, dtype):
     batch = {"input_ids": torch.tensor([[5, 6, 7]]), name: torch.tensor([[5, 6, 7]]).to(dtype)}
     with da.ContextParallel(strategy="ring") as cp, pytest.raises(da.DistattnError) as refusal:
         cp.shard(batch)
@@ -192,7 +192,7 @@ def test_other_negative_labels_and_positions_that_wrap_are_refused():
     assert part["position_ids"].tolist() == [[0, 1, 0, 1]]
 
 
-def test_every_door_refuses_labels_without_room_for_their_absence():
+def test_every_function_refuses_label_dtypes_that_cannot_hold_minus_100():
     labels = torch.tensor([3, 156], dtype=torch.uint8)
     layout = da.Layout.contiguous([2], 1)
     doors = [
@@ -210,7 +210,7 @@ def test_every_door_refuses_labels_without_room_for_their_absence():
         local = cp.shard(batch)["context_parallel"]
         with pytest.raises(da.DistattnError, match="x is uint8, which cannot hold fill = -100"):
             local.token_shift(labels, -1, fill=-100)
-        # what is not there is farther from x than int8 reaches
+        # int8 cannot represent the difference between the fill value and the tokens
         assert local.token_shift(torch.tensor([3, 100], dtype=torch.int8), -1, fill=-100).tolist() == [100, -100]
 
 

@@ -1,4 +1,4 @@
-"""When a rank is lost in any way, the others end within the time-out by an error that names it."""
+"""If a rank is lost in any way, the other ranks raise an error that names it within the time-out."""
 
 import os
 import signal
@@ -15,20 +15,20 @@ from distattn.adapters.pytorch import local_loss
 
 pytestmark = [pytest.mark.sampled(16), pytest.mark.waits(7)]
 
-# the driver's time-out: long enough for a rank that is only slow on a loaded machine, short enough for a test
+# the driver's time-out: long enough for a rank that is merely slow on a loaded machine, short enough for a test
 TIMEOUT = 16.0
 WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
 
 
 def lose(how):
-    """End or stop this rank in one of several ways."""
+    """End or stop this rank in the given way."""
     if how == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "raises":
         raise KeyError("a mistake of the script")
-    # the rank lives, but does not come
+    # the rank stays alive but does not come
     time.sleep(600)
 
 
@@ -43,7 +43,7 @@ def trained(rank, lost, where, how, settings, takes_turns=False):
     """Return the error that ends this rank's training."""
     if rank >= 3 - settings.get("servers", 0):
         if rank == lost:
-            # its first pass
+            # fail in its first pass
             torch.ops.distattn.forward = lambda *args: lose(how)
         with pytest.raises(da.LostRankError) as error:
             da.serve()
@@ -55,7 +55,7 @@ def trained(rank, lost, where, how, settings, takes_turns=False):
         layer.register_forward_hook(lambda module, args, out: pass_through(out, where, how))
     with pytest.raises(da.LostRankError) as error, shared(timeout=TIMEOUT, **settings) as cp:
         for number, micro_batches in enumerate(cp.steps(packs(rank, where, how))):
-            # of step 3 there are two micro-batches
+            # step 3 has two micro-batches
             STEP[0] = number - takes_turns
             if where == "the loop" and number == 2:
                 lose(how)

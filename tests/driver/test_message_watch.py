@@ -1,4 +1,4 @@
-"""Messages that only a device waits for: a lost rank is named nevertheless."""
+"""Messages that only the device waits for: a lost rank is still named."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from distattn.parallel.runtime.communication.transport import Packet
 
 pytestmark = pytest.mark.waits
 
-# the driver's time-out: a loaded machine takes far less for a step
+# the driver's time-out: a step takes far less even on a loaded machine
 TIMEOUT = 16.0
 SHAPES = dict(q=4, k=2, v=2)
 
@@ -31,7 +31,7 @@ def attend(batch):
 
 
 def late_run(rank, lost, how):
-    """Return the error that ends calls of attention, none of which waits on the host."""
+    """Return the error that ends attention calls that never wait on the host."""
     imitate_nccl(seconds=600, blocks=False)
     with pytest.raises(da.LostRankError) as error, shared(strategy="ring", data="replicated", timeout=TIMEOUT) as cp:
         batch = cp.shard(next(iter(loader(0)))[0])
@@ -41,7 +41,7 @@ def late_run(rank, lost, how):
         if rank == lost:
             os.kill(os.getpid(), how)
         attend(batch)
-        # a loop that never reads the outputs; the test's own limit ends it
+        # imitate a loop that never reads the outputs; the test's own limit ends it
         while True:
             time.sleep(0.2)
             attend(batch)
@@ -54,25 +54,25 @@ def test_a_lost_rank_is_named_with_the_move_that_is_waited_for(how):
     errors = run_survivors(3, 1, late_run, 1, how)
     for error in errors.values():
         assert "rank 1 stopped answering: killed, stopped or unreachable" in error
-    # the ranks that wait for it
+    # these ranks wait for it
     assert any(
         "KV from rank" in error and "of the forward pass did not come within 12 s" in error for error in errors.values()
     )
 
 
 def first_contact(rank, lost, how):
-    """Return the error that ends calls of attention whose first message to the lost rank blocks the host."""
+    """Return the error that ends attention calls whose first message to the lost rank blocks the host."""
     imitate_nccl(seconds=600, blocks=False)
     communicator._CONNECTED_NEIGHBOURS = 0
     ids = torch.zeros(1, 96, dtype=torch.int64)
     settings = dict(strategy="ring", layout="contiguous", data="replicated", timeout=TIMEOUT)
     with pytest.raises(da.LostRankError) as error, shared(**settings) as cp:
-        # the communicator is opened; no document lies on two ranks, so none sends anything
+        # this opens the communicator; no document spans two ranks, so nothing is sent
         first = cp.shard({"input_ids": ids, "document_lengths": [32, 32, 32]})
         attend(first)
         batch = cp.shard({"input_ids": ids, "document_lengths": [96]})
         for shape, device in first["context_parallel"]._executables:
-            # waits until the ranks have agreed on the plan
+            # this waits until the ranks have agreed on the plan
             batch["context_parallel"].executable(shape, device)
         dist.barrier()
         if rank == lost:

@@ -1,4 +1,6 @@
-"""Two batches that take turns give the gradients of the plain run, and one computes while the other's messages travel."""
+"""Two micro-batches that take turns give the gradients of a plain run, and one computes while the other's messages
+travel.
+"""
 
 import gc
 import weakref
@@ -49,7 +51,7 @@ def test_a_cancelled_micro_batch_that_is_suspended_again_while_it_unwinds_ends()
 
 
 class Block(nn.Module):
-    """A layer with a gate: its parts before and after attention share the norm. `twice` attends two times."""
+    """A layer with a gate, whose parts before and after attention share the norm. twice: the layer attends twice."""
 
     def __init__(self, width: int, heads: int, twice: bool = False):
         super().__init__()
@@ -83,7 +85,7 @@ class Stack(nn.Module):
 
 
 def made(kind):
-    """Return (layers, loss function, parameters)."""
+    """Return (layers, loss function, parameters) of the model `kind`."""
     torch.manual_seed(0)
     if kind == "reentrant":
         model = model_of()
@@ -101,7 +103,9 @@ def made(kind):
 
 
 def alternating_run(rank, kind, options):
-    """Return (losses, gradients) one after the other, then taking turns, with the trace of the latter."""
+    """Return (losses, gradients) of micro-batches run in order, then of micro-batches taking turns, and the trace of
+    the latter.
+    """
     layers, loss, parameters = made(kind)
     out = []
     with shared(**options) as cp:
@@ -143,7 +147,7 @@ def test_any_strategy_may_take_turns_by_nccls_rules(strategy):
 
 
 def _thread_state():
-    """Return the thread's state that a step must not change."""
+    """Return the thread-local state that a step must not change."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -154,7 +158,7 @@ def _thread_state():
 
 
 def trained_run(rank, kind, turns):
-    """Return losses and parameters of five optimizer steps of two micro-batches."""
+    """Return the losses and parameters of five optimizer steps with two micro-batches each."""
     layers, loss, parameters = made(kind)
     optimizer, losses = torch.optim.SGD(parameters, lr=0.05), []
     before = _thread_state()
@@ -226,13 +230,13 @@ def test_messages_of_one_travel_while_the_other_runs(policy):
     for _, spans in run_on_ranks(2, alternating_run, "plain", OPTIONS | {"backward": policy}):
         moves = [span for span in spans if span[1] == "moves"]
         runs = [span for span in spans if span[1] == "runs"]
-        # 3 layers, 2 batches, forward and backward: inputs there, outputs home
+        # 3 layers, 2 batches, forward and backward: inputs to other ranks, outputs back
         assert len(moves) >= 3 * 2 * 2
         hidden = [
             move for move in moves if any(run[0] != move[0] and run[2] < move[3] and move[2] < run[3] for run in runs)
         ]
         assert {part for part, *_ in hidden} == {0, 1}
-        # one at a time
+        # batches run one at a time
         ordered = sorted(runs, key=lambda run: run[2])
         assert all(a[3] <= b[2] for a, b in zip(ordered, ordered[1:], strict=False))
 
@@ -298,7 +302,7 @@ def test_a_failure_in_one_batch_ends_the_others():
     cp.close()
 
 
-def test_what_cannot_take_turns_is_refused():
+def test_models_that_cannot_take_turns_are_refused():
     with pytest.raises(da.DistattnError, match="at least one layer"):
         da.OverlapSchedule([])
     layers, loss, _ = made("plain")

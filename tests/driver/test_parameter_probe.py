@@ -1,4 +1,6 @@
-"""All parameters are compared: ranks with different weights, gradients that are clipped, left out or reduced otherwise."""
+"""All parameters are compared: ranks with different weights, and gradients that are clipped, left out or reduced
+differently.
+"""
 
 import pytest
 import small
@@ -19,7 +21,11 @@ NORM = "model.norm.weight"
 
 
 def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
-    """Return a loop's function after backward, which sums some of the gradients. clip: clip to this norm, in the same place."""
+    """Return a function that sums gradients after the backward pass.
+
+    left_out: parameters that it does not sum. divided: parameters whose gradients it halves. clip: the norm to which it
+    clips.
+    """
 
     def reduce():
         if clip_first:
@@ -36,7 +42,7 @@ def summed(model, left_out=(), divided=(), clip=None, clip_first=False):
 
 
 def refusal_of(cp, model, **arguments) -> str:
-    """Return the refusal of loss_scale, or "" if it accepts the trainer."""
+    """Return the error of loss_scale, or "" if it accepts the trainer."""
     before = [pytorch.full_tensor(parameter.detach()).clone() for parameter in model.parameters()]
     try:
         cp.loss_scale(pytorch.ProbeTarget(model, **arguments))
@@ -51,7 +57,7 @@ def refusal_of(cp, model, **arguments) -> str:
 
 
 def looped(rank: int) -> dict[str, str]:
-    """Return the refusals of hand-written loops, by their mistakes."""
+    """Return the errors for hand-written loops, by mistake."""
     refusals = {}
     with ContextParallel(strategy="ring", kernel="reference") as cp:
         for kind, how in {
@@ -67,7 +73,7 @@ def looped(rank: int) -> dict[str, str]:
         model = small.build()
         if rank == 1:
             with torch.no_grad():
-                # the same numbers in other places
+                # the same numbers in other positions
                 weight = model.get_parameter(DOWN)
                 weight.copy_(weight.flip(0))
         model.get_parameter(DOWN).requires_grad_(False)
@@ -78,7 +84,7 @@ def looped(rank: int) -> dict[str, str]:
     return refusals
 
 
-def test_loops_that_reduce_some_parameters_otherwise_are_refused_by_name():
+def test_loops_that_reduce_some_parameters_differently_are_refused_by_name():
     for refusals in run_on_ranks(2, looped):
         assert refusals["right"] == ""
         assert (
@@ -102,7 +108,7 @@ def test_clipping_is_refused_on_one_rank_as_well():
 
 
 def wrapped(rank: int) -> dict[str, str]:
-    """Return the refusals of PyTorch's wrappers, which leave out the named parameters, and of replicas of shards."""
+    """Return the errors for PyTorch wrappers that leave out parameters, and for replicas of shards."""
     refusals = {}
     with ContextParallel(strategy="ring", kernel="reference") as cp:
         model = small.build()
@@ -116,7 +122,7 @@ def wrapped(rank: int) -> dict[str, str]:
                 fully_shard(layer, mesh=mesh, ignored_params=ignored)
             fully_shard(model, mesh=mesh, ignored_params=ignored)
             if kind == "fsdp, evaluated before":
-                # the root's parameters stay gathered
+                # this leaves the root's parameters gathered
                 with torch.no_grad():
                     pytorch.logits_of(model, cp.shard(small.micro_batch([4, 3])))
             refusals[kind] = refusal_of(cp, model)
@@ -139,7 +145,9 @@ def test_wrappers_of_pytorch_that_leave_out_parameters_are_refused_by_name():
 
 
 def parts(rank: int) -> list[str]:
-    """Return the refusals of ranks with different parts, and of ranks that claim the same part; of many sizes and dtypes."""
+    """Return the errors for ranks with different parts and for ranks that claim the same part, with many sizes and
+    dtypes.
+    """
     refusals = []
     for part in (rank, 0):
         parameters = [
@@ -179,5 +187,6 @@ def test_an_antisymmetric_gradient_has_a_sketch():
     sketches = GradientSketches([], None, torch.device("cpu"))
     values = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     gradient = values - values.T
-    # the mean square of a sketch is that of the gradient's norm; 8 sketches are within a factor of 10 of it
+    # the expected square of a sketch is the squared norm of the gradient. The mean of 8 sketches comes within a factor
+    # of 10
     assert 0.1 < float(sketches._sketch(gradient).square().mean() / gradient.square().sum()) < 10

@@ -1,4 +1,4 @@
-"""Ranks with their own documents that share attention train as one process would."""
+"""Ranks that share attention over their own documents train as a single process would."""
 
 import time
 
@@ -38,7 +38,7 @@ def assert_same(got, wanted, tolerance):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("tolerance", [0.0, 0.02, 0.1])
-def test_losses_and_gradients_equal_one_process(ranks, tolerance):
+def test_losses_and_gradients_match_one_process(ranks, tolerance):
     options = dict(options=dict(tolerance=tolerance, block=8))
     results = run_on_ranks(ranks, pooled_run, options)
     for result, _ in results:
@@ -54,13 +54,13 @@ def test_in_single_precision_too(rules):
 @pytest.mark.sampled(9)
 @pytest.mark.parametrize("rules", ["gloo", "nccl"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_any_strategy_may_share_out_a_pool(strategy, rules):
+def test_any_strategy_can_distribute_a_pool(strategy, rules):
     for result, _ in run_on_ranks(2, by_rules(rules, pooled_run), dict(strategy=strategy)):
         assert_same(result, whole_run(2), 1e-11)
 
 
 def windowed_run(rank):
-    """Return (four ranks' losses and gradients, those of the same data in a pool of a single rank's group)."""
+    """Return (losses and gradients of four ranks together, those of the same data on a single-rank group)."""
     options = dict(document_mask=(11, 0), options=dict(block=8, tolerance=0.0), kernel="reference")
     together, _ = pooled_run(rank, options)
     alone = dist.new_group([rank], use_local_synchronization=True)
@@ -96,8 +96,8 @@ def sampled_run(rank):
     return len(set(proven))
 
 
-def test_of_the_plans_of_a_run_the_first_and_every_so_many_are_proven():
-    # 3, 2 and 2 micro-batches in three steps: numbers 0, 3 and 6
+def test_the_first_and_every_nth_plan_of_a_run_are_proven():
+    # 3, 2 and 2 micro-batches in three steps; plans 0, 3 and 6 are proven
     assert run_on_ranks(4, sampled_run) == [3] * 4
 
 
@@ -118,7 +118,7 @@ def test_context_parallel_ranks_share_one_batch(layout):
 
 
 def served_run(rank, servers, wrap, options):
-    """Train, checkpointed or sharded, and evaluate after every step on ranks below the servers; the last ranks serve."""
+    """Train a checkpointed or FSDP2 model, and evaluate after every step. The last `servers` ranks only serve."""
     models = dist.get_world_size() - servers
     trainers = dist.new_group(list(range(models)))
     if rank >= models:
@@ -169,14 +169,14 @@ def test_ranks_without_a_model_serve(servers, wrap, rules):
     for result, evaluated in results[:2]:
         assert_same(result, wanted, 1e-11)
         assert evaluated == pytest.approx([loss for loss, _ in wanted], rel=1e-11)
-    # 2 layers; 3, 1 and 1 micro-batches in three steps, trained and evaluated
+    # 2 layers, and 3 + 1 + 1 micro-batches in three steps, trained and evaluated
     passes = 2 * 5
     assert served[1] == passes
     assert served[0] == passes * (3 if wrap == "checkpoint" else 2)
 
 
 def leaving_run(rank, adaptive):
-    """Leave a loop, begin again, and evaluate inside the training loop."""
+    """Leave a loop, start a new one, and evaluate inside the training loop."""
     trainers = dist.new_group([0, 1])
     if rank == 2:
         return tuple(da.serve())
@@ -225,7 +225,7 @@ def idle_run(rank):
     model = model_of()
     with shared(servers=1, timeout=20.0) as cp:
         for number, micro_batches in enumerate(cp.steps(loader(0))):
-            # like an evaluation or a checkpoint: longer than the time-out for a rank that does not answer
+            # like an evaluation or a checkpoint, this takes longer than the time-out for an unresponsive rank
             time.sleep(22 if number == 1 else 0)
             for batch in micro_batches:
                 local_loss(model, batch).backward()
@@ -238,7 +238,9 @@ def test_servers_wait_for_ranks_that_live_however_long_they_are_silent():
 
 
 def replicas_run(rank, data):
-    """Return each step's number of micro-batches and gradients. The second pair of ranks has fewer of both."""
+    """Return each step's number of micro-batches and gradients. The second pair of ranks has fewer steps and
+    micro-batches.
+    """
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     settings = dict(strategy="ring") if data == "replicated" else dict(options=dict(block=8))
     model, out = model_of(), []
@@ -250,10 +252,10 @@ def replicas_run(rank, data):
 
 
 @pytest.mark.parametrize("data", ["replicated", "per_rank"])
-def test_replicas_may_have_unequally_many_steps_and_micro_batches(data):
+def test_replicas_may_have_unequal_numbers_of_steps_and_micro_batches(data):
     blocks = 2 if data == "replicated" else 4
     wanted = whole_run(blocks)
-    # as many as the rank with the most steps
+    # as many micro-batches as the rank with the most
     most = [max(len(steps[s : s + 1] and steps[s]) for steps in PACKS[:blocks]) for s in range(len(wanted))]
     for result in run_on_ranks(4, replicas_run, data):
         assert [count for count, *_ in result] == most
@@ -300,7 +302,7 @@ def test_measured_speeds_are_applied_two_steps_later_and_a_log_replays_the_run()
     wanted = whole_run(4)
     logs = [log for _, log in results]
     assert all(log == logs[0] for log in logs)
-    # no speeds are known in the first two steps
+    # speeds are unknown in the first two steps
     assert logs[0][:2] == [None, None] and len(logs[0]) == len(wanted) and all(logs[0][2:])
     for result, _ in results:
         assert_same(result, wanted, 1e-11)
@@ -318,7 +320,7 @@ def test_without_adapting_a_run_is_bitwise_the_same():
         assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(result, again, strict=True))
 
 
-def test_one_process_is_a_pool_of_its_own():
+def test_a_single_process_is_its_own_pool():
     cp = shared(options=dict(block=8))
     ((batch, empty), *_) = [*cp.steps([[documents(0, 0, 0), documents(0, 0, 1)]])]
     assert batch["input_ids"].shape == (1, 150) and empty["input_ids"].shape == (1, 49)
@@ -335,7 +337,7 @@ def test_one_process_is_a_pool_of_its_own():
         (dict(verify_every=0), "verify_every: at least 1, not 0"),
     ],
 )
-def test_pools_that_cannot_be_are_refused(options, sentence):
+def test_impossible_pools_are_refused(options, sentence):
     with pytest.raises(da.DistattnError, match=sentence):
         shared(**options).close()
 

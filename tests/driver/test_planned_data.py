@@ -1,4 +1,6 @@
-"""Packs of a plan over real ranks: each reads only its own tokens, and damage on one rank ends all, with its name."""
+"""Packs of a plan on real ranks: each rank reads only its own tokens, and damage on one rank ends all ranks with an
+error that names it.
+"""
 
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from distattn.data.loader import PackLoader
 from distattn.data.packing.pack_plan import PackPlan
 from distattn.ir.errors import DamagedDataError, LostRankError
 
-# int32 tokens: eight blocks of 16 KiB, each with its own digest
+# int32 tokens fill eight blocks of 16 KiB, each with its own digest
 TOKENS = 32_768
 STEPS = 6
 
@@ -27,7 +29,7 @@ def folder(tmp_path):
 
 
 def opened(folder: Path):
-    # opened in each process: a file remembers its checked blocks
+    # open them in each process, because a file remembers which blocks it has checked
     return PackPlan.open(folder / "plan.packs"), [Corpus.open("web", [str(folder / "web-0")])]
 
 
@@ -47,7 +49,7 @@ def sharded(rank, folder, layout, digests):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_ranks_read_their_own_tokens_and_together_all(folder, layout):
+def test_ranks_read_their_own_tokens_and_together_all_tokens(folder, layout):
     plan, corpora = opened(folder)
     results = run_on_ranks(4, sharded, folder, layout, False)
     for step in range(STEPS):
@@ -57,7 +59,7 @@ def test_ranks_read_their_own_tokens_and_together_all(folder, layout):
         wanted = torch.from_numpy(corpora[0].read(int(row["document"]), 0, TOKENS).astype(np.int64))
         assert torch.equal(ids, wanted) and torch.equal(positions, torch.arange(TOKENS))
         assert torch.equal(labels[:-1], wanted[1:]) and labels[-1] == -100
-    # int32, and one more token for the label of each segment except the document's last
+    # 4 bytes per token, plus one more token per segment for its last label, except at the document's end
     segments = 4 if layout == "contiguous" else 7
     assert sum(size for _, size in results) == 4 * STEPS * (TOKENS + segments - 1)
 
@@ -67,14 +69,16 @@ CONTEXT = 64
 
 @pytest.fixture
 def kept(tmp_path):
-    """Write documents three times as long as the context, which are kept whole, and others."""
+    """Write documents three times as long as the context, which are kept whole, among shorter ones."""
     corpora = [write_corpus(tmp_path, "web", [[3 * CONTEXT, 30, 20, 64, 11, 40, 9, 64, 2] * 3])]
     small_plan(tmp_path, corpora, context=CONTEXT, packs=6, rule={"long_documents": "keep"})
     return tmp_path
 
 
 def kept_run(rank, folder, settings):
-    """Return, for each step and micro-batch of this rank's share: (documents' tokens, its own (id, label) pairs)."""
+    """Return, for each step and micro-batch of this rank's share, (tokens of its documents, this rank's (id, label)
+    pairs).
+    """
     plan, corpora = opened(folder)
     out = []
     with da.ContextParallel(strategy="ring", layout="zigzag", **settings) as cp:
@@ -85,7 +89,7 @@ def kept_run(rank, folder, settings):
                 torch.stack([micro_batch["input_ids"][0], micro_batch["labels"][0]], 1).tolist()
                 for micro_batch in micro_batches
             ]
-            # a share with fewer packs than another takes part with batches without tokens of its own
+            # a share with fewer packs than another takes part with empty batches
             assert all(pair == [0, -100] for of_micro_batch in pairs[len(lengths) :] for pair in of_micro_batch)
             out.append(list(zip(lengths, pairs, strict=False)))
     return cp.data_parallel_rank, out
@@ -98,7 +102,7 @@ def kept_run(rank, folder, settings):
     ids=["2 ranks", "4 ranks", "2 shares of 2 ranks"],
 )
 def test_the_ranks_of_a_share_split_a_document_that_is_kept_whole(kept, ranks, settings):
-    """Check that together they have all tokens and labels, and each as many tokens as the others."""
+    """Check that the ranks together have all tokens and labels, and each rank the same number of tokens."""
     plan, corpora = opened(kept)
     results = run_on_ranks(ranks, kept_run, kept, settings)
     whole = 0
@@ -120,14 +124,14 @@ def test_the_ranks_of_a_share_split_a_document_that_is_kept_whole(kept, ranks, s
                         len({len(own_pairs) for _, own_pairs in parts}) == 1
                         and len(parts[0][1]) <= 3 * CONTEXT / len(parts) + 2
                     )
-                    # no label is lost inside the document
+                    # no label inside the document is lost
                     begin = sum(batch.lengths[: batch.lengths.index(3 * CONTEXT)])
                     assert torch.equal(labels[begin : begin + 3 * CONTEXT - 1], ids[begin + 1 : begin + 3 * CONTEXT])
     assert whole == 3
 
 
 def trained(rank, folder):
-    """Return the error that ends this rank's loop, or write step and error to a file if the data is damaged."""
+    """Return the error that ends this rank's loop. If the data is damaged, write the step and the error to a file."""
     plan, corpora = opened(folder)
     steps = 0
     try:
@@ -144,7 +148,7 @@ def trained(rank, folder):
 def test_a_file_that_is_damaged_where_one_rank_reads_ends_all_ranks(folder):
     plan, _ = opened(folder)
     document = int(plan.step(3).packs[0].rows[0]["document"])
-    # in the last block, which only rank 3 reads
+    # damage the last block, which only rank 3 reads
     place = 4 * (TOKENS * document + TOKENS - 5)
     with open(folder / "web-0.bin", "r+b") as file:
         file.seek(place)

@@ -1,4 +1,6 @@
-"""Packs of a plan in every kind of loop: with servers, taking turns, with an evaluation inside; as one process."""
+"""Packs of a plan match a single process in every kind of loop: with servers, with micro-batches taking turns, with a
+nested evaluation.
+"""
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ def loader_of(folder, share, shares, **more):
 
 
 def whole_run(folder, model, logits_of, begin=0, end=STEPS):
-    """Return (loss, gradients) of steps of the plan: one process, one document at a time."""
+    """Return (loss, gradients) of the plan's steps in a single process, one document at a time."""
     plan, corpus, out = PackPlan.open(folder / "plan.packs"), Corpus.open("web", [str(folder / "web-0")]), []
     for step in range(begin, end):
         rows = [row for pack in plan.step(step).packs for row in pack.rows]
@@ -56,7 +58,7 @@ def plain_run(folder, begin=0, end=STEPS):
 
 
 def served_run(rank, folder):
-    """Train on two ranks, with an evaluation of the plan's next step inside the loop. The third rank serves."""
+    """Train on two ranks and evaluate the plan's next step inside the loop. The third rank serves."""
     trainers = dist.new_group([0, 1])
     if rank == 2:
         return tuple(da.serve())
@@ -80,12 +82,14 @@ def test_ranks_without_a_model_serve_a_plan_and_its_evaluation(folder):
     for result, evaluated in results:
         assert_same(result, wanted, 1e-11)
         assert evaluated == pytest.approx([held_out] * STEPS, rel=1e-11)
-    # the backward passes of two layers
+    # each micro-batch has one backward pass in each of the two layers
     assert served[1] == 2 * STEPS * (PACKS // 2)
 
 
 def alternating_run(rank, folder):
-    """Let two micro-batches of each share take turns. Return (losses and gradients, number of exchanges of a step's facts)."""
+    """Train with two micro-batches per share taking turns. Return (losses and gradients, number of exchanges of step
+    facts).
+    """
     layers, loss, parameters = made("huggingface")
     asked, gather, out = [], HostGroup.all_gather, []
     HostGroup.all_gather = lambda group, value, label: (asked.append(label), gather(group, value, label))[1]
@@ -108,6 +112,6 @@ def test_micro_batches_of_a_plan_take_turns(folder):
         assert asked == 1
 
 
-def test_shares_that_cannot_have_equally_many_are_refused(folder):
+def test_unequal_shares_are_refused(folder):
     with pytest.raises(da.DistattnError, match="4 packs of step 0 cannot be dealt out evenly to 3 shares"):
         loader_of(folder, 0, 3)

@@ -1,4 +1,4 @@
-"""Micro-batches that take turns in a model that FSDP2 shards: many steps train as without turns."""
+"""Micro-batches that take turns in a model sharded by FSDP2 train as they do without turns, over many steps."""
 
 import contextlib
 from functools import partial
@@ -37,8 +37,8 @@ def counting(calls, kind, original, *arguments, **options):
 
 @contextlib.contextmanager
 def counted_collectives(calls):
-    """Count the gathers of parameters and reductions of gradients of FSDP2 while the context is open."""
-    # the second name is that of PyTorch before 2.13
+    """Count FSDP2's all-gathers of parameters and reductions of gradients inside the `with` block."""
+    # the second name is used before PyTorch 2.13
     names = {
         "gathers": ("all_gather_single", "all_gather_into_tensor"),
         "reductions": ("reduce_scatter_single", "reduce_scatter_tensor"),
@@ -52,7 +52,9 @@ def counted_collectives(calls):
 
 
 def trained_run(rank, turns, count, memory, frozen=False):
-    """Return (loss, gradient norm) of each step, the weights, and how often parameters were gathered and gradients reduced."""
+    """Return (loss, gradient norm) of each step, the final weights, and the numbers of all-gathers and gradient
+    reductions.
+    """
     model = model_of()
     MemorySettings(**memory).apply(model)
     model.get_input_embeddings().requires_grad_(not frozen)
@@ -93,7 +95,7 @@ def test_many_steps_of_sharded_layers_train_as_without_turns(count, memory):
     ):
         assert torch.allclose(torch.tensor(turned), torch.tensor(curve), rtol=1e-9, atol=0)
         assert (weights - turned_weights).abs().max() <= 1e-9 * weights.abs().max()
-        # two layers and what is around them, once a step and not once a micro-batch
+        # two layers and the root module, once per step rather than once per micro-batch
         assert turned_calls["reductions"] == 3 * STEPS
         assert calls["reductions"] == 3 * STEPS * count
         assert turned_calls["gathers"] < calls["gathers"]
@@ -123,5 +125,5 @@ def refused_run(rank):
         da.OverlapSchedule(layers, layers)
 
 
-def test_what_cannot_be_sharded_is_refused_in_a_sentence():
+def test_models_that_cannot_be_sharded_are_refused_in_a_sentence():
     run_on_ranks(1, refused_run)

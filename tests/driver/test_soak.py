@@ -1,4 +1,4 @@
-"""Nothing grows over many steps: threads, descriptors, objects, messages under way. Closing releases all of it."""
+"""Nothing grows over many steps: threads, descriptors, objects or messages in flight. Closing releases all of them."""
 
 import gc
 import os
@@ -12,12 +12,12 @@ from waiting import eventually
 
 import distattn as da
 
-# a warm-up, in which caches fill
+# warm-up steps, in which caches fill
 WARM_UP = 20
 
 
 def counted(cp):
-    """Return (descriptors, threads, Python objects, control messages under way)."""
+    """Return (descriptors, threads, Python objects, control messages in flight)."""
     gc.collect()
     control = cp._communicators.control
     in_flight = sum(map(len, control._host._in_flight.values())) if control else 0
@@ -63,7 +63,7 @@ def test_nothing_grows_over_hundreds_of_steps_with_servers():
 
 
 def assert_nothing_grows(steps, settings):
-    # ranks that split a batch get the same one
+    # ranks that split a batch must get the same one
     work = soaked if settings.get("data") != "replicated" else _same_batches
     for result in run_on_ranks(3, work, steps, settings):
         if isinstance(result, int):
@@ -71,7 +71,7 @@ def assert_nothing_grows(steps, settings):
             continue
         (files, threads, objects, _), (files_later, threads_later, objects_later, in_flight) = result
         assert files_later <= files and threads_later <= threads
-        # the objects of a step vary; a leak in each step is more than one object per step
+        # the number of objects varies between steps; a leak adds at least one object per step
         assert objects_later - objects < (steps - WARM_UP) / 2 + 200
         assert in_flight <= 64
 
@@ -81,14 +81,14 @@ def _same_batches(rank, steps, settings):
 
 
 def opened_and_closed(rank, times):
-    """Return descriptors and threads after some drivers have been made, used and closed."""
+    """Return the numbers of descriptors and threads after each of `times` drivers has been created, used and closed."""
     counts = []
     for _ in range(times):
         with shared() as cp:
             for (batch,) in cp.steps(batches(rank, 2)):
                 q, k, v = (torch.randn(batch["input_ids"].shape[1], heads, 8) for heads in (2, 1, 1))
                 batch["context_parallel"].attention(q, k, v)
-        # closing waits one second for the thread, which a busy machine may exceed
+        # closing waits one second for this thread, which may not be enough on a busy machine
         eventually(lambda: not any("distattn-health" in thread.name for thread in threading.enumerate()), "it goes on")
         gc.collect()
         counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
@@ -97,5 +97,5 @@ def opened_and_closed(rank, times):
 
 def test_a_closed_driver_gives_back_its_threads_and_connections():
     for counts in run_on_ranks(2, opened_and_closed, 6):
-        # the first driver opens a process group's communicator for messages, which stays
+        # the first driver opens a process group for messages, which stays open
         assert counts[-1] <= counts[1], counts

@@ -1,7 +1,7 @@
-"""The driver on streams: every access to a tensor comes after those that it depends on, in all threads.
+"""The driver on streams: every tensor access comes after the accesses it depends on, in all threads.
 
-See `stream_clocks` for what is checked, and `imitated_cuda` for what stands for a GPU here. Runs train in a side stream, unless
-they say otherwise.
+`stream_clocks` describes the checks, and `imitated_cuda` the stand-in for a GPU. Training runs on a side stream unless
+noted otherwise.
 """
 
 import gc
@@ -33,7 +33,7 @@ from distattn.parallel.runtime.communication.transport import GroupTransport, _P
 
 WIDTH, HEADS = 64, 4
 SHAPE = AttentionShape(HEADS, HEADS, WIDTH // HEADS, WIDTH // HEADS, "float32")
-# by rank and step: the documents of its micro-batches
+# document lengths by rank, step and micro-batch
 PACKS = [
     [[[200, 9], [40, 60]], [[70, 70], [9, 80]], [[100, 31], [150]]],
     [[[30, 30], [5, 50]], [[128]], [[16] * 6]],
@@ -66,7 +66,7 @@ class Model(nn.Module):
         x = self.embed(local["input_ids"].to(DEVICE, non_blocking=True))
         for layer in self.layers:
             if self.is_checkpointed:
-                # CUDA's random numbers are not imitated
+                # CUDA's random number generators are not imitated
                 x = checkpoint(layer, x, local["context_parallel"], use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, local["context_parallel"])
@@ -74,7 +74,7 @@ class Model(nn.Module):
 
 
 class NestedModel(Model):
-    """Layers of two shapes, each checkpointed, within a checkpoint of both."""
+    """Layers of two shapes, each checkpointed, inside a checkpoint of both."""
 
     def __init__(self):
         super().__init__()
@@ -106,24 +106,24 @@ def loader(rank, device):
 
 
 def watched(rank, work, *arguments):
-    """Return the violations while `work` ran in a side stream, and the counts of checked accesses."""
+    """Run `work` on a side stream. Return the violations and the counts of checked accesses."""
     with imitated_cuda() as cuda:
         with torch.cuda.stream(torch.cuda.Stream()):
             work(rank, *arguments)
-        # tensors that are freed count, too
+        # freeing a tensor is checked as well
         gc.collect()
         return cuda.clocks.violations, cuda.clocks.counts
 
 
 def assert_none_found(results):
-    """Assert that there are no violations, but streams that depend on each other and memory that passes between them."""
+    """Assert that there are no violations, and that streams did depend on each other and reuse each other's memory."""
     for violations, counts in results:
         assert not violations, "\n".join(violations)
         assert counts["accesses after another stream's"] and counts["freed after another stream's use"]
 
 
 def trained(rank, settings, loads="cpu", takes_turns=False, is_checkpointed=False):
-    """Run a few steps of micro-batches, one after another or taking turns. loads: the device of the loader's batches."""
+    """Run a few steps of micro-batches, in order or taking turns. loads: the device of the loader's batches."""
     model = Model(is_checkpointed).to(DEVICE)
     optimizer, schedule = torch.optim.SGD(model.parameters(), lr=0.1), da.OverlapSchedule(model.layers)
     is_first_over = False
@@ -138,14 +138,14 @@ def trained(rank, settings, loads="cpu", takes_turns=False, is_checkpointed=Fals
                     loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            # the host waits for the device as seldom as possible
+            # make the host wait for the device as rarely as possible
             if not is_first_over:
                 cp.mean_loss(losses)
             is_first_over = True
 
 
 def trained_on_two_streams(rank, settings, arenas_at_end=2):
-    """Run steps of nested checkpoints, while another stream evaluates the first micro-batch."""
+    """Run steps of nested checkpoints while another stream evaluates the first micro-batch."""
     model, other, stream = NestedModel().to(DEVICE), torch.cuda.Stream(), torch.cuda.current_stream(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with da.ContextParallel(kernel=KERNEL, **settings) as cp:
@@ -158,16 +158,16 @@ def trained_on_two_streams(rank, settings, arenas_at_end=2):
             stream.wait_stream(other)
             optimizer.step()
             optimizer.zero_grad()
-        # one arena for each stream, of the size of the largest pass
+        # one arena per stream, with the size of the largest pass
         assert len(ARENAS.idle_bytes(DEVICE)) == arenas_at_end
     assert ARENAS.idle_bytes(DEVICE) == []
 
 
-# a double ring of three ranks has only one ring
+# with three ranks a double ring has only one ring
 FOUR_RANKS = ("double_ring", "allgather", "usp", "cad_greedy")
 
 
-# with batches that the loader puts on the device, and with batches on the host
+# the loader puts batches on the device or on the host
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("strategy", "ranks", "loads"),
@@ -194,7 +194,9 @@ def test_nested_checkpoints_of_several_shapes_share_arenas_without_a_race(settin
 
 
 def watched_from_another_device(rank, work, *arguments):
-    """Return the violations while `work` ran in a thread whose current device is not that of the tensors."""
+    """Run `work` in a thread whose current device is not the tensors' device. Return the violations and how often a
+    device was set.
+    """
     with imitated_cuda(current=0) as cuda:
         work(rank, *arguments)
         gc.collect()
@@ -241,7 +243,7 @@ def test_attention_servers_have_no_race(servers):
     assert_none_found(run_on_ranks(2 + servers, watched, served, servers))
 
 
-# breaches: each changes a process that ends afterwards
+# each breach changes a process that ends afterwards
 
 
 def lists_are_not_joined():

@@ -1,4 +1,4 @@
-"""Properties that are computed once, on any thread."""
+"""Properties that are computed once, from any thread."""
 
 import threading
 
@@ -6,7 +6,7 @@ from distattn.ir.cached import cached_property
 
 
 class _Slow:
-    """Its answer waits for `asked` of another instance."""
+    """An object whose answer waits until `ready` is set."""
 
     def __init__(self, ready):
         self.ready, self.asked, self.times = ready, threading.Event(), 0

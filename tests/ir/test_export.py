@@ -1,4 +1,4 @@
-"""Masks in other kernels' forms: the same cells, or a refusal."""
+"""Masks converted for other kernels describe the same cells, or are refused."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_rows_of_too_many_pieces_are_refused():
 
 
 def varlen_cells(varlen) -> np.ndarray:
-    """Return the cells that a varlen kernel computes, by flash-attn's documentation."""
+    """Return the cells that a varlen kernel computes according to flash-attn's documentation."""
     q, k = np.arange(N)[:, None], np.arange(N)[None]
     document = np.searchsorted(varlen.cu_seqlens, np.arange(N), "right")
     cells = document[:, None] == document[None]
@@ -94,6 +94,6 @@ def test_documents_in_any_order_and_with_origins_are_understood():
         (da.Mask.from_pieces([[0, 5, 0, 5, -9, -1]]), "always allow the diagonal"),
     ],
 )
-def test_what_varlen_cannot_say_is_refused(mask, sentence):
+def test_masks_that_varlen_cannot_express_are_refused(mask, sentence):
     with pytest.raises(da.DistattnError, match=sentence):
         da.cu_seqlens(mask)

@@ -1,4 +1,4 @@
-"""Rows of whole numbers are numbered as NumPy numbers them."""
+"""Unique rows of integers are numbered as NumPy numbers them."""
 
 import numpy as np
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from distattn.ir.intervals import numbers_of_rows
 
-# few values, so that rows repeat, and the widest that there are
+# a few small values, so that rows repeat, and the largest possible ones
 VALUES = st.one_of(st.integers(-2, 2), st.sampled_from([-(2**62), 2**62, 2**40, -(2**63), 2**63 - 1]))
 
 

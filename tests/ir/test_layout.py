@@ -1,4 +1,4 @@
-"""Layouts: who owns what, in which order; shards, positions and labels."""
+"""Layouts: ownership and order of tokens, shards, positions and labels."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_zigzag_pairs_early_chunks_with_late_ones():
 
 def test_document_zigzag_deals_each_document_and_fills_the_emptiest_rank():
     layout = Layout.document_zigzag([40, 3, 3, 3, 3, 40], 4, min_chunk=5)
-    # short documents are one chunk each, and each goes to the rank with fewest tokens: ties to the lowest
+    # each short document is one chunk, assigned to the rank with the fewest tokens; ties go to the lowest rank
     assert [int(layout.chunks["rank"][np.searchsorted(layout.chunks["t1"], t, "right")]) for t in (40, 43, 46, 49)] == [
         0,
         1,
@@ -50,7 +50,7 @@ def test_document_zigzag_deals_each_document_and_fills_the_emptiest_rank():
 
 
 def balance(layout):
-    """Return tokens and causal work of the busiest rank, divided by the mean."""
+    """Return the tokens and the causal work of the busiest rank, each divided by the mean over ranks."""
     ranks, t0, t1 = (layout.chunks[name] for name in ("rank", "t0", "t1"))
     positions = layout.positions_of(np.arange(layout.n)) + 1
     work = np.add.reduceat(positions, t0)
@@ -91,7 +91,7 @@ def test_positions_restart_and_targets_cross_shards_but_not_documents():
     assert layout.position_ids(1).tolist() == [0, 1, 2, 3]
     labels = torch.arange(8)[None]
     assert layout.shift_labels(labels).tolist() == [[1, 2, -100, -100, 5, 6, 7, -100]]
-    # the target of a shard's last token is the next rank's first
+    # the label of a shard's last token is the next rank's first token
     whole = Layout.contiguous([8], 2)
     assert whole.shard(whole.shift_labels(np.arange(8)), 0).tolist() == [1, 2, 3, 4]
 
@@ -130,7 +130,7 @@ def test_block_cyclic_deals_blocks_round_and_round():
 
 
 def packs(seed: int, heavy: bool, tokens: int = 1 << 20) -> list[int]:
-    """Draw a pack of documents: log-normal like long-context mixes, or with a much heavier tail."""
+    """Draw a pack of documents with log-normal lengths, as in long-context mixes, or with a much heavier tail."""
     rng = np.random.default_rng(seed)
     raw = (rng.pareto(0.9, 4000) + 1) * 400 if heavy else rng.lognormal(6.6, 1.6, 4000)
     lengths = np.clip(raw.astype(int), 1, tokens)
@@ -157,8 +157,8 @@ def test_balanced_in_chunks_has_equal_work_and_nearly_equal_tokens(heavy):
                 dtype="bfloat16",
             )
             area, tokens = plan.area_by_rank(), layout.shard_sizes()
-            # under windows and full documents a much heavier tail leaves chunks that weigh alike: none to exchange, and
-            # no rank shall get more than a quarter too many tokens for the sake of its work
+            # with windows and full documents, a much heavier tail leaves chunks of almost equal work, so nothing can be
+            # exchanged. To balance work, no rank may get more than 1.25 times the mean number of tokens
             alike = heavy and mask is not None and len(mask.pieces) > 1
             assert area.max() <= (1.06 if alike else 1.02) * area.mean()
             assert tokens.max() <= 1.25 * tokens.mean()
@@ -187,7 +187,8 @@ def test_the_cost_of_a_layout_counts_short_chunks_received_keys_and_tokens():
     whole, cut = Layout.contiguous([4, 4], 2), Layout.zigzag([4, 4], 2)
     # 10 cells in a chunk of 4 rows, nothing received, 4 tokens
     assert layout_cost(mask, 2, *(whole.chunks[name] for name in columns)) == 10 * (1 + 550 / 4) + 4 * 10_000
-    # rank 1 owns the ends: chunks [2, 4) and [4, 6) are joined; rank 0 has [0, 2) and [6, 8), and receives 2 keys
+    # rank 1 owns the documents' ends, so chunks [2, 4) and [4, 6) are joined. Rank 0 has [0, 2) and [6, 8), and
+    # receives 2 keys
     rows = 3 * (1 + 550 / 2) + 7 * (1 + 550 / 2)
     assert layout_cost(mask, 2, *(cut.chunks[name] for name in columns)) == rows + 2 * 1_000 + 4 * 10_000
 
@@ -217,7 +218,8 @@ def test_placed_deals_long_documents_and_leaves_others_whole():
         np.unique(layout.chunks["rank"][(layout.chunks["t0"] < b) & (layout.chunks["t1"] > a)])
         for a, b in spans(lengths)
     ]
-    # the long one has 8 x 200 million cells, all of the others 25: every rank has its share of it
+    # the long document has 200 million cells and the others 25 million in total, so every rank gets a share of the long
+    # one
     assert len(owners[0]) == 8
     assert sum(len(owner) == 1 for owner in owners[1:]) >= 190
     work = [sum(Mask.documents(lengths).area((a, b)) for a, b in chunk_spans(layout, rank)) for rank in range(8)]

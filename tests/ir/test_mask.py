@@ -1,4 +1,4 @@
-"""The mask algebra against its definition, cell by cell."""
+"""The mask algebra matches its definition, cell by cell."""
 
 import time
 from itertools import pairwise
@@ -13,7 +13,7 @@ from distattn.ir.mask import Mask
 
 
 def cells(n: int, piece) -> np.ndarray:
-    """Return a band's cells by its definition."""
+    """Return a band's cells, by definition."""
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = piece
     q, k = np.arange(n)[:, None], np.arange(n)[None]
     distance = (k - ok) // bk - (q - oq) // bq
@@ -47,7 +47,7 @@ def any_bands(draw):
 
 @st.composite
 def masks(draw):
-    """Draw (n, pieces): disjoint bands that all hold a cell, on a grid of rectangles."""
+    """Draw (n, pieces): disjoint, non-empty bands on a grid of rectangles."""
     n = draw(st.integers(1, 48))
     cuts = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))}) for _ in range(2)]
     pieces = []
@@ -61,7 +61,7 @@ def masks(draw):
             lo = draw(st.one_of(st.integers(distance - n, distance), st.just(-(1 << 40))))
             hi = draw(st.one_of(st.integers(distance, distance + n), st.just(1 << 40)))
             pieces.append((q0, q1, k0, k1, lo, hi, bq, bk, oq, ok))
-            # a second band of the same rectangle, beyond the first: disjoint cell by cell
+            # add a second band in the same rectangle, beyond the first, so that both are disjoint cell by cell
             if (bq, bk) == (1, 1) and hi + oq - ok < k1 - 1 - q0 and draw(st.booleans()):
                 pieces.append((q0, q1, k0, k1, hi + 1, 1 << 40, 1, 1, oq, ok))
     return n, draw(st.permutations(pieces))
@@ -117,7 +117,7 @@ def test_tile_runs_name_every_tile_with_its_kind(mask_case, bm, bn):
             named = [{name: int(column[i]) for name, column in runs.items()} for i in mine]
             assert some <= {j for run in named for j in range(run["begin"], run["end"])}
             assert full == {j for run in named for j in range(run["full_begin"], run["full_end"])}
-            # a run starts and ends with a tile that holds a cell
+            # a run starts and ends with a non-empty tile
             assert all({run["begin"], run["end"] - 1} <= some for run in named)
 
 
@@ -185,7 +185,7 @@ def test_a_million_tokens_in_hundreds_of_documents_answer_at_once():
     mask.needed_keys([(5, 90_000), (500_000, 700_000)])
     runs = mask.tiles(128, 128)
     assert len(runs["tile"]) < 10_000
-    # milliseconds of the processor; the bound only catches anything that grows with tokens squared
+    # this takes milliseconds of CPU time. The limit only catches time that grows with the square of the tokens
     assert time.thread_time() - began < 1.0
 
 
@@ -204,7 +204,7 @@ N = sum(LENGTHS)
 q, k = np.arange(N)[:, None], np.arange(N)[None]
 same, s = DOC[:, None] == DOC[None], START[None]
 
-# the twelve static patterns of the long-context attention benchmark, and sink tokens, as they are defined in words
+# the twelve static masks of the long-context attention benchmark, and sink tokens, by their definitions in words
 PATTERNS = {
     "full": (Mask.full(N), (q == q) & (k == k)),
     "causal": (Mask.causal(N), k <= q),

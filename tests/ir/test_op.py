@@ -1,4 +1,4 @@
-"""Ops: what a task computes, in a call, in bytes and in a plan's file."""
+"""Ops: what a task computes, in calls, in byte counts and in plan files."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def moves_of(*rows: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def test_states_have_the_bytes_of_the_design():
-    # bytes of one head at 128 x 128: a prefix, and with its transition
+    # bytes of one 128 x 128 head: the state of a prefix, and the same with its transition
     wanted = {
         "linear_attention": (65536, 65536),
         "retention": (65536, 65536),
@@ -39,10 +39,10 @@ def test_states_have_the_bytes_of_the_design():
         call = call_of(name)
         moves = moves_of((0, 0, 1, S, 0, 5, 0, 1), (0, 0, 1, S, 5, 8, 0, 1), (1, 0, 1, S, 6, 8, 0, 3))
         assert move_bytes(call, moves).tolist() == [sizes[0], sizes[0], 3 * sizes[1]], name
-        # gradient states are prefixes where they end with their document
+        # gradient states are prefixes if they end with their document
         moves = moves_of((0, 0, 1, DS, 3, 5, 0, 1), (0, 0, 1, DS, 6, 8, 0, 1), (0, 0, 1, DS, 7, 16, 0, 1))
         assert move_bytes(call, moves).tolist() == [sizes[0], sizes[1], sizes[0]], name
-    # states of fp64 calls are fp64
+    # fp64 calls have fp64 states
     assert call_of("gla", "float64").state_bytes(False) == 8 * (128 * 128 + 128)
 
 
@@ -66,7 +66,7 @@ def test_gates_are_as_wide_as_sums_and_heads_share_queries_and_keys():
 
 def test_a_task_reads_the_tokens_of_its_segment():
     call = call_of("gla")
-    # the whole of a segment, a state, a gradient state
+    # a whole segment, a state, a gradient state
     tasks = Table.from_rows(
         [(0, 0, 1, 8, 16, 5, 11, 1, 4), (1, 0, 1, 8, 8, 5, 11, 1, 4), (2, 0, 1, 8, 16, 11, 11, 1, 4)]
     ).tasks
@@ -102,11 +102,11 @@ def test_plans_of_attention_keep_their_digests():
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16")
     plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, 2), strategy="ring", **shape)
     assert plan.call.op == ATTENTION and "op" not in plan._shape()
-    # as it was before there were ops
+    # the digest from before ops were introduced
     assert plan.digest == "a7bf501aa4bb2180851fe1299c385fc9"
 
 
-def test_recurrences_refuse_what_is_no_document():
+def test_recurrences_refuse_masks_other_than_documents():
     lengths = (5, 11)
     for mask in (
         Mask.full(16),

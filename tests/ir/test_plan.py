@@ -1,4 +1,4 @@
-"""Plans as values: saved, loaded, hashed, counted."""
+"""Plans as values: saving, loading, hashing and counting."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,8 @@ def test_a_damaged_plan_file_is_never_loaded_as_something_else(tmp_path):
     plan.save(path)
     content = bytearray(path.read_bytes())
     rng = np.random.default_rng(1)
-    # every byte of the first zip header and the end of the directory, where readers trip, and some of the rest
+    # every byte of the first zip header and of the directory's end, where readers fail most often, and a sample of the
+    # rest
     positions = [*range(60), *range(len(content) - 150, len(content)), *rng.integers(0, len(content), 400)]
     for position in positions:
         damaged = content.copy()
@@ -76,7 +77,7 @@ def test_work_and_bytes_are_counted_from_the_tables():
     plan = make_plan(Mask.full(8), Layout.contiguous([8], 2), strategy="allgather", **SHAPE)
     assert plan.area_by_rank().tolist() == [4 * 8 * 8, 4 * 8 * 8]
     moved = plan.bytes()
-    # 4 tokens x 2 heads x (16 + 16) bf16 each way, twice (forward, backward); dKV in fp32, once
+    # 4 tokens x 2 heads x (16 + 16) bf16, in both directions, forward and backward; dKV once, in fp32
     by_payload = {
         Payload(p).name: int(moved["bytes"][moved["payload"] == p].sum()) for p in np.unique(moved["payload"])
     }

@@ -1,4 +1,4 @@
-"""Names that changed work for one release more, and the warning points at the line that uses them."""
+"""Renamed names still work for one release, and the warning points at the line that uses them."""
 
 import importlib.util
 

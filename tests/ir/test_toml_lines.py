@@ -1,4 +1,4 @@
-"""Every key of a TOML file has its line, however it is written."""
+"""Every key of a TOML file has its line number, however the key is written."""
 
 import tomllib
 from pathlib import Path
@@ -32,7 +32,7 @@ u = 2
 
 
 def paths(content, before=()):
-    """Yield all keys and entries of the value that tomllib read."""
+    """Yield the paths of all keys and list entries in a value read by tomllib."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         yield (*before, key)

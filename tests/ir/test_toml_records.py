@@ -1,4 +1,4 @@
-"""Run files, clusters and plans of packs are read by one reader: the same mistake has the same sentence, with its line."""
+"""Run files, clusters and pack plans share one reader: the same mistake gives the same message, with its line."""
 
 import pytest
 

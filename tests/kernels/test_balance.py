@@ -1,4 +1,4 @@
-"""Programs of every launch on the processors of an H100, in the order of the launch: none works long after the rest."""
+"""Load balance on an H100: with a launch's programs run in order, no multiprocessor works long after the others."""
 
 import heapq
 
@@ -21,18 +21,19 @@ from distattn.parallel.runtime.lowering.lower import lower
 pytestmark = pytest.mark.sampled(4)
 
 PROCESSORS = 132
-# query rows and keys of a tile at head dim 128, equal for Triton's and Gluon's kernels
+# query rows and keys per tile at head dim 128, for Triton's and Gluon's kernels alike. STEP is the step of the backward
+# kernels' inner loops
 ROWS, KEYS, STEP = 128, 128, 64
-# the cost of a program in addition to its tiles, in tiles
+# the fixed cost of a program, in tiles
 FIXED = 2
-# a pack of very uneven documents, 16K tokens a rank
+# a pack of very uneven documents, 16K tokens per rank
 LENGTHS = (70_000, 24_000, 9_000, 700, 12_000, 31, 3_000, 12_341)
 ALL_MASKS = all_masks(32, LENGTHS) | {"sinks of one document": Mask.documents([131_072], (4095, 0), sink_tokens=4)}
 KERNELS = ("forward", "dq", "dkdv")
 
 
 def programs(runs: TileRuns, mask: LaunchMask, step: int, by_keys: bool) -> np.ndarray:
-    """Return the tiles that each program visits, in the order of the launch."""
+    """Return the number of tiles that each program visits, in launch order."""
     size = -(-(runs.run[:, 3] - runs.run[:, 0]) // step)
     place = np.repeat(np.arange(len(runs.first) - 1), np.diff(runs.first))
     work = np.bincount(place, size, len(runs.first) - 1).reshape(-1, runs.tiles)[runs.group]
@@ -44,7 +45,7 @@ def programs(runs: TileRuns, mask: LaunchMask, step: int, by_keys: bool) -> np.n
 
 
 def makespan(work: np.ndarray) -> float:
-    """Return when the last processor is done, if each takes the next program as soon as it is free."""
+    """Return when the last multiprocessor finishes, if each takes the next program as soon as it is free."""
     free = [0.0] * PROCESSORS
     for tiles in work:
         heapq.heapreplace(free, free[0] + tiles)
@@ -52,7 +53,7 @@ def makespan(work: np.ndarray) -> float:
 
 
 def launches(plan, rank):
-    """Yield (kernel, work of its programs) of all launches of a layer call."""
+    """Yield (kernel, work of its programs) for all launches of a layer call."""
     program = lower(plan, rank, lambda mask: mask, None)
     for step in program.forward:
         for launch in step.launches:
@@ -71,7 +72,7 @@ def test_processors_finish_together(name, strategy):
     laid_out = layouts(LENGTHS, 8)
     if name == "sinks of one document":
         laid_out = layouts((131_072,), 8)
-    # the layouts differ in how the axis is cut: in two chunks a rank, or in eight of equal work
+    # the layouts cut the token axis differently: two chunks per rank, or eight chunks of equal work
     laid_out["chunks of equal work"] = Layout.balanced(laid_out["zigzag"].lengths, 8, chunk=2048)
     for layout in ("contiguous",) if strategy == "cad" else ("zigzag", "chunks of equal work"):
         shape = dict(heads=32, kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -85,7 +86,7 @@ def test_processors_finish_together(name, strategy):
             spans[kernel] += makespan(work)
             means[kernel] += work.sum() / PROCESSORS
         for kernel in KERNELS:
-            # a hundred tiles are a tenth of a millisecond: below that latencies decide
+            # a hundred tiles take a tenth of a millisecond. Below that, latencies dominate
             assert spans[kernel] <= 1.2 * means[kernel] or means[kernel] < 100, f"{kernel} on {layout}"
 
 

@@ -1,4 +1,4 @@
-"""The compile lint: machine code of every Triton kernel against the committed budget. No GPU is needed."""
+"""The compile lint: the machine code of every Triton kernel stays within the committed budget. No GPU is needed."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ BUDGETS = BENCHMARKS / "budgets"
 
 
 def lint(arch: int, only: str = "", *how: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run the lint in a process of its own, since here Triton interprets."""
+    """Run the lint in a separate process, since this process interprets Triton."""
     return run([BENCHMARKS / "compile_lint.py", "--arch", str(arch), "--only", only, *how], **environment)
 
 
@@ -74,15 +74,16 @@ def test_launches_are_compiled_and_compared():
     assert done.stdout.count("registers") == 2 and "0 kernels are what" in done.stdout
 
 
-# of torch 2.11, 2.12 and 2.13; .ci/run and `make tritons` put them there, the interpreter's own version stays the newest
+# the Triton versions of torch 2.11, 2.12 and 2.13. .ci/run and `make tritons` install them, and the interpreter keeps
+# the newest version
 @pytest.mark.full
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1"])
-def test_nor_with_the_tritons_that_gpu_machines_have(version, arch):
+def test_no_kernel_is_worse_than_its_budget_with_older_tritons(version, arch):
     older = ROOT / ".venv" / f"triton-{version}"
     if not older.exists():
         pytest.skip(f"Triton {version} is not beside the environment; `make tritons` puts it there")
-    # what most models have; `make lint-kernels` takes all
+    # the shapes that most models have. `make lint-kernels` covers all
     paths = f"{older}:{ROOT}:{BENCHMARKS}"
     done = lint(arch, "bfloat16 (64/64|128/128)|launched", "--production", "ring", PYTHONPATH=paths)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

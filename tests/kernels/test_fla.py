@@ -1,4 +1,4 @@
-"""fla-core's kernels compute every task of a recurrence, and are chosen by trial; their absence is reported."""
+"""fla-core's kernels compute every task of a recurrence and are chosen by trial. If they are missing, that is reported."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ NEEDED = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Return the results of a process that has fla-core and interprets kernels."""
+    """Return the results of a process that has fla-core and interprets its kernels."""
     if not FOLDER.exists():
         pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
     return json.loads((made_once(tmp_path_factory, "fla", interpret) / "found.json").read_text())
@@ -47,7 +47,7 @@ def interpret(folder: Path) -> None:
 def test_outputs_states_and_gradients_are_those_of_the_chunked_kernel(results):
     assert list(results["differences"]) == sorted(RECURRENT, key=lambda name: name == "delta_rule")
     for name, difference in results["differences"].items():
-        # half precision allows a few roundings
+        # allow for a few roundings in half precision
         assert difference < (3e-3 if name == "delta_rule" else 2e-5), name
 
 
@@ -64,7 +64,7 @@ def test_the_operator_runs_them(results):
     assert max(results["operator"].values()) < 3e-3, results["operator"]
 
 
-def test_what_they_do_not_take_is_refused_by_name(results):
+def test_unsupported_calls_are_refused_by_name(results):
     reasons = results["refusals"]
     assert reasons["served"] == "" and "bfloat16 and float16, not float32" in reasons["fp32"]
     assert "multiples of 16 up to 256, not 24" in reasons["dim"] and "not 512" in reasons["wide"]
@@ -94,7 +94,7 @@ def test_on_gpus_they_are_tried_before_the_chunked_kernel():
 
 @pytest.fixture
 def as_on_gpus(monkeypatch, tmp_path):
-    """Give the CPU the choice of kernels that a GPU has, and keep none of its results."""
+    """Give the CPU the kernel choice of a GPU, and discard the stored results."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "candidate_kernels", lambda device, op: ("fla", "chunked"))
     monkeypatch.setattr(kernel_choice, "_TRIALS_OF_SHAPE", {})
@@ -118,7 +118,7 @@ def test_without_the_package_the_chunked_kernel_is_used_by_name(as_on_gpus, capl
 
 
 class WrongGradient:
-    """The chunked kernel with a wrong gradient of decays."""
+    """The chunked kernel with a wrong gradient of the decays."""
 
     states, gradient_states, forward = chunked.states, chunked.gradient_states, chunked.forward
     unsupported_reason, prepare = chunked.unsupported_reason, chunked.prepare
@@ -143,6 +143,6 @@ def test_a_kernel_that_is_wrong_is_not_used_by_later_processes_either(as_on_gpus
     assert kept == own_trials and "fla-core" in key and key.endswith("gated_delta_rule float32 2:1 16/16")
     monkeypatch.setattr(trials, "run_trial", lambda name, *args: trials.Trial(0.0, 1.0))
     assert tried_again() == own_trials
-    # another version of the package is another kernel
+    # another version of the package counts as another kernel
     monkeypatch.setattr(trial_cache, "version", lambda package: "9")
     assert not tried_again()["fla"].fault

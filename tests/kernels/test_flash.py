@@ -1,4 +1,4 @@
-"""The vendor tier: bands as variable-length sequences, by an exact stand-in for PyTorch's operators."""
+"""The vendor tier: bands as variable-length sequences, with an exact stand-in for PyTorch's operators."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_sequences_are_the_cells_of_their_band(data):
         wanted[row, a:b] = 1
     pieces = list(sequences(band[0]))
     assert (cells(pieces, q1, k1) == wanted).all()
-    # the operators treat a negative limit as no limit
+    # the operators treat a negative limit as unlimited
     assert all(piece.left >= -1 and piece.right in (-1, 0) for piece in pieces)
     if step == (1, 1):
         assert len(pieces) <= 3
@@ -92,7 +92,7 @@ def test_every_mask_and_strategy_equals_the_oracle(mask, strategy):
     for name, ranks in (("zigzag", 2), ("balanced", 4)):
         shape = dict(strategy=strategy, heads=4, kv_heads=2, head_dim=8, dtype="float64")
         plan = make_plan(said(4)[mask], layouts(LENGTHS, ranks)[name], **shape)
-        # the accumulators are in single precision
+        # accumulators are in single precision
         assert_close(run_all_ranks(plan, inputs, "flash"), wanted, 1e-5)
 
 
@@ -115,7 +115,7 @@ def test_head_dims_of_values_may_differ(dims):
     assert_close(run_all_ranks(plan, inputs, "flash"), dense(masks()["window"], inputs), 1e-5)
 
 
-def test_what_an_activated_implementation_cannot_do_is_refused_by_name(monkeypatch):
+def test_calls_that_an_activated_implementation_does_not_support_are_refused_by_name(monkeypatch):
     def reason(name, capability, *dims):
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: name, raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -153,7 +153,7 @@ def test_what_lies_between_sequences_is_left_out():
     assert not schedule.all_rows and (got.lse[4:10] == -torch.inf).all() and (got.o[4:10] == 0).all()
 
 
-def test_what_it_cannot_do_is_refused_by_name():
+def test_unsupported_calls_are_refused_by_name():
     staircase = Mask.block_causal_documents((100,), 4)
     with pytest.raises(
         DistattnError, match='"flash" cannot express a mask that climbs in steps of 4 rows; use kernel="triton"'

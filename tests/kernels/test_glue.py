@@ -1,4 +1,4 @@
-"""Rows copied, added and merged: the Triton kernels, in the interpreter, and PyTorch's path against plain indexing."""
+"""Copying, adding and merging rows: the interpreted Triton kernels and the PyTorch path match plain indexing."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def cases(draw):
 
 
 def strided(rows, shape, dtype=torch.float32):
-    """Return some heads of a wider tensor, and that tensor."""
+    """Return some heads of a wider tensor, and the wider tensor."""
     whole = torch.randn(rows, shape[0] + 2, *shape[1:]).to(dtype)
     return whole[:, 1:-1], whole
 
@@ -54,7 +54,7 @@ def test_rows_are_copied_and_added(case, dtype, action):
     wanted[to_rows.key] = part if action == "copy" else wanted[to_rows.key] + part
     {"copy": glue.copy_rows, "add": glue.add_rows}[action](target, to_rows, source, from_rows)
     assert torch.equal(target, wanted)
-    # the other heads have not changed
+    # the other heads are unchanged
     assert torch.equal(around[:, 0], before[:, 0]) and torch.equal(around[:, -1], before[:, -1])
 
 
@@ -67,7 +67,7 @@ def test_rows_are_merged(case, dtype):
     o, _ = strided(to_size, shape)
     other, _ = strided(from_size, shape, dtype)
     lse, other_lse = torch.randn(to_size, shape[0]), torch.randn(from_size, shape[0])
-    # rows without keys on either side, and on both
+    # rows without keys on either side or on both
     lse[::2], other_lse[::3] = -torch.inf, -torch.inf
     wanted, wanted_lse = o.clone(), lse.clone()
     held = wanted[to_rows.key].clone(), wanted_lse[to_rows.key].clone()
@@ -94,7 +94,7 @@ def test_rows_are_copied_with_their_products(case, dtype):
     shape = (*shape, 8)[:2]
     do, _ = strided(from_size, shape, dtype)
     o, _ = strided(from_size, shape, dtype)
-    # both lie in one row
+    # target and products share one row
     row = torch.full((to_size, shape[0] * (shape[1] + 1)), 7.0)
     target, products = row[:, : shape[0] * shape[1]].view(to_size, *shape), row[:, shape[0] * shape[1] :]
     wanted, wanted_products = target.clone(), products.clone()
@@ -109,7 +109,7 @@ def test_rows_are_copied_with_their_products(case, dtype):
 def test_outputs_are_found_that_have_a_delta(dtype, size):
     torch.manual_seed(0)
     do = (torch.randn(50, 3, 64, dtype=torch.float64) * size).to(dtype)
-    # as for an output of usual size
+    # delta has the magnitude that an output of usual size would give
     delta = (
         (do.double() * torch.randn(50, 3, 64).double())
         .sum(-1)

@@ -1,4 +1,4 @@
-"""The Gluon kernels against the reference, by an emulator that runs their warps, copies and products out of order."""
+"""The Gluon kernels match the reference in an emulator that runs their warps, copies and products out of order."""
 
 import ast
 import inspect
@@ -43,7 +43,7 @@ FACTORS = {
 
 
 def run_emulated(launch, seed=0):
-    """Run a launch in the emulator in place of `run`."""
+    """Run a launch in the emulator instead of with `run_launch`."""
     if launch.kernel is gluon_forward.forward_kernel:
         warpgroups = ["1", "2", "3"][: launch.arguments["BM"] // 64]
         for begun in emulate(launch, seed):
@@ -57,11 +57,11 @@ def run_emulated(launch, seed=0):
 @pytest.fixture(autouse=True)
 def on_the_emulator(monkeypatch):
     monkeypatch.setattr(gluon_attention, "run_launch", run_emulated)
-    # programs take several tiles, however unevenly tiles are dealt out to them
+    # make programs process several tiles, however unevenly the tiles are distributed
     monkeypatch.setattr(gluon_attention, "forward_programs", lambda runs, *_: min(2, runs.tiles * len(runs.group)))
     for kernel in (gluon_attention, gluon_split):
         monkeypatch.setattr(kernel, "unsupported_reason", lambda demand: None)
-    # uninitialised memory is NaN
+    # fill uninitialized memory with NaN
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -77,7 +77,7 @@ def both(cells, inputs, score=PLAIN, dtype=torch.float16) -> Result:
 
 @pytest.mark.parametrize("name", all_masks(4))
 def test_forward_and_backward_equal_the_reference(name, monkeypatch):
-    # every mask meets some rows, all masks together meet them all
+    # each mask meets some rows of factors, and together the masks meet all rows
     names = list(all_masks(4))
     for row in all_pairs(FACTORS, lambda row: True)[names.index(name) :: len(names)]:
         monkeypatch.setattr(gluon_attention, "run_launch", lambda launch, seed=row["seed"]: run_emulated(launch, seed))
@@ -93,7 +93,7 @@ def test_forward_and_backward_equal_the_reference(name, monkeypatch):
 
 @pytest.mark.parametrize("n", [1, 2, 15, 33, 129, 700])
 def test_any_length_equals_the_oracle(n):
-    # values without a mean: gradients of a few tokens are not differences of equal numbers
+    # the values have zero mean, so that gradients of a few tokens are not differences of nearly equal numbers
     mask, inputs = Mask.sliding_window(n, 300, 5), random_inputs(n, 2, 1, 64)
     got, wanted = both(LaunchMask.from_mask(mask, 2, 1), inputs), dense(mask, inputs, 0.25)
     assert relative_error(got.o, wanted.o) < 4e-3 and relative_error(got.dv, wanted.dv) < 4e-3
@@ -110,7 +110,7 @@ def test_rows_without_keys_give_zero_and_minus_infinity():
 
 
 def test_heads_that_begin_inside_a_group_use_its_keys():
-    # query heads 1 to 3 of groups of two: keys of head 0, 1, 1
+    # query heads 1 to 3 in groups of two use the keys of heads 0, 1 and 1
     n, inputs = 150, random_inputs(150, 3, 2, 64)
     cells = LaunchMask.from_mask(Mask.causal(n), 3, 2)._replace(group_size=2, first_head=1)
     got = both(cells, inputs)
@@ -232,7 +232,7 @@ def statements_that_synchronise(function) -> list[int]:
 
 
 def without(function, line: int):
-    """Return the function without one statement."""
+    """Return the function without the statement at `line`."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
 
     class Remove(ast.NodeTransformer):
@@ -257,8 +257,8 @@ MUTANTS = [
 
 @pytest.mark.parametrize(("kernel", "line"), MUTANTS, ids=lambda x: x if isinstance(x, int) else x.fn.__qualname__)
 def test_every_barrier_and_fence_is_needed(kernel, line, monkeypatch):
-    # this also proves that the emulator finds such faults
-    # the last tile of a head needs one tile of keys: the queries of the tile after the next would come too early
+    # this also proves that the emulator detects such faults. The last tile of a head needs only one key tile, so
+    # without a barrier the queries of the next tile but one would arrive too early
     lengths = [576, 300, 84, 24]
     mask, inputs = Mask.documents(lengths), random_inputs(sum(lengths), 3, 1, 64)
     cells, wanted = LaunchMask.from_mask(mask, 3, 1), dense(mask, inputs, 0.25)
@@ -296,7 +296,7 @@ def test_dispatch_is_explicit(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "low"), [(torch.float16, -20.0), (torch.bfloat16, -105.0)])
 def test_rows_past_the_end_of_the_keys_do_not_overflow(dtype, low):
-    # every score is far below 0, so that a zero where no key is would weigh more than a number can hold
+    # every score is far below 0, so a zero in place of a missing key would get a weight that overflows
     n, inputs = 200, random_inputs(200, 1, 1, 64)
     inputs = inputs._replace(q=torch.full_like(inputs.q, 1.0), k=torch.full_like(inputs.k, low / 16) + inputs.k / 64)
     got, wanted = both(LaunchMask.from_mask(Mask.full(n), 1, 1), inputs, dtype=dtype), dense(Mask.full(n), inputs, 0.25)

@@ -1,4 +1,4 @@
-"""If fla-core's kernels would compute decays of tokens wrongly, a message says what to install."""
+"""If fla-core's kernels would compute per-token decays incorrectly, a message says what to install."""
 
 import types
 
@@ -13,7 +13,7 @@ from distattn.preflight.facts import kernel_advice
 
 @pytest.fixture
 def versions(monkeypatch):
-    """Replace the versions of installed packages by a dictionary, which tests change."""
+    """Replace the versions of installed packages by a dictionary that tests can change."""
     installed = {"triton": "3.6.0", "fla-core": "0.6.0"}
 
     def version(name):

@@ -1,4 +1,4 @@
-"""Local kernels against the dense oracle, in the coordinates of their own tensors."""
+"""Local kernels match the dense oracle, in the coordinates of their own tensors."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from distattn.kernels.spec import KernelRequirements, ScoreMod
 
 CPU = torch.device("cpu")
 DEMAND = KernelRequirements(torch.float64, 8, 8, CPU)
-# those that take any dtype
+# the kernels that support every dtype
 EXACT = ["reference", "cpu"]
 
 
@@ -36,10 +36,10 @@ def run(kernel, mask: Mask, inputs: Inputs, dtype=torch.float64, scale: float = 
 )
 def test_any_band_equals_the_oracle(band, heads, kernel):
     n, lo, hi = band
-    # some diagonal of the square lies in the band
+    # make sure that some diagonal of the square lies in the band
     lo, hi = min(lo, hi, n - 1), max(lo, hi, 1 - n)
     mask = Mask.from_pieces([[0, n, 0, n, lo, hi]])
-    # with one key a row dq and dk are zero, and a relative error of zero has no meaning
+    # with a single key per row dq and dk are zero, and a relative error is meaningless
     assume((mask.dense().sum(1) > 1).any())
     inputs = random_inputs(n, *heads, 8)
     assert_close(run(load_kernel(kernel), mask, inputs), dense(mask, inputs, 0.25), 1e-12)
@@ -68,7 +68,7 @@ def test_rows_without_keys_give_zero_and_minus_infinity(kernel):
 
 
 def test_the_operators_still_return_zero_for_a_fully_masked_row():
-    # the trap that `lse = -inf` for empty rows exists for: if PyTorch mends it, the comment in cpu.py is out of date
+    # `lse = -inf` for empty rows works around this behaviour. If PyTorch fixes it, the comment in cpu.py is out of date
     q = torch.randn(1, 1, 2, 8)
     mask = torch.tensor([[0.0, 0.0], [-torch.inf, -torch.inf]])
     _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.0, False, attn_mask=mask)

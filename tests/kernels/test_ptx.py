@@ -1,7 +1,8 @@
-"""The PTX of the Hopper kernels, run on the CPU by an interpreter of it, against the dense oracle. No GPU is needed.
+"""The PTX of the Hopper kernels, run by an interpreter on the CPU, matches the dense oracle. No GPU is needed.
 
-What the emulator of test_gluon.py takes for granted, because it runs the kernels' Python, is proven here of the compiled
-text: layouts, swizzles, descriptors, boxes, bytes on barriers, fences, registers of products under way.
+The emulator of test_gluon.py runs the kernels' Python code and takes some things for granted. They are tested here on
+the compiled text: layouts, swizzles, descriptors, boxes, byte counts on barriers, fences, and registers of products in
+flight.
 """
 
 import re
@@ -26,14 +27,14 @@ from ptx.tensor_core import DEPTH, Descriptor
 from test_triton import wanted_of
 
 full = pytest.mark.full
-# a few roundings of the products' operands; log-sum-exp is never rounded
+# allow for a few roundings of the products' operands; the log-sum-exp is never rounded
 TOLERANCES = {"bfloat16": 4e-3, "float16": 6e-4}
 LSE_TOLERANCE = 1e-6
-# more tiles of keys than there are buffers for them
+# more key tiles than there are buffers for them
 LONG = 600
 DOCUMENTS = 100, 7, 150, 83
 FORWARD = Case("forward", tokens=LONG)
-# programs take several tiles, the last two of a single tile of keys each, so that queries may be fetched too early
+# programs process several tiles, the last two with a single key tile each, so that queries might be fetched too early
 SEVERAL = Case("forward", heads=3, tokens=408, documents=(384, 24), multiprocessors=2)
 CASES = [
     SEVERAL,
@@ -45,32 +46,32 @@ CASES = [
     Case("backward"),
     Case("backward", dim=128, documents=DOCUMENTS),
     Case("backward", "float16", heads=4, kv_heads=2),
-    # the tile of the first keys is cut
+    # the tile of the first keys is a partial tile
     Case("backward", heads=4, kv_heads=1),
     Case("backward", dim=128, modifiers=True),
     Case("split"),
     Case("split", dim=128),
 ]
-# `make tritons` puts it there
+# installed by `make tritons`
 OLDER_TRITON = ROOT / ".venv" / "triton-3.6.0"
 
 
 @cache
 def wanted(case: Case) -> Result:
-    """Compute the reference results of the rounded inputs."""
+    """Compute the reference results for the rounded inputs."""
     inputs = Inputs(*(x.double() for x in case.inputs()))
     return wanted_of(case.mask, inputs, case.score) if case.modifiers else dense(case.mask, inputs, case.score.scale)
 
 
 def run(case: Case, kernels: list[Compiled], seed: int = 0, programs=None) -> dict[str, torch.Tensor]:
-    """Run the compiled launches of a case, and return their results."""
+    """Run the compiled launches of a case. Return their results."""
     if case.kernels == "forward":
         call = forward_call(case)
     else:
         exact = wanted(case)
         delta = (case.inputs().do.double() * exact.o).sum(-1)
         call = backward_call(case, exact.lse.float(), delta.float())
-    # plain Triton leaves out the fence between the beginning of a barrier and the first copy that counts on it
+    # plain Triton omits the fence between an mbarrier's initialization and the first copy that counts on it
     fenced = case.kernels != "split"
     for launch, kernel in zip(call.launches, kernels, strict=True):
         only = programs if launch is call.launches[-1] else None
@@ -92,7 +93,7 @@ def assert_close_to_the_reference(case: Case, results: dict[str, torch.Tensor]) 
 
 @pytest.mark.full
 def test_one_forward_program_equals_the_reference():
-    # queries [256, 384) of the first head, the third tile from the end: two tiles of keys without a mask and one with
+    # queries [256, 384) of the first head: the third tile from the end, with two unmasked key tiles and one masked
     results, exact = run(FORWARD, compiled(FORWARD), programs=[4]), wanted(FORWARD)
     rows = slice(256, 384)
     assert relative_error(results["o"][rows, 0], exact.o[rows, 0]) < TOLERANCES["bfloat16"]
@@ -106,14 +107,14 @@ def test_all_programs_equal_the_reference(case):
     first = run(case, compiled(case))
     assert_close_to_the_reference(case, first)
     if case in (SEVERAL, Case("backward"), Case("split")):
-        # for any order of warps and copies the numbers are bitwise the same
+        # results are bitwise the same for any order of warps and copies
         second = run(case, compiled(case), seed=1)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @full
 @pytest.mark.parametrize("case", [FORWARD, Case("backward", dim=128), Case("split", dim=128)], ids=str)
-def test_so_do_those_of_the_triton_that_gpu_machines_have(case):
+def test_all_programs_compiled_by_an_older_triton_equal_the_reference(case):
     if not OLDER_TRITON.exists():
         pytest.skip("Triton 3.6.0 is not beside the environment; `make tritons` puts it there")
     assert_close_to_the_reference(case, run(case, compiled(case, OLDER_TRITON)))
@@ -124,7 +125,7 @@ def test_a_merge_weighs_what_was_there_against_what_comes():
     case = Case("merge", dim=128)
     generator = torch.Generator().manual_seed(1)
     before_o, before_lse = (torch.randn(case.tokens, 2, *dim, generator=generator) for dim in ((128,), ()))
-    # some rows had no keys before, and others outweigh all that is merged
+    # some rows had no keys before, and others outweigh everything that is merged
     before_o[::7], before_lse[::7] = 0, -torch.inf
     before_lse[1::7] = 20
     o, lse = before_o.clone(), before_lse.clone()
@@ -137,7 +138,7 @@ def test_a_merge_weighs_what_was_there_against_what_comes():
 
 
 def replaced(pattern: str, replacement: str, which: int = 0):
-    """Return a change of the text without source lines: it replaces one of the places that match."""
+    """Return a change that removes source-line directives and replaces one of the matches of a pattern."""
 
     def change(kernel: Compiled) -> Compiled:
         text = re.sub(r"^\s*(\.loc|//).*\n", "", kernel.ptx, flags=re.M)
@@ -148,14 +149,14 @@ def replaced(pattern: str, replacement: str, which: int = 0):
 
 
 def remapped(number: int, **fields):
-    """Return a change of a tensor map."""
+    """Return a change of one tensor map's fields."""
     return lambda kernel: kernel._replace(
         maps=[entry | fields if i == number else entry for i, entry in enumerate(kernel.maps)]
     )
 
 
-# by name: the kernels, the change of the last of them, and the error that must follow.
-# swizzle of 128 bytes and a stride of 1024 from 8 rows to the next 8
+# maps a name to the kernels, the change of the last kernel, and the error that must follow. The descriptor has a
+# 128-byte swizzle and a stride of 1024 bytes between groups of 8 rows
 DESCRIPTOR = str(0x4000004000000000)
 BUGS = {
     "the map of the keys has no swizzle": ("forward", remapped(1, swizzle=0), "mismatch"),
@@ -233,7 +234,7 @@ BUGS = {
 
 
 def finding(case: Case, kernels: list[Compiled]) -> str:
-    """Return the error of the interpreter or the comparison, or an empty text if all is well."""
+    """Return the error of the interpreter or of the comparison, or an empty string if the results are right."""
     try:
         assert_close_to_the_reference(case, run(case, kernels))
     except MachineError as error:
@@ -255,16 +256,16 @@ def test_a_planted_bug_is_found(bug):
     assert re.search(expected, error, re.S), error or "no error"
 
 
-# patterns of instructions to remove; a removed wait is over at once
+# the instructions to remove
 NEEDED = re.compile(r"^\s*(@\S+\s+)?(mbarrier|fence\.proxy|cp\.async\.bulk\.wait_group).*;$", re.M)
 
 
-# orders of warps and copies to try; those that found faults that others missed come first
+# the orders of warps and copies to try; the ones that found faults missed by others come first
 SEEDS = list(dict.fromkeys([0, 26, 15, 10, 8, 7, 5, *range(48)]))
 
 
 def without(kernel: Compiled, place: re.Match) -> Compiled:
-    """Return the kernel without one instruction; a wait is over at once."""
+    """Return the kernel without one instruction. A wait is replaced by one that succeeds at once."""
     rest = "mov.pred complete, -1;" if "try_wait" in place[0] else ""
     return kernel._replace(ptx=kernel.ptx[: place.start()] + rest + kernel.ptx[place.end() :])
 
@@ -272,7 +273,7 @@ def without(kernel: Compiled, place: re.Match) -> Compiled:
 @full
 @pytest.mark.parametrize(("case", "program"), [(SEVERAL, 0), (Case("backward"), 0)], ids=["forward", "backward"])
 def test_every_barrier_and_fence_is_needed(case, program):
-    # this also proves that the interpreter finds such faults
+    # this also proves that the interpreter detects such faults
     *before, last = compiled(case)
     good = run(case, [*before, last], programs=[program])
     unnoticed = []
@@ -290,7 +291,7 @@ def test_every_barrier_and_fence_is_needed(case, program):
 
 
 def toy(body: str, threads: int = 32) -> torch.Tensor:
-    """Run a small kernel, and return the 32 integers that it stores to its only tensor."""
+    """Run a small kernel. Return the 32 integers that it stores to its only tensor."""
     text = f"""
     .visible .entry toy(.param .u64 .ptr .global .align 1 toy_param_0) .reqntid {threads}
     {{
@@ -309,7 +310,7 @@ def toy(body: str, threads: int = 32) -> torch.Tensor:
     return out
 
 
-def test_lanes_that_part_meet_again():
+def test_diverged_lanes_converge_again():
     body = """
         mov.b32 %r2, 1;
         setp.lt.u32 %p1, %r1, 8;
@@ -342,7 +343,7 @@ def test_what_is_wrong_is_named(body, error, sentence):
         toy(body)
 
 
-def test_a_deadlock_says_who_waits_where_for_what():
+def test_a_deadlock_names_what_each_warp_waits_for():
     with pytest.raises(
         DeadlockError, match=r"at line 8 \(bar.sync 0, 64\) for barrier 0, where 1 of 2 warps are: warp 1"
     ):
@@ -350,8 +351,8 @@ def test_a_deadlock_says_who_waits_where_for_what():
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])
-def test_a_descriptor_finds_what_a_box_put_there(width):
-    # a tile of 64 rows of as many bytes as the swizzle is wide, read by rows and by columns
+def test_a_descriptor_reads_what_a_box_has_written(width):
+    # a tile of 64 rows, each as wide as the swizzle, read by rows and by columns
     code, start, columns = {32: (1, 3), 64: (2, 2), 128: (3, 1)}[width], SHARED_BASE + 2048, width // 2
     metadata = dict(elem_size=2, elem_type=10, block_size=[64, columns], swizzle=code[0], fp4_padded=False)
     box = TensorMap.encode(0, [64, columns], [columns, 1], metadata).at(start, (0, 0)).shared[:, ::2]

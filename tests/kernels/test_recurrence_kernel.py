@@ -1,4 +1,4 @@
-"""Chunked recurrences equal their definition, token by token: outputs, states and all gradients."""
+"""Chunked recurrences match their definition token by token: outputs, states and all gradients."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def chunk_by_chunk(op, case, dtype=torch.float64) -> RecurrenceResult:
     return RecurrenceResult(o, final, dx, dinitial)
 
 
-# ops without a decay have no other cases
+# ops without a decay have only the usual case
 DECAYS = [
     (name, decay)
     for name in RECURRENT
@@ -55,10 +55,10 @@ def test_a_segment_is_an_affine_map_of_the_state_that_enters(name):
     carried = a @ case.initial if OPS[name].delta else a[..., None] * case.initial
     torch.testing.assert_close(carried + b, final, rtol=1e-10, atol=1e-11)
     assert a.shape[2:] == OPS[name].transition_shape(3)
-    # and so is, backwards, the gradient of the final state
+    # so is the gradient of the final state, in the backward direction
     c, again = chunked.gradient_states(case.x, chunks, case.do, torch.zeros_like(case.dfinal), True)
     assert torch.equal(again, a)
-    # no A is needed for states that begin or end with their document
+    # states that begin or end with their document need no transition A
     assert chunked.states(case.x, chunks, case.initial, False)[1] is None
     carried = a.transpose(-1, -2) @ case.dfinal if OPS[name].delta else a[..., None] * case.dfinal
     torch.testing.assert_close(carried + c, by_definition(case).dinitial, rtol=1e-10, atol=1e-11)
@@ -75,7 +75,7 @@ def test_rows_in_no_segment_are_zero_and_empty_segments_pass_the_state_on(name):
     assert not o.any() and len(final) == 0
 
 
-def test_a_list_of_segments_is_made_once_for_all_levels_that_have_it():
+def test_a_list_of_segments_is_made_once_for_all_levels_that_use_it():
     segments = [(0, 5000), (5000, 5100), (5100, 5100), (5100, 9000)]
     needed = KernelRequirements(torch.float32, 8, 8, torch.device("cpu"), op=OPS["ssd"])
     levels = [level for block in chunked.prepare(segments, needed).blocks for level in block.levels]
@@ -100,7 +100,7 @@ def test_on_gpus_more_chunks_are_computed_at_once_and_the_numbers_are_the_same()
     assert blocks == {"cpu": 8, "cuda": 2}
 
 
-def test_an_infinite_decay_forgets_everything_and_nothing_is_not_a_number():
+def test_an_infinite_decay_erases_the_state_without_nan():
     case = recurrence_case(OPS["gla"], (40,))
     g = case.x.g.clone()
     g[20] = -torch.inf

@@ -1,4 +1,6 @@
-"""Gluon's forward while a communicator holds some multiprocessors: dealt tiles lose time, and single tiles do not."""
+"""Gluon's forward kernel while a communicator holds some multiprocessors: persistent programs lose time, single-tile
+programs do not.
+"""
 
 import heapq
 
@@ -24,14 +26,15 @@ CPU = torch.device("cpu")
 NEEDED = KernelRequirements(torch.bfloat16, 128, 128, CPU)
 PROCESSORS = 132
 TILE = gluon_attention.FORWARD[128]
-# (multiprocessors that the communicator holds, share of the kernel's own time for which it holds them)
+# (multiprocessors held by the communicator, fraction of the kernel's own time for which they are held)
 HELD = ((16, 0.1), (16, 0.3), (16, 0.6), (32, 0.6), (32, 1.0))
 
 
 def work_of_programs(mask, programs, unhidden=0.0):
-    """Return the key tiles of each of `programs` programs, plus one for a tile's fixed costs, as the kernel deals out tiles.
+    """Return the work of each of `programs` programs in key tiles, dealt out as the kernel does. Each tile adds one for
+    fixed costs.
 
-    unhidden: what each program takes longer.
+    unhidden: extra time of each program.
     """
     runs = tile_runs(mask, TILE.rows, TILE.keys)
     work = runs.work(TILE.keys)[runs.group][:, runs.order].T.ravel() + 1.0
@@ -41,7 +44,9 @@ def work_of_programs(mask, programs, unhidden=0.0):
 
 
 def slowdown(mask, programs, held, share, unhidden=0.0):
-    """Time of the launch relative to equally busy multiprocessors, if each takes the next program when it is free."""
+    """Return the launch's time relative to perfectly balanced multiprocessors, if each takes the next program once it
+    is free.
+    """
     ideal = work_of_programs(mask, programs).sum() / PROCESSORS
     work = work_of_programs(mask, programs, unhidden)
     free = [0.0] * (PROCESSORS - held) + [share * ideal] * held
@@ -52,7 +57,7 @@ def slowdown(mask, programs, held, share, unhidden=0.0):
 
 
 def forward_launches(strategy, ranks=8, lengths=(65536,), **how):
-    """Return the launch masks of a forward pass. Check that lowering marks those with messages in flight."""
+    """Return the launch masks of a forward pass. Check that lowering marks the launches with messages in flight."""
     shape = dict(heads=64, kv_heads=8, head_dim=128, dtype="bfloat16")
     plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, ranks), strategy=strategy, **shape)
     program = lower(plan, ranks // 2, lambda mask: mask, **how)
@@ -70,11 +75,11 @@ def single_tiles(mask):
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_launches_with_messages_in_flight_have_one_program_for_each_tile(strategy):
     masks = forward_launches(strategy)
-    # the last step of a ring and the only launch of Ulysses have no messages
+    # neither the last step of a ring nor the only launch of Ulysses has messages in flight
     assert [mask.overlaps_messages for mask in masks][-1] is False
     assert any(mask.overlaps_messages for mask in masks) == (strategy == "ring")
     for mask in masks:
-        # but FSDP may have
+        # but FSDP may have messages in flight
         assert gluon_attention.prepare(mask, NEEDED).programs == single_tiles(mask)
         alone = mask._replace(overlaps_messages=False, in_larger_job=False)
         assert gluon_attention.prepare(alone, NEEDED).programs == PROCESSORS
@@ -83,7 +88,7 @@ def test_launches_with_messages_in_flight_have_one_program_for_each_tile(strateg
 def test_quiet_launches_deal_short_tiles_and_those_of_one_rank():
     (short,) = forward_launches("ulysses", lengths=(8192,) * 8)
     assert gluon_attention.prepare(short, NEEDED).programs == PROCESSORS
-    # a plan for one rank has no messages, and its job may have
+    # a plan for one rank has no messages, but its job may have some
     (alone,), (in_job,) = forward_launches("ulysses", ranks=1), forward_launches("ulysses", ranks=1, in_larger_job=True)
     assert gluon_attention.prepare(alone, NEEDED).programs == PROCESSORS
     assert gluon_attention.prepare(in_job, NEEDED).programs == single_tiles(in_job)
@@ -92,10 +97,10 @@ def test_quiet_launches_deal_short_tiles_and_those_of_one_rank():
 @pytest.mark.parametrize("document", [2048, 8192, 16384, 65536])
 def test_tiles_are_dealt_in_quiet_launches_where_single_ones_would_cost_more_than_they_save_beside_fsdp(document):
     (mask,) = forward_launches("ulysses", lengths=(document,) * (65536 // document))
-    # dealt tiles hide first loads and last writes, single ones do not: 192 KB at a multiprocessor's 19 KB/us, and a latency of
-    # 2 us. A tile of keys takes 1.9 us at 600 TFLOP/s.
+    # persistent programs hide their first loads and last writes, single-tile programs do not. These take 192 KB at a
+    # multiprocessor's 19 KB/us plus a latency of 2 us. A key tile takes 1.9 us at 600 TFLOP/s
     unhidden = (192 / 19 + 2) / 1.9
-    # an all-gather of the next layer's weights in a tenth of the launch's time
+    # an all-gather of the next layer's weights takes a tenth of the launch's time
     beside = slowdown(mask, single_tiles(mask), 16, 0.1, unhidden) - slowdown(mask, PROCESSORS, 16, 0.1)
     is_dealt = gluon_attention.prepare(mask, NEEDED).programs == PROCESSORS
     assert is_dealt == (beside > 0.02)
@@ -109,11 +114,11 @@ def test_dealt_tiles_lose_what_is_held_and_single_tiles_do_not(mask):
     )
     dealt = [slowdown(mask, quiet, *held) for held in HELD]
     single = [slowdown(mask, overlapped, *held) for held in HELD]
-    # programs that begin late have a full share of the work: computation and communication do not overlap
+    # programs that start late still have a full share of the work, so computation and communication do not overlap
     for (_, share), time in zip(HELD, dealt, strict=True):
         assert time >= 1 + share - 0.01
     for (held, share), time in zip(HELD, single, strict=True):
-        # only the multiprocessors' time that the communicator takes is lost, except for the last tiles
+        # apart from the last tiles, only the multiprocessor time that the communicator takes is lost
         assert time <= 1 + held * share / PROCESSORS + 0.03
     assert max(single) < 1.25 and max(dealt) > 1.95
 

@@ -1,4 +1,4 @@
-"""Kernels on trial: wrong ones are found and never used, the fastest right one is taken, the same on all ranks."""
+"""Kernel trials: wrong kernels are found and never used, and all ranks choose the same fastest correct one."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
 
 def planted(name, monkeypatch, **changed):
-    """Register a kernel module of that name: the CPU kernel's functions, except the given ones."""
+    """Register a kernel module named `name` with the CPU kernel's functions, except those in `changed`."""
     module = types.ModuleType(f"planted_{name}")
     for attribute in ("DIFFERENTIABLE_LSE", "ACCUMULATES", "unsupported_reason", "prepare", "forward", "backward"):
         setattr(module, attribute, changed.get(attribute, getattr(cpu, attribute)))
@@ -43,7 +43,7 @@ def planted(name, monkeypatch, **changed):
 
 def wrong_gradient(*args):
     dq, dk, dv = cpu.backward(*args)
-    # one key of one head
+    # damage one key of one head
     dv[3, 0] *= 1.5
     return dq, dk, dv
 
@@ -74,7 +74,7 @@ def one_wrong_row(*args):
 
 
 def wrong_in_place(q, k, v, schedule, score, into=None, merge=False):
-    """Compute right results if they are new; when adding to others, forget the earlier values."""
+    """Compute correct new results, but ignore the earlier values when adding to results."""
     o, lse = cpu.forward(q, k, v, schedule, score)
     if into is None:
         return o, lse
@@ -149,7 +149,7 @@ WRONG = {
 }
 
 
-def test_a_kernel_that_adds_to_what_is_there_is_right(monkeypatch):
+def test_a_kernel_that_accumulates_is_right(monkeypatch):
     changed = dict(ACCUMULATES=True, forward=merged, backward=added)
     masks_ = [LaunchMask.from_mask(Mask.from_pieces([[2, 300, 0, 290, -400, 0]], 300), 4, 2)]
     by_kernel = try_kernels([planted("adding", monkeypatch, **changed)], masks_, NEEDED)
@@ -174,7 +174,7 @@ def test_wrong_kernels_are_found(fault, monkeypatch):
     assert rank_kernels([by_kernel, {}], ["odd", "cpu"]) == ["cpu"]
 
 
-def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkeypatch, caplog):
+def test_a_trial_that_runs_out_of_memory_is_reported_and_not_stored(candidates, monkeypatch, caplog):
     planted("large", monkeypatch, backward=out_of_memory)
     monkeypatch.setitem(registry.CANDIDATES, "cpu", ("large", "cpu"))
     with caplog.at_level(logging.WARNING, "distattn"):
@@ -182,7 +182,7 @@ def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkey
     assert 'its trial ran out of device memory; kernel="large" uses it without a trial' in caplog.text
     ((_, kept),) = json.loads(candidates.read_text()).items()
     assert "large" not in kept
-    # another plan finds room
+    # another plan has enough room
     planted("large", monkeypatch)
     monkeypatch.setattr(trials, "_seconds", lambda kernel, *_: float(kernel is cpu))
     assert da.prepare(plan_for(1, "causal")).key.kernel == "large"
@@ -190,7 +190,9 @@ def test_a_trial_that_runs_out_of_memory_is_told_and_not_kept(candidates, monkey
 
 @pytest.fixture
 def room(candidates, monkeypatch):
-    """Register a kernel whose trial needs 100 free bytes. Return the free bytes and the number of its trials."""
+    """Register a kernel whose trial needs 100 free bytes. Return an object with the free bytes and the number of
+    trials.
+    """
     room = types.SimpleNamespace(free=40, tried=0)
 
     def backward(*args):
@@ -221,13 +223,15 @@ def test_a_trial_that_ran_out_of_memory_is_made_again_where_more_is_free(room, c
 def test_a_trial_that_runs_out_of_memory_is_made_three_times_at_most_by_all_plans_of_a_shape(room):
     for free in (1, 2, 4, 8, 16, 32):
         room.free = free
-        # a new plan every time
+        # use a new plan every time
         assert da.prepare(plan_for(1, "documents" if free % 3 else "causal")).key.kernel == "cpu"
     assert room.tried == 3
 
 
 @pytest.mark.parametrize(("op", "right"), [("ssd", chunked), ("convolution", taps)])
-def test_so_are_trials_of_recurrences_and_convolutions(op, right, room, monkeypatch, caplog):
+def test_trials_of_recurrences_and_convolutions_that_run_out_of_memory_are_repeated_three_times_at_most(
+    op, right, room, monkeypatch, caplog
+):
     def attempt(names, requirements, heads, key_heads, report):
         room.tried += 1
         return try_each(
@@ -265,7 +269,8 @@ def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypat
     chosen = []
     with da.ContextParallel(strategy="ring", layout="contiguous", kernel="auto") as cp:
         for step in range(8):
-            # the first step's trial runs out of memory; from the fourth on there is room, if 100 bytes are enough
+            # the trial in the first step runs out of memory. From the fourth step on there is room if 100 bytes are
+            # enough
             room.free = 40 + 10 * step if step < 3 else 100 * 100 // needed + 60 * (step > 4)
             batch = cp.shard(
                 {"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths}
@@ -274,7 +279,7 @@ def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypat
             (executable,) = batch["context_parallel"]._executables.values()
             chosen.append(executable.key.kernel)
     if needed == 100:
-        # right in step 4, and used by plans that are made after it
+        # the kernel passes its trial in step 4, and plans made after that use it
         assert chosen[:4] == ["cpu"] * 4 and chosen[-1] == "large"
     else:
         assert chosen == ["cpu"] * 8 and room.tried <= 3
@@ -290,7 +295,7 @@ def test_samples_are_parts_of_their_launch(name):
         assert (part.rows, part.keys, part.heads, part.kv_heads) == (64, 48, 2, 1)
         seen = reference.prepare(part, NEEDED).allowed_HTS.expand(2, -1, -1)
         assert seen.any()
-        # somewhere in the launch
+        # the trial's block occurs somewhere in the launch
         tiles = allowed[:2].unfold(1, 64, 1).unfold(2, 48, 1)
         assert (tiles == seen[:, None, None].transpose(-1, -2).transpose(-1, -2)).all(-1).all(-1).all(0).any()
 
@@ -299,7 +304,7 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
     right, slower, wrong = Trial(0.0, 1.0), Trial(0.0, 2.0), Trial(1.0, 0.1, "wrong: 1.0e+00 from the reference")
     names = ["a", "b", "c"]
     assert rank_kernels([dict(a=slower, b=right, c=wrong)], names) == ["b", "a"]
-    # on another rank b is slow, and c is right
+    # on another rank b is slow and c is correct
     assert rank_kernels([dict(a=slower, b=right, c=wrong), dict(a=slower, b=Trial(0.0, 3.0), c=right)], names) == [
         "a",
         "b",
@@ -312,9 +317,9 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
 
 @pytest.fixture
 def candidates(monkeypatch, tmp_path):
-    """Register two right kernels for the CPU, of which "tardy" is slow, and a wrong one."""
+    """Register two correct kernels for the CPU, of which "tardy" is slow, and a wrong one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # an own clock: a busy machine may delay either kernel
+    # use a fake clock, since a busy machine may delay either kernel
     now = [0.0]
 
     def slow(*args):
@@ -339,10 +344,10 @@ def test_the_fastest_right_kernel_is_taken_and_kept(candidates, caplog, monkeypa
     assert "trying kernel tardy" in log and "kernel wrong is not used on CPU | driver unknown | torch" in log
     ((key, kept),) = json.loads(candidates.read_text()).items()
     assert "float64 4:2 8/8" in key and kept["wrong"]["fault"].startswith("wrong: ") and not kept["tardy"]["fault"]
-    # the next process finds it
+    # the next process finds the stored results
     monkeypatch.setattr(trials, "run_trial", None)
     assert da.prepare(plan_for(1), kernel="auto").key.kernel == "cpu"
-    # naming a kernel switches the choice off
+    # naming a kernel disables the choice
     assert da.prepare(plan_for(1), kernel="tardy").key.kernel == "tardy"
 
 
@@ -356,7 +361,7 @@ def test_a_cache_that_cannot_be_read_is_no_cache(candidates):
 
 
 def chosen_run(rank, driver):
-    """Return the kernel of this rank and its error. On rank 1 the fastest kernel is wrong."""
+    """Return this rank's kernel and its error. On rank 1 the fastest kernel is wrong."""
     if rank == 1:
         sys.modules["distattn.kernels.cpu"].backward = wrong_gradient_of(cpu.backward)
     inputs = random_inputs(sum(LENGTHS), 4, 2, 8)

@@ -1,4 +1,4 @@
-"""Kernels are timed next to a kernel that holds multiprocessors if a rank computes while messages are in flight."""
+"""Kernel trials run next to a kernel that holds multiprocessors if a rank computes while messages are in flight."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Machine:
-    """An own clock, and whether multiprocessors are held. A forward's seconds depend on that."""
+    """A fake clock that records whether multiprocessors are held, on which the time of a forward call depends."""
 
     def __init__(self):
         self.now, self.is_held, self.times_held = 0.0, False, 0
@@ -43,7 +43,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Register two right kernels: "dealt" is faster alone, "single" next to messages."""
+    """Register two correct kernels: "dealt" is faster alone, "single" is faster next to messages."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     machine = Machine()
     monkeypatch.setattr(trials, "time", types.SimpleNamespace(perf_counter=lambda: machine.now))
@@ -68,7 +68,7 @@ def test_a_plan_is_of_the_kind_of_most_of_its_cells():
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_kernels_are_timed_for_the_kind_of_step(machine, overlaps):
-    # the largest launch is of the other kind, and most cells are not
+    # the largest launch is of the other kind, but most cells are of this kind
     cells = [launch(100, not overlaps), *[launch(80, overlaps)] * 3]
     by_kernel = try_kernels(["dealt", "single"], cells, NEEDED)
     assert machine.times_held == (6 if overlaps else 0)
@@ -88,7 +88,7 @@ def test_a_plan_with_messages_gets_another_kernel_and_its_own_line_in_the_cache(
     assert sorted(key.endswith(", messages in flight") for key in kept) == [False, True]
 
 
-def test_the_run_that_compiles_is_not_timed_nor_held(machine):
+def test_the_compiling_run_is_neither_timed_nor_held(machine):
     ran = []
     assert median_seconds(lambda: ran.append(machine.is_held), CPU, machine.held) == 0.0
     assert ran == [False, True, True, True]
@@ -96,7 +96,7 @@ def test_the_run_that_compiles_is_not_timed_nor_held(machine):
 
 @pytest.fixture
 def imitated_device(monkeypatch):
-    """Replace the functions of torch.cuda's streams that a trial calls. Return the list of waits."""
+    """Replace the torch.cuda stream functions that a trial calls. Return the list of waits."""
     waits = []
     stream = types.SimpleNamespace(synchronize=lambda: waits.append("current stream"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
@@ -144,12 +144,12 @@ def test_the_kernel_that_holds_multiprocessors_ends_by_itself_and_when_it_is_tol
         launch = spinner.spin_launch(flags, numbers.zero_(), 3, most=5)
         launch.kernel[launch.grid](**launch.arguments, **launch.options)
         assert flags.tolist() == [3, told]
-        # x * 0.5 + 1, once per turn
+        # each turn computes x * 0.5 + 1
         assert (numbers == 2 - 2 * 0.5**turns).all()
 
 
 class Device:
-    """A device of 132 multiprocessors, whose programs start when their number is read; streams keep the queued work."""
+    """A device with 132 multiprocessors. Programs start when their number is read, and streams hold the queued work."""
 
     def __init__(self, monkeypatch, spinner, starts):
         self.log, self.starts = [], starts

@@ -1,6 +1,7 @@
-"""The Triton kernels in Triton's interpreter, against the dense fp64 oracle: small tiles, so that there are many.
+"""The Triton kernels match the dense fp64 oracle in Triton's interpreter. Tiles are small, so that there are many.
 
-The interpreter computes bfloat16 wrongly (silently); float16 and float32 stand for it here, a GPU must do the rest.
+The interpreter silently computes bfloat16 incorrectly. float16 and float32 replace it here, and bfloat16 is tested on a
+GPU.
 """
 
 import itertools
@@ -62,7 +63,9 @@ def both(mask, inputs, tiles=SMALL, score=PLAIN, dtype=torch.float32) -> Result:
 def visited(
     runs: TileRuns, heads: int, shape: tuple[int, int], block_rows: int, block_keys: int, tile_of: Sequence[int] = ()
 ) -> np.ndarray:
-    """Count how often each cell is visited and found allowed, by the lists alone. tile_of: the tile of each part of cut tiles."""
+    """Count how often each cell is visited and allowed according to the lists. tile_of: the tile of each part of split
+    tiles.
+    """
     rows, keys = shape
     out = np.zeros((heads, rows, keys), int)
     for head in range(heads):
@@ -93,7 +96,7 @@ def test_runs_visit_every_allowed_cell_once_and_no_other(name, blocks):
     turned = wanted.transpose(0, 2, 1)
     runs = transposed_runs(cells, *blocks)
     assert (visited(runs, 4, (mask.n, mask.n), *blocks) == turned).all()
-    # on a device with very many processors every tile that is long enough is cut
+    # on a device with very many multiprocessors, every tile that is long enough is split
     split = split_long_tiles(runs, cells, blocks[1], 10_000)
     assert (visited(split.runs, 4, (mask.n, mask.n), *blocks, split.part[:, 0].tolist()) == turned).all()
     assert split.slots == split.sums[:, 2].sum() == (split.part[:, 1] >= 0).sum()
@@ -110,7 +113,9 @@ def test_short_documents_of_one_query_tile_are_one_run():
 
 
 def wanted_of(mask, inputs, score) -> Result:
-    """Compute by the reference kernel in fp64, which is tested against the oracle; the oracle has no modifiers of scores."""
+    """Compute the results with the reference kernel in fp64. It is tested against the oracle, which has no score
+    modifiers.
+    """
     demand = KernelRequirements(torch.float64, *inputs.v.shape[1:], torch.device("cpu"))
     work = reference.prepare(LaunchMask.from_mask(mask, inputs.q.shape[1], inputs.k.shape[1]), demand)
     o, lse = reference.forward(*inputs[:3], work, score)
@@ -135,7 +140,7 @@ def score_of(modifier: str, heads: int) -> ScoreMod:
 @pytest.mark.sampled(20)
 @pytest.mark.parametrize("name", all_masks(4))
 def test_forward_and_backward_equal_the_reference(name):
-    # every mask meets some rows, all masks together meet them all
+    # each mask meets some rows of factors, and together the masks meet all rows
     names = list(all_masks(4))
     for row in all_pairs(FACTORS, lambda row: True)[names.index(name) :: len(names)]:
         mask = all_masks(row["heads"][0])[name]
@@ -179,7 +184,7 @@ def test_results_are_the_same_bits_every_time():
 
 
 def thirds(n):
-    """Split the causal axis by key into three parts, as a ring does. In the second part some rows have no keys."""
+    """Split the causal mask by key into three parts, as a ring does. Some rows have no keys in the second part."""
     return [Mask.from_pieces([[0, n, k, k + n // 3, -n, 0]], n) for k in range(0, n, n // 3)]
 
 
@@ -265,7 +270,7 @@ def test_keys_that_all_rows_see_are_summed_by_several_programs(dims, dtype):
     wanted = wanted_of(mask, inputs, score)
     assert_close(got, wanted, TOLERANCE[dtype])
     assert torch.equal(got.dk, again.dk) and torch.equal(got.dv, again.dv)
-    # gradients are added to earlier values
+    # gradients accumulate into earlier values
     delta = (inputs.do * wanted.o).sum(-1).float()
     dk, dv = torch.ones_like(got.dk), torch.ones_like(got.dv)
     triton_attention.backward(
@@ -274,7 +279,7 @@ def test_keys_that_all_rows_see_are_summed_by_several_programs(dims, dtype):
     assert relative_error(dk - 1, wanted.dk) < TOLERANCE[dtype] and relative_error(dv - 1, wanted.dv) < TOLERANCE[dtype]
 
 
-# each strategy has one of the two masks
+# each strategy gets one of the two masks
 STRATEGY_MASKS = list(zip(STRATEGIES, itertools.cycle(["documents", "head groups"]), strict=False))
 
 
@@ -306,7 +311,7 @@ def test_a_ring_step_writes_and_merges_in_the_kernel(monkeypatch):
     assert_close(run_all_ranks(plan, inputs, "triton"), dense(Mask.causal(128), inputs), 2e-5)
 
 
-def test_what_cannot_be_computed_is_refused():
+def test_calls_that_cannot_be_computed_are_refused():
     for demand, sentence in (
         (KernelRequirements(torch.float64, 64, 64, torch.device("cpu")), "bfloat16, float16 and float32, not float64"),
         (
@@ -327,13 +332,13 @@ def test_half_precision_goes_by_descriptors_and_single_by_pointers():
         o, lse = torch.empty(20, 2, 32), torch.empty(20, 2)
         plan = triton_attention.forward_launch
         assert plan(q, k, v, o, lse, work, ScoreMod(SCALE)).arguments["TMA"] is tma
-        # rows that do not begin at 16 bytes
+        # rows that are not aligned to 16 bytes
         odd = torch.zeros(20 * 64 + 1, dtype=dtype)[1:].view(20, 2, 32)
         assert not plan(odd, k, v, o, lse, work, ScoreMod(SCALE)).arguments["TMA"]
 
 
 def test_heads_may_lie_further_apart_than_32_bits_reach():
-    # a view of 6 GB that are never touched in between, nor filled
+    # a view that spans 6 GB, most of which is never touched or filled
     torch.use_deterministic_algorithms(False)
     n, stride, dtype = 20, (1 << 30) + 64, torch.float16
     memory = torch.empty(3 * stride, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The Triton kernel of recurrences equals the definition, in Triton's interpreter; all segments are in one launch."""
+"""The Triton recurrence kernel matches the definition in Triton's interpreter. One launch covers all segments."""
 
 from unittest import mock
 
@@ -17,10 +17,10 @@ from distattn.kernels.registry import choose_kernel
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.triton.launch import make_launch
 
-# one token, more than a chunk, less than one
+# one token, more than a chunk, and less than a chunk
 LENGTHS = (1, 18, 7)
 WITH_ONE_DECAY = [name for name, op in OPS.items() if op.kind == "recurrence" and op.decay != "channel"]
-# ops without a decay have no other cases
+# ops without a decay have only the usual case
 CASES = [
     (name, decay)
     for name in WITH_ONE_DECAY
@@ -30,12 +30,12 @@ CASES = [
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """Use chunks of 16 tokens, with which the interpreter needs a fifth of the time."""
+    """Use chunks of 16 tokens, which take the interpreter a fifth of the time."""
     monkeypatch.setattr(kernel, "_CHUNK", 16)
 
 
 def in_single(case):
-    """Return the tokens, initial states, and gradients of a case in float32."""
+    """Return a case's tokens, initial states and gradients in float32."""
     x = case.x._replace(**{name: value.float() for name, value in case.x.present().items()})
     return x, *(value.float() for value in (case.initial, case.do, case.dfinal))
 
@@ -65,12 +65,12 @@ def test_a_segment_is_an_affine_map_of_the_state_that_enters(short_chunks, name)
     ):
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-5)
-    # a state that begins with its document needs no A
+    # a state that begins with its document needs no transition A
     assert kernel.states(x, chunks, initial, False)[1] is None
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(16, 40), (130, 3)])
-def test_dims_that_are_no_powers_of_two_and_wide_keys(key_dim, value_dim):
+def test_dims_that_are_not_powers_of_two_and_wide_keys(key_dim, value_dim):
     case = recurrence_case(OPS["gated_delta_rule"], (37,), 1, 1, key_dim, value_dim)
     x, initial, do, dfinal = in_single(case)
     chunks = prepared(kernel, OPS["gated_delta_rule"], x, case.segments)
@@ -137,7 +137,7 @@ def test_the_trial_finds_it_right_in_half_precision(short_chunks):
     assert not trial.fault and trial.difference < 5e-3
 
 
-def test_what_it_does_not_compute_is_refused_by_name():
+def test_unsupported_calls_are_refused_by_name():
     needed = KernelRequirements(torch.float32, 16, 16, torch.device("cpu"), op=OPS["kda"])
     with pytest.raises(da.DistattnError, match='one decay for all channels.*Use kernel="chunked"'):
         choose_kernel("triton_chunked", needed)
@@ -148,7 +148,7 @@ def test_what_it_does_not_compute_is_refused_by_name():
     assert "not on meta" in kernel.unsupported_reason(needed._replace(device=META))
 
 
-# lengths, and launches of a layer, forward and backward, of the chunked kernel in PyTorch as of 2026-11-24
+# (lengths, forward launches, backward launches) of a layer with the chunked PyTorch kernel, as of 2026-11-24
 LAYERS = [((1024,) * 8, 690, 2049), ((4000, 2500, 1200, 492), 1203, 3121)]
 
 
@@ -180,6 +180,6 @@ def test_launches_are_at_most_a_tenth_of_those_of_the_kernel_in_pytorch(lengths,
     assert not watch.waits
     assert [launch.kernel.__name__ for launch in launched[:3]] == ["triangular_kernel", "scan_kernel", "output_kernel"]
     assert len(launched) == 8
-    # the backward pass adds the gradients of heads that share queries and keys
+    # the backward pass also adds up the gradients of heads that share queries and keys
     assert (forward, backward) == (3, 7)
     assert forward <= ahead / 10 and backward <= back / 10

@@ -1,4 +1,4 @@
-"""Kernels allocate the workspace that they announce: on meta tensors, without launches."""
+"""Kernels allocate exactly the workspace that they announce. The tests use meta tensors without launches."""
 
 import types
 
@@ -32,8 +32,8 @@ def no_launches(monkeypatch):
 
 @pytest.mark.parametrize("dq_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", [triton_attention, tf32, gluon_attention, split])
-def test_workspace_is_what_is_allocated(kernel, dq_dtype, no_launches):
-    # tiles of keys that all rows see are cut
+def test_the_predicted_workspace_is_allocated(kernel, dq_dtype, no_launches):
+    # key tiles that all rows see are split
     mask = LaunchMask.from_mask(Mask.sliding_window(TOKENS, 255, sink_tokens=4), HEADS, HEADS // KV_HEADS)
     schedule = kernel.prepare(mask, KernelRequirements(torch.bfloat16, DIM, DIM, META))
 
@@ -54,13 +54,13 @@ def test_workspace_is_what_is_allocated(kernel, dq_dtype, no_launches):
 
 
 def flash_forward(q, k, v, starts_q, starts_k, longest_q, longest_k, *how, **window):
-    """Allocate what `mha_varlen_fwd` of PyTorch's flash_api.cpp does."""
+    """Allocate the same memory as `mha_varlen_fwd` in PyTorch's flash_api.cpp."""
     few = [torch.empty(2, dtype=torch.uint64, device=META), torch.empty((), dtype=torch.uint64, device=META)]
     return torch.empty_like(q), torch.empty(q.shape[1], len(q), device=META), *few, None
 
 
 def flash_backward(do, q, k, v, o, lse, starts_q, starts_k, *how, **window):
-    """Allocate what `mha_varlen_bwd` of PyTorch's flash_api.cpp does."""
+    """Allocate the same memory as `mha_varlen_bwd` in PyTorch's flash_api.cpp."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     long = len(q) + 128 * (len(starts_q) - 1)
     dim = q.shape[2]
@@ -74,7 +74,7 @@ def flash_backward(do, q, k, v, o, lse, starts_q, starts_k, *how, **window):
 
 
 def key_parts(longest_q, longest_k, heads, kv_heads, dim, is_causal):
-    """Return the result of `get_num_splits` and `num_splits_heuristic` of FlashAttention 3 for bf16 on an H100."""
+    """Return the result of FlashAttention 3's `get_num_splits` and `num_splits_heuristic` for bf16 on an H100."""
     block_m, block_n = (192, 128) if dim <= 96 else (128, 176 if dim == 128 and not is_causal else 128)
     m_blocks, n_blocks = -(-longest_q * (heads // kv_heads) // block_m), -(-longest_k // block_n)
     blocks, size = kv_heads * m_blocks, longest_k * 2 * dim * 2
@@ -88,7 +88,7 @@ def key_parts(longest_q, longest_k, heads, kv_heads, dim, is_causal):
 
 
 def fa3_forward(q, k, v, starts_q, starts_k, longest_q, longest_k, dropout, is_causal, *how, **window):
-    """Allocate what `mha_fwd` of FlashAttention 3's flash_api.cpp does."""
+    """Allocate the same memory as `mha_fwd` in FlashAttention 3's flash_api.cpp."""
     parts = key_parts(longest_q, longest_k, q.shape[1], k.shape[1], q.shape[2], is_causal)
     out = torch.empty_like(q), torch.empty(q.shape[1], len(q), device=META)
     semaphore = torch.empty(len(starts_q), dtype=torch.int32, device=META)
@@ -100,7 +100,7 @@ def fa3_forward(q, k, v, starts_q, starts_k, longest_q, longest_k, dropout, is_c
 
 
 def fa3_backward(do, q, k, v, o, lse, starts_q, starts_k, longest_q, longest_k, *how, **window):
-    """Allocate what `mha_bwd` of FlashAttention 3's flash_api.cpp does, with blocks of 128 rows and keys."""
+    """Allocate the same memory as `mha_bwd` in FlashAttention 3's flash_api.cpp, with blocks of 128 rows and keys."""
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     sequences, (heads, kv_heads), dim = len(starts_q) - 1, (q.shape[1], k.shape[1]), q.shape[2]
     rows, keys = (-(-(len(x) + 128 * sequences) // 128) * 128 for x in (q, k))
@@ -133,7 +133,7 @@ def test_what_flash_allocates_is_within_its_bound(v_dim, dtype, monkeypatch):
 
 
 def check_flash(mask, v_dim, dtype):
-    """Compare what both passes allocate with the bound; results are of `dtype`."""
+    """Compare the memory that both passes allocate with the bound. dtype: the dtype of the results."""
     schedule = flash.prepare(mask, KernelRequirements(torch.bfloat16, DIM, v_dim, META))
 
     def tensor(heads, width, dtype=torch.bfloat16):

@@ -1,4 +1,6 @@
-"""Descriptions of the nodes of a Ray cluster: slow ones are named, and bad input is refused. Stand-ins replace the tasks."""
+"""Calibrating the nodes of a Ray cluster: slow nodes are named, and bad input is refused. Stand-ins replace Ray's
+tasks.
+"""
 
 import importlib.util
 import json
@@ -27,7 +29,7 @@ def test_nodes_are_compared_with_those_of_the_same_device():
 
 @pytest.fixture
 def tasks(monkeypatch):
-    """Replace a cluster by nodes whose answers a test sets."""
+    """Replace the cluster by nodes whose answers are set by a test."""
     if importlib.util.find_spec("ray") is None:
         pytest.skip("ray is not installed")
     from distattn.launch.ray import driver as ray_driver
@@ -67,6 +69,6 @@ def test_each_node_gets_a_description_and_the_slow_one_is_named(tasks, tmp_path,
     assert list(json.loads(told.out)["clusters"]) == ["node1", "node10"]
 
 
-def test_what_every_node_says_of_itself_is_not_given(capsys, tmp_path):
+def test_settings_that_every_node_determines_itself_are_refused(capsys, tmp_path):
     assert cli.main(["calibrate", "--out", str(tmp_path / "mine.toml"), "--ray", "--nodes=2"]) == 2
     assert "with --ray every node describes itself: leave out --name, --nodes" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`distattn ckpt`: what a user sees of checkpoints, without torch."""
+"""`distattn ckpt`: what a user sees of checkpoints, in a process without torch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from distattn.training.config import run_file as configuration
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Make a run with three checkpoints."""
+    """Create a run with three checkpoints."""
     run = tmp_path_factory.mktemp("run")
     facts = {"config": "0123", "plan": "4567"}
     saver = Checkpoints(run / "checkpoints", group=None, facts=facts, keep=KeepRule(), warn=lambda line: None)
@@ -76,7 +76,7 @@ def test_list_shows_loss_and_verdict_and_verify_what_is_in_doubt(tmp_path, capsy
     assert "verdict: refused, step 31" in said(capsys, "show", run).out
 
 
-def test_resume_goes_on_from_the_step_that_is_asked_for(run, monkeypatch, capsys):
+def test_resume_continues_from_the_requested_step(run, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(resume_command, "resume_locally", lambda run, config, **others: asked.append(others) or 0)
     configuration.save(configuration.Config(), run / "config.toml")
@@ -99,16 +99,16 @@ def test_verify_names_what_is_damaged_with_exit_code_3(run, capsys):
     out = said(capsys, "verify", run, code=3).out
     assert out.count("good") == 2 and out.count("damaged") == 1
     assert f"{file}: bytes 0 to {len(content):,} are not what was written." in out
-    # in one of them
+    # verify a single checkpoint
     assert said(capsys, "verify", run / "checkpoints/step-00000030").out.count("good") == 1
     (row,) = map(json.loads, said(capsys, "verify", file.parent, "--json", code=3).out.splitlines())
     assert row["problems"][0]["file"] == "__0_0.distcp" and row["problems"][0]["offset"] == 0
-    # a copy under another name
+    # verify a copy with another name
     file.parent.rename(run / "copy")
     assert "copy" in said(capsys, "verify", run / "copy", code=3).out
 
 
-def test_show_says_what_the_newest_is_of(run, capsys):
+def test_show_describes_the_newest_checkpoint(run, capsys):
     out = said(capsys, "show", run).out
     assert "step-00000030: step 30, saved at 20" in out and "by 1 ranks with torch" in out
     assert "  config: 0123\n  plan: 4567\n" in out and "__0_0.distcp" in out
@@ -130,7 +130,7 @@ def test_show_says_what_the_newest_is_of(run, capsys):
         (["list", ".", "--al"], "unrecognized arguments: --al"),
     ],
 )
-def test_mistakes_are_one_sentence(arguments, why, tmp_path, monkeypatch, capsys):
+def test_mistakes_give_one_sentence(arguments, why, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     err = said(capsys, *arguments, code=2).err
     assert why in err and err.count("\n") == 1 and err.startswith("distattn: ")

@@ -1,4 +1,4 @@
-"""`distattn configs`, and configurations by name."""
+"""`distattn configs`, and configurations referred to by name."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def test_commands_take_a_name(capsys, tmp_path, monkeypatch):
         (["sow", "tiny"], "there are list, show and copy"),
     ],
 )
-def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
+def test_a_mistake_gives_one_sentence(capsys, arguments, sentence):
     assert cli.main(["configs", *arguments]) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.count("\n") == 1

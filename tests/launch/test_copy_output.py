@@ -1,4 +1,4 @@
-"""What rank 0 prints reaches its log and the console, and a console that takes nothing delays no rank."""
+"""rank 0's output reaches its log and the console, and a console that accepts no output delays no rank."""
 
 import contextlib
 import fcntl
@@ -17,7 +17,7 @@ from distattn.launch.ranks import copy_output
 from distattn.supervision.culprits import process_state
 
 ROOT = Path(__file__).parents[2]
-# more than pipes hold
+# more than a pipe can hold
 LINES = b"".join(b"step %d\n" % number for number in range(100000))
 RANK = """
 import os, sys, time
@@ -36,7 +36,7 @@ os.write(2, b"the end\\n")
 
 
 def started_copiers(rank):
-    """Return the copiers that run their own program: one that is stopped before that would keep its parent in vfork."""
+    """Return the copiers that already run their own program. Stopping one before that would keep its parent in vfork."""
     children = psutil.Process(rank).children()
     return [child for child in children if any(word.endswith("copy_output.py") for word in child.cmdline())]
 
@@ -55,7 +55,7 @@ def copying(log, **how):
     return killed_at_last([sys.executable, "-SP", copy_output.__file__, str(log)], stdin=subprocess.PIPE, **how)
 
 
-def test_a_paused_console_keeps_nobody_waiting(tmp_path):
+def test_a_paused_console_blocks_no_rank(tmp_path):
     with copying(tmp_path / "log", stdout=subprocess.PIPE) as copy:
         fcntl.fcntl(copy.stdout, fcntl.F_SETPIPE_SZ, 4096)
         # tee would block here
@@ -101,7 +101,7 @@ def test_a_pager_that_was_left_leaves_the_log(tmp_path):
 @pytest.mark.parametrize("end", ["ends", "is killed"])
 def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
     reader, terminal = os.openpty()
-    # Ctrl-S, and later Ctrl-Q
+    # Ctrl-S, followed later by Ctrl-Q
     termios.tcflow(terminal, termios.TCOOFF)
     command = [sys.executable, "-c", RANK, *(["stay"] if end == "is killed" else [])]
     how = dict(stdout=terminal, stderr=terminal, env=os.environ | {"RANK": "0", "PYTHONPATH": str(ROOT)})
@@ -113,7 +113,7 @@ def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
         termios.tcflow(terminal, termios.TCOON)
         os.close(terminal)
         shown = bytearray()
-        # the read fails once no process has the terminal open: the copier has ended, too
+        # the read fails once no process has the terminal open, which means that the copier has ended too
         with contextlib.suppress(OSError):
             while chunk := os.read(reader, 1 << 16):
                 shown += chunk
@@ -122,7 +122,7 @@ def test_a_paused_terminal_does_not_hold_up_rank_0(end, tmp_path):
     assert shown.replace(b"\r\n", b"\n") == wanted == (tmp_path / "rank-0.log").read_bytes()
 
 
-# waits 3 s, in which a stopped copier may go on
+# this waits 3 s, in which a stopped copier could continue
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=lambda how: how.name)
 def test_a_copier_that_is_lost_is_replaced_and_named(how, tmp_path):
     pipes = dict(stdout=subprocess.PIPE, stdin=subprocess.PIPE, env=os.environ | {"RANK": "0", "PYTHONPATH": str(ROOT)})
@@ -138,6 +138,6 @@ def test_a_copier_that_is_lost_is_replaced_and_named(how, tmp_path):
     why = "was killed by SIGKILL" if how == signal.SIGKILL else "is stopped (SIGSTOP or a debugger)"
     lost = f"distattn: the copier of rank 0's output (process {copier.pid}) {why}"
     sentence = f"{lost}: another one goes on, without lines that this one held.\n".encode()
-    # nothing was in the copier when it was lost
+    # the copier held no data when it was lost
     assert sentence in shown and shown.replace(sentence, b"") == LINES + b"the end\n"
     assert (tmp_path / "rank-0.log").read_bytes() == shown

@@ -1,4 +1,6 @@
-"""distattn data pack, stats and show: from a TOML file to a plan, what a run will read of it, and the text of any step."""
+"""distattn data pack, stats and show: making a plan from a TOML file, what a run will read of it, and the text of any
+step.
+"""
 
 import json
 import os
@@ -43,7 +45,7 @@ BOOKS = ["A long story, told again and again. " * 12, "Zwölf Boxkämpfer\tund e
 
 
 def write_bytes(prefix: str, texts: list[str]) -> None:
-    """Write what `distattn data tokenize --tokenizer bytes` writes."""
+    """Write the same files as `distattn data tokenize --tokenizer bytes`."""
     contents = [text.encode() for text in texts]
     with IndexedFileWriter(prefix, np.uint8) as writer:
         for content in contents:
@@ -75,7 +77,7 @@ def data(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
-    """Return a table's rows by their first word."""
+    """Return a table's rows, keyed by their first word."""
     return {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
 
 
@@ -93,7 +95,7 @@ def test_pack_makes_a_plan_and_says_what_is_in_it(folder, capsys):
     assert plan.digest in out and f"run.packs: {os.path.getsize('run.packs') / 1e3:.1f} kB" in out
 
 
-def test_pack_says_only_lengths_that_the_plan_has(folder, capsys):
+def test_pack_reports_only_lengths_that_the_plan_has(folder, capsys):
     Path("packs.toml").write_text(CONFIG.replace("steps = 6", "steps = 3"))
     assert "24 packs of 64 tokens" in data(capsys, "pack", "packs.toml")[1]
 
@@ -251,7 +253,7 @@ def test_show_has_all_text_of_a_step_between_borders(packed, capsys):
     assert first.startswith(f"==== step 4, pack 0: {count} document{'s' * (count > 1)}, {packs[0].tokens} tokens ===")
     name = ("web", "books")[corpus]
     assert border.startswith(f"---- {name} {document} ({name}.bin {document}), epoch {epoch}: {length} tokens ")
-    # every document's whole text is there
+    # every document's full text is shown
     for row in (row for pack in packs for row in pack.rows if row["corpus"] == 0 and not row["start"]):
         assert WEB[row["document"]][: row["length"]] in out
 
@@ -321,7 +323,7 @@ def test_show_has_token_ids_where_the_tokenizer_is_gone_and_says_so(packed, caps
         code, out, err = data(capsys, "show", "packs.toml", "0", "--tokens", "0")
         assert code == 0 and why in err
         assert all(line.startswith("data show: ") and "token ids are shown" in line for line in err.splitlines())
-        # once for each file, however many documents it has
+        # one message per file, however many documents it has
         assert err.count("data show: web:") == 1
         texts = [line for line in out.splitlines() if not line.startswith(("====", "----"))]
         assert texts and all(part.isdecimal() for line in texts for part in line.split())
@@ -381,9 +383,9 @@ def test_other_commands_are_refused(capsys):
         "plan --docs 64Ki --cluster h200-8x8",
     ],
 )
-def test_what_nobody_reads_on_ends_silently(packed, arguments):
+def test_a_command_whose_output_is_no_longer_read_ends_silently(packed, arguments):
     reader, writer = os.pipe()
-    # as head does, before anything was written
+    # close the pipe before anything is written, as `head` may do
     os.close(reader)
     command = [sys.executable, "-m", "distattn.launch.cli", *arguments.split()]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

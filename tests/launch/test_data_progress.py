@@ -1,4 +1,6 @@
-"""Progress of data commands: a line now and then where there is no terminal, and time left by the rate of this command only."""
+"""Progress of data commands: an occasional line without a terminal, and remaining time estimated from this command's
+rate.
+"""
 
 import re
 
@@ -8,7 +10,7 @@ from distattn.launch.data import progress as data_progress
 from distattn.launch.data.progress import ProgressReporter
 
 
-def test_lines_tell_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):
+def test_lines_show_progress_and_remaining_time(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 10.0, 11.0, 20.0, 20.0])
     monkeypatch.setattr(data_progress.time, "monotonic", lambda: next(clock))
     with ProgressReporter("verify", 1000) as reporter:
@@ -18,7 +20,7 @@ def test_lines_tell_how_far_it_is_and_how_long_it_takes(monkeypatch, capsys):
         reporter.advance(100)
         reporter.advance(100)
     lines = capsys.readouterr().err.splitlines()
-    # 100 in 10 seconds, 400 are left; then 300 in 20 seconds, 200 are left
+    # 100 in 10 seconds with 400 left, then 300 in 20 seconds with 200 left
     assert lines == ["verify: 60.0%  7 tokens/s  about 40 s left", "verify: 80.0%  about 13 s left"]
 
 

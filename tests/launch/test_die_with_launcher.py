@@ -1,4 +1,4 @@
-"""Ranks end with their launcher, however it ends. All processes here are real."""
+"""Ranks end with their launcher, however it ends. All processes in these tests are real."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ time.sleep(100000)
 
 
 def alive(process: int) -> bool:
-    """Return whether a process exists and is no zombie."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def test_without_prctl_the_parent_is_watched(tmp_path):
 
 
 def test_a_rank_whose_launcher_died_before_it_could_ask_ends_at_once(tmp_path):
-    # a process of that id is not the parent of the rank: the launcher is gone, and another process has adopted the rank
+    # the given parent id is not the rank's parent, so its launcher is gone and another process has adopted the rank
     command = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(1 << 30), "this"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL and not done.stdout

@@ -1,4 +1,4 @@
-"""The numbers of nodes with which a run may go on, and what its folder records of each."""
+"""The numbers of nodes with which a run may continue, and what its folder records about each attempt."""
 
 from pathlib import Path
 
@@ -33,13 +33,13 @@ def elastic(*overrides: str):
 @pytest.mark.parametrize(
     ("overrides", "counts"),
     [
-        # a step has 8 packs, which 3 replicas cannot have equally many of
+        # a step has 8 packs, which cannot be divided equally among 3 replicas
         ((), (4, 2, 1)),
         (("--ray.min_nodes=2",), (4, 2)),
-        # a replica takes two nodes
+        # a replica spans two nodes
         (("--parallel.context_parallel_size=4",), (4, 2)),
         (("--parallel.strategy=cad", "--parallel.data=per_rank", "--parallel.context_parallel_size=1"), (4, 2, 1)),
-        # tensor- and pipeline-parallel ranks belong to one replica, too
+        # tensor- and pipeline-parallel ranks also belong to the same replica
         (
             (*MEGATRON, "--parallel.context_parallel_size=1"),
             (4, 2),
@@ -70,7 +70,7 @@ def test_a_run_may_have_nodes_of_whole_replicas_that_packs_can_be_dealt_to(overr
         (("--ray.shrink_seconds=-1",), "ray.shrink_seconds: at least 0, not -1"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(overrides, sentence):
+def test_impossible_settings_are_refused_by_name(overrides, sentence):
     with pytest.raises(DistattnError, match=sentence):
         node_counts(elastic(*overrides))
 
@@ -80,7 +80,7 @@ def test_a_run_that_has_fewer_nodes_now_may_have_as_many_as_before():
 
 
 class Nodes:
-    """Two nodes, then one, then two again, when another process asks the run to stop."""
+    """Two nodes, then one, then two again, at which point another process asks the run to stop."""
 
     def __init__(self, run, elastic):
         self.run_folder, self.elastic, self.sizes, self.ranks = run, elastic, [2, 1, 2], []
@@ -96,7 +96,7 @@ class Nodes:
             return AttemptEnd(75, dict.fromkeys(hosts, 75), next_nodes=2)
         if self.sizes:
             return AttemptEnd(1, {"node1": None}, {"node1": "was lost"}, ["node1"])
-        # a request to stop counts more than room for more nodes
+        # a request to stop takes precedence over room for more nodes
         self.run_folder.ask_to_stop("a person")
         return AttemptEnd(75, dict.fromkeys(hosts, 75), next_nodes=4)
 

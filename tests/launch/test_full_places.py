@@ -1,4 +1,4 @@
-"""Places that are full or cannot be written are named with what helps, and cost no run that can do without them."""
+"""Full or read-only locations are named with advice, and do not end a run that can continue without them."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ os.kill(os.getpid(), signal.SIGUSR2)
 
 @pytest.fixture
 def no_folder(tmp_path):
-    """Return a path at which nothing can be made."""
+    """Return a path at which nothing can be created."""
     (tmp_path / "file").write_text("")
     return tmp_path / "file" / "folder"
 
@@ -65,7 +65,7 @@ def test_stacks_that_cannot_be_kept_are_printed(no_folder):
 
 
 def attempted(folder, monkeypatch, launch):
-    """Run an attempt of one rank without its processes. launch: stands for torchrun."""
+    """Run a single-rank attempt without its processes. launch: replaces torchrun."""
     monkeypatch.setattr(attempt, "elastic_launch", lambda config, function: launch)
     monkeypatch.setattr(attempt, "RankWatch", lambda *_: SimpleNamespace(close=lambda: None))
     for name in ("_start_server", "_server", "_tracker"):
@@ -86,7 +86,7 @@ def test_an_attempt_without_a_folder_for_its_evidence_goes_on(no_folder, monkeyp
 
 def test_shared_memory_without_room_is_named_with_what_helps(tmp_path, monkeypatch):
     def launch(*_):
-        # as multiprocessing raises it
+        # multiprocessing raises it in this form
         raise OSError(28, "No space left on device")
 
     with pytest.raises(DistattnError, match=r"^/dev/shm: has no room for the semaphores of ranks.*--shm-size=8g"):

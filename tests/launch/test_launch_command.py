@@ -1,4 +1,4 @@
-"""`distattn launch`: here, and as a script for Slurm; test_slurm_runs.py submits it."""
+"""`distattn launch` on this machine, and as a Slurm script, which test_slurm_runs.py submits."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_a_preflight_alone_has_a_folder_of_its_own_and_is_neither_repeated_nor_r
     code, out, _ = run(capsys, "folder", *arguments, "--json")
     folder = Path(json.loads(out)["run"])
     assert code == 0 and list(tmp_path.iterdir()) == [folder] and folder.name == "run-preflight"
-    # as a scheduler does once the ranks have ended
+    # a scheduler runs this once the ranks have ended
     assert finish_run.main(str(folder)) == 0 and not RunFolder(folder).report_file.exists()
     assert cli.main(["resume", str(folder)]) == 2
     assert f"distattn preflight {folder}/config.toml" in capsys.readouterr().err
@@ -175,19 +175,19 @@ def test_real_configurations_are_planned_and_submitted_dry(capsys, config):
         (("status", "configs"), "this is not a run folder"),
     ],
 )
-def test_a_mistake_is_one_sentence(capsys, arguments, sentence, monkeypatch):
+def test_a_mistake_gives_one_sentence(capsys, arguments, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     code, out, err = run(capsys, *arguments)
     assert code == 2 and not out and sentence in err and "Traceback" not in err
 
 
-def test_a_cluster_that_nobody_named_does_not_bind_a_launch(capsys):
+def test_a_default_cluster_does_not_restrict_a_launch(capsys):
     config = str(ROOT / "configs/llama-8b-1m-h200.toml")
     code, out, _ = run(capsys, "slurm", config, "--nodes=8", "--gpus=4", "--dry-run")
     assert code == 0 and "--gpus-per-node=4" in out
 
 
-def test_the_version_is_said(capsys):
+def test_the_version_is_printed(capsys):
     assert cli.main(["--version"]) == 0 and capsys.readouterr().out == "distattn 0.1.0\n"
 
 
@@ -200,7 +200,7 @@ def test_a_run_that_is_not_there_is_not_submitted_dry(capsys):
 
 @pytest.fixture
 def slurm_that(tmp_path, monkeypatch):
-    """Put commands of a Slurm into PATH whose answers a test sets."""
+    """Put Slurm commands into PATH whose answers are set by a test."""
 
     def answers(**scripts: str) -> Path:
         folder = tmp_path / "bin"
@@ -263,7 +263,7 @@ def test_local_keeps_a_log_of_every_rank(tmp_path):
     assert set(logs) == {"rank-0.log", "rank-1.log"} and "loss" in logs["rank-0.log"] in done.stdout
 
 
-def test_an_empty_log_is_said_to_be_empty_and_a_run_that_keeps_none_too(capsys, tmp_path):
+def test_an_empty_log_and_a_run_without_logs_are_reported(capsys, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.logs.mkdir(parents=True)
     folder.config_file.touch()

@@ -1,4 +1,4 @@
-"""A run listens on the loopback only, no stranger may join it, and its secret is in one file only."""
+"""A run listens only on the loopback, no stranger can join it, and its secret is stored in a single file."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ from distattn.training.job_store import job_store
 from distattn.training.rank_authentication import authenticate_ranks
 
 ROOT = Path(__file__).parents[2]
-# an environment variable that no log and no report may show
+# an environment variable that must not appear in any log or report
 PLANTED = secrets.token_hex(16)
 SECTIONS = """
 [train]
@@ -61,7 +61,7 @@ def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
         assert {address for address, _ in listening} == {"127.0.0.1"}
         secret = (tmp_path / "run" / "secret").read_text().strip()
         assert (tmp_path / "run" / "secret").stat().st_mode & 0o777 == 0o600
-        # the store answers any process of this machine: no secret is in it
+        # the store answers any process on this machine, so it must hold no secret
         ((_, port),) = set(listening_addresses(family[0]))
         content = list(content_of_store(port))
         assert content and not any(bytes.fromhex(secret) in entry or secret.encode() in entry for entry in content)
@@ -81,7 +81,7 @@ def test_a_run_listens_on_the_loopback_alone_and_keeps_its_secret(tmp_path):
 
 
 def environment_of(process):
-    """Return a process's environment, or an empty one if it has just ended."""
+    """Return a process's environment, or an empty dict if the process has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.environ()
     return {}
@@ -105,7 +105,7 @@ def members(rank, folder):
     return ""
 
 
-def test_who_does_not_know_the_secret_is_named_and_no_rank(tmp_path):
+def test_a_process_without_the_secret_is_named_and_does_not_become_a_rank(tmp_path):
     write_secret(tmp_path / "secret")
     (tmp_path / "other").write_bytes((tmp_path / "secret").read_bytes())
     (tmp_path / "other").chmod(0o600)
@@ -119,7 +119,7 @@ def test_who_does_not_know_the_secret_is_named_and_no_rank(tmp_path):
     assert first.startswith("rank 1 did not prove") and "there is no secret of this job" in second
 
 
-def test_a_secret_is_its_users_alone(tmp_path):
+def test_only_its_user_can_read_a_secret(tmp_path):
     file = tmp_path / "secret"
     write_secret(file)
     before = read_secret(file)
@@ -168,7 +168,7 @@ def test_agents_of_several_nodes_meet_in_the_first_ones_store():
         port = taken.getsockname()[1]
     first, second = (_agent(node, port) for node in range(2))
     with ThreadPoolExecutor() as threads:
-        # each waits for the other
+        # each one waits for the other
         there = threads.submit(first.next_rendezvous)
         here = second.next_rendezvous()
         there_ = there.result()
@@ -178,7 +178,7 @@ def test_agents_of_several_nodes_meet_in_the_first_ones_store():
     assert {address for address, at in listening_addresses(psutil.Process()) if at == port} == {"127.0.0.1"}
 
 
-def test_nodes_that_do_not_meet_are_told_where(monkeypatch):
+def test_nodes_that_do_not_meet_are_told_the_address(monkeypatch):
     monkeypatch.setattr(loopback, "_LIMIT", timedelta(seconds=1))
     (port,) = free_ports(1)
     with pytest.raises(

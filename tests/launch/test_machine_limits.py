@@ -61,7 +61,7 @@ def test_ranks_that_fit_are_not_refused(monkeypatch):
     monkeypatch.setattr(machine_limits, "available_bytes", lambda: 1_000_000)
     with pytest.raises(DistattnError, match="not even one fits"):
         machine_limits.check_run_fits(configuration.load(TINY))
-    # on other systems than Linux the memory is unknown
+    # on systems other than Linux the available memory is unknown
     monkeypatch.setattr(machine_limits, "available_bytes", lambda: None)
     machine_limits.check_run_fits(configuration.load(TINY, ["--parallel.ranks=1000"]))
 
@@ -116,14 +116,14 @@ SHAPE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_key
     [
         ("float32", EngineConfig(), 16 / 8),
         ("float64", EngineConfig(shard_size=2), 32 / 2),
-        # master weights are what is sharded
+        # the master weights are sharded
         ("bfloat16", EngineConfig(), 16 / 8),
         ("float32", EngineConfig(name="deepspeed", zero_stage=1), 4 + 4 + 8 / 8),
         ("bfloat16", EngineConfig(name="deepspeed", zero_stage=2), 2 + 4 / 8 + 12 / 8),
         ("float32", EngineConfig(name="deepspeed", zero_stage=3), 16 / 8),
     ],
 )
-def test_what_a_rank_keeps_is_counted_as_the_engine_shards_it(dtype, engine, bytes_each):
+def test_the_state_of_a_rank_is_counted_as_the_engine_shards_it(dtype, engine, bytes_each):
     config = Config(model=dataclasses.replace(SHAPE, dtype=dtype), engine=engine, parallel=ParallelConfig(ranks=8))
     model = build_model(config, configured_model(config, 256, 64), "sdpa")
     parameters = sum(p.numel() for p in model.parameters())
@@ -161,7 +161,7 @@ def test_the_tightest_cgroup_of_version_2_counts_without_its_file_cache(tmp_path
 
 def test_a_container_s_limit_of_version_1_counts_at_the_mount_point(tmp_path):
     files = MEMINFO | {
-        # the path is the host's, the mount shows the container's own
+        # the path is the host's, but the mount shows the container's own group
         "proc/self/cgroup": "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/docker/abc\n",
         "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
         "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{2 * GIB}\n",
@@ -172,6 +172,6 @@ def test_a_container_s_limit_of_version_1_counts_at_the_mount_point(tmp_path):
     assert available_bytes(machine(tmp_path, files)) == 20 * GIB
 
 
-def test_this_machine_says_how_much_it_has():
+def test_this_machine_reports_its_memory():
     available = available_bytes()
     assert available is None or 0 < available < 1 << 60

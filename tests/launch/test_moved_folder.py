@@ -1,4 +1,4 @@
-"""A run whose folder is renamed ends with one sentence, which a rank says."""
+"""If a run's folder is renamed, one rank reports it in one sentence and the run ends."""
 
 from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.ir.errors import DistattnError

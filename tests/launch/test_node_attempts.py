@@ -1,4 +1,4 @@
-"""Attempts on several nodes: which failures are followed by another attempt. Stand-ins replace the nodes."""
+"""Attempts on several nodes: which failures lead to another attempt. Stand-ins replace the nodes."""
 
 import shutil
 import signal
@@ -18,7 +18,9 @@ KILLED, REFUSED = ("killed", 137), ("refused", 2)
 
 
 class Nodes:
-    """Two nodes, whose attempts end as given: (kind, exit code, steps done) of the second one's ranks, or well."""
+    """Two nodes. ends: (kind, exit code, steps done) of the second node's ranks in each attempt; later attempts
+    succeed.
+    """
 
     def __init__(self, run, *ends):
         self._run, self._ends, self.blamed, self.asked, self.report = run, list(ends), [], [], 0
@@ -57,7 +59,7 @@ def run(tmp_path):
     ("ends", "code", "attempts", "blamed"),
     [
         ([(*REFUSED, 0)], 2, 1, []),
-        # ranks may refuse what the attempt before has left, and no node is blamed for it
+        # ranks may refuse what the previous attempt left behind, and no node is blamed for that
         ([(*KILLED, 5), (*REFUSED, 0)], 0, 3, ["b"]),
         ([(*KILLED, 5), (*REFUSED, 3)], 2, 2, ["b"]),
         ([(*KILLED, 5), *[(*REFUSED, 0)] * 3], 2, 4, ["b"]),
@@ -69,7 +71,7 @@ def test_ranks_that_refuse_before_the_first_step_of_a_later_attempt_are_tried_ag
     assert len(Attempts(run.attempts).rows()) == attempts and nodes.blamed == blamed
 
 
-def test_checkpoints_that_were_set_aside_are_no_progress(run, monkeypatch, capsys):
+def test_checkpoints_that_were_set_aside_do_not_count_as_progress(run, monkeypatch, capsys):
     def save(serial, step):
         checkpoint = run.checkpoints / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
@@ -109,7 +111,7 @@ def test_a_report_that_a_signal_has_ended_is_written_later(run):
     assert attempts.run() == (143, True)
 
 
-def test_no_attempt_makes_half_of_a_folder_that_was_deleted_anew(run):
+def test_no_attempt_recreates_part_of_a_deleted_folder(run):
     nodes = Nodes(run, (*KILLED, 5))
     end_of_attempt = nodes.run
 

@@ -1,4 +1,4 @@
-"""A launcher on Ray says that the cluster's head is lost, before Ray ends it, and how to complete the run."""
+"""A launcher on Ray reports that the cluster's head is lost before Ray ends it, and says how to complete the run."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from distattn.launch.ray.run import stopping
 from distattn.launch.stop_signals import CommandStopped, stop_on_signals
 
 
-def test_a_head_that_is_lost_is_told_of_once_with_what_completes_the_run():
+def test_a_lost_head_is_reported_once_with_how_to_complete_the_run():
     sentences, answers = [], []
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
@@ -54,7 +54,7 @@ def test_a_second_ctrl_c_has_its_sentence():
     assert asked == [signal.SIGINT]
 
 
-def test_a_run_goes_on_at_another_address(tmp_path):
+def test_a_run_continues_at_another_address(tmp_path):
     went_on = []
     config = tmp_path / "config.toml"
     config.write_text('[data]\npath = "x"\n[ray]\naddress = "old:1"\n')

@@ -1,4 +1,4 @@
-"""Nodes that are held during an attempt until there are enough of them. A stand-in answers for Ray."""
+"""Nodes that are held during an attempt until there are enough of them. A stand-in replaces Ray."""
 
 import importlib.util
 from types import SimpleNamespace
@@ -18,7 +18,9 @@ from distattn.training.run_folder import RunFolder
 
 @pytest.fixture
 def ray(monkeypatch):
-    """Return a cluster that gives nodes when a test says so. asked: (how many, without which); now: seconds."""
+    """Return a cluster that provides nodes when a test says so. asked: (count, excluded nodes) of each request. now:
+    seconds.
+    """
     cluster = SimpleNamespace(asked=[], given={}, held=[], now=0.0)
 
     def hold(needs, count, without):
@@ -46,7 +48,7 @@ def test_nodes_that_come_together_are_taken_together_and_the_most_at_once(ray):
 
     assert found(0) == 0 and ray.asked == [(1, ["bad", "a", "b"])]
     ray.given[1] = ["c"]
-    # the next one may follow
+    # another request may follow
     assert found(2) == 0 and ray.asked[1:] == [(1, ["bad", "a", "b", "c"])]
     assert found(9) == 0 and found(2) == 3
     ray.given[2] = ["d"]
@@ -71,16 +73,16 @@ def test_nodes_keep_the_order_of_their_numbers():
 @pytest.mark.parametrize(
     ("usable", "fewer"),
     [
-        # as many nodes exist as before, and fewer are requested once Ray has had the time to free them
+        # as many nodes exist as before. Fewer are requested once Ray has had time to free them
         (2, [False, False, True, False, True]),
         # one node is lost
         (1, [False, True, True, False, True]),
     ],
 )
-def test_nodes_that_are_there_but_taken_are_waited_for(usable, fewer, tmp_path, monkeypatch):
+def test_busy_nodes_are_waited_for(usable, fewer, tmp_path, monkeypatch):
     nodes = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 600, 30, lambda nodes: None))
     monkeypatch.setattr(nodes, "_usable", lambda: usable)
-    # seconds for this many nodes, and in all
+    # seconds of waiting for this number of nodes, and in total
     waited = [(29, 29), (31, 31), (61, 61), (29, 90), (31, 92)]
     assert [nodes._is_short(*seconds) for seconds in waited] == fewer
     hasty = RayNodes(RunFolder(tmp_path), "job", NodeNeeds(2, 0, 2), NodeCounts((2, 1), 40, 10, lambda nodes: None))
@@ -93,7 +95,7 @@ def test_a_node_that_never_answers_while_others_stay_taken_ends_the_waiting(tmp_
     clock, left_out = [0.0], nodes._left_out.hosts
 
     def placed():
-        # a, b and c exist, and c is busy; Ray gives the other one once it is not left out any more
+        # a, b and c exist, and c is busy. Ray provides b once it is no longer excluded
         while "b" in left_out:
             clock[0] += 70.0
             if clock[0] > 2000:

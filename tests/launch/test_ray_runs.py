@@ -1,4 +1,4 @@
-"""Runs on a real Ray of several raylets: killed ranks and lost nodes do not change what the model learns."""
+"""Runs on a real Ray cluster of several raylets: killed ranks and lost nodes do not change what the model learns."""
 
 import importlib.util
 import json
@@ -23,11 +23,11 @@ from distattn.training.reporting.json_lines import read_rows
 pytestmark = pytest.mark.waits(11)
 
 ROOT = Path(__file__).parents[2]
-# a run must not come to its end before it is stopped for the last time
+# enough steps that the run does not finish before its last stop
 STEPS = 80
 SHORT = (
     f"--train.steps={STEPS}",
-    # at the configuration's 3e-3 different roundings grow beyond the tolerance within 80 steps
+    # with the configuration's 3e-3, rounding differences exceed the tolerance within 80 steps
     "--train.learning_rate=1e-3",
     "--data.tokens_per_step=2048",
     "--data.max_document_tokens=900",
@@ -67,7 +67,7 @@ def rows(folder: Path, file: str) -> list[dict]:
 
 
 def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """Return (step, loss, gradient norm) of each step; of a repeated step the last."""
+    """Return (step, loss, gradient norm) of each step. For repeated steps, return the last one."""
     last = {row["step"]: (row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, "metrics.jsonl")}
     return [last[step] for step in sorted(last)]
 
@@ -81,7 +81,7 @@ def wait_for(run: subprocess.Popen, folder: Path, problem: str, condition) -> No
 
 
 @pytest.mark.full
-def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(cluster, tmp_path):
+def test_a_run_that_loses_ranks_and_a_node_and_gets_another_node_learns_the_same(cluster, tmp_path):
     far, near = tmp_path / "far", tmp_path / "near"
     run = launch(cluster, far, "--nodes=2", "--gpus=2", *ELASTIC)
     wait_for(run, far, "no steps", lambda: len(rows(far, "metrics.jsonl")) > 4)
@@ -91,13 +91,13 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
     wait_for_attempt(run, far, 3)
     cluster.kill("node2")
     wait_for(run, far, "no fourth attempt", lambda: Attempts(far / "attempts").latest == 4 and begun(far))
-    # at this moment the ranks of the only node start
+    # at this moment the only node's ranks are starting
     cluster.add("node3")
     wait_for_attempt(run, far, 5)
     assert f"running from {socket.gethostname()} on the Ray cluster at {cluster.address}, " in status(cluster, far)
     assert distattn(cluster, "launch", "cancel", str(far)).wait() == 0
     assert run.wait() == 75
-    # another driver goes on
+    # another driver continues the run
     run = go_on(cluster, far)
     wait_for_attempt(run, far, 6)
     run.send_signal(signal.SIGINT)
@@ -110,7 +110,7 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
         (row["hosts"], row["nodes"], row["replicas"]) for row in (killed, hung, lost, narrow, cancelled, stopped, last)
     ]
     two_nodes, again = [(["node1", "node2"], 2, 2)] * 2, [(["node1", "node3"], 2, 2)] * 3
-    # node1 has failed twice, and is taken again only if there is no other
+    # node1 has failed twice, so it is used again only if there is no other node
     assert sizes == two_nodes + [(["node2"], 1, 1), (["node1"], 1, 1)] + again
     assert (
         killed["blamed"] == ["node1"] and killed["exit_code"] == 137 and "rank 0 was killed by SIGKILL" in killed["why"]
@@ -129,19 +129,19 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_learns_the_same(clus
     assert output.startswith(f"ended, exit code 0, {STEPS} steps done") and "attempt 7 on node1 node3: " in output
     assert {file.name for file in (far / "logs").iterdir()} == {f"rank-{rank}.log" for rank in range(4)}
     assert (far / "report.html").exists()
-    # configurations before and after the attempt on one node
+    # the configurations before and after the attempt on one node
     assert {configuration.load(file).parallel.ranks for file in far.glob("config*.toml")} == {2, 4}
 
-    # a cluster of this machine alone, without any interruption
+    # a cluster consisting of this machine only, without interruptions
     run = launch(cluster, near, "--gpus=4", "--ray.address=local")
     wait_for(run, near, "no steps", lambda: rows(near, "metrics.jsonl"))
     assert {address for process in family_of(run.pid) for address, _ in listening_addresses(process)} == {"127.0.0.1"}
     wait_for(run, near, "the run does not end", lambda: run.poll() == 0)
     before = min(int(file.stem.split("-")[1]) for file in far.glob("config.until-*.toml"))
     assert curve(far)[:before] == curve(near)[:before] and before > 2
-    # one replica adds the two packs of a step in another order than two replicas do, in fp32, and differences accumulate
+    # one replica adds a step's two packs in another order than two replicas do, in fp32, and the differences accumulate
     np.testing.assert_allclose(curve(far), curve(near), rtol=1e-5)
-    # steps after the newest checkpoint were repeated, with the same pieces
+    # the steps after the newest checkpoint were repeated with the same pieces
     assert set(pieces(far)) == set(pieces(near)) and len(set(pieces(near))) == len(pieces(near))
     assert len(curve(near)) == STEPS
 
@@ -162,7 +162,7 @@ def begun(folder: Path) -> bool:
 
 
 def wait_for_attempt(run: subprocess.Popen, folder: Path, number: int) -> None:
-    """Wait until an attempt has done some steps."""
+    """Wait until attempt `number` has done some steps."""
     wait_for(run, folder, f"no attempt {number}", lambda: Attempts(folder / "attempts").latest == number)
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(run, folder, f"no steps of attempt {number}", lambda: len(rows(folder, "metrics.jsonl")) > again)
@@ -179,7 +179,7 @@ def status(cluster, folder: Path) -> str:
 
 @pytest.mark.full
 def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
-    # in addition to the two that the other tests leave
+    # add a node to the two that the other tests leave behind
     cluster.add("node9")
     try:
         environment = os.environ | cluster.environment | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
@@ -192,7 +192,7 @@ def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
     results = json.loads(done.stdout.split("found ", 1)[1])
     first, second, third = results["nodes"]
     assert results["ends"][1] == 0
-    # the process of its actor was killed, not the node
+    # only the actor's process was killed, not the node
     hosts, code, why, blamed = results["dies"]
     assert hosts == [first, second] and code == 1 and blamed == [second] and f"{second} was lost: " in why
     assert results["fails twice"] == [[first, second], 137, f"{second} ended with exit code 137", [second]]
@@ -217,7 +217,7 @@ def test_commands_run_on_every_node_and_for_every_value(cluster, tmp_path):
     run = distattn(cluster, str(tmp_path / "nodes"), address, "--every-node", *program, "1", module="ray.tasks")
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    # the nodes that the other tests have left
+    # the nodes that the other tests leave behind
     nodes = sorted(file.stem for file in (tmp_path / "nodes").glob("*.log"))
     assert len(nodes) == 2 and all(f"{node}: exit code 0" in output for node in nodes)
     assert {(tmp_path / f"nodes/{node}/file").read_text() for node in nodes} == {"kept"}

@@ -1,4 +1,4 @@
-"""The runs of a sweep: how many run at a time, and how the sweep is stopped. Stand-ins replace attempts."""
+"""The runs of a sweep: how many run at a time, and how the sweep is stopped. Stand-ins replace the attempts."""
 
 import importlib.util
 import threading
@@ -17,7 +17,7 @@ from distattn.launch.ray import sweep as ray_sweep
 
 
 class Run:
-    """A run of two nodes that goes on until it may end."""
+    """A run on two nodes that continues until it may end."""
 
     def __init__(self, folder: Path, code: int):
         folder.mkdir()
@@ -35,7 +35,7 @@ class Run:
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """Return functions that begin a sweep on a cluster of five nodes, and that wait for its exit code."""
+    """Return a function that starts a sweep on a cluster of five nodes, and one that waits for its exit code."""
     monkeypatch.setattr(ray_sweep, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(ray_sweep, "node_slots", lambda needs: 5)
     outcome = {}
@@ -57,7 +57,7 @@ def states(runs) -> list[str]:
     return [run.run.state_file.read_text().strip() for run in runs]
 
 
-def test_as_many_runs_go_on_as_have_room_and_the_exit_code_is_that_of_a_failure(sweep):
+def test_as_many_runs_continue_as_have_room_and_a_failure_gives_the_exit_code(sweep):
     begin, end = sweep
     _, runs = begin(0, 2, 0)
     assert runs[0].began.wait(60) and runs[1].began.wait(60) and not runs[2].began.is_set()

@@ -29,7 +29,9 @@ from distattn.training.run_folder import StepMetrics
 
 @pytest.fixture
 def run(tmp_path):
-    """Make a run of four ranks on one node, as `launch local --gpus 4` makes it, with a checkpoint of step 34 without files."""
+    """Create a run of four ranks on one node, as `launch local --gpus 4` does, with a checkpoint of step 34 without
+    files.
+    """
     overrides = ["--parallel.ranks=4", "--parallel.devices_per_node=4", "--train.steps=40", "--reference_check.steps=0"]
     (tmp_path / "text.py").write_text("Some text to train on. " * 2000)
     overrides += [f"--data.path={tmp_path}/text.py", "--data.tokens_per_step=256", "--data.max_document_tokens=100"]
@@ -56,7 +58,7 @@ def content_of(folder):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Collect the configurations that ranks would have read; they end with exit code 2."""
+    """Collect the configurations that the ranks would have read. The ranks end with exit code 2."""
     seen = []
 
     def run_ranks_and_finish(run, config, report_progress, json_lines, proposal):
@@ -93,7 +95,7 @@ def test_a_run_without_a_step_left_starts_no_ranks_unless_its_report_or_comparis
     facts = {"run": str(run.folder), "first_loss": 2.0, "last_loss": 2.0, "reference_check": None}
     assert json.loads(capsys.readouterr().out) == facts | {"report": str(run.report_file)}
     assert len(ranks) == 1 and content_of(run.folder) == before
-    # a comparison that is configured and was not made, or did not agree
+    # a comparison is configured, but was not made or did not agree
     configuration.save(replace(config, reference_check=ReferenceCheckConfig(steps=2)), run.config_file)
     assert resume_command.main(arguments) == 2 and len(ranks) == 2
     run.reference_check_file.write_text('{"passed"')
@@ -117,7 +119,7 @@ def test_what_ranks_refuse_does_not_change_the_run_s_configuration(run, ranks):
 def test_a_second_resume_leaves_what_the_first_one_proposes(run, ranks):
     first = Proposal(run, "first")
     resume_run(run, with_steps(run, 60), no_progress, first)
-    # the ranks of the first one have not taken the lock yet
+    # the first resume's ranks have not taken the lock yet
     assert resume_command.main([str(run.folder)]) == 2 and ranks[0].train.steps == 40
     assert first.load().train.steps == 60
     with RunLock(run.folder), pytest.raises(DistattnError, match="belongs to process"):
@@ -156,7 +158,7 @@ def test_a_run_that_cannot_be_locked_leaves_no_folder(run, monkeypatch, tmp_path
     with pytest.raises(DistattnError, match="new: cannot be locked: No locks available"):
         run_locally.run_locally(new, json_lines=True, logs=True)
     assert not (tmp_path / "new").exists()
-    # neither does a run of which nothing can be printed
+    # a run that cannot report its progress leaves no folder either
     with pytest.raises(TypeError):
         start_run(new, None)
     assert not (tmp_path / "new").exists()
@@ -166,7 +168,7 @@ def test_a_signal_while_the_launcher_takes_its_lock_has_the_sentence_of_the_star
     def stop(*_):
         raise CommandStopped(signal.SIGTERM)
 
-    # it sleeps while it waits for the lease of a launcher on another machine
+    # the launcher sleeps while it waits for the lease of a launcher on another machine
     monkeypatch.setattr(run_locally, "RunLock", stop)
     with pytest.raises(CommandStopped, match="stopped by SIGTERM before training; the run is unchanged"):
         resume_command.main([str(run.folder)])
@@ -197,7 +199,7 @@ def test_a_resume_says_which_checkpoints_are_set_aside(run, monkeypatch, capsys)
     monkeypatch.setattr(run_locally, "run_ranks_and_finish", lambda *_: 2)
     for serial, step in ((2, 36), (3, 38)):
         Manifest(serial, step, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(run, step))
-    # as a launcher leaves it that was killed while its ranks loaded
+    # the state left by a launcher that was killed while its ranks were loading
     with choose_step(run.checkpoints, 34):
         pass
     assert resume_command.main([str(run.folder)]) == 2
@@ -206,7 +208,7 @@ def test_a_resume_says_which_checkpoints_are_set_aside(run, monkeypatch, capsys)
     )
     assert resume_command.main([str(run.folder), "--step=38"]) == 2
     assert capsys.readouterr().out == f"run folder: {run.folder}, checkpoint of step 38\n"
-    # the run has gone on from the chosen one
+    # the run has continued from the chosen step
     Manifest(4, 35, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(folder_of(run, 35))
     assert resume_command.main([str(run.folder)]) == 2
     assert capsys.readouterr().out == f"run folder: {run.folder}, checkpoint of step 35\n"
@@ -228,7 +230,7 @@ def test_ranks_of_a_node_are_derived_anew_where_a_resume_has_other_ranks(argumen
 def test_progress_is_counted_from_the_checkpoint_that_ranks_go_on_from(run, monkeypatch):
     step = run.checkpoints / "step-00000020"
     step.mkdir()
-    # saved after that of step 34: the run has gone back
+    # this checkpoint was saved after that of step 34, because the run went back
     Manifest(2, 20, "2026-01-01T00:00:00+00:00", 4, "2.13.0", {}, []).write(step)
     counted = []
     monkeypatch.setattr(

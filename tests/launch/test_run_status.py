@@ -1,4 +1,4 @@
-"""`distattn launch status` and `cancel` of a run that was started on this machine."""
+"""`distattn launch status` and `cancel` for a run started on this machine."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ from distattn.training.run_folder import RunFolder, StepMetrics
 
 @pytest.fixture
 def job_in_state(tmp_path, monkeypatch):
-    """Make the run of job 7, and a Slurm that reports the job's state."""
+    """Return a function that creates the run of job 7 and a Slurm that reports the given state for the job."""
 
     def make(state):
         run = RunFolder(tmp_path)
@@ -37,7 +37,7 @@ def job_in_state(tmp_path, monkeypatch):
     return make
 
 
-def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tmp_path, capsys, monkeypatch):
+def test_a_run_under_another_scheduler_shows_its_owner_and_the_reports_of_nodes(tmp_path, capsys, monkeypatch):
     run = RunFolder(tmp_path)
     run.config_file.touch()
     run.append(run.metrics_file, asdict(StepMetrics(1, 2.0, 1.0, 64, 0.5)))
@@ -56,7 +56,7 @@ def test_a_run_of_another_scheduler_tells_who_works_on_it_and_what_nodes_said(tm
     os.utime(tmp_path / "owner.json", (0, 0))
     assert status(run)["state"].startswith(f"{begun}, was killed: ")
     (tmp_path / "owner.json").unlink()
-    # as run_node does
+    # run_node reports it in this form
     Attempts(run.attempts).report_node(1, 3, {"why": "rank 6 was killed by SIGKILL: step 2"})
     assert cli.main(["launch", "status", str(tmp_path)]) == 0
     output = capsys.readouterr().out
@@ -85,14 +85,14 @@ def test_a_run_whose_launcher_was_killed_in_the_comparison_says_what_completes_i
     assert capsys.readouterr().out.startswith(f"{wanted}\n")
     run.report_file.touch()
     assert status(run)["state"] == "ended, exit code 0"
-    # the file of the run before it was resumed for further steps
+    # the report is from before the run was resumed for more steps
     os.utime(run.report_file, (0, 0))
     assert status(run)["state"] == wanted
-    # on Ray the launcher has written down that it reports, and on Slurm that it has ended
+    # on Ray the launcher has recorded that it reports, and on Slurm that it has ended
     run.ray_file.write_text(json.dumps({"host": socket.gethostname(), "launcher": launcher.pid, "cluster": "a:1"}))
     run.state_file.write_text("running\n")
     assert status(run)["state"] == wanted.replace("ended, exit code 0", "killed with its launcher")
-    # for a launcher that was killed before all steps were done
+    # the launcher was killed before all steps were done
     attempts.begin(**facts)
     wanted = f"killed with its launcher, python -m distattn.launch.ray.attempts {tmp_path} continues"
     assert status(run)["state"] == wanted
@@ -124,7 +124,7 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     assert status(run)["state"] == "not begun"
     with pytest.raises(DistattnError, match="no ranks of this machine work on it"):
         cancel(run)
-    # a launcher with the board of its ranks
+    # start a launcher with a board for its ranks
     launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board, attempts = HeartbeatBoard.make(2), Attempts(run.attempts)
     facts = {"host": socket.gethostname(), "launcher": launcher.pid, "board": str(board.path)}
@@ -143,7 +143,7 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     attempts.end(number, 143, "stopped by SIGTERM")
     shown = status(run)
     assert shown["state"] == "ended, exit code 143" and shown["attempts"][0]["why"] == "stopped by SIGTERM"
-    # a second time there is nothing to cancel
+    # the second time there is nothing to cancel
     capsys.readouterr()
     assert cli.main(["launch", "cancel", str(tmp_path)]) == 0
     assert capsys.readouterr().out == (f"{tmp_path} has ended, so there is nothing to cancel: ended, exit code 143\n")
@@ -151,18 +151,18 @@ def test_a_run_of_this_machine_tells_its_attempts_and_what_its_ranks_do(tmp_path
     assert json.loads(capsys.readouterr().out)["cancelled"] is False
     attempts.begin(**facts | {"launcher": os.getpid(), "host": "elsewhere"})
     assert status(run)["ranks"] == {}
-    # the number of a board that was put away may be another file's
+    # the descriptor of a closed board may now belong to another file
     attempts.begin(**facts | {"launcher": os.getpid()})
     place = board.path
     assert status(run)["ranks"] and place.exists()
     board.close()
-    # the lowest number that is free, which is the board's
+    # a new file gets the lowest free descriptor, which was the board's
     with open(tmp_path / "other", "wb") as other:
         assert other.fileno() == int(place.name) and status(run)["ranks"] == {}
 
 
 def hold_as_launcher(folder, ready):
-    """Hold a run folder as a launcher does which has no ranks, until a signal comes."""
+    """Hold a run folder like a launcher without ranks, until a signal arrives."""
     with RunLock(folder, LAUNCHER):
         ready.put(True)
         signal.pause()
@@ -170,7 +170,7 @@ def hold_as_launcher(folder, ready):
 
 @pytest.fixture
 def launcher(tmp_path):
-    """Start a process that holds the folder as a launcher does; it ends with the test."""
+    """Start a process that holds the folder as a launcher does. It ends with the test."""
     context = multiprocessing.get_context("fork")
     ready = context.SimpleQueue()
     process = context.Process(target=hold_as_launcher, args=(tmp_path, ready))
@@ -206,11 +206,11 @@ def test_a_launcher_between_two_attempts_can_be_cancelled(launcher, tmp_path, ca
     run.config_file.touch()
     owner = Owner.read(tmp_path / "launcher.json")
     number = attempts.begin(host=socket.gethostname(), launcher=launcher.pid, process=owner.writer_name)
-    # another user's ranks cannot be looked at
+    # another user's ranks cannot be inspected
     assert status(run)["state"] == "running"
     attempts.end(number, 137, "rank 1 was killed by SIGKILL: step 2")
     assert status(run)["state"] == "attempt 1 ended with exit code 137, its launcher continues"
-    # a launcher on a full disk may not have written its name
+    # a launcher on a full disk may have failed to write its file
     (tmp_path / "launcher.json").rename(tmp_path / "aside")
     assert cli.main(["launch", "cancel", str(tmp_path)]) == 2
     assert f"process {launcher.pid}, which started its ranks, is still alive" in capsys.readouterr().err
@@ -232,6 +232,6 @@ def test_a_launcher_on_another_machine_is_cancelled_there(tmp_path, capsys):
     assert "its launcher, process 4711 on node-7, since 20" in refusal and refusal.endswith(
         "; cancel the run on node-7.\n"
     )
-    # it has been silent for longer than its lease
+    # the owner has been silent for longer than its lease
     os.utime(file, (0, 0))
     assert status(run)["state"] == "not begun"

@@ -1,4 +1,4 @@
-"""Attempts of a run in one Slurm job, with Slurm commands whose answers a test sets."""
+"""Attempts of a run in one Slurm job, with Slurm commands whose answers are set by a test."""
 
 import json
 import os
@@ -25,10 +25,10 @@ SAVED = "srun: error: node[1-2]: tasks 0-1: Exited with exit code 75"
 
 @pytest.fixture
 def job(tmp_path):
-    """Run the helper in a job of three nodes. steps: the output and the exit code of srun, one step after another.
+    """Return a function that runs the helper in a job of three nodes.
 
-    A first attempt that is KILLED has saved step 4. broken: a command of Slurm that does not work. others: nodes of the cluster
-    that are not the job's.
+    steps: the output and exit code of srun, step by step. A first attempt that is KILLED has saved step 4. broken: a
+    Slurm command that fails. others: nodes of the cluster outside the job.
     """
 
     def run(
@@ -50,7 +50,7 @@ def job(tmp_path):
                 Manifest(0, 4, "2026-11-25T12:00:00+00:00", 2, "2.13.0", {}, []).write(tmp_path)
                 saved = f"{folder}/checkpoints/step-00000004"
                 first = f"mkdir -p {saved}\ncp {tmp_path}/manifest.json {saved}\n"
-            # a step that does not end by itself
+            # this step does not end by itself
             last = "exec sleep 1000" if code < 0 else f"exit {code}"
             (bin_folder / f"step{number}").write_text(f"{first}echo '{output}' >&2\n{last}\n")
         listed = [*(f"node{number} allocated" for number in (1, 2, 3)), *others.splitlines()]
@@ -86,7 +86,7 @@ def job(tmp_path):
         started = (tmp_path / "steps").read_text().splitlines() if (tmp_path / "steps").exists() else []
         requeued = (tmp_path / "requeued").read_text().split() if (tmp_path / "requeued").exists() else []
         assert (folder / "state").read_text() == f"ended {done.returncode}\n"
-        # also if a user has submitted the script again
+        # this also holds if a user has submitted the script again
         task = environment.get("SLURM_ARRAY_TASK_ID")
         assert json.loads((folder / "job.json").read_text()) == {"job": f"9_{task}" if task else 12}
         assert not task or json.loads((tmp_path / "job.json").read_text()) == {"job": 9}
@@ -113,13 +113,13 @@ def test_a_node_that_fails_twice_is_left_out(job):
     assert "node1,node2" in started[1] and "node1,node3" in started[2] and rows[0]["why"] == "node2 was killed"
 
 
-def test_where_too_few_nodes_are_left_the_job_is_queued_again(job):
+def test_the_job_is_queued_again_if_too_few_nodes_are_left(job):
     done, _, requeued, _ = job((LOST, 1), (LOST.replace("2", "3"), 1))
     assert done.returncode == 75 and requeued == ["requeue", "12"] and "fewer than 2 nodes are left" in done.stderr
 
 
 def test_a_node_that_fails_twice_without_a_spare_one_is_given_back(job):
-    # node8 is avoided already, node7 is on its way out
+    # node8 is already avoided, and node7 is being drained
     done, started, requeued, _ = job(*[(KILLED, 137)] * 2, nodes=3, others="node4 idle\nnode7 draining\nnode8 idle")
     assert done.returncode == 75 and len(started) == 2 and "node2 failed repeatedly and is given back" in done.stderr
     assert requeued == ["requeue", "12", "update", "jobid=12", "excnodelist=node8,node2"]
@@ -130,7 +130,7 @@ def test_a_node_that_fails_twice_without_a_spare_one_is_given_back(job):
     [("node7 draining\nnode8 idle", 5), ("node4 idle", 0)],
     ids=["no other node", "never queued again"],
 )
-def test_a_node_that_fails_twice_is_better_than_none(others, requeues, job):
+def test_a_node_that_fails_twice_is_used_if_there_is_no_other(others, requeues, job):
     done, started, requeued, _ = job(*[(KILLED, 137)] * 2, ("", 0), ("", 0), nodes=3, others=others, requeues=requeues)
     assert done.returncode == 0 and not requeued and len(started) == 4
 
@@ -178,14 +178,14 @@ def test_ranks_that_say_why_they_cannot_go_on_are_not_started_again(job):
     assert done.returncode == 2 and len(started) == 1 and not requeued
 
 
-def test_a_run_that_comes_no_further_ends(job):
+def test_a_run_without_progress_ends(job):
     done, started, requeued, rows = job(*[(FAILED, 1)] * 3, restarts=2)
     assert done.returncode == 1 and len(started) == 3 and not requeued and "3 attempts made no progress" in done.stderr
-    # of several nodes with the same message the first is named
+    # if several nodes have the same message, the first is named
     assert rows[0]["why"] == "node1 ended with exit code 1"
 
 
-def test_a_job_is_queued_again_after_a_signal_and_not_for_ever(job):
+def test_a_job_is_queued_again_after_a_signal_but_not_forever(job):
     done, started, requeued, rows = job((SAVED, 75), requeues=1)
     assert (
         done.returncode == 75
@@ -205,7 +205,7 @@ def test_the_limit_of_requeues_is_named(job):
     assert done.returncode == 75 and not requeued and "queued again 1 times, slurm.max_requeues" in done.stderr
 
 
-def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
+def test_the_reports_of_nodes_on_their_ranks_give_the_cause():
     hosts, end = ["a", "b", "c"], AttemptEnd(1, {"a": 1, "c": 4, "b": 137}, {"b": "ended with exit code 137"})
     killed = {"why": "rank 3 was killed", "exit_code": 137, "nodes": [1], "kind": "killed"}
     raised = {"why": "rank 0 raised an error", "exit_code": 1, "nodes": [0], "kind": "raised"}
@@ -213,11 +213,11 @@ def test_what_nodes_say_of_their_ranks_is_the_cause_that_others_failed_for():
     assert end.cause(hosts, {0: raised, 1: killed, 2: missed}) == ("b: rank 3 was killed", ["b"])
     assert end.cause(hosts, {2: missed, 0: raised}) == ("a: rank 0 raised an error", ["a"])
     hung = killed | {"why": "rank 3 is stopped", "exit_code": 1, "kind": "hung"}
-    # a node whose launcher is dead, too, reports nothing: others miss it
+    # a node whose launcher is dead as well reports nothing, but the others miss it
     reset = raised | {"why": "rank 0 raised RuntimeError: Read error: Connection reset by peer", "lost_peer": True}
     assert end.cause(hosts, {0: reset, 2: missed}) == ("b ended with exit code 137", ["b"])
     assert end.cause(hosts, {0: reset, 1: missed}) == ("c no longer answered", ["c"])
-    # all nodes say it
+    # all nodes report the same cause
     assert end.cause(hosts, {0: hung, 1: hung, 2: hung}) == ("b: rank 3 is stopped", ["b"])
     assert end.cause(hosts, {}) == (end.why(hosts), end.blamed(hosts)) == ("b ended with exit code 137", ["b"])
 
@@ -241,18 +241,18 @@ def test_hosts_that_failed_but_answer_are_taken_again_where_there_are_no_others(
     left_out = LeftOut()
     left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)
     left_out.blame(["a", "b", "c"], AttemptEnd(1, {"a": 137, "c": None}, lost=["c"]), spare=2)
-    # a has failed twice, b fell silent, c is gone
+    # a has failed twice, b stopped answering, and c is gone
     assert left_out.hosts == ["a", "b", "c"]
     assert left_out.take_back() == ["a"] and left_out.hosts == ["b", "c"] and not left_out.take_back()
     left_out.blame(["a"], AttemptEnd(1, {"a": 137}), spare=2)
     assert left_out.hosts == ["b", "c"]
 
 
-def test_hosts_that_did_not_answer_are_asked_again_the_first_one_first():
+def test_hosts_that_did_not_answer_are_retried_in_order():
     left_out = LeftOut()
     for host in "abc":
         left_out.leave_out_unstarted(host)
-    # a is gone
+    # node a is gone
     assert left_out.take_back_unstarted({"b", "c", "d"}) == "b" and left_out.hosts == ["a", "c"]
     left_out.leave_out_unstarted("b")
     assert [left_out.take_back_unstarted({"b", "c"}) for _ in range(3)] == ["c", "b", ""]
@@ -269,7 +269,7 @@ def test_hosts_that_did_not_answer_are_asked_again_the_first_one_first():
         ("ab ac", "a"),
     ],
 )
-def test_a_host_is_left_out_that_alone_failed_again_and_again(blamed, left_out):
+def test_a_host_that_alone_failed_repeatedly_is_excluded(blamed, left_out):
     left_out_ = LeftOut()
     for hosts in blamed.split():
         left_out_.blame(list(hosts), AttemptEnd(1, dict.fromkeys(hosts, 137)), spare=3)

@@ -1,4 +1,6 @@
-"""Runs on a real Slurm of four nodes: lost nodes, preemptions and time limits do not change what the model learns."""
+"""Runs on a real Slurm cluster of four nodes: lost nodes, preemptions and time limits do not change what the model
+learns.
+"""
 
 import json
 import os
@@ -36,7 +38,7 @@ def cluster(tmp_path_factory):
 
 
 def distattn(cluster, *arguments: str) -> subprocess.CompletedProcess:
-    # every node is this machine: its name need not resolve
+    # every node is this machine, whose name need not resolve
     environment = os.environ | cluster.environment | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     command = [sys.executable, "-m", "distattn.launch.cli", *arguments]
@@ -44,7 +46,7 @@ def distattn(cluster, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def submit(cluster, folder: Path, *arguments: str) -> str:
-    """Submit a run. Return the number of the job."""
+    """Submit a run. Return the job number."""
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", f"--run.folder={folder}", *SHORT, *arguments)
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("job "), done.stderr
     return done.stdout.splitlines()[-1].removeprefix("job ").partition(":")[0]
@@ -55,14 +57,14 @@ def rows(folder: Path, file: str) -> list[dict]:
 
 
 def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """Return (step, loss, gradient norm) of each step; of a repeated step the last."""
+    """Return (step, loss, gradient norm) of each step. For repeated steps, return the last one."""
     last = {row["step"]: (row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, "metrics.jsonl")}
     return [last[step] for step in sorted(last)]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, tmp_path_factory) -> list[tuple[int, float, float]]:
-    """Return the curve of the same plan on one machine."""
+    """Return the curve of the same plan run on one machine."""
 
     def make(folder: Path) -> None:
         plain = ("--parallel.devices_per_node=2", "--reference_check.steps=0", f"--run.folder={folder}/run")
@@ -93,7 +95,7 @@ def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster,
     wait_for(cluster, far, "no second attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 1)
     cluster.start_node("node2")
     again = len(rows(far, "metrics.jsonl"))
-    # ranks have more time until two steps are done
+    # ranks get more time until two steps are done
     wait_for(cluster, far, "no steps of the second attempt", lambda: len(rows(far, "metrics.jsonl")) > again + 3)
     cluster.signal_ranks("node3", signal.SIGSTOP, most=1)
     wait_for(cluster, far, "no third attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 2)
@@ -125,12 +127,12 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     began = time.time()
     limits = ("--slurm.signal_seconds=100", "--supervision.patience_seconds=600")
     job = submit(cluster, folder, "--nodes=2", "--gpus=2", *limits)
-    # these jobs use the free nodes
+    # the next jobs use the free nodes
     submit(cluster, tmp_path / "new", "--nodes=2", "--gpus=2", "--preflight.action=only")
     rates = ("--array=train.learning_rate=1e-3,3e-3", "--train.steps=2", "--reference_check.steps=0")
     submit(cluster, tmp_path / "rates", "--nodes=1", "--gpus=2", *rates)
     wait_for(cluster, folder, "no steps", lambda: len(rows(folder, "metrics.jsonl")) > 3)
-    # Slurm looks at limits twice a minute: the run must not end before
+    # Slurm checks limits twice a minute, so keep the run from ending before that
     cluster.signal_ranks("node1", signal.SIGSTOP, most=2)
     cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={2 + int(time.time() - began) // 60}")
     wait_for(cluster, folder, "it is not asked to stop", (folder / "stop").exists)
@@ -142,20 +144,21 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(cluster, folder, "no steps afterwards", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)
     assert len(list(folder.glob("checkpoints/step-*"))) == 1
-    # an administrator takes a node away, and gives it back
+    # an administrator takes a node away and returns it
     down = Attempts(folder / "attempts").rows()[-1]["hosts"][1]
     cluster.run("scontrol", "update", f"nodename={down}", "state=down", "reason=test")
     wait_for(
         cluster, folder, "it is not queued again", lambda: "Restarts=2" in cluster.run("scontrol", "show", "job", job)
     )
-    # Slurm may have taken it back by itself: with ReturnToService=2 any node that registers is. It waits for cred_expire before
-    # starting the job again: steps have the same numbers, and it takes a late message about an old step for the new one's end
+    # Slurm may already have resumed the node, since with ReturnToService=2 any node that registers becomes usable.
+    # Before Slurm starts the job again it waits for cred_expire: steps have the same numbers, so it could take a late
+    # message about an old step for the end of the new one
     cluster.run("scontrol", "update", f"nodename={down}", "state=resume", check=False)
     again = len(rows(folder, "metrics.jsonl"))
     wait_for(cluster, folder, "no steps without the node", lambda: len(rows(folder, "metrics.jsonl")) > again + 2)
     first = Attempts(folder / "attempts").rows()[-1]["hosts"][0]
     cluster.signal_ranks(first, signal.SIGSTOP, most=2)
-    # leftovers of the earlier attempt on a node that came back too soon may end later attempts
+    # leftovers of the earlier attempt on a node that returned too soon may end later attempts
     stopped, *lost = rows(folder, "attempts/attempts.jsonl")
     assert lost and all(attempt["exit_code"] != 0 for attempt in lost), lost
     assert stopped["why"] == "stopped at the request of SIGUSR1" and stopped["exit_code"] == 75, stopped
@@ -182,14 +185,14 @@ def test_a_run_out_of_time_is_queued_again_learns_the_same_and_can_be_cancelled(
     for run in sweep:
         wait_for(cluster, run, "no end of the sweep", lambda run=run: (run / "state").read_text() == "ended 0\n")
     rates_of_runs = [[(row["step"], row["learning_rate"]) for row in rows(run, "metrics.jsonl")] for run in sweep]
-    # with a schedule the rates of a step differ as the sweep's do
+    # with a schedule, the rates of a step have the same ratio as the sweep's rates
     assert [[step for step, _ in run_rates] for run_rates in rates_of_runs] == [[1, 2], [1, 2]]
     assert [3 * rate for _, rate in rates_of_runs[0]] == pytest.approx([rate for _, rate in rates_of_runs[1]])
     assert distattn(cluster, "launch", "status", str(tmp_path / "rates")).stdout.count("2 steps done") == 2
 
 
 @pytest.mark.full
-def test_a_node_that_fails_twice_is_given_back_and_the_run_goes_on_without_it(cluster, uninterrupted, tmp_path):
+def test_a_node_that_fails_twice_is_given_back_and_the_run_continues_without_it(cluster, uninterrupted, tmp_path):
     folder = tmp_path / "given"
     saved = ("--checkpoint.every_steps=2", "--supervision.patience_seconds=600")
     job = submit(cluster, folder, "--nodes=2", "--gpus=2", *saved)
@@ -212,7 +215,7 @@ def test_a_node_that_fails_twice_is_given_back_and_the_run_goes_on_without_it(cl
     assert curve(folder) == uninterrupted[:steps] and steps > 2
 
 
-def test_what_cannot_run_is_not_submitted(cluster, tmp_path):
+def test_impossible_runs_are_not_submitted(cluster, tmp_path):
     large = ("--model.hidden_size=4096", "--model.num_layers=2", f"--run.folder={tmp_path}/never")
     done = distattn(cluster, "launch", "slurm", "configs/tiny.toml", *large, *SHORT)
     assert done.returncode == 2 and "the largest node has 2.1 GB. Use fewer ranks" in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""Every signal that ends a run has its sentence and its exit code, in every phase. An ignored signal stays ignored."""
+"""Every signal that ends a run has its own sentence and exit code in every phase. An ignored signal stays ignored."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ from distattn.launch.ranks.local import RanksInterrupted, restore_process_state
 from distattn.launch.stop_signals import STOPPING, CommandStopped, stop_on_signals, stopped
 
 ROOT = Path(__file__).parents[2]
-# like a batch system that repeats its signal
+# imitate a batch system that repeats its signal
 OFTEN = 40
 SECTIONS = """
 [train]
@@ -27,7 +27,8 @@ steps = 6
 [reference_check]
 steps = 2
 """
-# by the rows of the table in docs/local.md: where the signal comes, in a run with stand-ins for ranks
+# maps the rows of the table in docs/local.md to the function in which the signal arrives, in a run with stand-ins for
+# ranks
 WHERE = {
     "it starts": (start_run, "_check_plans"),
     "ranks train or save": (supervised, "run_supervised"),
@@ -38,14 +39,14 @@ WHERE = {
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Make a folder with a configuration the working directory."""
+    """Create a folder with a configuration, and make it the working directory."""
     monkeypatch.chdir(tmp_path)
     write_run_file(tmp_path, SECTIONS)
     return tmp_path
 
 
 def documented() -> dict[str, str]:
-    """Return the sentences of docs/local.md, by phase."""
+    """Return the sentences in docs/local.md by phase."""
     page = (ROOT / "docs" / "local.md").read_text()
     return dict(re.findall(r"^\| ([^|]+?) \| `(stopped by [^`]+)` \|", page, re.M))
 
@@ -58,12 +59,12 @@ def documented_codes() -> dict[str, int]:
 def send(number: int) -> None:
     for _ in range(OFTEN):
         os.kill(os.getpid(), number)
-    # the signal had no effect
+    # reached only if the signal had no effect
     os._exit(99)
 
 
 def in_a_fork(work) -> tuple[int, str]:
-    """Run `work` in a forked process. Return its exit code, and what it printed on its error stream."""
+    """Run `work` in a forked process. Return its exit code and its standard error output."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -98,12 +99,12 @@ def test_a_signal_has_its_sentence_and_code_in_every_phase(number, phase, place)
     def launch() -> None:
         with contextlib.ExitStack() as patches:
             for at, (module, name) in WHERE.items():
-                # the start is real, unless the signal comes there
+                # the start is real unless the signal arrives there
                 if at == phase:
                     patches.enter_context(patch.object(module, name, lambda *_, **__: send(number)))
                 elif at != "it starts":
                     patches.enter_context(patch.object(module, name, lambda *_, **__: None))
-            # the run has saved a checkpoint of step 4
+            # the run has a checkpoint of step 4
             patches.enter_context(patch.object(run_locally, "preferred_step", lambda folder: 4))
             sys.argv = ["distattn", "launch", "local", "run.toml"]
             cli.entry()
@@ -111,7 +112,7 @@ def test_a_signal_has_its_sentence_and_code_in_every_phase(number, phase, place)
     code, output = in_a_fork(launch)
     sentence = documented()[phase].replace("SIGTERM", number.name).replace("RUN", "run")
     assert (code, output) == (128 + number, f"distattn: {sentence}\n")
-    # the folder is as the sentence says
+    # the folder's state matches the sentence
     assert (place / "run").exists() == (phase != "it starts")
 
 
@@ -127,7 +128,7 @@ def test_a_signal_that_was_ignored_stays_ignored(place):
     assert in_a_fork(ignore) == (7, "")
 
 
-def test_what_the_caller_answers_itself_is_left_to_it():
+def test_signals_handled_by_the_caller_are_left_to_it():
     asked = []
     before = signal.signal(signal.SIGUSR1, lambda *_: asked.append("by the caller"))
     try:
@@ -172,11 +173,11 @@ def test_a_run_bears_a_closed_terminal_after_nohup_and_one_stopped_in_its_compar
     run = subprocess.Popen([*command, "launch", "local", "run.toml"], start_new_session=True, preexec_fn=nohup, **how)
     for line in run.stdout:
         if line.startswith("step 1/"):
-            # a terminal that closes signals the launcher and all its processes
+            # closing a terminal signals the launcher and all of its processes
             os.killpg(run.pid, signal.SIGHUP)
         if line.startswith("the first"):
             break
-    # this ends nothing, and 40 signals are answered once
+    # these signals end nothing, and 40 of them are answered only once
     for _ in range(OFTEN):
         run.send_signal(signal.SIGQUIT)
     _, error = run.communicate(timeout=LIMIT_SECONDS)

@@ -1,4 +1,6 @@
-"""The count of a run's bytes: on meta tensors that of real tensors, by arithmetic that of FSDP2's shards."""
+"""Counting a run's bytes: meta tensors give the count of real tensors, and arithmetic gives the sizes of FSDP2's
+shards.
+"""
 
 import json
 from dataclasses import replace
@@ -21,7 +23,8 @@ from distattn.memory.accounting import ATTENTION, LOSS, AllocationWatch, StateBy
 from distattn.memory.settings import MemorySettings
 from distattn.ops.executable import Executable, ExecutionKey, checked_program
 from distattn.parallel.runtime.communication.transport import SingleRankTransport
-from distattn.planning.memory_of_run import (
+from distattn.training.config import run_file as configuration
+from distattn.training.run_memory import (
     fit_line,
     memory_json,
     memory_of_config,
@@ -30,7 +33,6 @@ from distattn.planning.memory_of_run import (
     on_meta,
     step_memory,
 )
-from distattn.training.config import run_file as configuration
 
 TOKENS = 96
 SETTINGS = [
@@ -68,7 +70,7 @@ def test_meta_tensors_count_what_real_ones_take(settings):
         assert counted.working[name] == pytest.approx(size, rel=0.02, abs=0.02 * most), name
 
 
-# all layers dense: experts are grouped by values
+# make all layers dense, since the grouping of experts depends on values
 DENSE = dict(vocab_size=300, first_k_dense_replace=2)
 
 
@@ -94,14 +96,14 @@ def test_a_run_by_latents_counts_all_keys_and_values_that_a_rank_expands(tmp_pat
     settings += ["--parallel.strategy", "allgather", "--parallel.kernel", "reference", "--memory.loss_tile_tokens", "8"]
     settings += ["--memory.activation_checkpointing", "full", "--parallel.latents"]
     tokens = 512
-    # one head has 12 and 6 numbers a token, in fp32, and their gradients: expanded from latents, or gathered
+    # a head has 12 and 6 numbers per token in fp32, plus their gradients, expanded from latents or gathered
     sizes = tokens * 4 * (12 + 6) * 4 * 2
     for latents in ("True", "False"):
         rows = memory_of_config(configuration.load("configs/tiny.toml", [*settings, latents]), [[tokens]])
         assert all(sizes < row.counts.working[ATTENTION] < 3 * sizes for row in rows), latents
 
 
-def test_what_was_there_before_is_not_counted_but_what_comes_at_its_address_is():
+def test_earlier_memory_is_not_counted_but_new_memory_at_its_address_is():
     watch = AllocationWatch("cpu")
     for _ in range(100):
         older = torch.zeros(64)
@@ -115,7 +117,7 @@ def test_what_was_there_before_is_not_counted_but_what_comes_at_its_address_is()
         del newer
 
 
-def test_what_saves_memory_saves_memory():
+def test_settings_that_save_memory_do_save_memory():
     def counted(settings):
         changes = dict(vocab_size=5000, intermediate_size=500, num_hidden_layers=4)
         return step_memory(
@@ -181,7 +183,7 @@ def test_many_equal_layers_are_counted_by_few(settings):
     assert row.counts == step_memory(AllocationWatch(), on_meta(model), executable("meta"), settings)
 
 
-def test_of_ranks_that_differ_the_extremes_say_how_much_is_needed():
+def test_the_extremes_of_unequal_ranks_give_the_memory_needed():
     ends = [0, 5, 17, 30, 32, 60, 97]
     layout = da.Layout.from_chunks([97], [[chunk] for chunk in zip(ends, ends[1:], strict=False)])
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float32", strategy="ring")
@@ -208,7 +210,7 @@ def test_of_ranks_that_differ_the_extremes_say_how_much_is_needed():
         (dict(offload=True), "offload takes the inputs of checkpointed layers"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(wrong, message):
+def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(DistattnError, match=message):
         MemorySettings(**wrong)
 
@@ -227,7 +229,7 @@ def test_plan_shows_the_memory_of_a_run(capsys):
 
 
 @pytest.mark.full
-def test_a_run_is_trained_with_all_that_saves_memory(tmp_path):
+def test_a_run_trains_with_all_memory_settings(tmp_path):
     settings = [
         "loss_tile_tokens",
         "64",
@@ -251,12 +253,12 @@ def test_a_run_is_trained_with_all_that_saves_memory(tmp_path):
         (["--memory.loss_tile_tokens", "-1"], "memory.loss_tile_tokens: at least 1, not -1"),
     ],
 )
-def test_what_a_configuration_cannot_have_is_refused(settings, message):
+def test_impossible_configurations_are_refused(settings, message):
     with pytest.raises(DistattnError, match=message):
         configuration.load("configs/tiny.toml", settings)
 
 
-def test_a_count_says_of_how_much_memory_and_whether_it_fits():
+def test_a_count_gives_the_memory_and_whether_it_fits():
     rows = memory_of_run(lambda: small.build(torch.float32), plan(97, 4), MemorySettings(loss_tile_tokens=8))
     cluster = load("h200-1x4")
     assert fit_line(rows, cluster).startswith("fits: ") and " 141" in fit_line(rows, cluster)

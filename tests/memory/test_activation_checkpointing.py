@@ -1,4 +1,4 @@
-"""Checkpointed layers: what is computed again, what is refused, and compiled layers."""
+"""Checkpointed layers: what is recomputed, what is refused, and compiled layers."""
 
 import pytest
 import small
@@ -56,7 +56,7 @@ def test_compiled_layers_have_the_gradients_of_plain_ones(how):
 
 
 def passes(rank, save, offload):
-    """Return the number of forward passes of attention that two layers make in a step."""
+    """Return the number of attention forward passes that two layers make in one step."""
     model, calls = small.build(), []
     checkpoint_layers(model.model.layers, save=save, offload=HostOffload() if offload else None)
     right = execute.forward
@@ -73,7 +73,7 @@ def passes(rank, save, offload):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_attention_that_is_saved_is_not_computed_again(offload):
+def test_saved_attention_is_not_recomputed(offload):
     assert run_on_ranks(2, passes, "attention", offload) == [2, 2]
     assert run_on_ranks(2, passes, "nothing", offload) == [4, 4]
 
@@ -109,7 +109,7 @@ def checkpointed_twice():
         (checkpointed_twice, {}, "Layer is checkpointed already"),
     ],
 )
-def test_what_cannot_be_is_refused(layers, how, message):
+def test_impossible_settings_are_refused(layers, how, message):
     with pytest.raises(DistattnError, match=message):
         checkpoint_layers(layers(), **how)
 

@@ -1,4 +1,6 @@
-"""The memory of a step while NCCL records messages and the host is layers ahead of the device: that of `plan --memory`."""
+"""The memory of a step while NCCL records messages and the host runs layers ahead of the device matches `plan
+--memory`.
+"""
 
 from unittest import mock
 
@@ -20,15 +22,15 @@ from distattn.ops.executable import Executable, checked_program
 from distattn.ops.planned_op import IMPLEMENTATIONS
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communication.transport import GroupTransport
-from distattn.planning.memory_of_run import on_meta, step_memory
+from distattn.training.run_memory import on_meta, step_memory
 
-# launches of a layer in one direction: the host is 6 layers ahead
+# launches per layer and direction, with which the host is 6 layers ahead
 LAUNCHES, LAYERS = 170, 8
 PASSES = ("distattn::forward", "distattn::backward")
 
 
 def build():
-    # heads take more than the rest of a layer, so that arenas count
+    # make heads larger than the rest of a layer, so that arenas matter
     shape = dict(num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=4, head_dim=16)
     return small.build(torch.bfloat16, **shape)
 
@@ -43,7 +45,7 @@ class HeldWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, torch.Tensor) and not self.memory.knows(x.untyped_storage()):
-                # kept alive, so that no new storage gets its address
+                # keep the storage alive, so that no new storage reuses its address
                 self.older.append(x.untyped_storage())
         if func.name() in PASSES:
             with self:
@@ -63,7 +65,7 @@ class HeldWatch(TorchDispatchMode):
 
 
 def held_by_steps(executable, backend, settings):
-    """Return the peak bytes of two steps, without weights and their gradients."""
+    """Return the peak bytes of two steps, without the weights and their gradients."""
     model, memory = on_meta(build), HeldBytes(QUEUE)
     settings.apply(model, None)
     for parameter in model.parameters():
@@ -86,11 +88,11 @@ def held_by_steps(executable, backend, settings):
         ("ulysses", "none", None),
         ("ulysses", "full", None),
         ("usp", "save_attention", None),
-        # the repeated forward pass, which keeps all keys and values, is where most is held
+        # the peak is in the repeated forward pass, which keeps all keys and values
         ("allgather", "full", "keep"),
     ],
 )
-def test_a_step_holds_what_is_counted_while_the_host_is_layers_ahead(strategy, checkpointing, policy):
+def test_a_step_holds_the_predicted_memory_while_the_host_is_layers_ahead(strategy, checkpointing, policy):
     tokens, settings = 8192, MemorySettings(activation_checkpointing=checkpointing, loss_tile_tokens=64)
     shape = dict(heads=16, kv_heads=4, head_dim=16, dtype="bfloat16", strategy=strategy, backward=policy)
     plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 16 if policy else 4), **shape)

@@ -1,4 +1,6 @@
-"""Tensors that wait on the host: no race on streams, few at once on the device, and their device memory really freed."""
+"""Tensors offloaded to the host: no races between streams, few in flight at once, and their device memory is really
+freed.
+"""
 
 import gc
 import weakref
@@ -26,7 +28,9 @@ class Layer(nn.Module):
 
 
 def watched(in_flight, work):
-    """Return violations and counts while a side stream worked on layers whose inputs are offloaded."""
+    """Run `work` on layers with offloaded inputs on a side stream. Return the violations and the counts of checked
+    accesses.
+    """
     with imitated_cuda() as cuda:
         with torch.cuda.stream(torch.cuda.Stream()):
             work(in_flight)
@@ -38,14 +42,14 @@ def trained(in_flight, steps=2, micro_batches=2):
     layers = nn.Sequential(*(Layer() for _ in range(LAYERS))).to(DEVICE)
     checkpoint_layers(layers, offload=HostOffload(in_flight))
     for _ in range(steps):
-        # both graphs exist before either backward pass
+        # both graphs exist before either backward pass runs
         losses = [layers(torch.ones(8, WIDTH, device=DEVICE)).sum() for _ in range(micro_batches)]
         for loss in losses:
             loss.backward()
 
 
 def dropped(in_flight):
-    """Drop the graph in the middle of the backward pass, while copies are under way."""
+    """Drop the graph in the middle of the backward pass, while copies are in flight."""
     layers = nn.Sequential(*(Layer() for _ in range(LAYERS))).to(DEVICE)
     checkpoint_layers(layers, offload=HostOffload(in_flight))
     out = layers(torch.ones(8, WIDTH, device=DEVICE))
@@ -97,7 +101,7 @@ def test_no_more_inputs_are_on_the_device_than_may_be_in_flight():
 
 
 def test_pinned_memory_is_exact_and_used_again():
-    # the patch is undone first, so that it does not leave the imitation's own behind
+    # undo this patch first, so that it does not restore the imitation's function
     with imitated_cuda(), pytest.MonkeyPatch.context() as patch:
         pinned, make = [], pinned_memory.pinned_bytes
 
@@ -107,7 +111,7 @@ def test_pinned_memory_is_exact_and_used_again():
 
         patch.setattr(pinned_memory, "pinned_bytes", counted)
         offload = HostOffload(2)
-        # for steps with other lengths, as many buffers are kept as were alive at once, and none that is too small
+        # for steps with other lengths, keep as many buffers as were alive at once, and none that is too small
         for tokens, wanted in ((5, [20] * 3), (5, []), (3, []), (6, [24] * 3), (5, [])):
             tickets = [offload.put(torch.ones(tokens, device=DEVICE)) for _ in range(3)]
             for ticket in reversed(tickets):
@@ -134,7 +138,7 @@ def test_pinned_memory_is_given_back_after_its_copies_are_over():
 
 
 def covers(clock, other):
-    """Return whether a clock knows all that another one knows."""
+    """Return whether a clock knows everything that another clock knows."""
     return all(clock.get(timeline, 0) >= tick for timeline, tick in other.items())
 
 
@@ -145,7 +149,7 @@ def test_layers_keep_nothing_of_their_inputs():
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0]))) for layer in layers]
     x = torch.ones(8, WIDTH, requires_grad=True)
     out = layers(x)
-    # the first input is the caller's
+    # the caller holds the first input
     assert not any(reference() is not None for reference in inputs[1:])
     out.sum().backward()
     for hook in hooks:

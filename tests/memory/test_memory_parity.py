@@ -1,4 +1,6 @@
-"""Memory settings change no gradient: compared with plain PyTorch in one process, with ranks without labels."""
+"""Memory settings do not change gradients, even with ranks without labels. The reference is plain PyTorch in one
+process.
+"""
 
 import memory_run
 import pytest
@@ -12,12 +14,12 @@ def every_variant(rank, ranks, fsdp, tied):
 
 
 @pytest.mark.full
-# every two values meet
+# cover every pair of values
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("ranks", "fsdp", "tied"), [(4, True, False), (4, False, True), (2, True, True), (2, False, False)]
 )
-def test_gradients_are_those_of_one_process_where_ranks_have_no_labels(ranks, fsdp, tied):
+def test_gradients_match_one_process_if_ranks_have_no_labels(ranks, fsdp, tied):
     loss, gradients = small.in_one_process(small.build(tie_word_embeddings=tied), memory_run.batches())
     for results in run_on_ranks(ranks, every_variant, ranks, fsdp, tied):
         for name, (got_loss, got) in results.items():

@@ -1,4 +1,4 @@
-"""A loss over tiles equals the loss of all logits, and so do its gradients; what it cannot compute is refused by name."""
+"""A tiled loss and its gradients equal those of the full logits. What it cannot compute is refused by name."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ def tensors(dtype, has_bias, weight_dtype=None):
     shapes = [(TOKENS, WIDTH), (VOCABULARY, WIDTH)] + [(VOCABULARY,)] * has_bias
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-    # one tile has labels, the next none, the next some
+    # the first tile has some labels, the next none, the next some
     labels[[0, 5, 6, 7, 8, 9, 10, 11]] = -100
     return [x.to(weight_dtype or dtype if i else dtype).requires_grad_() for i, x in enumerate(values)], labels
 
@@ -36,7 +36,7 @@ def dense(inputs, labels, z_loss, soft_cap, logit_scale):
 @pytest.mark.parametrize("changes", [(0.0, 0.0, 1.0), (1e-2, 3.0, 0.5)], ids=["plain", "all"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("tile_tokens", [1, 4, TOKENS, 100])
-def test_loss_and_gradients_are_those_of_all_logits(tile_tokens, has_bias, changes):
+def test_loss_and_gradients_match_those_of_all_logits(tile_tokens, has_bias, changes):
     inputs, labels = tensors(torch.float64, has_bias)
     names = dict(zip(("z_loss", "soft_cap", "logit_scale"), changes, strict=True))
     bias = inputs[2] if has_bias else None
@@ -45,7 +45,7 @@ def test_loss_and_gradients_are_those_of_all_logits(tile_tokens, has_bias, chang
     torch.testing.assert_close(loss, wanted, rtol=1e-13, atol=0)
     torch.testing.assert_close(losses, wanted_losses, rtol=1e-12, atol=1e-14)
     assert not losses.requires_grad
-    # a factor other than 1, like a loss scale
+    # use a factor other than 1, like a loss scale
     for a, b in zip(torch.autograd.grad(loss * 0.3, inputs), torch.autograd.grad(wanted * 0.3, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
@@ -83,7 +83,7 @@ def test_without_labels_the_loss_is_zero_and_has_a_gradient(tokens):
     assert float(loss.detach()) == 0 and not losses.any() and not weight.grad.any() and not hidden.grad.any()
 
 
-def test_logits_of_all_tokens_are_never_there(monkeypatch):
+def test_logits_of_all_tokens_never_exist_at_once(monkeypatch):
     products = []
     right = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: (products.append(right(a, b)), products[-1])[1])
@@ -93,7 +93,7 @@ def test_logits_of_all_tokens_are_never_there(monkeypatch):
 
 
 class Model(nn.Module):
-    """A model that changes logits in its own way."""
+    """A model that transforms its logits with `change`."""
 
     def __init__(self, head=None, change=lambda logits: logits, **config):
         super().__init__()
@@ -122,7 +122,7 @@ def batch_of(tokens=9):
         (lambda x: x.float(), {}),
     ],
 )
-def test_what_models_do_to_logits_is_known_by_their_configuration(change, config):
+def test_changes_of_logits_are_known_from_the_models_configuration(change, config):
     torch.manual_seed(0)
     model, batch = Model(change=change, **config), batch_of()
     loss = pytorch.local_loss(model, batch, loss=TiledLoss(tile_tokens=2))
@@ -147,10 +147,10 @@ class Headless(nn.Module):
         (Model(change=lambda x: torch.cat([x, x], 1)), "Model changes logits behind its output layer"),
     ],
 )
-def test_what_cannot_be_computed_is_refused_by_name(model, message):
+def test_calls_that_cannot_be_computed_are_refused_by_name(model, message):
     with pytest.raises(DistattnError, match=message):
         pytorch.local_loss(model, batch_of(), loss=TiledLoss())
-    # the layer is unchanged for other users
+    # the layer is unchanged for other callers
     if hasattr(model, "head"):
         assert model.head(torch.zeros(1, WIDTH)).shape == (1, VOCABULARY)
 

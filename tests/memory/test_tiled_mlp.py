@@ -1,4 +1,4 @@
-"""Feed-forward layers by tiles: the same outputs and gradients, one gradient per weight, and refusals by name."""
+"""Tiled feed-forward layers: the same outputs and gradients, one gradient per weight, and refusals by name."""
 
 import pytest
 import small
@@ -45,7 +45,7 @@ def results(model, x, autocast=None):
     (y.float() ** 2).sum().backward()
     for hook in hooks:
         hook.remove()
-    # a trainer's hook runs once for each weight
+    # a trainer's hook runs once per weight
     assert len(calls) == len(set(calls)) == len(list(model.parameters()))
     results_ = [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
     model.zero_grad()
@@ -53,7 +53,7 @@ def results(model, x, autocast=None):
 
 
 @pytest.mark.parametrize("shape", [(1, 11), (2, 7), (5,), (1, 3), (1, 0)])
-def test_outputs_and_gradients_are_those_of_the_whole(shape):
+def test_outputs_and_gradients_match_the_whole_layer(shape):
     torch.manual_seed(0)
     model, x = Block().double(), torch.randn(*shape, WIDTH, dtype=torch.float64)
     wanted = results(model, x)
@@ -124,7 +124,7 @@ class Experts(nn.Module):
         (nn.Linear(2, 2), "Linear has no module called mlp or feed_forward"),
     ],
 )
-def test_what_cannot_be_tiled_is_refused_by_name(model, message):
+def test_layers_that_cannot_be_tiled_are_refused_by_name(model, message):
     with pytest.raises(DistattnError, match=message):
         tile_feed_forward(model, 4)
 
@@ -138,7 +138,9 @@ def test_parameters_that_zero_3_holds_are_refused():
 
 
 def uneven(rank):
-    """Run ranks with 11, 0 and 2 tokens: 4 tiles, none, and no tiling. Return each rank's number of all-gathers."""
+    """Run ranks with 11, 0 and 2 tokens, which have 4 tiles, no tile, and no tiling. Return each rank's number of
+    all-gathers.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
     mesh = init_device_mesh("cpu", (3,))
@@ -157,7 +159,7 @@ def test_ranks_with_unequally_many_tiles_gather_weights_once_a_layer():
     model, x = nn.Sequential(Block(), Block()), torch.randn(1, 11, WIDTH, generator=torch.Generator().manual_seed(1))
     sum(model(x[:, :tokens]).square().sum() for tokens in (11, 0, 2)).backward()
     for gathers, gradients in run_on_ranks(3, uneven):
-        # each of two layers, forward and backward; the last one stays, because it is needed at once
+        # two layers, each forward and backward. The last layer stays gathered, because it is needed at once
         assert 3 <= gathers <= 4
         for a, b in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(3 * a, b.grad, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Initial weights: the same however a model is sharded, those that transformers draws, and never whole on a rank."""
+"""Initial weights: independent of the sharding, distributed as transformers draws them, and never complete on one rank."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def _gathered(rank: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> dict
     return gathered
 
 
-# 3 ranks do not divide any of the sizes
+# 3 ranks divide none of the sizes evenly
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("sizes", [(1,), (3,), (2, 2)], ids=str)
 def test_weights_do_not_depend_on_the_sharding(sizes):
@@ -99,7 +99,7 @@ def test_weights_do_not_depend_on_the_sharding(sizes):
 
 
 def _loss(rank: int, ranks: int) -> tuple[float, float]:
-    """Return loss and gradient norm of a step with attention split over all ranks."""
+    """Return the loss and gradient norm of a step with attention split over all ranks."""
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
     model = meta_model(model_shapes.config("gpt-oss"))
     pytorch.shard_parameters(model, mesh)
@@ -116,7 +116,7 @@ def _loss(rank: int, ranks: int) -> tuple[float, float]:
 def test_a_step_of_a_sharded_model_is_that_of_one_process():
     wanted = run_on_ranks(1, _loss, 1)[0]
     for got in run_on_ranks(2, _loss, 2):
-        # float32, sums in another order
+        # float32 sums in another order
         assert got == pytest.approx(wanted, rel=1e-5)
 
 
@@ -133,12 +133,12 @@ def _peak(rank: int, config: LlamaConfig) -> tuple[int, int, int, int]:
 
 @pytest.mark.full
 def test_a_rank_holds_its_share_and_one_module_of_a_narrow_70b():
-    # 80 layers and the proportions of Llama 3 70B, 64 times narrower
+    # 80 layers with the proportions of Llama 3 70B, 64 times narrower
     shape = dict(num_layers=80, hidden_size=128, num_attention_heads=64, num_key_value_heads=8, intermediate_size=448)
     config = llama_config(**shape, vocab_size=2004, max_position_embeddings=64)
     for built, peak, whole, largest in run_on_ranks(4, _peak, config):
         assert built < 0.001 * whole
-        # of norms and rotary frequencies there is a little more
+        # norms and rotary frequencies add a little
         assert whole / 4 + largest <= peak < 1.01 * (whole / 4 + largest)
 
 
@@ -179,7 +179,7 @@ def test_a_tensor_that_nothing_initialises_is_refused_by_name(monkeypatch):
         model_shapes.materialised("llama")
 
 
-def test_what_cannot_be_filled_is_refused_by_name():
+def test_models_that_cannot_be_materialised_are_refused_by_name():
     with pytest.raises(DistattnError, match="has values already"):
         materialise(model_shapes.materialised("llama"), 1)
     model = meta_model(model_shapes.config("llama"))

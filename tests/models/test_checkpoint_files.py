@@ -1,4 +1,4 @@
-"""From a folder of Hugging Face to a checkpoint and back, by the commands, without a process group."""
+"""Converting a Hugging Face folder to a checkpoint and back with the commands, without a process group."""
 
 import json
 from contextlib import closing
@@ -68,7 +68,7 @@ def _save(rank: int, folder: str) -> None:
 
 
 def test_a_sharded_checkpoint_is_exported_by_one_process(tmp_path):
-    # the model's configuration is in the folder of the run
+    # the model's configuration is in the run's folder
     run_on_ranks(2, _save, str(tmp_path / "run"))
     assert ckpt_export_hf.main([str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     model = meta_model(model_config(tmp_path / "out"))
@@ -76,7 +76,7 @@ def test_a_sharded_checkpoint_is_exported_by_one_process(tmp_path):
     model_shapes.assert_equal(model.state_dict(), model_shapes.materialised("llama").state_dict())
 
 
-def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(tmp_path):
+def test_folders_that_are_not_checkpoints_are_refused_and_leave_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DistattnError, match="has no checkpoints"):
         ckpt_export_hf.main([str(tmp_path / "empty"), str(tmp_path / "out")])

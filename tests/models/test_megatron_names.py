@@ -1,4 +1,6 @@
-"""A Megatron GPTModel on CPU ranks that begins from a Hugging Face model's weights computes its logits, and gives them back."""
+"""A Megatron GPTModel on CPU ranks loads a Hugging Face model's weights, computes its logits, and exports the same
+weights.
+"""
 
 import pytest
 
@@ -44,7 +46,7 @@ CONFIGS = {
 
 
 def weights(config: PretrainedConfig) -> torch.nn.Module:
-    """Make a model whose norms and biases are not all ones and zeros."""
+    """Return a model whose norms and biases are not all ones and zeros."""
     model = meta_model(config)
     materialise(model, 1)
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +97,7 @@ def build(config: PretrainedConfig, tp: int, pp: int) -> GPTModel:
 
 
 def _logits(rank: int, name: str, tp: int, pp: int) -> torch.Tensor | None:
-    """Return logits of the last stage, after converting the weights to Megatron's and back."""
+    """Return the last stage's logits, after converting the weights to Megatron's and back."""
     import megatron_on_cpu  # noqa: F401
 
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
@@ -134,7 +136,7 @@ def test_a_gpt_model_computes_the_logits_of_transformers(name, tp, pp):
     by_rank = [logits for logits in run_on_ranks(tp * pp, _logits, name, tp, pp) if logits is not None]
     assert len(by_rank) == tp
     for logits in by_rank:
-        # float32, sums in another order
+        # float32 sums in another order
         assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
@@ -154,7 +156,7 @@ def test_all_stages_together_give_every_tensor_back(name):
     assert got.keys() == tensors.keys() - tied
 
 
-def test_what_megatron_cannot_hold_is_refused_by_name():
+def test_models_that_megatron_does_not_support_are_refused_by_name():
     for name in ("gemma", "gpt-oss", "qwen3-moe", "gpt2"):
         with pytest.raises(
             DistattnError, match=f"layout of {model_shapes.config(name).model_type} models is not known"

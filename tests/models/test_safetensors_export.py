@@ -1,4 +1,4 @@
-"""Folders that plain transformers loads by name, with the same logits to the last bit."""
+"""Exported folders that plain transformers loads by name, with bitwise equal logits."""
 
 import errno
 import json
@@ -97,7 +97,7 @@ def test_one_files_tensors_are_held_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "save_file", saved)
     export_safetensors(tensors(), model.config, tmp_path / "model", max_shard_bytes=40_000)
-    # and the tensor that did not fit any more
+    # plus the tensor that no longer fitted
     assert most <= 40_000 + max(tensor.numel() * 4 for tensor in model.state_dict().values())
 
 
@@ -131,7 +131,7 @@ def test_wrong_tensors_are_refused_by_name_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_one_sentence_and_nothing_is_left(tmp_path: Path, monkeypatch):
+def test_a_full_disk_gives_one_sentence_and_nothing_is_left(tmp_path: Path, monkeypatch):
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

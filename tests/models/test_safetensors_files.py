@@ -1,4 +1,4 @@
-"""Reading published files: each rank its part, by the names that files have, or a refusal that names tensor and file."""
+"""Reading published files: each rank reads its part by the names in the files, or gets an error naming tensor and file."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ KINDS = ("llama-tied", "yarn", "mistral", "gpt-oss", "qwen3-moe", "mixtral")
 
 
 def export(name: str, folder: Path, **how) -> dict[str, torch.Tensor]:
-    """Write the kind's model; returns its tensors."""
+    """Write the full model of the kind `name`. Return its tensors."""
     model = model_shapes.materialised(name)
     export_model(model, folder, **how)
     return model.state_dict()
@@ -46,7 +46,7 @@ def _sharded(rank: int, ranks: int, folder: str) -> dict[str, tuple[int, int, di
     return results
 
 
-# 3 ranks do not divide any of the sizes
+# 3 ranks divide none of the sizes evenly
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_each_rank_reads_its_part_and_no_more(ranks, tmp_path):
@@ -64,7 +64,7 @@ def test_each_rank_reads_its_part_and_no_more(ranks, tmp_path):
 
 def _columns(rank: int, folder: str) -> int:
     model = meta_model(model_shapes.config("llama"))
-    # the other dim of matrices
+    # shard matrices along their last dimension
     columns = lambda parameter: torch.distributed.tensor.Shard(parameter.dim() - 1)  # noqa: E731
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=columns)
     read = load_pretrained(model, folder)

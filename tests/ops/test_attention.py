@@ -1,4 +1,4 @@
-"""`attention` and its operators, in one process and on real gloo ranks."""
+"""`attention` and its operators, in a single process and on real gloo ranks."""
 
 import gc
 import weakref
@@ -67,7 +67,7 @@ def test_one_rank_needs_no_process_group(kernel):
     )
 
 
-def test_gradients_flow_through_the_log_sum_exp_where_the_kernel_can():
+def test_gradients_flow_through_the_log_sum_exp_if_the_kernel_supports_it():
     plan = da.make_plan(
         da.Mask.causal(9), da.Layout.zigzag([9], 1), strategy="ring", heads=2, kv_heads=1, head_dim=4, dtype="float64"
     )
@@ -82,7 +82,7 @@ def test_gradients_flow_through_the_log_sum_exp_where_the_kernel_can():
         lse.sum().backward()
 
 
-def test_any_subset_of_inputs_may_want_gradients():
+def test_any_subset_of_inputs_may_require_gradients():
     plan, inputs = plan_for(1), random_inputs(200, 4, 2, 8)
     wanted = dense(plan.call.mask, inputs)
     q, k, v, do = local(plan, inputs, 0)
@@ -129,7 +129,7 @@ def test_autocast_casts_as_it_does_for_pytorchs_own_attention(dtype):
     )
     x = torch.randn(200, 4, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
-        # as rotary embeddings leave them: q and k in fp32, v in low precision
+        # the dtypes after rotary embeddings: q and k in fp32, v in low precision
         o = da.attention(x, x, x.to(dtype), plan)
         wanted = torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3, is_causal=True)
     assert o.dtype == wanted.dtype == dtype
@@ -183,7 +183,7 @@ def test_programs_are_freed_with_their_plan():
     gone = weakref.ref(plan)
     del plan
     gc.collect()
-    # the graph still holds what the backward needs, but not the plan
+    # the graph still holds what the backward pass needs, but not the plan
     assert gone() is None
     o.backward(do)
     assert q.grad is not None
@@ -254,12 +254,12 @@ def _breaks_in_a_trial(rank: int):
     breaks = mock.patch.object(executable, "local_kernel_trials", trials) if rank == 0 else nullcontext()
     with breaks, pytest.raises(da.DistattnError) as error:
         da.prepare(plan_for(2))
-    # the ranks are in step: the next call works
+    # the ranks are in step, so the next call works
     da.prepare(plan_for(2))
     return str(error.value)
 
 
-def test_a_trial_that_breaks_one_rank_is_heard_of_by_all():
+def test_a_trial_that_fails_on_one_rank_is_reported_on_all():
     first, second = run_on_ranks(2, _breaks_in_a_trial)
     assert first == "kernel gluon has broken the device" and second == f"rank 0 refuses this plan: {first}"
 
@@ -284,7 +284,7 @@ def test_bytes_on_the_wire_are_the_plans_bytes(strategy):
     for counts, _ in run_on_ranks(4, _count_bytes, plan, inputs):
         counted |= counts
     assert counted == planned_bytes(plan)
-    # and equal those of the simulator
+    # the simulator counts the same bytes
     timeline = da.simulate(plan, "h100-1x4")
     on_the_wire = sum(int(pass_.intra_node_bytes.sum() + pass_.inter_node_bytes.sum()) for pass_ in timeline.passes)
     assert on_the_wire == sum(counted.values())

@@ -1,4 +1,4 @@
-"""Convolutions over ranks: halos, resets at documents and gradients are those of conv1d on each document alone."""
+"""Convolutions over ranks: halos, resets at document boundaries and gradients match conv1d on each document alone."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_every_strategy_and_layout_equals_conv1d(strategy, ranks):
 
 
 def test_what_moves_does_not_depend_on_the_length():
-    # zigzag on 8 ranks: the halos of 3 tokens of 14 segments come from others; x twice, and its gradient once
+    # zigzag on 8 ranks: 14 segments receive a halo of 3 tokens from another rank, for x twice and for its gradient once
     for length in (512, 65536):
         moved = plan_of(da.Layout.zigzag((length,), 8)).forward.moves
         assert int((moved["t1"] - moved["t0"]).sum()) == 3 * 14
@@ -112,7 +112,7 @@ def test_real_ranks_equal_one_process():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_wrong_arguments_are_refused_by_name():
     layout = da.Layout.contiguous((40,), 1)
     x, weight, *_ = inputs(40)
     plan = plan_of(layout)
@@ -137,9 +137,9 @@ def test_what_does_not_fit_is_refused_by_name():
         da.causal_conv1d(x, weight, full)
 
 
-def test_times_are_those_of_copies():
+def test_times_match_those_of_copies():
     plan = plan_of(da.Layout.contiguous((1 << 20,), 8), heads=1, kv_heads=1, v_head_dim=4096, dtype="bfloat16")
-    # 1 GB read and 1 GB written by each rank
+    # each rank reads 1 GB and writes 1 GB
     assert 0.2e-3 < da.simulate(plan, "h100-1x8").forward.seconds < 3e-3
 
 

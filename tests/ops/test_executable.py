@@ -1,4 +1,4 @@
-"""Plans made ready: agreed on by all ranks, compiled once for all plans, saved where activations are recomputed."""
+"""Executables: agreed on by all ranks, compiled once for all plans, and kept when activations are recomputed."""
 
 import contextlib
 import gc
@@ -49,14 +49,16 @@ def _different_plans(rank, change):
         ("strategy", "its strategy differ from rank 0's."),
     ],
 )
-def test_ranks_with_different_plans_all_say_which(change, how):
+def test_all_ranks_with_different_plans_report_them(change, how):
     sentences = run_on_ranks(4, _different_plans, change)
     assert len(set(sentences)) == 1
     assert sentences[0].startswith("rank 2 plans a different call (digest ") and sentences[0].endswith(how)
 
 
 def _compiled(rank, plans, inputs):
-    """Return differences of losses and gradients of a compiled step from the plain one, over batches with different plans."""
+    """Return the differences in losses and gradients between a compiled and a plain step, over batches with different
+    plans.
+    """
     compiled = 0
 
     def backend(graph, example):
@@ -91,11 +93,11 @@ def compiled_plans(ranks, strategy):
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "ring"), (2, "ring"), (2, "ulysses")])
-def test_a_compiled_model_recompiles_for_no_new_plan(ranks, strategy):
+def test_a_compiled_model_does_not_recompile_for_new_plans(ranks, strategy):
     inputs, plans = random_inputs(200, 4, 2, 8), list(compiled_plans(ranks, strategy))
     for differences, compiled in run_on_ranks(ranks, _compiled, plans, inputs):
         assert max(differences) < 1e-12
-        # the second plan makes the handle (and what is kept) a variable; then no more
+        # the second plan turns the handle and the kept sizes into variables; after that nothing is recompiled
         assert compiled <= 2
 
 
@@ -165,7 +167,7 @@ def test_index_lists_move_to_the_device_together():
 
 def test_empty_lists_move_to_the_device_whatever_their_strides():
     plan = plan_for(masks()["causal"], 1)
-    # as torch.from_numpy makes them of empty arrays
+    # strides as torch.from_numpy returns them for empty arrays
     lists = torch.empty_strided((0,), (0,), dtype=torch.int32), torch.arange(3)[:, None].expand(3, 2)
     program = copy_program_to_device(lower(plan, 0, lambda mask: lists), torch.device("meta"))
     (schedule,) = [launch.schedule for step in program.forward for launch in step.launches]
@@ -190,12 +192,12 @@ def _owns_a_communicator(rank):
     return transport is again and transport._backend is not world
 
 
-def test_messages_have_a_communicator_of_their_own():
+def test_messages_have_their_own_communicator():
     assert run_on_ranks(2, _owns_a_communicator) == [True, True]
 
 
 def _two_groups(rank, plan, inputs):
-    """Run forward on one group, forward on another with the ranks reversed, then both backwards."""
+    """Run forward on one group and on another with the ranks reversed, then both backward passes."""
     runs, layout = [], plan.call.layout
     for ranks in ([0, 1], [1, 0]):
         keep = (
@@ -238,7 +240,7 @@ def test_communicators_end_with_their_group():
 
 
 def _later(rank, kind):
-    """Run a plan that all ranks know, then one that only some of them know."""
+    """Run a plan that all ranks know, then one that only some ranks know."""
     mask, layout = masks()["documents"], layouts(LENGTHS, 2)["zigzag"]
     plan = da.make_plan(mask, layout, strategy="ring", **SHAPE)
     q, k, v = (torch.ones(len(layout.tokens(rank)), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
@@ -271,6 +273,6 @@ def _one_refuses(rank, change):
         ({"kernel": "nope"}, "there are auto, reference, cpu, flash, triton, triton_tf32, gluon, gluon_split."),
     ],
 )
-def test_where_one_rank_refuses_all_do(change, sentence):
+def test_if_one_rank_refuses_all_ranks_do(change, sentence):
     other, refusal = run_on_ranks(2, _one_refuses, change)
     assert refusal.endswith(sentence) and other == f"rank 1 refuses this plan: {refusal}"

@@ -1,4 +1,4 @@
-"""Convolutions with groups, activations and initial states, and token shifts, on real ranks: equal to each document alone."""
+"""Convolutions with groups, activations and initial states, and token shifts, on real ranks match each document alone."""
 
 import itertools
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from processes import run_on_ranks
 import distattn as da
 from distattn.ops import convolution as convolution_op
 
-# the third document is shorter than the state before it
+# the third document is shorter than its initial state
 LENGTHS = (9, 37, 2, 40)
 GROUPS, DIM, TAPS = 2, 3, 4
 CHANNELS = GROUPS * DIM
@@ -20,7 +20,7 @@ DISTANCES = (1, 3, -2, 0, 50)
 
 
 class Convolution(NamedTuple):
-    """Inputs of a convolution, then gradients of its output and final states; the weight is (C, W) or (C, C / G, W)."""
+    """Inputs of a convolution, and gradients of its output and final states. The weight is (C, W) or (C, C / G, W)."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -40,7 +40,9 @@ def inputs(grouped: bool, dtype: torch.dtype) -> Convolution:
 
 
 def by_document(case: Convolution) -> list[torch.Tensor]:
-    """Return (y, final states, dx, dweight, dbias, dinitial): `conv1d` of each document behind its initial state."""
+    """Return (y, final states, dx, dweight, dbias, dinitial), computed by `conv1d` on each document after its initial
+    state.
+    """
     weight = case.weight if case.weight.dim() == 3 else case.weight[:, None]
     parts = zip(case.x.split(list(LENGTHS)), case.initial, strict=True)
     rows = [torch.cat([initial, part.t()], 1)[None] for part, initial in parts]
@@ -89,7 +91,7 @@ def convolve(rank: int, layout: da.Layout, case: Convolution) -> list[torch.Tens
 
 def shift(rank: int, layout: da.Layout, x: torch.Tensor, dy: torch.Tensor, distance: int) -> list[torch.Tensor]:
     mine = layout.shard(x, rank).requires_grad_()
-    # any shape of a token
+    # tokens may have any shape
     y = da.token_shift(mine.view(-1, 2, 1, DIM), plan_of(layout, "token_shift", x.dtype, distance)).flatten(1)
     labels = torch.arange(len(x) * CHANNELS).view(x.shape) % 97 - 100
     plan = plan_of(layout, "token_shift", torch.float64, distance)
@@ -138,7 +140,7 @@ def test_bytes_of_a_shift_do_not_depend_on_the_length(distance):
         layout = da.Layout.zigzag((length,), 8)
         plan = plan_of(layout, "token_shift", torch.float32, distance, heads=1)
         da.verify(plan)
-        # 14 segments have a neighbour elsewhere; x forward, its gradient backward
+        # 14 segments have a neighbour on another rank; x moves forward, its gradient backward
         assert int(plan.bytes()["bytes"].sum()) == 2 * 14 * abs(distance) * CHANNELS * 4
 
 
@@ -152,13 +154,13 @@ def test_on_gpus_numbers_that_are_too_large_are_refused_by_an_assertion_of_the_d
     x[5, 1] = sign * (2**52 - 1)
     assert x[5, 1] in da.token_shift(x, plan)
     x[5, 1] += sign
-    # for a host tensor PyTorch's assertion raises at once; a device raises it when it reaches the assertion
+    # on the host PyTorch's assertion raises at once; on a device it raises when the device reaches it
     with pytest.raises(RuntimeError, match="whole numbers below 2.52") as refusal:
         da.token_shift(x, plan)
     assert type(refusal.value) is RuntimeError and asserted.call_count == 2
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_wrong_arguments_are_refused_by_name():
     layout = da.Layout.contiguous(LENGTHS, 1)
     x, weight, bias, initial, *_ = inputs(True, torch.float32)
     convolution, shift_ = (plan_of(layout, op, torch.float32, 3) for op in ("convolution", "token_shift"))

@@ -22,7 +22,7 @@ RECURRENT = [name for name, op in OPS.items() if op.kind == "recurrence"]
 
 
 def ready_for(plan, kernel=None) -> Executable:
-    """Return an executable of rank 1, whose messages are those of NCCL."""
+    """Return an executable of rank 1 with NCCL's message rules."""
     kernel = kernel or choose_kernel(None, kernel_requirements(plan.call, META))
     key, program = checked_program(plan, 1, kernel, META, max_buffer_bytes=None, proven=True)
     return Executable(program, key, GroupTransport(GROUP, MetaBackend()))
@@ -144,7 +144,7 @@ LAYERS = {
     "latent attention": latent,
     **{name: lambda name=name: recurrence(name) for name in RECURRENT},
     "retention by heads": lambda: recurrence("retention", options={"schedule": "head_sharded"}),
-    # a launch has some of the heads that share queries and keys
+    # one launch has only some of the heads that share queries and keys
     "groups of heads that are cut": lambda: recurrence("gated_delta_rule", "ulysses", heads=6, lengths=(600, 700)),
     "convolution": lambda: convolution(False),
     "convolution of groups": lambda: convolution(True),
@@ -177,7 +177,7 @@ def ways_to_wait(x):
     yield "copies between host and device", lambda: torch.ones(3).to(META)
     yield "copies between host and device", lambda: torch.ones(3).to(META, non_blocking=True)
     yield "copies between host and device", lambda: x.copy_(torch.ones(3))
-    # a host number that is assigned to a list of rows is copied to the device, unlike one assigned to a slice
+    # a host number assigned to a list of rows is copied to the device, unlike one assigned to a slice
     rows = torch.empty(2, dtype=torch.int64, device=META)
     yield "a number is copied to the device", lambda: x.__setitem__(rows, 1.0)
     yield "index_put_ copies", lambda: x.__setitem__(rows, torch.ones(()))
@@ -188,10 +188,10 @@ def ways_to_wait(x):
     yield "repeat_interleave", lambda: x.repeat_interleave(torch.ones_like(x, dtype=torch.int64))
 
 
-def test_every_way_to_wait_is_counted_and_a_pinned_copy_is_none():
+def test_every_way_to_wait_is_counted_except_a_pinned_copy():
     x = torch.empty(3, device=META)
     for reason, wait in ways_to_wait(x):
-        # meta tensors have no numbers; the wait is noted before that error
+        # meta tensors hold no numbers, so an error follows, but the wait is recorded first
         with host_waits() as watch, contextlib.suppress(RuntimeError, NotImplementedError):
             wait()
         assert watch.waits and reason in watch.waits[0], (reason, watch.waits)

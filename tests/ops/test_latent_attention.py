@@ -1,4 +1,4 @@
-"""Latent attention over ranks equals attention on expanded keys and values, and moves latents."""
+"""Latent attention over ranks matches attention on expanded keys and values, and moves only latents."""
 
 import functools
 
@@ -33,7 +33,7 @@ def inputs():
 
 
 def by_definition():
-    """Compute (o, dq, drope, dlatent, dup) on one device."""
+    """Compute (o, dq, drope, dlatent, dup) by definition on one device."""
     q, rope, latent, up, do = inputs()
     leaves = [x.requires_grad_() for x in (q, rope, latent, up)]
     expanded = torch.einsum("sl,hel->she", latent, up)
@@ -61,7 +61,7 @@ def attend(rank, ranks, strategies):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_equal_attention_on_expanded_keys_and_values(ranks):
-    # either latents move, or keys and values that their owners have expanded
+    # either latents move, or keys and values expanded by their owners
     strategies = [
         ("ring", False),
         ("allgather", False),
@@ -78,13 +78,13 @@ def test_ranks_equal_attention_on_expanded_keys_and_values(ranks):
             torch.testing.assert_close(got, right, rtol=0, atol=1e-11)
 
 
-# DeepSeek-V3: heads of 192 and 128, a latent of 512 with 64 rotary numbers
+# DeepSeek-V3: head dims 192 and 128, and a latent of 512 plus 64 rotary dims
 V3 = dict(head_dim=192, v_head_dim=128, dtype="bfloat16")
 
 
-# all heads of a layer, and those of a rank where four share them by tensor parallelism
+# all heads of a layer, and one rank's heads with 4-way tensor parallelism
 @pytest.mark.parametrize("heads, factor", [(128, 71.1), (32, 17.8)])
-def test_latents_are_what_moves(heads, factor):
+def test_only_latents_move(heads, factor):
     layout, mask = da.Layout.zigzag((4096,), 8), da.Mask.causal(4096)
     shape = dict(heads=heads, strategy="allgather", **V3)
     expanded = da.make_plan(mask, layout, kv_heads=heads, **shape)
@@ -111,11 +111,12 @@ def test_the_faster_form_is_planned():
             seconds = [latent_seconds(plan, cluster, 64, 512) for plan in (*forms, chosen)]
             assert seconds[2] == min(seconds)
             ops[name, strategy] = chosen.call.op.name
-    # ring hides all messages inside a node; between nodes it does not, and dealt heads are few where ranks are many
+    # ring hides all messages within a node but not between nodes, and Ulysses has few heads per rank when there are
+    # many ranks
     assert ops["h100-1x8", "ring"] == "attention" and ops["h100-8x8", "ring"] == "latent_attention"
     assert ops["h100-1x8", "allgather"] == ops["h100-8x8", "allgather"] == "latent_attention"
     assert ops["h100-1x8", "ulysses"] == "latent_attention" and ops["h100-8x8", "ulysses"] == "attention"
-    # without known speeds, bytes decide
+    # if speeds are unknown, bytes decide
     layout = da.Layout.zigzag((4096,), 128)
     settings = dict(heads=128, **V3, **widths)
     for strategy, op in (("allgather", "latent_attention"), ("ulysses", "attention")):
@@ -123,7 +124,7 @@ def test_the_faster_form_is_planned():
         assert plan.call.op.name == op
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_wrong_arguments_are_refused_by_name():
     layout = da.Layout.contiguous(LENGTHS, 1)
     q, rope, latent, up, _ = inputs()
     with pytest.raises(da.DistattnError, match="up has shape"):

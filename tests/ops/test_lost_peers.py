@@ -1,4 +1,4 @@
-"""A peer that is lost outside of a driver: in `prepare`, or between two calls of attention."""
+"""A peer that is lost outside a driver: in `prepare`, or between two attention calls."""
 
 import os
 import signal
@@ -15,12 +15,14 @@ import distattn as da
 
 pytestmark = pytest.mark.waits(3)
 
-# of the group, and of the communicators next to it; then other ranks get some seconds to come
+# the time-out of the group and of the communicators next to it, after which other ranks get some extra seconds
 TIMEOUT = timedelta(seconds=15)
 
 
 def lost_in(rank, lost, how, where):
-    """Kill or stop a rank before a driver is made, before `prepare`, or after. Return (the error, the seconds until it came)."""
+    """Kill or stop a rank before a driver is made, before `prepare`, or after it. Return (the error, the seconds until
+    it came).
+    """
     group = dist.new_group(timeout=TIMEOUT)
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
     plan = da.make_plan(masks()["causal"], layouts(LENGTHS, 3)["zigzag"], strategy="ring", **shape)
@@ -31,7 +33,7 @@ def lost_in(rank, lost, how, where):
         os.kill(os.getpid(), how)
     began = time.monotonic()
     with pytest.raises(da.LostRankError) as error:
-        # at the second call no rank can still be sending
+        # by the second call no rank can still be sending
         if where == "driver":
             da.ContextParallel(group, strategy="ring")
         for _ in range(2):
@@ -43,7 +45,7 @@ def lost_in(rank, lost, how, where):
 @pytest.mark.parametrize("where", ["driver", "prepare", "attention"])
 def test_a_lost_peer_is_named_soon_after_the_groups_own_time_out(where, how):
     for error, seconds in run_survivors(3, 1, lost_in, 1, how, where).values():
-        # in a ring a neighbour that gave up is lost to the next one
+        # in a ring, a neighbour that gave up counts as lost for the next rank
         assert "rank 1 " in error or (where == "attention" and "of the group stopped answering" in error)
         # the backend's own limit is half an hour
         assert seconds < 100

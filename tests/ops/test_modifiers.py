@@ -1,4 +1,4 @@
-"""Sinks, soft-capping, ALiBi and gates: right in every strategy, outputs and gradients, or refused."""
+"""Sinks, soft-capping, ALiBi and gates: outputs and gradients are right in every strategy, or the call is refused."""
 
 import math
 
@@ -31,7 +31,7 @@ def modifiers(softcap=True, alibi=True, sink=True, gate=(HEADS, 8)):
 
 
 def oracle(mask, inputs, softcap, alibi_slopes, sink, gate):
-    """Compute (o, lse, dq, dk, dv, dsink, dgate) by definition, on the whole axis."""
+    """Compute (o, lse, dq, dk, dv, dsink, dgate) by definition on the whole axis."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     extra = [x.detach().requires_grad_() for x in (sink, gate) if x is not None]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, 1)) / math.sqrt(q.shape[-1])
@@ -74,7 +74,7 @@ def check(plan, mask, kernel, modified):
     layout = plan.call.layout
     got = [layout.unshard(list(parts)) for parts in zip(*(result[0] for result in results), strict=True)]
     if modified["sink"] is not None:
-        # each rank has the share of its own tokens
+        # each rank has the gradient's share from its own tokens
         got.append(sum(result[1] for result in results))
     if modified["gate"] is not None:
         got.append(layout.unshard([result[-1] for result in results]))
@@ -96,7 +96,7 @@ def test_all_modifiers_together_equal_the_oracle(strategy, layout):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_sinks_and_gates_need_nothing_of_the_kernel(strategy):
+def test_sinks_and_gates_need_no_support_by_the_kernel(strategy):
     modified = modifiers(softcap=False, alibi=False, gate=(HEADS,))
     check(plan_for(strategy, masks()["documents"], "zigzag"), masks()["documents"], "cpu", modified)
 
@@ -123,14 +123,14 @@ def test_each_modifier_alone_equals_the_oracle(modifier):
         (dict(gate=torch.ones(200, 3)), r"gate has shape \(200, 3\)"),
     ],
 )
-def test_what_cannot_be_computed_is_refused(change, sentence):
+def test_calls_that_cannot_be_computed_are_refused(change, sentence):
     plan = plan_for("ring", masks()["causal"], "zigzag", 1)
     q, k, v, _ = random_inputs(N, HEADS, KV_HEADS, 8)
     with pytest.raises(da.DistattnError, match=sentence):
         da.attention(q, k, v, plan, **change)
 
 
-def test_a_sink_of_minus_infinity_is_no_sink():
+def test_a_sink_of_minus_infinity_has_no_effect():
     plan = plan_for("ring", masks()["odd"], "zigzag", 1)
     q, k, v, do = (x.requires_grad_() for x in random_inputs(N, HEADS, KV_HEADS, 8))
     sink = torch.full((HEADS,), -torch.inf, dtype=torch.float64, requires_grad=True)
@@ -140,7 +140,7 @@ def test_a_sink_of_minus_infinity_is_no_sink():
     assert (sink.grad == 0).all() and torch.isfinite(q.grad).all()
 
 
-def test_a_gate_of_another_precision_leaves_the_output_in_that_of_the_queries():
+def test_a_gate_of_another_dtype_leaves_the_output_in_the_queries_dtype():
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16")
     plan = da.make_plan(da.Mask.causal(9), da.Layout.zigzag([9], 1), strategy="ring", **shape)
     q, k, v, _ = (x.bfloat16() for x in random_inputs(9, 4, 2, 8))

@@ -1,4 +1,4 @@
-"""Properties of all operators: the device where they run, and that CUDA graphs leave out those that run plans."""
+"""Properties of all operators: the device they run on, and that CUDA graphs exclude those that run plans."""
 
 import gc
 import importlib
@@ -16,19 +16,19 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.ops import convolution, latent, prefix_max, recurrence  # noqa: F401
 from distattn.ops.executable import EXECUTABLES
 
-# operators that run a plan: they send messages, and wait for the upload of its tables
+# operators that run a plan, send messages and wait for the upload of its tables
 RUN_PLANS = [
     f"{op}{direction}" for op in ("", "latent_", "recurrence_", "convolution_") for direction in ("forward", "backward")
 ]
-# operators that only launch one kernel on the current stream
+# operators that only launch a single kernel on the current stream
 LAUNCH_ONE_KERNEL = ["copy_rows", "add_rows", "merge_rows", "copy_rows_with_products", "row_products"]
 OPERATORS = RUN_PLANS + LAUNCH_ONE_KERNEL
-# by an argument's type, a value
+# a value for each argument type
 VALUES = {"Tensor": torch.zeros(2, 2, 2), "SymInt": 2, "int": 0, "float": 1.0}
 
 
 class Reached(Exception):
-    """A signal that work for the device would begin here."""
+    """Raised where work for the device would start."""
 
 
 def operator(name):
@@ -47,7 +47,7 @@ def test_all_operators_are_known_here():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_cuda_graphs_leave_out_what_runs_a_plan(name):
-    # Inductor's scheduler partitions a graph at operators with this tag, and captures the others
+    # Inductor's scheduler splits a graph at operators with this tag and captures the others
     assert (torch.Tag.cudagraph_unsafe in operator(name).tags) == (name in RUN_PLANS)
 
 
@@ -61,9 +61,9 @@ def test_every_operator_works_on_the_device_of_its_tensors(name, monkeypatch):
 
     monkeypatch.setattr(EXECUTABLES, "by_handle", reach)
     monkeypatch.setattr(glue, "_on_gpu", reach)
-    # its change ends before the imitation's own: undone later, it would put the imitation's value back
+    # undo this patch before the imitation's own. In the other order it would restore the imitation's value
     with imitated_cuda(current=0) as cuda, monkeypatch.context() as patch:
-        # otherwise PyTorch would only compute shapes for tensors on "meta"
+        # otherwise PyTorch would only compute shapes for "meta" tensors
         patch.setattr(devices, "_KINDS", {"cpu"})
         with pytest.raises(Reached):
             operator(name)(*(VALUES.get(str(argument.type)) for argument in operator(name)._schema.arguments))

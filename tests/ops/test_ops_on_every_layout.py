@@ -1,7 +1,8 @@
-"""An op of each kind but attention on every layout: packed documents, one over all ranks, ranks without tokens, bytes as planned.
+"""One op of each kind except attention on every layout: packed documents, a document over all ranks, empty ranks,
+planned bytes.
 
-Each in the dtypes of `DTYPES`. Attention is in test_parity.py; all recurrences are in test_recurrence.py (float64) and in
-test_recurrence_precision.py (float32, bfloat16).
+Each op runs in the dtypes of `DTYPES`. test_parity.py covers attention. test_recurrence.py (float64) and
+test_recurrence_precision.py (float32, bfloat16) cover all recurrences.
 """
 
 import functools
@@ -20,12 +21,12 @@ import distattn as da
 from distattn.ir.layout import make_layout
 from distattn.kernels.registry import KERNELS
 
-# documents of many lengths, some shorter than a filter; and a single one
+# documents of many lengths, some shorter than a filter, and a single document
 PACKED, ALONE = (1, 7, 90, 2, 41), (130,)
 HEADS, NOPE, ROPE, LATENT, VALUE = 8, 6, 2, 10, 5
 CHANNELS, TAPS, DISTANCE = 6, 4, 3
-# attention's strategies take turns, and so do kernels that make results and those that write into given tensors: five of one
-# and six of the other, so that all combinations meet
+# cases cycle through attention's strategies, and through kernels that return results or write into given tensors. The
+# cycles have lengths 6 and 5, so that all combinations occur
 STRATEGIES = ["ring", "allgather", "ulysses", "cad", "double_ring", "usp"]
 KERNELS_OF_LATENTS = ["reference", "in_place", "reference", "in_place", "in_place"]
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5}
@@ -37,12 +38,12 @@ DTYPES = {
 }
 
 
-# imported here, not by every rank
+# resolve them once here, not in every rank
 FUNCTIONS = da.latent_attention, da.causal_conv1d, da.recurrence, da.token_shift
 
 
 class Inputs(NamedTuple):
-    """Tensors by token, tensors that all tokens share, and the gradient of the output."""
+    """Per-token tensors, tensors shared by all tokens, and the output gradient."""
 
     by_token: list[torch.Tensor]
     shared: list[torch.Tensor]
@@ -67,7 +68,7 @@ def inputs(op, n, dtype):
 
 
 def alone(op, lengths, tensors_):
-    """Compute the output of each document by definition, differentiable."""
+    """Compute the output of each document by definition. The result is differentiable."""
     batch, tensors = PlainBatch(list(lengths)), [*tensors_.by_token, *tensors_.shared]
     if op == "latent_attention":
         q, rope, latent, up = tensors
@@ -115,13 +116,13 @@ class Case(NamedTuple):
 
 
 def cases(ranks):
-    """Return all combinations of layouts, ops and dtypes; for the single document without narrow dtypes."""
+    """Return all combinations of layouts, ops and dtypes. The single document omits the low-precision dtypes."""
     all_cases, turns = [], zip(itertools.cycle(STRATEGIES), itertools.cycle(KERNELS_OF_LATENTS), strict=False)
     for lengths in (PACKED, ALONE):
         named = [
             (op, dtype) for op, dtypes in DTYPES.items() for dtype in (dtypes if lengths == PACKED else dtypes[:1])
         ]
-        # with whole documents on one rank, a single document leaves the other ranks empty
+        # this layout keeps whole documents on one rank, so a single document leaves the other ranks empty
         placed = {"placed": make_layout("placed", lengths, ranks, da.Mask.documents(lengths))}
         for name, layout in (layouts(lengths, ranks) | placed).items():
             for op, dtype in named:
@@ -151,7 +152,7 @@ def work(rank, all_cases):
 
 @functools.cache
 def wanted_of(op, lengths, dtype):
-    """Return [output, gradients] by definition, in fp64, of inputs of that dtype."""
+    """Return [output, gradients] by definition, in fp64, for inputs first rounded to `dtype`."""
     tensors = inputs(op, sum(lengths), dtype)
     wide = Inputs(*([x.double().requires_grad_() for x in some] for some in tensors[:2]), tensors.do.double())
     o = alone(op, lengths, wide)
@@ -159,7 +160,7 @@ def wanted_of(op, lengths, dtype):
 
 
 def errors(case, results):
-    """Return the error of each tensor that the ranks have computed together, as a share of its largest number."""
+    """Return the error of each tensor computed by all ranks together, relative to its largest element."""
     layout = case.plan.call.layout
     by_token, shared, _ = zip(*results, strict=True)
     joined = [layout.unshard(list(parts)) for parts in zip(*by_token, strict=True)]

@@ -1,4 +1,4 @@
-"""Every op says in the same sentences what is wrong with its plan argument."""
+"""Every op reports a wrong plan argument in the same words."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def plan():
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_what_is_no_plan_or_has_a_group_twice_is_refused(op, plan):
+def test_wrong_plan_arguments_and_a_second_group_are_refused(op, plan):
     call, x = CALLS[op], torch.zeros(4, 2, 8)
     with pytest.raises(da.DistattnError, match=r"plan is .*, not (a str|'ring')"):
         call(x, "ring")

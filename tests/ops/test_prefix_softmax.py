@@ -1,4 +1,6 @@
-"""`prefix_softmax` on real ranks equals dense softmaxes over the tokens so far: outputs, final states and all gradients."""
+"""`prefix_softmax` on real ranks matches dense softmaxes over the tokens so far: outputs, final states and all
+gradients.
+"""
 
 import functools
 from collections import Counter
@@ -17,7 +19,7 @@ HEADS, LATENTS, VALUES = 2, 3, 4
 
 
 class Case(NamedTuple):
-    """Weights, logits and values by token; the initial state of documents; gradients of outputs and of final sums."""
+    """Per-token weights, logits and values, the documents' initial state, and the gradients of outputs and final sums."""
 
     weights: Tensor
     logits: Tensor
@@ -39,7 +41,9 @@ class Result(NamedTuple):
 
 
 def case_of(strength=1.0, seed=0, earlier=True):
-    """Return a random case. strength: of logits. earlier: whether all documents but the second go on from a state."""
+    """Return a random case. strength: scale of the logits. earlier: all documents except the second continue from a
+    state.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -58,7 +62,7 @@ def case_of(strength=1.0, seed=0, earlier=True):
 
 
 def dense(case):
-    """Compute a softmax over all earlier tokens and one that stands for the state, document by document."""
+    """Compute softmaxes over all earlier tokens and one token that represents the state, document by document."""
     weights, logits, v, total, weighted = leaves = [
         y.clone().requires_grad_() for y in (case.weights, case.logits, case.v, *case.initial[1:])
     ]
@@ -104,7 +108,7 @@ def on_rank(rank, layout, case, plans):
     o, final = da.prefix_softmax(*local, plans, initial_state=state, return_final_state=True)
     gradients = [layout.shard(case.do, rank), case.dtotal, case.dweighted]
     gradients_ = torch.autograd.grad([o, *final[1:]], [*local, *sums], gradients)
-    # plain tuples travel between processes
+    # only plain tuples can be sent between processes
     return o.detach(), tuple(y.detach() for y in final), list(gradients_)
 
 
@@ -141,7 +145,7 @@ def test_ranks_equal_dense_softmaxes(ranks):
             cases.append((case, layout, chosen))
             checks.append((layout, wanted[id(case)], 1e-10))
     for case in (usual, strong):
-        # dense softmaxes of the same numbers
+        # compare with dense softmaxes of the same rounded numbers
         narrow, layout = case.to(torch.float32), layouts(ranks)[1]
         cases.append((narrow, layout, {}))
         checks.append((layout, dense(narrow.to(torch.float64)), 2e-5))
@@ -167,7 +171,7 @@ def test_one_latent_is_attention_of_one_learned_query():
         torch.testing.assert_close(o[begin:end], right.transpose(0, 1), rtol=0, atol=1e-12)
 
 
-def test_halves_of_a_document_go_on_from_each_others_state():
+def test_the_second_half_of_a_document_continues_from_the_state_of_the_first():
     case = case_of(earlier=False)
     case = case._replace(dtotal=0 * case.dtotal, dweighted=0 * case.dweighted)
     right, shape = dense(case), dict(heads=HEADS, latents=LATENTS, v_head_dim=VALUES, dtype="float64")
@@ -232,7 +236,7 @@ def test_autocast_and_bf16_keep_sums_wide():
         (dict(logits=torch.zeros(301, 2, 3), weights=torch.zeros(301, 2, 3), v=torch.zeros(301, 2, 4)), "x has shape"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, why):
+def test_wrong_arguments_are_refused_by_name(change, why):
     weights, logits, v = (y.float() for y in case_of()[:3])
     plans = plans_of(da.Layout.contiguous(LENGTHS, 1), "float32")
     arguments = dict(weights=weights, logits=logits, v=v, plans=plans) | change

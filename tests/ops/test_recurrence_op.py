@@ -1,4 +1,6 @@
-"""`recurrence` on real ranks: outputs, final states and all gradients equal one process; and what it refuses."""
+"""`recurrence` on real ranks: outputs, final states and all gradients match a single process, and wrong calls are
+refused.
+"""
 
 import functools
 
@@ -21,7 +23,7 @@ def plan_of(layout, op, strategy="scan", dtype="float64", **options):
 
 
 def run(rank, layout, case, plan):
-    """Return this rank's results: (o, final, dx by token, dinitial)."""
+    """Return this rank's results (o, final, dx by token, dinitial)."""
     local = {name: layout.shard(value, rank).requires_grad_() for name, value in case.x.by_token().items()}
     x = case.x._replace(**local)
     initial = case.initial.clone().requires_grad_()
@@ -162,7 +164,7 @@ def test_a_compiled_layer_is_the_same_and_a_second_plan_recompiles_nothing_more(
         ({"kernel": "triton"}, 'kernel "triton" does not compute ssd; there are auto, chunked'),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(change, why):
+def test_wrong_arguments_are_refused_by_name(change, why):
     case = recurrence_case(OPS["ssd"], (40,))
     x = case.x._replace(**{name: value.float() for name, value in case.x.by_token().items()})
     plan = plan_of(da.Layout.contiguous((40,), 1), "ssd", dtype="float32")

@@ -1,4 +1,4 @@
-"""`make_recurrent_plan`: states move or tokens, whichever is faster in simulation; both compute the same."""
+"""`make_recurrent_plan` moves states or tokens, whichever is faster in simulation. Both compute the same."""
 
 from dataclasses import replace
 
@@ -16,12 +16,12 @@ from distattn.parallel.make_plan import make_plan
 
 SHAPE = dict(kv_heads=2, head_dim=3, v_head_dim=5, dtype="float64", heads=4)
 LENGTHS = (1, 17, 31, 3)
-# over these links bytes decide: the states of segments of one token have more bytes than the tokens
+# bytes decide over these slow links. The states of one-token segments have more bytes than the tokens
 SLOW = replace(load("h100-1x4"), intra_node=Link(0.001, 10.0))
 
 
 def plans_of(layout: da.Layout, cluster: str, **shape) -> dict[str, da.Plan]:
-    """Return the chosen plan, and that of each strategy alone."""
+    """Return the chosen plan and the plan of each strategy."""
     mask, settings = da.Mask.documents(layout.lengths), dict(op="gated_delta_rule", cluster=cluster) | shape
     plans = {"chosen": da.make_recurrent_plan(mask, layout, **settings)}
     if shape["heads"] >= layout.ranks:
@@ -49,7 +49,7 @@ def test_the_choice_is_never_slower_than_either_strategy_and_each_is_chosen_some
     assert set(chosen) == {"scan", "ulysses"}, chosen
 
 
-def test_scan_is_planned_where_nothing_is_known_or_tokens_cannot_move():
+def test_scan_is_planned_if_speeds_are_unknown_or_tokens_cannot_move():
     layout, mask = da.Layout.block_cyclic(LENGTHS, 4, block=1), da.Mask.documents(LENGTHS)
     shape = SHAPE | dict(op="gated_delta_rule")
     assert da.make_recurrent_plan(mask, layout, cluster=SLOW, **shape).strategy == "ulysses"
@@ -66,7 +66,7 @@ def _run_all(rank: int, cases: list) -> list:
     return [run(rank, *case) for case in cases]
 
 
-def test_what_is_chosen_computes_the_recurrence():
+def test_the_chosen_plan_computes_the_recurrence():
     cases = []
     for layout in (da.Layout.contiguous(LENGTHS, 4), da.Layout.block_cyclic(LENGTHS, 4, block=1)):
         case = recurrence_case(OPS["gated_delta_rule"], LENGTHS)

@@ -1,4 +1,4 @@
-"""A setting of attention is one field, wherever it is set, and everything that plans takes the same record."""
+"""Each attention setting is a single field wherever it is set, and everything that takes plans takes the same record."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def names(kind: type) -> set[str]:
 
 
 def test_run_files_and_code_share_fields_and_not_copies_of_them():
-    # in run files it counts ranks of replicated data as well
+    # in run files it also counts the ranks of replicated data
     assert names(ParallelConfig) & names(AttentionConfig) == names(AttentionKeys) | {"context_parallel_size"}
 
 
@@ -102,7 +102,7 @@ def test_a_run_file_s_record_reaches_the_plan(tmp_path):
     assert attention_config(config) == expected
     plan = PlanSettings.of_config(config).plan([40, 24])
     assert (plan.strategy, plan.policy, plan.call.comm_dtype, plan.call.ranks) == ("double_ring", "keep", "", 4)
-    # what TOML cannot say is left out of a saved file
+    # values that TOML cannot express are left out of a saved file
     run_file.save(config, tmp_path / "saved.toml")
     assert (
         "comm_dtype" not in (tmp_path / "saved.toml").read_text() and run_file.load(tmp_path / "saved.toml") == config

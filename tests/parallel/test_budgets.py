@@ -1,4 +1,6 @@
-"""Layer calls at full size on meta tensors: no sync, no copy between host and device; launches, bytes and peak within budgets."""
+"""Layer calls at full size on meta tensors: no syncs or host-device copies; launches, bytes and peak memory within
+budgets.
+"""
 
 import random
 
@@ -15,7 +17,7 @@ STRATEGIES = ["ring", "allgather", "ulysses", "usp", "cad"]
 
 
 def packed(tokens):
-    """Return documents of widely varying lengths, as in packs."""
+    """Return document lengths that vary as widely as in real packs."""
     lengths, left, source = [], tokens, random.Random(0)
     while left:
         lengths.append(min(left, int(source.lognormvariate(7.5, 1.3)) + 1))
@@ -30,8 +32,9 @@ def plan_of(strategy, lengths, heads, kv_heads, **how):
     return da.make_plan(mask, layout, strategy=strategy, **shape, **how)
 
 
-# for a pack of 8 x 8K tokens, 64:8 heads: operators per pass, and GB that they move, a little above the count on meta tensors.
-# The ring copies the own rows that it sends in two steps, 37 MB, and cad 48 MB: messages are sent from arenas only
+# for a pack of 8 x 8K tokens with 64:8 heads: operators per pass and the GB they move, slightly above the count on meta
+# tensors. Messages are sent from arenas only. The ring therefore copies its own rows to send in two steps (37 MB), and
+# cad copies 48 MB
 PACK = {
     "ring": ((5, 0.44), (14, 0.96)),
     "allgather": ((2, 0.07), (16, 0.7)),
@@ -53,7 +56,7 @@ def test_glue_of_a_pack_stays_in_its_budget(strategy):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("heads", [(64, 8), (8, 1)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_a_pass_needs_is_known_beforehand_to_the_byte(strategy, heads, policy):
+def test_the_memory_of_a_pass_is_predicted_to_the_byte(strategy, heads, policy):
     for lengths in (packed(65536), [1 << 18]):
         plan = plan_of(strategy, lengths, *heads, backward=policy)
         for rank in (0, 3):
@@ -61,8 +64,8 @@ def test_what_a_pass_needs_is_known_beforehand_to_the_byte(strategy, heads, poli
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_so_is_what_latents_are_expanded_to(strategy):
-    # heads of DeepSeek-V3; a tensor-parallel rank may have few of them
+def test_the_memory_of_expanded_latents_is_predicted_to_the_byte(strategy):
+    # DeepSeek-V3's heads; a tensor-parallel rank may have only a few of them
     for heads, dtype, lengths in ((16, "bfloat16", packed(65536)), (8, "float32", [1 << 13]), (8, "bfloat16", [128])):
         mask, layout = da.Mask.documents(lengths), da.Layout.zigzag(lengths, 8)
         shape = dict(heads=heads, kv_heads=1, head_dim=192, v_head_dim=128, dtype=dtype, op=da.latent_op(64, 512))
@@ -74,9 +77,10 @@ def test_so_is_what_latents_are_expanded_to(strategy):
         )
 
 
-# for a million tokens: GB of new tensors that are alive at once. The arena stays while results are cast to the inputs' dtype,
-# which costs the ring 1.07 GB forward and 0.54 GB backward, allgather and cad 0.27 GB backward (with 8:1 heads a quarter of the
-# ring's forward, 0.27 GB). The ring copies half its own keys and values, 0.27 GB, before it sends them
+# for a million tokens: GB of new tensors alive at once. The arena stays while results are cast to the inputs' dtype,
+# which costs the ring 1.07 GB forward and 0.54 GB backward, and allgather and cad 0.27 GB backward. With 8:1 heads the
+# ring's forward costs a quarter, 0.27 GB. The ring copies half of its own keys and values, 0.27 GB, before it sends
+# them
 MILLION = {
     (32, 8): {
         "ring": (4.6, 8.4),
@@ -85,7 +89,7 @@ MILLION = {
         "usp": (4.2, 6.9),
         "cad": (5.9, 13.5),
     },
-    # a 70B model, on one tensor-parallel rank of 8
+    # a 70B model on one of 8 tensor-parallel ranks
     (8, 1): {
         "ring": (0.98, 1.45),
         "allgather": (0.8, 2.0),
@@ -96,17 +100,19 @@ MILLION = {
 }
 
 
-# compared with the bytes of the proof and of the tensors themselves; arenas are up to 1/32 larger, and have copies of own rows
-# that are sent: the proof does not count the ring's
+# the largest ratio to the bytes of the proof plus the result tensors. Arenas are up to 1/32 larger, and also hold
+# copies of own rows to send, which the proof does not count for the ring
 MOST = {"ring": (1.07, 1.05), "allgather": (1.15, 1.1), "ulysses": (1.45, 1.4), "usp": (1.22, 1.28), "cad": (1.51, 1.3)}
 
 
 def needed(plan, proof, rank):
-    """Return the bytes of both passes: those of the proof, and the results, summed up and as returned."""
+    """Return the bytes of both passes: those in the proof, plus the results as summed and as returned."""
     call, tokens = plan.call, int(plan.call.layout.shard_sizes()[rank])
 
     def results(*payloads):
-        """Return the bytes of sums, and the extra bytes of narrower results, which replace the sums one by one."""
+        """Return the bytes of the sums, plus the extra bytes of low-precision results, which replace the sums one by
+        one.
+        """
         sizes = []
         for payload in payloads:
             for width, dtype in call.payload_fields(payload):
@@ -125,7 +131,7 @@ def needed(plan, proof, rank):
         ((Payload.O,), proof.forward_peak[rank]),
         ((Payload.dQ, Payload.dKV), proof.backward_peak[rank]),
     ):
-        # delta, and the numbers that kernels read of it and of the log-sum-exp
+        # delta, and the per-row numbers that kernels derive from delta and the log-sum-exp
         numbers = 0 if payloads == (Payload.O,) else 3 * tokens * call.heads * 4
         out.append(int(peak) + results(*payloads) + numbers)
     out[0] += int(proof.kept[rank])
@@ -135,7 +141,7 @@ def needed(plan, proof, rank):
 @pytest.mark.sampled(5)
 @pytest.mark.parametrize("heads", MILLION)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_million_tokens_take_so_much_memory(strategy, heads):
+def test_a_million_tokens_stay_within_the_memory_budget(strategy, heads):
     plan = plan_of(strategy, [1 << 20], *heads)
     forward, backward, _ = layer_call(plan, 1)
     assert (forward.peak <= MILLION[heads][strategy][0] * GB) and (backward.peak <= MILLION[heads][strategy][1] * GB)
@@ -148,7 +154,7 @@ def test_a_million_tokens_take_so_much_memory(strategy, heads):
 def test_layers_share_one_arena_while_the_host_is_many_layers_ahead(strategy):
     plan, layers = plan_of(strategy, [1 << 20], 32, 8), 20
     layer, predicted = Layer(plan, 1), Layer(plan, 1).memory
-    # tensors that the forward keeps are received in their final place
+    # tensors that the forward pass keeps are received directly into their final place
     kept = layers * layer.ready.kept_elements * getattr(torch, plan.call.dtype).itemsize
     held = layers_ahead(plan, 1, layers, launches=60)
     assert held["forward"].peak_of_messages <= predicted["forward"].arena + kept
@@ -163,7 +169,7 @@ def test_repeated_layers_keep_what_the_backward_finds_again_once(strategy):
     assert kept > GB and memory.peak_of_messages == kept + layer.memory["backward"].arena
 
 
-def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision():
+def test_results_written_by_a_single_kernel_are_held_and_sent_in_half_precision():
     lengths = packed(65536)
     once = {strategy: plan_of(strategy, lengths, 64, 8).call.written_once for strategy in STRATEGIES}
     assert once["ulysses"] == (Payload.O, Payload.dQ, Payload.dKV)
@@ -172,6 +178,7 @@ def test_results_that_no_two_kernels_add_to_are_held_and_sent_in_half_precision(
     moved = {Payload(int(payload)): 0 for payload in plan.bytes()["payload"]}
     for payload, size in zip(plan.bytes()["payload"], plan.bytes()["bytes"], strict=True):
         moved[Payload(int(payload))] += int(size)
-    # outputs take as many bytes as queries, and a log-sum-exp of four bytes for each 256; gradients as many as their tensors
+    # outputs have as many bytes as queries, plus 4 bytes of log-sum-exp per 256. Gradients have as many as their
+    # tensors
     assert moved[Payload.O] * 64 == moved[Payload.Q] * 65 and moved[Payload.dQ] == moved[Payload.Q]
     assert moved[Payload.dKV] == moved[Payload.KV]

@@ -1,4 +1,4 @@
-"""Core-attention disaggregation: every server bounded, few bytes, and the same attention."""
+"""Core-attention disaggregation: every server's load is bounded, few bytes move, and the attention is the same."""
 
 import itertools
 from dataclasses import replace
@@ -27,12 +27,12 @@ from distattn.parallel.tables.cost import CostModel
 pytestmark = pytest.mark.sampled(3)
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
-# each rank has its own pack: one long document, many short ones, single tokens
+# one pack per rank: a long document, many short ones, mixed lengths, and two tiny documents before a long one
 PACKS = [[160], [1] * 20 + [46], [17, 30, 2], [5, 5, 86]]
 
 
 def pool(packs: list[list[int]]) -> tuple[list[int], Layout]:
-    """Return the documents of all ranks on one axis, and the layout of the data."""
+    """Return the document lengths of all ranks on one token axis, and the layout of the data."""
     ends = np.cumsum([0, *(sum(pack) for pack in packs)]).tolist()
     chunks = [[(a, b)] if a < b else [] for a, b in zip(ends, ends[1:], strict=False)]
     lengths = [length for pack in packs for length in pack]
@@ -73,7 +73,7 @@ def test_no_server_does_more_than_the_tolerance_allows(packs, tolerance, block, 
     for direction in ("forward", "backward"):
         price = CostModel.for_cluster(None, direction, 8, block)
         work = loads(plan, direction, block)
-        # both ends of each share may split a block of rows, which then costs its overhead twice
+        # both ends of each share may split a block of rows, which then pays its overhead twice
         shares = np.bincount(getattr(plan, direction).tasks["rank"], minlength=len(packs))
         edge = shares * heads[0] * (price.overhead + block)
         assert (work <= (1 + tolerance) * work.sum() / len(packs) + edge).all()
@@ -97,7 +97,7 @@ def test_outputs_and_gradients_equal_the_oracle(tolerance, inner, policy):
 
 
 @pytest.mark.parametrize("mask", all_masks(8, (61, 7, 129, 63)))
-def test_any_mask_is_shared_out(mask):
+def test_any_mask_is_distributed(mask):
     lengths = (61, 7, 129, 63)
     chosen, n = all_masks(8, lengths)[mask], sum(lengths)
     inputs = random_inputs(n, 8, 2, 8)
@@ -147,8 +147,8 @@ def test_limits_are_whole_numbers_that_together_hold_all_work():
         assert limit.dtype == np.int64 and int(limit.sum()) >= work and limit[2] == 0
 
 
-def test_work_goes_to_where_the_keys_are_when_queries_are_few():
-    """Let a document extend into the next rank by a few rows: their queries travel, not the keys."""
+def test_work_goes_to_the_keys_when_there_are_few_queries():
+    """Let a document extend into the next rank by a few rows. Their queries should move, not the keys."""
     lengths = [1000, 1000]
     layout = Layout.from_chunks(lengths, [[(0, 980)], [(980, 2000)]])
     plan = make_plan(Mask.documents(lengths), layout, strategy="cad", options=dict(tolerance=0.5), **SHAPE)
@@ -180,7 +180,7 @@ def test_fewer_bytes_than_the_greedy_rule_and_better_balance(heads, least):
     generator = np.random.default_rng(3)
     packs = [(1 + generator.lognormal(6, 1.8, 200)).astype(int).tolist() for _ in range(12)]
     packs = [pack[: int(np.searchsorted(np.cumsum(pack), 30000))] for pack in packs]
-    # all in one dtype: results that the greedy rule does not merge would travel in half precision anyway
+    # use one dtype, because results that the greedy rule does not merge travel in half precision anyway
     shape = dict(heads=heads[0], kv_heads=heads[1], head_dim=128, dtype="bfloat16", comm_dtype="bfloat16")
     ours, theirs = (planned(packs, strategy, shape=shape) for strategy in ("cad", "cad_greedy"))
     assert theirs.bytes()["bytes"].sum() > least * ours.bytes()["bytes"].sum()
@@ -223,7 +223,7 @@ def test_documents_of_many_owners_are_shared_by_heads_or_keys(layout, heads):
             plan = make_plan(mask, laid_out, strategy="cad", options=dict(tolerance=tolerance, block=4), **shape)
             assert_close(run_all_ranks(plan, inputs, "reference"), wanted, 1e-11)
             if ranks == 8 and heads == (8, 8):
-                # tasks of single head groups: keys would travel to every owner's rows
+                # there are tasks of single head groups, whose keys would otherwise travel to all owners of rows
                 assert (plan.forward.tasks["h1"] - plan.forward.tasks["h0"] == 1).any()
 
 
@@ -282,7 +282,7 @@ def test_speeds_count_on_a_described_cluster_too():
     assert area[0] == 0 and area[3] == pytest.approx(2 * area[1], rel=0.02)
 
 
-def test_where_moving_all_takes_too_long_less_is_moved():
+def test_less_is_moved_if_moving_everything_takes_too_long():
     packs = [[131072], *[[512] * 256] * 7]
     shape = dict(heads=4, kv_heads=1, head_dim=128, dtype="bfloat16")
     cluster = describe.load("h200-8x1")

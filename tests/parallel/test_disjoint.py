@@ -1,4 +1,4 @@
-"""Overlap of rectangles: both methods against every pair, and near-linear on random cuts."""
+"""Overlap of rectangles: both methods agree with a check of all pairs, and are near-linear on random cuts."""
 
 import time
 
@@ -9,10 +9,10 @@ from distattn.parallel.analysis import disjoint
 
 
 def random_cuts(rng, count: int, size: int) -> np.ndarray:
-    """Cut a square in two, again and again at random. Return the (count, 4) rectangles that tile it."""
+    """Cut a square in two at random, again and again. Return the (count, 4) rectangles that tile it."""
     boxes = [(0, size, 0, size)]
     while len(boxes) < count:
-        # the largest of a few rectangles, so that none gets too small to cut
+        # take the largest of a few rectangles, so that none gets too small to cut
         i = max(rng.integers(0, len(boxes), 4), key=lambda i: (boxes[i][1] - boxes[i][0]) * (boxes[i][3] - boxes[i][2]))
         box = boxes.pop(i)
         axis = 0 if box[1] - box[0] > box[3] - box[2] else 2
@@ -36,7 +36,7 @@ def test_any_overlap_is_found_and_none_invented(method):
         group = rng.integers(0, 2, len(boxes))
         changed = boxes.copy()
         if seed % 2:
-            # grow a few sides: often into a neighbour, sometimes of another group
+            # extend a few sides, often into a neighbour, sometimes of another group
             for row in rng.integers(0, len(boxes), 2):
                 side = int(rng.integers(0, 4))
                 changed[row, side] += (1 if side % 2 else -1) * int(rng.integers(0, 3))
@@ -64,7 +64,7 @@ def test_random_cuts_take_near_linear_time():
             best = min(best, time.thread_time() - began)
         return best
 
-    # slabs would take 16 ** 1.5 = 64 times as long
+    # the slab method would take 16 ** 1.5 = 64 times as long
     assert seconds(80_000) < 40 * seconds(5_000)
 
 

@@ -66,7 +66,7 @@ def test_every_colour_is_seen_on_white_and_on_dark_pages(palette, count):
     colours = legible_colours(palette, count)
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
-    # seen on #14181e, the background of the pages in the dark
+    # luminance of #14181e, the background of the pages in dark mode
     dark = 0.009
     assert colours.shape == (count, 3) and len(np.unique(colours.round(6), axis=0)) == count
     assert (1.05 / (luminance + 0.05)).min() > 2.2 and ((luminance + 0.05) / (dark + 0.05)).min() > 2.2
@@ -79,7 +79,7 @@ def test_a_mask_without_cells_has_a_picture_too():
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """Return the raw bytes of a PNG, four to a row: enough to see that it is not blank."""
+    """Return the raw bytes of a PNG as rows of four, which is enough to see that it is not blank."""
     at, data = 8, b""
     while at < len(png):
         size, kind = struct.unpack(">I4s", png[at : at + 8])

@@ -1,4 +1,4 @@
-"""With a limit of buffers heads are computed in chunks: proven, executed right, smaller, and refused if no chunks fit."""
+"""With a buffer limit, heads are computed in chunks: proven, correct, smaller, and refused if no chunks fit."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def needed(plan: Plan) -> int:
 
 
 def least(strategy, mask, layout, **shape):
-    """Return the least bytes to which a plan can be cut, from the refusal of 0 bytes."""
+    """Return the smallest buffer size in bytes to which a plan can be cut, taken from the refusal of 0 bytes."""
     with pytest.raises(PlanError, match=f"^{strategy}: a rank needs [0-9,]+ bytes of buffers at least") as refused:
         make_plan(mask, layout, strategy=strategy, max_buffer_bytes=0, **shape)
     return int(str(refused.value).split(" bytes")[0].rpartition(" ")[2].replace(",", ""))
@@ -47,7 +47,7 @@ def test_outputs_and_gradients_of_chunks_equal_the_oracle(strategy, mask, heads)
     dense_mask = all_masks(heads[0])[mask]
     inputs = random_inputs(sum(LENGTHS), *heads, 8)
     wanted = dense(dense_mask, inputs)
-    # half of the ways, and half of those on three ranks; the next mask, heads or strategy swaps the halves
+    # run half of the ways, and half of those on three ranks; the next mask, heads or strategy runs the other half
     turn = MASKS.index(mask) + HEADS.index(heads) + list(STRATEGIES).index(strategy)
     for number, way in list(enumerate(WAYS, turn))[turn % 2 :: 2]:
         ranks, layout = ((3, "from_chunks"), (4, "balanced"))[number // 2 % 2]
@@ -64,7 +64,8 @@ def test_outputs_and_gradients_of_chunks_equal_the_oracle(strategy, mask, heads)
         assert_close(run_all_ranks(plan, inputs, "cpu"), wanted, 1e-11)
 
 
-# a million tokens in bf16 on 8 ranks, 32:8 heads: GB of buffers without a limit, and the least; simulated seconds do not grow
+# a million tokens in bf16 on 8 ranks with 32:8 heads: (GB of buffers without a limit, smallest possible GB). Simulated
+# times do not increase
 BUFFERS = {"ring": (4.3, 0.54), "allgather": (11.3, 1.9), "ulysses": (2.82, 2.36), "usp": (3.8, 2.36)}
 
 
@@ -89,11 +90,11 @@ def test_buffers_of_a_million_tokens_shrink_and_the_simulated_time_does_not_grow
 
 
 def test_ulysses_in_chunks_of_heads_has_a_quarter_of_the_buffers():
-    # 32 key/value heads: four per rank; messages of results that land at their owners are buffers, too
+    # 32 KV heads are four per rank; the buffers include messages of results that land at their owners
     whole, cut = million("ulysses", 32, backward="refetch-home"), million("ulysses", 32, max_buffer_bytes=int(1.7e9))
     assert needed(whole) == 4 * needed(cut)
     assert cut.policy == "refetch-home" and cut.forward.steps == 12
-    # chunks that overlap need more memory, and come first
+    # overlapping chunks need more memory and are preferred
     assert million("ulysses", 32, max_buffer_bytes=int(4.1e9)).forward.steps == 6
 
 

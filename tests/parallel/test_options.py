@@ -1,4 +1,4 @@
-"""Any combination of options is planned, and the plan is proven; or it is refused for one of the reasons listed here."""
+"""Any combination of options is planned and proven, or is refused for one of the reasons listed here."""
 
 import functools
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from distattn.parallel.strategies.scan_schedules import SCHEDULES
 LENGTHS = ((41,), (13, 7, 20), (1, 30, 2, 24))
 LAYOUTS = ("contiguous", "zigzag", "document_zigzag", "block_cyclic", "balanced", "backwards")
 ALL_OPS = (*OPS.values(), latent_op(2, 6))
-# the values of each option; an option that is not here fails the test that reads this
+# the values of each option; a missing option fails the test that checks this table
 OPTIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "scan": {"schedule": ("auto", *SCHEDULES), "state_first": (False, True), "head_groups": (1, 2, 3)},
     "ring": {"rotate": ("fewest bytes", "keys", "queries")},
@@ -37,7 +37,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     },
     "cad_greedy": {"tolerance": (0.1, 0.5), "block": (4, 128)},
 }
-# each refusal's sentence, and the condition under which it is true
+# the message of each refusal, and the condition under which it is justified
 REFUSALS = {
     "at most": lambda asked: asked["strategy"] == "ulysses" and asked["layout"].ranks > asked["heads"],
     "keeps what it received": lambda asked: asked["strategy"] == "scan" and asked["backward"] not in (None, "keep"),
@@ -53,7 +53,7 @@ def layout_of(name: str, lengths: tuple[int, ...], ranks: int) -> Layout:
     if name == "block_cyclic":
         return Layout.block_cyclic(lengths, ranks, block=5)
     if name == "backwards":
-        # the last rank owns nothing, and the other ranks' tokens are in a shuffled order
+        # the last rank has no tokens, and the other ranks' tokens are in shuffled order
         n, owners = sum(lengths), max(ranks - 1, 1)
         spans = [(n // 2, n), (n // 7, n // 2), (0, n // 7)]
         return Layout.from_chunks(lengths, [spans[rank::owners] if rank < owners else [] for rank in range(ranks)])
@@ -72,7 +72,7 @@ def masks_of(op: Op, lengths: tuple[int, ...]) -> list[Mask]:
 
 @st.composite
 def questions(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw arguments of `make_plan`, for any strategy that plans the op."""
+    """Draw arguments of `make_plan` for any strategy that supports the op."""
 
     def one(values: Any) -> Any:
         return draw(st.sampled_from(values))
@@ -119,7 +119,7 @@ def of_few_key_heads(backward: str) -> dict[str, Any]:
 
 
 def check(asked: dict[str, Any]) -> None:
-    """Make and prove the plan. Fail if it is refused for a reason that is not in `REFUSALS`."""
+    """Make and prove the plan. Fail if it is refused for a reason not in `REFUSALS`."""
     arguments = dict(asked)
     try:
         plan = make_plan(arguments.pop("mask"), arguments.pop("layout"), **arguments)

@@ -1,4 +1,4 @@
-"""Every strategy against the dense fp64 oracle, forward and backward, all ranks in lock step."""
+"""Every strategy matches the dense fp64 oracle, forward and backward, with all ranks in lock step."""
 
 import functools
 
@@ -55,7 +55,9 @@ FACTORS = {
 
 @functools.cache
 def rows(strategy):
-    """Return rows in which every two values of FACTORS meet, except what is refused: few heads in Ulysses, two dims on cpu."""
+    """Return rows that cover every pair of values in FACTORS, without refused ones: Ulysses with few heads, and two
+    dims on cpu.
+    """
     return all_pairs(
         FACTORS,
         lambda row: (
@@ -74,7 +76,7 @@ def wide_case(mask, heads, dims):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("mask", all_masks(8))
 def test_outputs_and_gradients_equal_the_oracle(mask, strategy):
-    # a seventh of the rows: each strategy meets them all with two masks, each mask with all strategies
+    # run a seventh of the rows; each strategy covers all rows with two masks, and each mask with all strategies
     first = list(all_masks(8)).index(mask) + list(STRATEGIES).index(strategy)
     for row in rows(strategy)[first % 7 :: 7]:
         inputs, wanted = wide_case(mask, row["heads"], row["dims"])
@@ -108,7 +110,7 @@ def test_six_query_heads_on_four_ranks(strategy):
 @pytest.mark.parametrize("heads", [(6, 2), (8, 1)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_step_is_one_kernel_call_or_one_for_each_buffer_of_its_rows(strategy, heads):
-    # head groups with windows and without, and USP cuts through groups of query heads
+    # head groups with and without windows; USP cuts through groups of query heads
     mask = all_masks(heads[0])["head groups"]
     inputs, wanted = wide_case("head groups", heads, (64, 64))
     plan = make_plan(
@@ -126,13 +128,13 @@ def test_a_step_is_one_kernel_call_or_one_for_each_buffer_of_its_rows(strategy, 
     launches = [step.launches for program in programs for step in (*program.forward, *program.backward)]
     assert sum(kind == "compute" for _, kind in record.events) == sum(map(len, launches))
     for of_step in launches:
-        # if the rank's own rows and arriving rows are several calls, no call needs rows of another
+        # if own rows and arriving rows are separate calls, no two calls use the same buffer
         buffers = [{piece.buffer for piece in launch.operands[Payload.Q].slices} for launch in of_step]
         assert sum(map(len, buffers)) == len(set().union(*buffers))
 
 
 def test_head_groups_of_different_tokens_do_not_share_a_tensor_that_is_mostly_unused():
-    # every head has its own keys: one call for all heads would gather all keys for each
+    # every head has its own keys, so one call for all heads would gather every head's keys for all heads
     n, heads = 64, 8
     bands = [Mask.from_pieces([[0, n, h * 8, h * 8 + 8, -n, n]], n) for h in range(heads)]
     mask = Mask.by_head([(1, band) for band in bands])
@@ -149,7 +151,7 @@ def test_head_groups_of_different_tokens_do_not_share_a_tensor_that_is_mostly_un
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_without_tokens_one_document_and_thousands(strategy):
     shape = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
-    # three of eight ranks own nothing
+    # three of the layout's eight ranks have no tokens
     some = Layout.from_chunks([97], [[(0, 20)], [], [(60, 97)], [], [(20, 21)], [(21, 60)], [], []])
     for layout in (some, Layout.zigzag([97], 8)):
         inputs = random_inputs(97, 8, 2, 8)
@@ -160,7 +162,7 @@ def test_ranks_without_tokens_one_document_and_thousands(strategy):
         plan = make_plan(Mask.documents(ones), layout, strategy=strategy, **shape)
         inputs = random_inputs(5000, 8, 2, 8)
         got = run_all_ranks(plan, inputs, "cpu")
-        # each token sees itself: o = v, lse is its own score, and scores have no gradient
+        # each token attends only to itself, so o = v, lse is its own score, and scores have no gradient
         assert torch.equal(got.o, inputs.v.repeat_interleave(4, 1)), "o"
         wanted = {
             "lse": (inputs.q * inputs.k.repeat_interleave(4, 1)).sum(-1) / 8**0.5,
@@ -178,7 +180,7 @@ def test_ranks_without_tokens_one_document_and_thousands(strategy):
 def test_bfloat16_is_at_most_twice_as_far_off_as_one_device(strategy, kernel):
     for mask in ("causal", "documents", "window"):
         inputs, _ = case(LENGTHS, mask, (8, 2), 64)
-        # the inputs are exact in bf16: only the computation is judged
+        # make the inputs exact in bf16, so that only the computation is judged
         inputs = type(inputs)(*(x.bfloat16().double() for x in inputs))
         wanted = dense(masks(LENGTHS)[mask], inputs)
         shape = dict(heads=8, kv_heads=2, head_dim=64, dtype="bfloat16")
@@ -221,7 +223,7 @@ def test_every_policy_is_right_moves_what_it_says_and_stays_in_memory(strategy, 
     for number, mask in enumerate(("causal", "documents", "window")):
         inputs, wanted = case(LENGTHS, mask, (6, 2))
         for ranks in (2, 4):
-            # every other layout; the other number of ranks and the next mask have the rest
+            # run every other layout; the other number of ranks and the next mask run the rest
             for layout in list(all_layouts(LENGTHS, ranks).values())[(number + ranks // 2) % 2 :: 2]:
                 shape = dict(heads=6, kv_heads=2, head_dim=8, dtype="float64", backward=policy)
                 plan = make_plan(masks(LENGTHS)[mask], layout, strategy=strategy, **shape)
@@ -269,7 +271,7 @@ def test_bfloat16_is_at_most_twice_as_far_off_as_pytorch(name, kernel):
     for part, x in theirs.items():
         exact = getattr(wanted, part)
         ours, other = ((y.detach().double() - exact).abs().max() for y in (getattr(got, part), x))
-        # the last term is fp32's rounding where the true gradient is zero
+        # the last term covers fp32 rounding where the true gradient is zero
         assert ours <= 2 * other + 4e-6, part
 
 
@@ -288,7 +290,7 @@ def test_sixty_four_ranks_in_lock_step(strategy):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_results_may_travel_in_half_width(strategy, policy):
-    """Compare bytes and memory with the proof. Outputs of one task are as exact as in full width."""
+    """Compare bytes and memory with the proof. Outputs of a single task are as exact as in full precision."""
     mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, 4)
     inputs = random_inputs(mask.n, 8, 2, 64)
     inputs = type(inputs)(*(x.bfloat16().double() for x in inputs))
@@ -304,5 +306,5 @@ def test_results_may_travel_in_half_width(strategy, policy):
     for part in ("o", "dq", "dk", "dv"):
         exact = getattr(wanted, part)
         ours, other = ((getattr(x, part).double() - exact).abs().max() for x in (got, usual))
-        # one more rounding for each partial result
+        # each partial result is rounded once more
         assert ours <= 2 * other + exact.abs().max() * 2**-8, part

@@ -1,4 +1,4 @@
-"""Prefix maxima over ranks equal those of one process for any plan; plans with changed rows are refused or right."""
+"""Prefix maxima over ranks match a single process for any plan. Plans with changed rows are refused or correct."""
 
 from functools import partial
 from unittest.mock import patch
@@ -39,7 +39,7 @@ def plan_of(layout, strategy="scan", **changes):
 
 
 def case_of(call, seed=0):
-    """Return (x_THV, initial maxima_MHV), and (the maximum before each token, that of each document)."""
+    """Return (x_THV, initial maxima_MHV), and (the maximum before each token, the final maximum of each document)."""
     generator = torch.Generator().manual_seed(seed)
     n, documents, heads, dim = call.mask.n, len(call.documents), call.heads, call.v_head_dim
     x = torch.randn(n, heads, dim, generator=generator, dtype=torch.float64)
@@ -54,7 +54,9 @@ def case_of(call, seed=0):
 
 
 def run(plan, x, initial, record=None):
-    """Run all ranks of a plan in one process, and join the results. States alive are those of the proof."""
+    """Run all ranks of a plan in one process. Return the gathered results. Check that the proof predicts the live
+    states.
+    """
     proof, ranks, network = verify(plan), range(plan.call.ranks), InProcessNetwork()
     record = Record() if record is None else record
     programs = record.programs = [lower(plan, rank, lambda mask: mask, proof) for rank in ranks]
@@ -63,7 +65,7 @@ def run(plan, x, initial, record=None):
         for rank, program in enumerate(programs)
         for part in [plan.call.layout.shard(x, rank)]
     ]
-    # states alive, by rank
+    # live states, by rank
     held = []
 
     def noted(*args):
@@ -127,7 +129,7 @@ def test_a_state_is_one_number_a_value_and_there_is_no_backward_table():
         verify(Plan(plan.call, plan.forward, Table.from_rows([], row), plan.policy))
 
 
-def test_what_has_no_meaning_is_refused():
+def test_meaningless_arguments_are_refused():
     with pytest.raises(DistattnError, match="its head_dim is 1, not 3"):
         plan_of(Layout.zigzag(LENGTHS, 2), head_dim=3)
     assert PREFIX_MAX.is_recurrent and not PREFIX_MAX.has_gradient

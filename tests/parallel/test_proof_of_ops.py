@@ -1,6 +1,6 @@
 """The verifier of convolutions, token shifts and latent attention, which are planned like attention.
 
-Plans no strategy would make are accepted and right, changed ones refused or right.
+Plans that no strategy would make are accepted and correct. Changed plans are refused or correct.
 """
 
 import random
@@ -24,14 +24,14 @@ from distattn.parallel.runtime.execution.execute import run_in_lock_step
 from distattn.parallel.runtime.lowering.lower import lower
 
 ROPE, LATENT = 2, 3
-# results of one row are added, or merged by log-sum-exp
+# results of one row are either added or merged by log-sum-exp
 OPS = [CONVOLUTION, TOKEN_SHIFT, latent_op(ROPE, LATENT)]
 SCORE = ScoreMod(0.5)
 TOLERANCE = 1e-11
 
 
 def inputs_of(call, seed):
-    """Return ([inputs by token], weight or None, gradient of the output)."""
+    """Return ([inputs by token], weight or None, output gradient)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -46,7 +46,7 @@ def inputs_of(call, seed):
 
 
 def by_definition(call, by_token, weight, do):
-    """Return [output, gradients by token, gradient of the weight] by the dense mask."""
+    """Return [output, gradients by token, weight gradient], computed with the dense mask."""
     leaves = [x.clone().requires_grad_() for x in (*by_token, *([] if weight is None else [weight]))]
     if call.op.kind == "latent_attention":
         q, rope, latent, up = leaves
@@ -108,7 +108,7 @@ def assert_right(plan, seed, record=None):
     inputs = inputs_of(plan.call, seed)
     results, wanted = run(plan, *inputs, record), by_definition(plan.call, *inputs)
     for got, right in zip(results, wanted, strict=True):
-        # absolute: a row with one key has gradients of exactly zero
+        # use an absolute tolerance, since a row with one key has gradients of exactly zero
         assert (got - right).abs().max() < TOLERANCE
 
 

@@ -1,4 +1,4 @@
-"""Recurrences over ranks: outputs, final states and all gradients equal one process, for any layout and schedule."""
+"""Recurrences over ranks match a single process: outputs, final states and all gradients, for any layout and schedule."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def plan_of(layout, op, strategy="scan", dtype="float64", heads=4, kv_heads=2, *
 
 @pytest.fixture(scope="module")
 def cases():
-    """Return a function from an op to its case and the definition's results."""
+    """Return a function that maps an op to its case and the results by definition."""
     cache = {}
 
     def case_of(name, **changes):
@@ -42,7 +42,7 @@ def cases():
 @pytest.mark.parametrize("name", RECURRENT)
 def test_every_schedule_and_layout_equals_the_definition(cases, name, schedule, ranks):
     case, wanted = cases(name)
-    # half of the layouts for each op: the next op, or the next schedule, has the others
+    # run half of the layouts for each op; the next op or schedule runs the other half
     first = (RECURRENT.index(name) + list(SCHEDULES).index(schedule)) % 2
     for layout in list(layouts(LENGTHS, ranks).values())[first::2]:
         plan = plan_of(layout, name, options={"schedule": schedule, "state_first": ranks == 4})
@@ -67,14 +67,14 @@ def test_groups_of_heads_follow_each_other_to_the_same_result():
     case = recurrence_case(OPS["kda"], LENGTHS, heads=6, key_heads=2)
     wanted = by_definition(case)
     layout = layouts(LENGTHS, 4)["zigzag"]
-    # four groups of six heads cut those that share keys
+    # with six heads, four head groups cut through heads that share keys
     options = {"schedule": "sequential", "head_groups": 4}
     assert_same(run_recurrence(plan_of(layout, "kda", heads=6, options=options), case), wanted, 1e-10)
 
 
 @pytest.mark.parametrize("lengths", [(256,), (256, 64)])
 def test_results_in_turn_have_the_same_bits_on_any_number_of_ranks(lengths):
-    # segments of whole chunks
+    # segments consist of whole chunks
     case = recurrence_case(OPS["gated_delta_rule"], lengths)
     results = []
     for ranks in (1, 2, 4):
@@ -82,7 +82,7 @@ def test_results_in_turn_have_the_same_bits_on_any_number_of_ranks(lengths):
         results.append(run_recurrence(plan_of(layout, "gated_delta_rule", options={"schedule": "sequential"}), case))
     for other in results[1:]:
         assert torch.equal(other.o, results[0].o) and torch.equal(other.final, results[0].final)
-        # gradients of documents that are adjacent in a launch are products of other shapes
+        # if documents are adjacent in a launch, their gradients come from products of other shapes
         if len(lengths) == 1:
             assert all(map(torch.equal, other.dx.by_token().values(), results[0].dx.by_token().values()))
 

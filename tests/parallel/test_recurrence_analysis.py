@@ -1,4 +1,4 @@
-"""Recurrences simulated, explained and judged like attention."""
+"""Recurrences are simulated, explained and compared to bounds like attention."""
 
 import numpy as np
 import pytest
@@ -27,8 +27,8 @@ def milliseconds(plan: Plan) -> float:
     return simulate(plan, H100).forward.seconds * 1e3
 
 
-def test_times_are_those_of_the_design():
-    # on 8 ranks, computing alone takes 0.60 ms; in sequence no two ranks compute at once
+def test_times_are_as_designed():
+    # the computation takes each of 8 ranks 0.60 ms; the sequential schedule lets only one rank compute at a time
     alone = plan_of(1, (8192,))
     assert simulate(alone, "h100-1x1").forward.seconds * 1e3 == pytest.approx(0.60, rel=0.15)
     estimated = {name: milliseconds(plan_of(schedule=name)) for name in SCHEDULES}
@@ -41,7 +41,7 @@ def test_times_are_those_of_the_design():
 def test_the_fastest_schedule_is_chosen_where_speeds_are_known():
     fastest = min(milliseconds(plan_of(schedule=name)) for name in SCHEDULES)
     assert milliseconds(plan_of(cluster=H100)) <= fastest
-    # without them, by heads
+    # without known speeds, heads are sharded
     assert plan_of().digest == plan_of(schedule="head_sharded").digest
 
 
@@ -60,7 +60,7 @@ def test_documents_have_schedules_of_their_own_and_together_are_never_slower_tha
             assert seconds <= fastest, (layout, lengths)
             faster += seconds < 0.99 * fastest
     assert faster
-    # the schedules are shown, and saved with the plan
+    # the schedules are shown and are saved with the plan
     label = mixed.plan.forward.label
     assert ";" in label and f"forward schedules: {label}" in str(explain(mixed.plan))
     assert explain(mixed.plan).as_dict()["schedules"]["forward"] == label

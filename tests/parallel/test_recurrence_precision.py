@@ -1,4 +1,4 @@
-"""All recurrences over ranks in training precisions: as exact as on one device, for any layout and decays."""
+"""All recurrences over ranks in training precisions are as accurate as on one device, for any layout and decay."""
 
 import itertools
 
@@ -13,8 +13,9 @@ from distattn.parallel.make_plan import make_plan
 
 LENGTHS = (1, 7, 129, 63)
 SINGLE = 2e-5
-# states and gradients of decays are summed, and stay, in float32: for bfloat16 inputs, which are exact, their error is about
-# 1e-7, so one device may be closer by chance (3 times, for decays of gated_delta_rule), and twice its error is no bound
+# states and decay gradients are summed and kept in float32. For bfloat16 inputs, which are exact, their error is about
+# 1e-7. One device may therefore be closer by chance (3 times for decays of gated_delta_rule), and twice its error would
+# be no bound
 LEAST_ALLOWED = 5e-6
 
 
@@ -24,14 +25,14 @@ def plan_of(layout, op, dtype, strategy="scan"):
 
 
 def rounded(case: RecurrenceCase) -> RecurrenceCase:
-    """Round the numbers of a case to the precision that ranks get."""
+    """Round a case's tensors to the precision in which ranks receive them."""
     x = {name: value.float() if name == "g" else value.bfloat16() for name, value in case.x.present().items()}
     x = case.x._replace(**{name: value.double() for name, value in x.items()})
     return case._replace(x=x, do=case.do.bfloat16().double())
 
 
 def errors(got: RecurrenceResult, wanted: RecurrenceResult) -> dict[str, float]:
-    """Return each tensor's error, as a share of its largest number."""
+    """Return each tensor's error relative to its largest element."""
     pairs = {name: (getattr(got, name), getattr(wanted, name)) for name in ("o", "final", "dinitial")}
     pairs |= {f"d{name}": (got.dx.by_token()[name], value) for name, value in wanted.dx.by_token().items()}
     return {

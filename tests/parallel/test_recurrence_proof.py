@@ -1,4 +1,6 @@
-"""The verifier of recurrences: plans no strategy would make are accepted and right, changed ones are refused or right."""
+"""The verifier of recurrences: plans that no strategy would make are accepted and correct; changed plans are refused or
+correct.
+"""
 
 import functools
 import random
@@ -35,7 +37,7 @@ def check_plans(plans: int, seed: int) -> None:
 
 def random_case(rng: random.Random, seed: int) -> tuple[Plan, Callable[[Plan], None]]:
     plan, _ = random_recurrent_plan(rng)
-    # computed when the first mutant is accepted, for all of them
+    # computed once for all mutants, when the first one is accepted
     case = functools.cache(partial(case_of, plan, seed))
     return plan, lambda other: assert_same(run_recurrence(other, case()[0]), case()[1], TOLERANCE)
 
@@ -49,12 +51,12 @@ def test_random_plans_are_accepted_and_right(plans, seed):
 def test_a_state_of_which_others_use_a_part_of_its_heads_is_counted_whole():
     layout = Layout.contiguous((10,), 1)
     call = Call(Mask.documents((10,)), layout, 2, 2, KEY_DIM, VALUE_DIM, "float64", op=OPS["linear_attention"])
-    # head 1 goes on from the state that the first task leaves, head 0 from that of the second
+    # head 1 continues from the state left by the first task, head 0 from that of the second
     forward = [(0, 0, 0, 0, 0, 0, 5, 1, 2), (1, 0, 0, 0, 5, 0, 5, 0, 2), (2, 0, 0, 5, 10, 0, 10, 0, 2)]
     backward = [(0, 0, 0, 5, 10, 0, 10, 0, 2), (1, 0, 0, 0, 10, 0, 5, 0, 2)]
     plan = Plan(call, Table.from_rows(forward), Table.from_rows(backward), "keep")
     case, wanted = case_of(plan, 0)
-    # this run compares states alive with the proof
+    # this run also compares the live states with the proof
     assert_same(run_recurrence(plan, case), wanted, TOLERANCE)
     assert verify(plan).forward_peak.tolist() == [3 * KEY_DIM * VALUE_DIM * 8]
 

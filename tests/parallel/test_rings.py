@@ -1,4 +1,4 @@
-"""Rings of members that exchange tokens."""
+"""Rings of ranks that exchange tokens."""
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def test_a_ring_of_two_documents_on_four_ranks_each_has_four_steps():
 
 
 def test_balanced_is_within_a_twentieth_of_the_fastest_layout_on_one_node():
-    """Compare simulated times; `cad` is left out, since it balances work itself."""
+    """Compare simulated times. `cad` is left out, since it balances the work itself."""
     cluster, tokens = load("h200-1x8"), 1 << 16
     mixes = ([tokens], [tokens // 4] * 4, [tokens // 2] + [tokens // 128] * 64, [tokens // 256] * 256)
     for lengths in mixes:

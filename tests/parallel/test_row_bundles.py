@@ -1,4 +1,4 @@
-"""Messages that carry several tensors: their number, and that all results stay right."""
+"""Messages that carry several tensors: their number, and that all results stay correct."""
 
 import collections
 
@@ -17,13 +17,13 @@ from distattn.parallel.runtime.lowering.lower import lower
 from distattn.parallel.runtime.lowering.row_bundles import RowFormat
 
 
-def test_tensors_of_rows_are_seen_in_their_own_dtypes():
+def test_tensors_in_a_row_are_viewed_in_their_own_dtypes():
     rows = RowFormat.of([(4, ((8, "bfloat16"), (None, "float32")))])
     message = torch.empty(3, rows.numbers, dtype=torch.bfloat16)
     o, lse = Packet(0, Payload.O, message, ((Payload.O, 80),), rows).tensors()
     assert (o.dtype, o.shape, lse.dtype, lse.shape) == (torch.bfloat16, (3, 32), torch.float32, (3, 4))
     o.fill_(1.0)
-    # its low half is a NaN of bfloat16
+    # the low half of this float32 is a NaN in bfloat16
     lse.copy_(torch.tensor(0x3F807FC1, dtype=torch.int32).view(torch.float32))
     assert not message.isfinite().all() and o.isfinite().all() and lse.isfinite().all()
 
@@ -32,18 +32,18 @@ def test_tensors_of_rows_are_seen_in_their_own_dtypes():
 @pytest.mark.parametrize("strategy", ["ulysses", "usp"])
 def test_a_rank_sends_at_most_four_messages_to_each_peer_and_pass(strategy, policy, monkeypatch):
     for lengths in (packed(65536), [8192] * 8):
-        # two segments of every peer's tokens, two steps with messages
+        # every peer's tokens are in two segments, and two steps have messages
         for sent in sends_of_passes(plan_of(strategy, lengths, 64, 8, backward=policy), monkeypatch):
             assert len(set(sent)) in (0, 7) and max(collections.Counter(sent).values(), default=0) <= 4
 
 
-def test_so_it_does_around_a_ring_forward_and_five_backward(monkeypatch):
+def test_a_rank_sends_at_most_four_messages_around_a_ring_forward_and_five_backward(monkeypatch):
     for heads, kv_heads, ulysses in ((64, 8, 4), (8, 2, 2)):
         plan = plan_of("usp", [65536], heads, kv_heads, options=dict(ulysses=ulysses))
         forward, backward = sends_of_passes(plan, monkeypatch)
         group = [rank for rank in range(ulysses) if rank != 1]
         assert max(forward.count(peer) for peer in range(8)) <= 4
-        # dQ leaves in two steps, dK and dV in the first of them for other peers, too
+        # dQ leaves in two steps; in the first of them dK and dV also leave, for other peers
         assert max(backward.count(peer) for peer in group) <= 5
 
 
@@ -57,7 +57,7 @@ def test_rings_send_keys_and_values_or_their_gradients_as_one_message_a_step(str
 
 
 def sends_of_passes(plan, monkeypatch):
-    """Return the peers of the messages that rank 1 sends in the forward and in the backward pass."""
+    """Return the peers to which rank 1 sends messages in the forward and in the backward pass."""
     sent, send = [], MetaBackend.send
     with monkeypatch.context() as patch:
         patch.setattr(MetaBackend, "send", lambda self, x, peer, tag: (sent.append(peer), send(self, x, peer, tag)))
@@ -69,7 +69,7 @@ def sends_of_passes(plan, monkeypatch):
 
 
 def test_both_ends_find_the_same_bundles():
-    # uneven heads, one key/value head for several ranks, and a rank without tokens
+    # uneven heads, one KV head shared by several ranks, and a rank without tokens
     for heads, kv_heads, layout in ((6, 2, "zigzag"), (7, 1, "from_chunks"), (8, 4, "contiguous")):
         shape = dict(heads=heads, kv_heads=kv_heads, head_dim=8, dtype="bfloat16")
         plan = make_plan(masks()["documents"], layouts(LENGTHS, 4)[layout], strategy="ulysses", **shape)
@@ -94,14 +94,14 @@ def test_a_row_has_no_gaps_and_ends_with_one_number_tensors_and_padding():
     row = RowFormat.of([(3, ((8, "bfloat16"), (None, "float32"))), (1, ((4, "float32"),))])
     (outputs, numbers), (gradients,) = row.tensors
     assert (outputs.first, gradients.first, numbers.first) == (0, 48 // 4, 64 // 4)
-    # 76 bytes of tensors
+    # the tensors take 76 bytes
     assert (row.dtype, row.numbers) == ("bfloat16", 128 // 2)
     assert numbers.dtype == torch.float32 and numbers.width is None
 
 
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
-    # heads of a rank: one, two, four and eight; with log-sum-exps and deltas the tensors of a row alone are no such multiple
+    # one, two, four and eight heads per rank; with log-sum-exps and deltas a row's tensors alone are no such multiple
     bundled = collections.defaultdict(set)
     for heads in (4, 8, 16, 32):
         shape = dict(heads=heads, kv_heads=4, head_dim=head_dim, dtype="bfloat16", comm_dtype="bfloat16")
@@ -114,18 +114,18 @@ def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
                         row, sent = message.row_format, sum(bytes for _, bytes in message.row_bytes)
                         padding = row.numbers * DTYPE_BYTES[row.dtype] - sent
                         assert 0 <= padding <= sent / 8
-                # numbers of one head each are read one by one
+                # one number per head is read at a time
                 keys = keys_of_bundles(step) & step.places.keys()
                 for place in (place for key in keys for place in step.places[key] if len(place.shape) == 3):
                     assert place.strides[0] % 16 == 0 and place.offset * place.dtype.itemsize % 16 == 0
     everything = {Payload.Q, Payload.KV, Payload.O, Payload.dO, Payload.dQ, Payload.dKV}
     assert bundled[8] == bundled[16] == bundled[32] == everything
-    # of one head of 64 the padding would be 28 bytes for the 132 of O, and 24 for the 136 of dO
+    # with one head of 64, padding would take 28 bytes next to O's 132, and 24 next to dO's 136
     assert bundled[4] == (everything if head_dim == 128 else everything - {Payload.O, Payload.dO})
 
 
 def keys_of_bundles(step):
-    """Return the buffers and messages of a step that lie in rows that others share."""
+    """Return the buffers and messages of a step that share their rows with others."""
     messages = [("send", step.sends), ("receive", step.receives)]
     return {(name, i) for name, some in messages for i, (_, message) in enumerate(some) if message.bundle} | {
         key for _, some in messages for _, message in some for key in message.bundle
@@ -153,12 +153,12 @@ def test_results_equal_the_oracle_whatever_shares_a_row(case, strategy, policy):
         mask = Mask.documents(LENGTHS)
         plan = make_plan(mask, layouts(LENGTHS, 4)[layout], strategy=strategy, **shape)
         inputs = random_inputs(sum(LENGTHS), heads, kv_heads, 8)
-        # numbers of at most eight heads, summed over two hundred keys
+        # the results sum at most eight heads over two hundred keys
         assert_close(run_all_ranks(plan, inputs), dense(mask, inputs), 1e-11 if dtype == "float64" else 2e-5)
 
 
 def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
-    # one key/value head: its messages carry all heads, in rows with some query heads
+    # the messages of the one KV head carry all heads, in rows with some query heads
     shape = dict(heads=8, kv_heads=1, head_dim=8, dtype="bfloat16", backward="refetch-home")
     plan = make_plan(Mask.documents(LENGTHS), layouts(LENGTHS, 4)["zigzag"], strategy="ulysses", **shape)
     for program in (lower(plan, rank, lambda mask: None) for rank in range(4)):
@@ -166,7 +166,7 @@ def test_rows_that_are_packed_are_not_copied_to_the_arena_before():
         assert all(message.bundle for _, message in step.sends) and [
             len(packed.parts) for packed in step.packed_sends
         ] == [2]
-        # own rows are copied only to where other ranks' rows arrive, not for sending
+        # own rows are copied only to where other ranks' rows arrive, never for sending
         assert all(key.step == 0 for key, _ in step.own_copies)
 
 

@@ -1,4 +1,4 @@
-"""Plans of recurrences: proven, and as small as the design says."""
+"""Plans of recurrences are proven, and as small as designed."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_every_schedule_is_proven(ranks, schedule):
             plan = plan_of(layout, options={"schedule": schedule, **options})
             proof = verify(plan)
             assert (ranks == 1) == (not len(plan.forward.moves["step"]))
-            # tokens stay
+            # tokens stay where they are
             assert set(np.unique(plan.forward.moves["payload"])) <= {int(Payload.S)}
             assert set(np.unique(plan.backward.moves["payload"])) <= {int(Payload.dS)}
             assert proof.digest == plan.digest
@@ -53,7 +53,7 @@ def test_states_in_turn_move_once_per_hop_and_in_the_fewest_bytes():
 
 
 @pytest.mark.parametrize("op, megabytes", [("gla", (28, 6.8)), ("gated_delta_rule", (55, 9.7))])
-def test_bytes_are_those_of_the_design(op, megabytes):
+def test_bytes_are_as_designed(op, megabytes):
     layout = Layout.zigzag((8192 * 8,), 8)
     for schedule, most in zip(("allgather_states", "head_sharded"), megabytes, strict=True):
         shape = dict(heads=32, kv_heads=32, head_dim=128, v_head_dim=128, dtype="bfloat16")
@@ -80,7 +80,7 @@ def test_steps_of_the_schedules():
     assert plan("tree").forward.steps <= 7
 
 
-def test_what_cannot_be_planned_is_refused_with_what_can():
+def test_unsupported_plans_are_refused_with_a_supported_alternative():
     layout = Layout.contiguous(LENGTHS, 2)
     with pytest.raises(DistattnError, match="does not exist for gla; there are scan, ulysses"):
         plan_of(layout, "gla", "ring")
@@ -92,7 +92,7 @@ def test_what_cannot_be_planned_is_refused_with_what_can():
         plan_of(layout, backward="refetch-home")
 
 
-# what a proof must refuse, row by row, in a plan by hand: two segments of one document on two ranks
+# rows that a proof must refuse, in a hand-written plan of two segments of one document on two ranks
 S, DS = int(Payload.S), int(Payload.dS)
 FORWARD = [(0, 0, 0, 0, 6, 0, 6, 0, 2), (2, 1, 0, 6, 10, 0, 10, 0, 2)], [(1, 0, 1, S, 0, 6, 0, 2)]
 BACKWARD = [(0, 1, 0, 6, 10, 0, 10, 0, 2), (2, 0, 0, 0, 10, 0, 6, 0, 2)], [(1, 1, 0, DS, 6, 10, 0, 2)]
@@ -107,7 +107,7 @@ def test_a_plan_by_hand_is_accepted():
     proof = verify(by_hand())
     size = 2 * 8 * 16 * 4
     assert proof.kept.tolist() == [0, size]
-    # a state at its maker until it has been sent, and where it came until it has been read
+    # a state is live where it was computed until it has been sent, and at its destination until it has been read
     assert proof.forward_peak.tolist() == [size, size] and proof.backward_peak.tolist() == [size, size]
 
 

@@ -1,4 +1,4 @@
-"""Simulated time against closed forms; simulated bytes against what gloo carries is in test_functional."""
+"""Simulated times match closed forms. test_functional compares simulated bytes with what gloo carries."""
 
 import json
 import time
@@ -20,7 +20,9 @@ TERA = 1e12
 
 
 def machine(ranks: int, devices: int | None = None, **changes) -> ClusterSpec:
-    """Return a device of 1 TFLOP/s for any shape, that launches and copies in no time, on a network without limits."""
+    """Return a cluster whose devices have 1 TFLOP/s for any shape and no launch or copy costs, on a network without
+    limits.
+    """
     device = replace(
         describe.load("h100-1x8").device, tile=(1, 1), num_sms=1, launch_us=0.0, task_us=0.0, copy_gbs=np.inf
     )
@@ -59,14 +61,14 @@ def test_a_cluster_without_speeds_cannot_be_simulated():
         simulate(plan_of("ring", 4), da.Cluster(1, 4))
 
 
-def test_one_rank_waits_for_nobody():
+def test_a_single_rank_does_not_wait():
     timeline = simulate(plan_of("ring", 1), machine(1))
     assert timeline.forward.idle[0] == pytest.approx(0) and timeline.forward.exposed[0] == 0
     assert timeline.as_dict()["forward"]["tflops"] == pytest.approx(1.0)
 
 
 def test_a_rank_that_computes_longer_makes_the_next_one_in_the_ring_wait():
-    # rank 1 has nothing to compute at first; its next input leaves rank 0 when rank 0 has begun its first step
+    # rank 1 has nothing to compute at first; its next input leaves rank 0 when rank 0 has started its first step
     plan = plan_of("ring", 2)
     forward = simulate(plan, machine(2)).forward
     ready = np.maximum(forward.computed[:-1], forward.arrived[:-1])
@@ -77,13 +79,13 @@ def test_a_rank_that_computes_longer_makes_the_next_one_in_the_ring_wait():
 
 def test_messages_share_the_ports_of_both_ends():
     four = machine(4, 2, intra_node=Link(10.0, 1.0), inter_node=Link(1.0, 5.0))
-    # two messages leave rank 0, inside and across nodes; rank 1 also gets one from rank 2
+    # two messages leave rank 0, within and across nodes; rank 1 also receives one from rank 2
     src, dst, size = np.array([0, 0, 2]), np.array([1, 2, 1]), np.array([10, 4, 6]) * GIGA
     assert message_seconds(four, src, dst, size) == pytest.approx([1 + 1e-6, 4 + 5e-6, 6 + 5e-6])
-    # rank 1 gets two across nodes: both take as long as its port needs
+    # rank 1 receives two messages across nodes, which both take as long as its port needs
     src, dst = np.array([2, 3]), np.array([1, 1])
     assert message_seconds(four, src, dst, size[:2]) == pytest.approx([14 + 5e-6] * 2)
-    # a shared link is the whole node's
+    # a shared link serves the whole node
     shared = machine(4, 2, intra_node=Link(10.0, 0.0), inter_node=Link(1.0, 0.0, shared=True))
     assert message_seconds(shared, np.array([0, 1]), np.array([2, 3]), size[:2]) == pytest.approx([14, 14])
 
@@ -127,7 +129,7 @@ def test_tiled_cells_are_those_of_the_tiles_a_mask_touches(lengths, tile):
     mask = da.Mask.documents(lengths)
     plan = da.make_plan(mask, da.Layout.contiguous(lengths, 1), strategy="ring", **SHAPE)
     cells, _ = tiled_area(task_bands(mask, plan.forward.tasks), tile)
-    # one row of tiles at a time, separately for every document: its tiles begin with it
+    # one row of tiles at a time, separately per document, since a document's tiles start with it
     tall, wide = tile
     last_rows = [min(row + tall, length) for length in lengths for row in range(0, length, tall)]
     wanted = sum(tall * -(-last // wide) * wide for last in last_rows)
@@ -139,10 +141,10 @@ def test_speeds_lie_between_the_points_of_the_table():
     squares = np.array([1024, 3000, 32768, 1 << 20])
     speed = attention_speed(h100, "forward", 128, squares, squares) / TERA
     assert speed[0] == pytest.approx(558) and 672 < speed[1] < 678 and speed[2:] == pytest.approx([701, 701])
-    # fewer keys: the fixed time of a program weighs more
+    # with fewer keys, a program's fixed time weighs more
     short = attention_speed(h100, "forward", 128, np.array([256, 64]), np.array([4096, 4096])) / TERA
     assert 558 / 4 < short[0] < 558 and short[1] < short[0]
-    # a table of one length has the H100's loss on short ones
+    # a table with one length gets the H100's loss for short lengths
     b200 = attention_speed(describe.load("b200-1x8"), "forward", 128, squares, squares) / TERA
     assert b200[0] == pytest.approx(1297 * 558 / 701, rel=0.01) and b200[-1] == pytest.approx(1297, rel=0.01)
     grid = tuple(KernelThroughput("forward", 64, q, k, float(q + k)) for q in (128, 512) for k in (128, 512))
@@ -160,7 +162,7 @@ def test_fewer_tokens_take_no_longer(strategy):
         plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 8), strategy=strategy, **shape)
         timeline = simulate(plan, cluster)
         seconds.append(timeline.forward.seconds + timeline.backward.seconds)
-    # a plan of few pieces may have one step more than a plan of many
+    # a plan with few pieces may have one step more than a plan with many
     assert all(few < 1.3 * many for few, many in zip(seconds, seconds[1:], strict=False)), seconds
     assert seconds[0] < 2e-3
 
@@ -201,5 +203,5 @@ def test_a_million_tokens_are_timed_in_a_moment():
         began = time.thread_time()
         simulate(plan, "h200-8x8")
         took[strategy] = time.thread_time() - began
-    # seconds of the processor, which other tests use as well; the aim is 0.3 s
+    # seconds of CPU time, which other tests share; the target is 0.3 s
     assert max(took.values()) < 1.0, took

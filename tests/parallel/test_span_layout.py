@@ -1,4 +1,4 @@
-"""Spans of recurrent layers move to contiguous slices where that is faster, and rows move as layouts say."""
+"""Spans of recurrent layers move to contiguous slices where that is faster, and rows move as the layouts say."""
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def test_many_segments_and_layers_pay_for_a_relayout_and_few_do_not():
         batch = batch_of(layout, cluster="h100-1x8")
         span = recurrent_span(batch, "gated_delta_rule", layers=layers, **shape)
         assert span.is_relaid == relaid and (span.batch is batch) != relaid
-    # nothing is known of time
+    # no speeds are known
     span = recurrent_span(batch_of(many), "gated_delta_rule", layers=6, **shape)
     assert not span.is_relaid and span.enter(x := torch.ones(3, 2)) is x
     # a rank without tokens may be a server

@@ -1,4 +1,4 @@
-"""The promises of each strategy: what it moves, when, and how much it holds."""
+"""What each strategy promises: what it moves, when, and how much it holds."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
 
 
 def received(plan: Plan, payload: Payload, rank: int) -> np.ndarray:
-    """Return the tokens of a payload that reach a rank in the forward pass, with repetitions."""
+    """Return the tokens of a payload that a rank receives in the forward pass, with repetitions."""
     moves = plan.forward.moves
     rows = (moves["payload"] == payload) & (moves["dst"] == rank)
     spans = [np.arange(a, b) for a, b in zip(moves["t0"][rows], moves["t1"][rows], strict=True)]
@@ -54,8 +54,8 @@ def test_nothing_moves_that_the_assignment_of_tasks_does_not_ask_for(strategy, p
                     assert plan_traffic(plan, cluster).inter_node_bytes == bound.inter_node_bytes
 
 
-def test_the_least_is_counted_token_by_token():
-    """Compare `lower_bound` with sets of (rank, token, head), for a mask with windows in some heads."""
+def test_the_lower_bound_equals_a_count_token_by_token():
+    """Compare `lower_bound` with sets of (rank, token, head) for a mask with windows in some heads."""
     mask = Mask.by_head([(4, Mask.causal(60)), (2, Mask.sliding_window(60, 7)), (2, Mask.full(60))])
     layout, cluster = Layout.zigzag([60], 4), Cluster(2, 2)
     plan = make_plan(mask, layout, strategy="allgather", cluster=cluster, **SHAPE)
@@ -90,8 +90,8 @@ def test_ring_passes_keys_along_the_ranks_that_use_them_just_in_time(mask):
 
 @pytest.mark.parametrize(
     ("kv_heads", "forward", "backward"),
-    # bf16, dims 128: keys and values cost K * 512 a token and hop, queries with outputs H * 772; backward K * 1,536
-    # against H * 1,032
+    # with bf16 and head dim 128, keys and values cost K * 512 bytes per token and hop, queries with outputs H * 772. In
+    # the backward pass these are K * 1,536 and H * 1,032
     [(8, Payload.KV, Payload.Q), (4, Payload.KV, Payload.KV), (1, Payload.KV, Payload.KV)],
 )
 def test_ring_rotates_what_is_smaller_in_each_direction(kv_heads, forward, backward):
@@ -117,7 +117,7 @@ def test_double_ring_crosses_nodes_one_inner_ring_ahead():
     moves, node = plan.forward.moves, Cluster(2, 4).node
     crossing = node[moves["src"]] != node[moves["dst"]]
     assert set(moves["step"][crossing].tolist()) == {0}
-    # inside a node one neighbour a step
+    # within a node, one neighbour per step
     inside = moves["step"][~crossing].tolist()
     assert set(inside) == {0, 1, 2, 4, 5, 6}
 
@@ -152,7 +152,7 @@ def test_a_strategy_knows_its_options():
     assert STRATEGIES["cad"].takes("max_buffer_bytes") and STRATEGIES["cad"].takes("speeds")
     assert STRATEGIES["usp"].option_names == ["ulysses", "inner_dim"]
     assert not STRATEGIES["cad_greedy"].takes("speeds") and not STRATEGIES["allgather"].option_names
-    # the arguments of every strategy are not options
+    # arguments common to all strategies do not count as options
     assert not STRATEGIES["cad"].takes("direction") and not STRATEGIES["ring"].takes("cluster")
 
 
@@ -191,7 +191,7 @@ def test_one_rank_moves_nothing(strategy):
 
 
 @pytest.mark.parametrize("mask", ["causal", "full", "documents"])
-def test_a_ring_holds_two_foreign_shards_a_rank_and_three_where_ranks_are_skipped(mask):
+def test_a_ring_holds_two_foreign_shards_per_rank_and_three_if_ranks_are_skipped(mask):
     inputs = random_inputs(sum(LENGTHS), 8, 2, 8)
     for ranks in (4, 6):
         for layout in layouts(LENGTHS, ranks).values():
@@ -199,7 +199,7 @@ def test_a_ring_holds_two_foreign_shards_a_rank_and_three_where_ranks_are_skippe
             record = Record()
             run_all_ranks(plan, inputs, "reference", record)
             shard = int(layout.shard_sizes().max()) * SHAPE["kv_heads"] * plan.call.token_head_bytes(Payload.KV)
-            # the shard of its computation and the arriving one; and one that it keeps for a later rank
+            # the shard being used, the arriving shard, and one kept for a later rank
             for passes in zip(*((program.forward, program.backward) for program in record.programs), strict=True):
                 held = [alive_bytes(plan.call, steps, (Payload.KV,)) for steps in passes]
                 assert max(held) <= (2 if mask == "full" else 3) * shard and np.mean(held) <= 2.1 * shard
@@ -215,14 +215,14 @@ def test_ulysses_splits_uneven_heads_and_replicates_key_value_heads():
         (2, 3, 4),
         (3, 4, 6),
     ]
-    # ranks 0 and 1 share key/value head 0: both get all of its foreign tokens
+    # ranks 0 and 1 share KV head 0, so both receive all of its tokens on other ranks
     for rank in (0, 1):
         assert len(received(plan, Payload.KV, rank)) == sum(LENGTHS) - layout.shard_sizes()[rank]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_moves_are_issued_before_the_compute_they_can_overlap(strategy):
-    # with one document an all-gather has almost no computation with a rank's own keys
+    # with one document, an all-gather has almost no computation on a rank's own keys
     mask = Mask.documents([4, *[8] * 7, 4]) if strategy == "allgather" else Mask.causal(64)
     plan = make_plan(mask, Layout.zigzag([64], 4), strategy=strategy, **SHAPE)
     record = Record()
@@ -233,7 +233,7 @@ def test_moves_are_issued_before_the_compute_they_can_overlap(strategy):
         waiting = False
         for event, following in zip(events, [*events[1:], None], strict=True):
             if event == "post":
-                # never two steps in flight, and the next thing is this step's compute, or the wait if it has none
+                # never two steps in flight: next comes this step's compute, or the wait if it has none
                 assert not waiting and following in ("compute", "wait")
                 overlapped += following == "compute"
                 waiting = True
@@ -241,5 +241,5 @@ def test_moves_are_issued_before_the_compute_they_can_overlap(strategy):
                 assert waiting
                 waiting = False
         assert not waiting
-    # a ring computes under every hop, an all-gather under its fetch; Ulysses has nothing to compute meanwhile
+    # a ring overlaps every hop with compute and an all-gather its fetch, but Ulysses has nothing to compute meanwhile
     assert (overlapped > 0) == (strategy != "ulysses")

@@ -1,4 +1,4 @@
-"""The verifier refuses wrong plans and accepts right ones, whatever made them."""
+"""The verifier refuses wrong plans and accepts correct ones, whatever made them."""
 
 import dataclasses
 import functools
@@ -31,7 +31,9 @@ def oracle(mask: Mask):
 
 
 def mutate(plan: Plan, rng: random.Random) -> tuple[Plan, bool] | None:
-    """Change one row of a plan. Return it, and whether it may still be valid (a step, a rank, a source, a destination)."""
+    """Change one row of a plan. Return the plan and whether it may still be valid (a changed step, rank, source or
+    destination).
+    """
     direction, kind = rng.choice(["forward", "backward"]), rng.choice(["tasks", "moves"])
     table = getattr(plan, direction)
     rows = {name: column.copy() for name, column in getattr(table, kind).items()}
@@ -94,7 +96,7 @@ def test_mutated_plans_are_refused_or_harmless():
         accepted += 1
         inputs, wanted = oracle(plan.call.mask)
         assert_close(run_all_ranks(changed, inputs), wanted, 1e-11)
-    # check of the test itself: harmless changes exist, and are rare
+    # check the test itself: harmless changes exist, and are rare
     assert 0 < accepted < MUTATIONS // 4
 
 
@@ -108,7 +110,7 @@ def test_plans_no_strategy_would_make_are_accepted_and_right(kernel):
         got, wanted = run_all_ranks(plan, inputs, kernel, record), dense(plan.call.mask, inputs)
         for name, a, b in zip(got._fields, got, wanted, strict=True):
             finite = ~torch.isinf(b)
-            # absolute: a row with one key has gradients of exactly zero
+            # use an absolute tolerance, since a row with one key has gradients of exactly zero
             assert torch.equal(torch.isinf(a), ~finite) and ((a - b)[finite].abs() < 1e-11).all(), (seed, name)
         assert record.bytes == planned_bytes(plan), seed
         for program in record.programs:
@@ -135,13 +137,13 @@ def check(plan: Plan) -> None:
 
 
 def test_a_hand_written_plan_with_split_keys_a_server_and_a_relay_is_accepted_and_right():
-    # one document on rank 0; rank 2 owns nothing and computes the right half of the keys for the lower queries; what
-    # it needs and returns goes by way of rank 1
+    # one document on rank 0. Rank 2 has no tokens and computes the right half of the keys for the lower queries. Its
+    # inputs and results travel through rank 1
     layout = Layout.from_chunks([8], [[(0, 8)], [], []])
     forward = Table.from_rows(
-        # step rank piece q0 q1 k0 k1 h0 h1
+        # columns: step rank piece q0 q1 k0 k1 h0 h1
         [(0, 0, 0, 0, 8, 0, 4, 0, 2), (2, 2, 0, 4, 8, 4, 8, 0, 2)],
-        # step src dst payload t0 t1 h0 h1
+        # columns: step src dst payload t0 t1 h0 h1
         [
             (0, 0, 1, Q, 4, 8, 0, 2),
             (1, 1, 2, Q, 4, 8, 0, 2),
@@ -165,7 +167,7 @@ def test_a_hand_written_plan_with_split_keys_a_server_and_a_relay_is_accepted_an
 
 
 def test_partial_results_may_be_merged_on_the_way():
-    # ranks 1 and 2 each compute some keys for rank 0's queries; rank 2's partial result is folded into rank 1's
+    # ranks 1 and 2 each compute some keys for rank 0's queries. Rank 2's partial result is merged into rank 1's
     layout = Layout.from_chunks([6], [[(0, 6)], [], []])
     tasks = [(0, 0, 0, 0, 6, 0, 2, 0, 2), (1, 1, 0, 2, 6, 2, 4, 0, 2), (1, 2, 0, 4, 6, 4, 6, 0, 2)]
     sends = [(0, 0, 1, Q, 2, 6, 0, 2), (0, 0, 1, KV, 2, 4, 0, 1), (0, 0, 2, Q, 4, 6, 0, 2), (0, 0, 2, KV, 4, 6, 0, 1)]
@@ -186,7 +188,7 @@ def test_partial_results_may_be_merged_on_the_way():
 
 
 def test_heads_may_be_cut_across_key_value_groups():
-    # 6 query heads on 2 key/value heads, tasks of heads [0, 4) and [4, 6)
+    # 6 query heads with 2 KV heads, and tasks of heads [0, 4) and [4, 6)
     layout = Layout.contiguous([5], 1)
     tasks = [(0, 0, 0, 0, 5, 0, 5, 0, 4), (1, 0, 0, 0, 5, 0, 5, 4, 6)]
     check(Plan(call([5], layout, 6, 2), Table.from_rows(tasks), Table.from_rows(tasks), "keep"))
@@ -266,7 +268,7 @@ def test_a_plan_that_needs_more_than_the_capacity_is_refused():
         verify(plan, 0)
 
 
-def test_a_plan_that_says_too_much_of_what_is_written_once_is_refused():
+def test_a_plan_that_overstates_what_is_written_once_is_refused():
     lengths = (60, 40)
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16")
     mask, layout = Mask.documents(lengths), Layout.zigzag(lengths, 4)

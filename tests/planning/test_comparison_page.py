@@ -1,4 +1,4 @@
-"""The page of `distattn plan --html`, in a real browser where there is one."""
+"""The page of `distattn plan --html`, checked in a real browser if one is installed."""
 
 import re
 
@@ -22,26 +22,26 @@ def page():
     return comparison_page({**results, "<b>": "refused </script><script>"}, str(request))
 
 
-def test_it_is_offline_the_fastest_is_first_and_refusals_are_said(page):
+def test_the_page_is_offline_lists_the_fastest_first_and_reports_refusals(page):
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "http" not in page.replace("http-equiv", "")
     names = re.findall(r'<div class="bar(?: best)?"><b>(\w+)</b>', page)
     seconds = [sum(map(float, re.findall(r"</div>([\d.]+) ms", part))) for part in page.split('<div class="bar')[1:]]
     assert sorted(names) == ["ring", "usp"] and seconds == sorted(seconds)
     assert re.search(r"<b>ulysses</b> is refused: .*heads.*</p>", page)
-    # markup in a name is escaped
+    # markup in a name must be escaped
     assert "<b>&lt;b&gt;</b> is refused: refused &lt;/script&gt;" in page
     for word in ("kernels", "waiting", "idle", "balance", "across nodes", "buffers", "step"):
         assert f"<dt>{word}</dt>" in page
 
 
-def test_a_page_that_cannot_be_written_is_a_sentence(tmp_path):
+def test_a_page_that_cannot_be_written_gives_one_sentence(tmp_path):
     settings = PlanSettings(ranks=2, heads=2, kv_heads=2, head_dim=8, dtype="float32")
     results = compare_strategies(PlanRequest(((64,),), settings), ["ring"], spec.load("h200-1x2", None))
     with pytest.raises(da.DistattnError, match="cannot be written"):
         write_comparison_page(tmp_path / "none" / "x.html", results, "a call")
 
 
-# a person's actions, and what the page shows afterwards
+# a user's actions, and what the page shows after each
 SCRIPT = """
   const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect(), tip = canvas.nextElementSibling;
   const point = (x, y) => canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x, clientY: box.top + y}));
@@ -76,9 +76,9 @@ def test_a_person_sees_points_zooms_and_chooses(page, tmp_path, width):
 @needs_browser
 def test_score_matrices_are_legible_on_a_telephone_and_in_the_dark(page, tmp_path):
     facts = what_a_script_says(page, LEGIBLE, tmp_path, 420, dark=True)
-    # three ticks an axis, their names, and those of the bars
+    # three ticks per axis, the axis names, and the names of the bars
     assert facts["texts"] > 2 * 8 and not facts["unread"] and not facts["cut"] and not facts["error"], facts
-    # a table's rows are lists there
+    # narrow pages show table rows as lists
     assert not facts["wide"], facts
 
 
@@ -91,7 +91,7 @@ def test_a_timeline_is_vectors_as_wide_as_the_page_and_legible_in_the_dark(page,
     assert drawn.count("<svg") == 2 and "<img" not in drawn and "base64" not in drawn
     around = page[: page.index("<body>")] + f"<body>{drawn}</body></html>"
     facts = what_a_script_says(around, LEGIBLE, tmp_path, width, dark)
-    # the ranks, three times and the axis' name, of each pass
+    # for each pass: four ranks, three times and the name of the axis
     assert facts["texts"] == 2 * (4 + 3 + 1) and not facts["unread"] and not facts["wide"] and not facts["cut"], facts
 
 

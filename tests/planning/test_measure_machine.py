@@ -1,4 +1,4 @@
-"""`distattn calibrate` measures this machine and writes a description that `plan` reads."""
+"""`distattn calibrate` measures this machine and writes a description that `plan` can read."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from distattn.planning import measure_machine as calibrate
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measure a small table for moments only, in this process."""
+    """Measure only a small table, for a few moments, in this process."""
     monkeypatch.setattr(calibrate, "_SIDES", {"cpu": (64, 256)})
     monkeypatch.setattr(calibrate, "_HEAD_DIMS", (64,))
     monkeypatch.setattr(calibrate, "_BATCH_SECONDS", 0.005)
@@ -60,7 +60,7 @@ def test_links_are_taken_from_nccl_tests(capsys, tmp_path, quick):
         (("--out", "x.toml", "--colour", "red"), "unrecognized arguments: --colour red"),
     ],
 )
-def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
+def test_a_mistake_gives_one_sentence(capsys, arguments, sentence):
     code, out, err = run(capsys, *arguments)
     assert code == 2 and not out and sentence in err and "Traceback" not in err
 

@@ -1,4 +1,4 @@
-"""`distattn plan`: candidates on a described cluster, as text, JSON and a page; mistakes are one sentence."""
+"""`distattn plan`: candidates on a given cluster as text, JSON and a page. A mistake gives a one-sentence error."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_numbers_a_page_and_a_trace(capsys, tmp_path):
     rows = json.loads(out)["candidates"]
     assert code == 0 and [row["strategy"] for row in rows] == ["usp", "ring"] and all(row["simulated"] for row in rows)
     text = page.read_text()
-    # a score matrix each; time is drawn by the page itself
+    # one score matrix per strategy; the page draws the time charts itself
     assert (
         text.count('class="matrices"') == 2
         and text.count("<canvas") == 4
@@ -60,7 +60,7 @@ def test_numbers_a_page_and_a_trace(capsys, tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
-def test_a_strategy_that_cannot_is_a_line_of_its_own(capsys):
+def test_a_refused_strategy_has_its_own_line(capsys):
     code, out, _ = run(capsys, "--docs", "65536", "--cluster", "h200-2x8", "--heads", "8:8")
     assert code == 0 and "ulysses is refused: ulysses splits 8 query heads over 16 ranks" in out
 
@@ -122,7 +122,7 @@ def test_documents_from_a_file_cut_to_a_number_of_tokens(capsys, tmp_path):
         (("configs/none.toml", "--cluster", "h200-1x4"), "there is no such configuration file"),
     ],
 )
-def test_a_mistake_is_one_sentence(capsys, arguments, sentence):
+def test_a_mistake_gives_one_sentence(capsys, arguments, sentence):
     code, out, err = run(capsys, *arguments)
     assert code == 2 and not out and sentence in err and err.count("\n") == 1
 
@@ -138,7 +138,7 @@ def test_lengths_may_have_units(word, tokens):
 @pytest.mark.parametrize(
     "word", ["1.5", "i", "1i", "1e99", "-3", "1e-3", "0x", "M", "1MM", "4096x", "4096x0", "4096xx", "4096x-1"]
 )
-def test_a_word_that_is_no_length_is_named(word):
+def test_a_word_that_is_not_a_length_is_named(word):
     with pytest.raises(DistattnError, match="--docs"):
         parse_document_lengths(word)
 
@@ -160,7 +160,7 @@ def test_the_fastest_is_in_colour_on_a_terminal_only(capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     cli.main(arguments)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "fastest" in line)
-    # in one piece, however narrow the terminal
+    # the line stays in one piece, however narrow the terminal
     assert line.startswith("\x1b[1;32m") and "GB   <- fastest" in line.replace("MB", "GB")
 
 
@@ -192,7 +192,7 @@ def test_a_faster_strategy_than_the_run_s_own_is_named_in_a_sentence(capsys):
     assert "is not the fastest: it takes" not in "".join(
         line for line in out.splitlines() if line.startswith("strategy ")
     )
-    # what is refused is said to be so; a strategy that is not compared has no sentence
+    # a refused strategy is reported as such, and a strategy that is not compared is not mentioned
     _, out, _ = run(
         capsys,
         *args,

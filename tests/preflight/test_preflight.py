@@ -1,4 +1,4 @@
-"""The preflight on real ranks: a fault that is planted in one of them is named with its host and a remedy, before training."""
+"""The preflight on real ranks: a fault planted in a rank is reported before training, with its host and a remedy."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def config_of(texts: Path, folder: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    """Make two folders of text: the ranks' data, and data that a rank reads by mistake."""
+    """Create two folders of text: the ranks' data, and data that one rank reads by mistake."""
     folder = tmp_path_factory.mktemp("texts")
     for name, times in (("right", 3), ("wrong", 4)):
         (folder / name).mkdir()
@@ -62,7 +62,7 @@ def runs(texts, tmp_path_factory) -> tuple[RunFolder, RunFolder, Config]:
 
 
 def _plant(fault: str, runs, monkeypatch) -> tuple[RunFolder, Config]:
-    """Make this rank the odd one."""
+    """Make this rank faulty. Return its run and configuration."""
     right, wrong, config = runs
     if fault == "code":
         monkeypatch.setattr("distattn.preflight.preflight.code_digest", lambda: "0" * 16)
@@ -89,7 +89,7 @@ def _plant(fault: str, runs, monkeypatch) -> tuple[RunFolder, Config]:
     elif fault == "memory":
         monkeypatch.setattr(facts_module, "available_bytes", lambda: 1000)
     elif fault == "slow":
-        # each product and message ends a minute after it began
+        # each product and message appears to end a minute after its start
         minutes = SimpleNamespace(perf_counter=itertools.count(0, 60).__next__, monotonic=time.monotonic)
         monkeypatch.setattr(probes, "time", minutes)
     return right, config
@@ -107,7 +107,7 @@ def _preflights(rank: int, runs, faults) -> dict[str, tuple[list[str], list[str]
     return reports
 
 
-# faults of a rank, and three parts of the sentence about each: its beginning, the fault, the remedy
+# faults of a rank, and three parts of the message for each: its beginning, the fault and the remedy
 PROBLEMS = {
     "code": ("rank 2 on node-b", "the code of distattn differs (digest 0000000000000000)", "install the same revision"),
     "package": ("rank 2 on node-b", "numpy is 1.26.9, on most ranks ", "install the same"),
@@ -142,9 +142,9 @@ SLOW = {
 }
 
 
-def test_what_is_planted_in_one_rank_is_named_with_its_host(runs):
+def test_a_fault_planted_in_one_rank_is_named_with_its_host(runs):
     by_rank = run_on_ranks(RANKS, _preflights, runs, ("", *PROBLEMS, "slow"))
-    # all ranks have the same report, so they stop together
+    # all ranks have the same reports, so they stop together
     assert all(reports == by_rank[0] for reports in by_rank)
     reports = by_rank[0]
     assert not reports[""][0]
@@ -163,7 +163,7 @@ def _has_parts(sentence: str, parts: tuple[str, ...]) -> bool:
 
 
 def _checks(rank: int, runs) -> dict[str, tuple[bool, list[str]]]:
-    """Return by `preflight.action` whether a run with a problem begins, and the lines that it prints."""
+    """Return, for each `preflight.action`, whether a run with a problem starts, and the lines it prints."""
     results = {}
     for action in ("stop", "warn", "off"):
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -177,7 +177,7 @@ def _checks(rank: int, runs) -> dict[str, tuple[bool, list[str]]]:
     return results
 
 
-def test_a_run_stops_warns_or_does_not_look_and_leaves_its_report(runs):
+def test_a_run_stops_warns_or_skips_the_preflight_and_leaves_its_report(runs):
     by_rank = run_on_ranks(RANKS, _checks, runs)
     for rank, results in enumerate(by_rank):
         assert {name: begins for name, (begins, _) in results.items()} == {
@@ -202,7 +202,7 @@ def _waits(rank: int, runs) -> str:
     run, _, config = runs
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(LostRankError) as lost:
         if rank == ODD:
-            # files that never answer
+            # imitate files that never answer
             monkeypatch.setattr(facts_module, "open_data", lambda run, config: time.sleep(3600))
         preflight(run, config, CPU, limit=timedelta(seconds=20))
     return str(lost.value)
@@ -214,7 +214,7 @@ def test_a_rank_that_does_not_answer_is_named_within_the_limit(runs):
 
 
 def _trains(rank: int, runs) -> int:
-    """Return the exit code of a rank whose preflight has found a problem, in the group that exists already."""
+    """Return the exit code of a rank whose preflight has found a problem, in the existing group."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name in ("init_process_group", "destroy_process_group"):
             monkeypatch.setattr(rank_module.dist, name, lambda *backend: None)

@@ -1,4 +1,6 @@
-"""Sentences of a preflight about made-up numbers: slow GPUs, too little memory; and the pairs of ranks that measure links."""
+"""The preflight's messages for artificial facts (slow GPUs, too little memory), and the pairs of ranks that measure
+links.
+"""
 
 import dataclasses
 import os
@@ -41,7 +43,7 @@ def nodes(hosts: int, each: int) -> list[RankFacts]:
 
 
 def speeds_of(facts: list[RankFacts], gbs) -> list[RankSpeed]:
-    """Return the speeds of ranks whose links have `gbs(rank, peer)`."""
+    """Return the speeds of ranks whose links have the bandwidth `gbs(rank, peer)`."""
 
     def links(rank: RankFacts, inside: bool) -> list[Link]:
         each = sum(other.host == facts[0].host for other in facts)
@@ -73,7 +75,7 @@ def test_a_slow_gpu_is_named_with_the_median_and_its_clock():
     assert table[0] == "preflight: 8 ranks on 2 hosts in 3.2 s, all-to-all 40 GB/s a rank" and len(table) == 5
     assert "4, 5, 6, 7" in table[3] and "345 MHz" in table[3] and "80.0 GB" in table[3] and "40.0 GB" in table[3]
     assert table[4] == "  needed: a step of the rank that needs most, as distattn plan --memory counts it"
-    # the memory of ranks on CPUs
+    # ranks on CPUs use the host's memory
     host, state = DeviceState("CPU", None, None), MemoryForecast(0, 3 * GB, False)
     facts = [facts_of(rank, "node", device=host, forecast=state) for rank in range(2)]
     table = report_table(facts, speeds[:2], [None] * 2, 3.21)
@@ -91,7 +93,7 @@ def test_a_slow_link_is_named_by_its_ends_and_a_slow_adapter_by_its_rank():
     assert sentence.startswith(
         "the link between rank 1 on node-0 and rank 5 on node-2 has 5 GB/s, the median to other hosts is 45"
     )
-    # one direction is enough
+    # one slow direction is enough
     one_way = speeds_of(facts, lambda rank, peer: 5.0 if (rank, peer) == (5, 1) else 45.0)
     assert outliers_of(facts, one_way, clocks, "cuda") == [sentence]
     adapter = speeds_of(facts, lambda rank, peer: 5.0 if 3 in (rank, peer) and abs(rank - peer) > 1 else 45.0)
@@ -116,12 +118,12 @@ def test_memory_that_a_step_needs_is_compared_with_what_is_free():
     assert not problems_of(facts) and warning.startswith(
         "rank 3 on node-1: a step needs 40.0 GB of 42.0 GB that are free"
     )
-    # other devices are no reason to stop, other drivers are
+    # other devices are no reason to stop, but other drivers are
     facts[3] = facts_of(3, "node-1", device=DeviceState("A100", 80 * GB, 85 * GB), versions={"NVIDIA driver": "535.1"})
     (problem,), (warning,) = problems_of(facts), warnings_of(facts)
     assert problem.startswith("rank 3 on node-1: NVIDIA driver is 535.1, on most ranks 550.54.15")
     assert warning.startswith("rank 3 on node-1 has the device A100, most ranks H100")
-    # needs of the host's ranks are added
+    # the needs of a host's ranks add up
     facts = [dataclasses.replace(rank, forecast=MemoryForecast(0, 500 * GB, False)) for rank in nodes(1, 2)]
     (problem,) = problems_of(facts)
     assert problem.startswith(
@@ -137,7 +139,7 @@ def test_every_pair_meets_once_and_no_rank_is_in_two_pairs_of_a_round(members):
     for pairs in rounds:
         assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
     assert sorted(tuple(sorted(pair)) for pairs in rounds for pair in pairs) == list(combinations(range(members), 2))
-    # ranks of equal numbers are paired; a node's further ranks stay alone
+    # ranks with equal local numbers are paired; a node's extra ranks have no partner
     across = list(rounds_across([[0, 1, 2], [3, 4]]))
     assert across == [[(0, 3), (1, 4)]]
 
@@ -156,7 +158,7 @@ def test_a_step_is_counted_where_it_can_be_and_the_state_where_not(name, monkeyp
     assert forecast.whole_step and forecast.device > state_bytes(config) and forecast.host == 0
     state = state_bytes(config)
     assert forecast_memory(config, data, torch.device("cpu"), plan, 1) == MemoryForecast(0, state, False)
-    # a run that was resumed on another number of ranks has no plan of its own in the folder
+    # the folder of a run resumed on another number of ranks has no plan for it
     wider = dataclasses.replace(config, parallel=ParallelConfig(ranks=4, strategy=name, layout="zigzag"))
     assert forecast_memory(wider, data, CUDA, plan, 1) == MemoryForecast(state_bytes(wider), 0, False)
     other = dataclasses.replace(config, engine=EngineConfig(name="deepspeed"))
@@ -176,7 +178,7 @@ def test_checkpoints_need_room_for_those_that_are_kept_at_once(tmp_path):
     assert [need(0), need(-1), need(5), need(1), need(1, keep=1)] == [each, 0, 2 * each, 4 * each, 2 * each]
 
 
-def test_what_nvidia_says_is_read(tmp_path, monkeypatch):
+def test_the_nvidia_drivers_output_is_parsed(tmp_path, monkeypatch):
     driver = tmp_path / "version"
     monkeypatch.setattr(device_module, "_DRIVER", driver)
     assert driver_version() is None
@@ -201,7 +203,7 @@ def test_the_code_s_digest_is_that_of_all_its_files(monkeypatch):
     before = code_digest()
     assert before == code_digest()
     read = Path.read_bytes
-    # in a folder that is linked into the package
+    # code_digest must notice the change of a file in a linked folder of the package
     monkeypatch.setattr(Path, "read_bytes", lambda file: read(file) + b" " * (file.name == "spec.py"))
     assert code_digest() != before
 
@@ -212,7 +214,7 @@ def test_what_a_kernel_needs_is_a_warning_to_the_hosts_that_lack_it():
     assert "b" in warning and "chunked" in warning
 
 
-def test_a_full_disk_ends_a_run_that_begins_and_is_a_warning_to_one_that_goes_on():
+def test_a_full_disk_ends_a_new_run_and_is_a_warning_to_a_resumed_run():
     begins = [facts_of(rank, "node-0", disk_free=0, disk_needed=GB) for rank in range(2)]
     assert any("the disk of the run folder has 0 B free" in problem for problem in problems_of(begins))
     goes_on = [facts_of(rank, "node-0", disk_free=0, disk_needed=GB, goes_on=True) for rank in range(2)]

@@ -1,4 +1,4 @@
-"""Which of the ranks that stand still is named."""
+"""Which of the ranks without progress is named as the culprit."""
 
 import random
 import string
@@ -42,7 +42,7 @@ CASES = [
         [],
         ["rank 1 waits for no other rank and makes no progress: step 6"],
     ),
-    # a gather of FSDP2 that rank 0 does not reach
+    # rank 0 does not reach an FSDP2 all-gather
     (
         [beat(FORWARD, 3.0), beat(FORWARD, 2.0)],
         "SS",
@@ -58,7 +58,7 @@ CASES = [
             "keys from rank 1 in step 2 of layer 1; the others: a collective"
         ],
     ),
-    # rank 2 waits for a rank that waits itself
+    # rank 2 waits for a rank that is itself waiting
     (
         [beat(SUM), waiting_for(0), waiting_for(1)],
         "SSS",
@@ -68,7 +68,7 @@ CASES = [
             "keys from rank 0 in step 2 of layer 1; the others: the norm"
         ],
     ),
-    # one of the messages is lost, and soon all ranks wait
+    # a message is lost, and soon all ranks wait
     (
         [waiting_for(1, 3.0), waiting_for(2, 2.0), waiting_for(0, 2.5)],
         "SSS",
@@ -90,7 +90,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("beats", "states", "collective", "wanted"), CASES)
-def test_who_does_not_merely_wait_is_named(beats, states, collective, wanted):
+def test_a_rank_that_is_not_merely_waiting_is_named(beats, states, collective, wanted):
     named = culprits(dict(enumerate(beats)), dict(enumerate(states)), collective)
     assert len(named) == len(wanted) and all(map(str.startswith, map(str, named), wanted)), named
 
@@ -99,7 +99,7 @@ def test_who_does_not_merely_wait_is_named(beats, states, collective, wanted):
 def test_no_sentence_of_a_rank_changes_who_is_named(beats, states, collective, wanted):
     draws = random.Random(len(wanted))
     for _ in range(10):
-        # nonsense, with phrases that programs once searched for
+        # nonsense with phrases that programs once searched for
         lures = ["from rank 1", "to ranks 0, 1", "ended", "left", "refused with exit code 3: ", "raised NCCL"]
         sentences = ["".join(draws.choices(string.printable, k=20)) + draws.choice(lures) for _ in beats]
         if draws.random() < 0.5:
@@ -117,7 +117,7 @@ def test_a_collective_is_seen_in_the_main_threads_stack():
     frame = '  File "/site-packages/torch/distributed/{}.py", line 30 in call\n'
     main = "Current thread 0x2 (most recent call first):\n"
     assert is_in_collective(other + main + frame.format("distributed_c10d"))
-    # torchrun's frames are below a rank's
+    # torchrun's frames are below a rank's frames
     ours = '  File "/distattn/training/loop.py", line 148 in run\n'
     assert not is_in_collective(other + main + ours + frame.format("elastic/multiprocessing/api"))
     assert not is_in_collective(

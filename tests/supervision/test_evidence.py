@@ -1,4 +1,6 @@
-"""The stacks of a rank that hangs are kept whole, however often a busy machine interrupts it while it writes them."""
+"""The stacks of a hanging rank are saved completely, however often a busy machine interrupts the rank while it writes
+them.
+"""
 
 import signal
 import subprocess
@@ -16,7 +18,7 @@ MAIN = (
     'Current thread 0x2 (most recent call first):\n  File "/a/torch/distributed/c10d.py", line 2 in all_reduce\n',
     '  File "train.py", line 3 in <module>\n',
 )
-# answers SIGUSR2 in parts, with pauses
+# answers SIGUSR2 in parts with pauses
 RANK = """
 import signal, sys, time
 
@@ -34,7 +36,7 @@ while True:
 
 
 def kept(folder, *parts: str, answers: bool = True) -> str:
-    """Return the stacks that are kept of a rank that writes these parts."""
+    """Return the saved stacks of a rank that writes these parts."""
     (folder / "stacks-0.txt").write_text("of a hang before\n")
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK, str(folder / "stacks-0.txt"), *parts], stdout=subprocess.PIPE, text=True
@@ -65,7 +67,7 @@ def test_an_answer_that_ends_in_another_way_is_not_waited_for_long(tmp_path, mon
     assert kept(tmp_path, MAIN[0]) == MAIN[0]
 
 
-def test_nobody_waits_for_a_rank_that_has_ended(tmp_path, monkeypatch):
+def test_a_rank_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
     # longer than any test may take
     monkeypatch.setattr(evidence, "_BEGIN_SECONDS", 1e6)
     assert kept(tmp_path, *MAIN, answers=False) == ""

@@ -1,4 +1,4 @@
-"""Fields of heartbeats and reports decide which rank is blamed: any other sentence leads to the same verdict."""
+"""Fields of heartbeats and reports decide which rank is blamed. Any other wording leads to the same verdict."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from distattn.supervision.heartbeats import HeartbeatBoard, activity, set_activi
 from distattn.supervision.rank_watch import Patience, RankWatch
 
 RESET = "[pair.cc:534] Connection closed by peer [127.0.0.1]:4711"
-# what programs once looked for in sentences
+# phrases that programs once searched for in messages
 LURES = ["from rank 2", "to ranks 0, 1", "ended", "left", "refused with exit code 4: ", "raised NCCL timed out", ""]
 COLLECTIVE = 'Thread 0x1 (most recent call first):\n  File "/x/torch/distributed/c10d.py", line 3 in all_gather\n'
 
@@ -61,7 +61,8 @@ def leaving():
     set_left()
 
 
-# by loss: what each rank does, what becomes of the processes that end or stop, (kind, ranks to blame, exit code, lost_peer)
+# for each loss: what each rank does, what happens to the processes that end or stop, and (kind, ranks to blame, exit
+# code, lost_peer)
 LOSSES = {
     "killed": ([computing, computing, summing], {1: signal.SIGKILL}, ("killed", [1], 1, False)),
     "killed after its work": ([ending(0), ending(0)], {0: signal.SIGKILL}, ("killed", [0], 1, False)),
@@ -119,10 +120,10 @@ def test_other_sentences_lead_to_the_same_verdict(loss, tmp_path):
         other = verdict(works, ends, tmp_path, nonsense(seed), loss)
         unequal = {"noticed_seconds": 0.0}
         assert other.facts() | unequal == trouble.facts() | unequal
-        # these ranks tell no sentence
+        # the ranks of these losses report no message
         assert other.exit_code == code and (str(other) != str(trouble)) == (loss not in SENTENCELESS)
         assert other.repeats(trouble) and _may_go_better(other, code, True) == _may_go_better(trouble, code, True)
-        # of the reports of nodes, too
+        # the same holds for the reports of nodes
         killed = {"why": "x", "exit_code": 137, "nodes": [1], "kind": "killed", "lost_peer": False}
         for reports in ({}, {1: killed}):
             causes = [
@@ -140,7 +141,9 @@ def nonsense(seed):
 
 
 def verdict(works, ends, folder, sentence, loss):
-    """Return the trouble that the watch finds with ranks that are processes; what they tell goes through `sentence`."""
+    """Return the trouble that the watch finds with ranks that are processes. sentence: transforms the messages they
+    report.
+    """
     board = HeartbeatBoard.make(len(works))
     processes = [subprocess.Popen(["sleep", "600"]) for _ in works]
     patience = 0.05 if not ends or loss == "stopped" else 600.0
@@ -158,7 +161,7 @@ def verdict(works, ends, folder, sentence, loss):
             eventually(lambda pid=processes[rank].pid: rank_watch.process_state(pid) in "TZ", "the signal is lost")
         stack.enter_context(patch.object(rank_watch, "_TORCHRUN_SECONDS", 0.05))
         stack.enter_context(patch.object(rank_watch, "save_evidence", lambda *_: stacks))
-        # a signal that only asks whether this process lives
+        # signal 0 only checks whether a process exists
         stack.enter_context(patch.object(rank_watch, "INTERRUPT", 0))
         watch = RankWatch(board, range(len(works)), Patience(patience, patience), folder)
         if loss != "left":

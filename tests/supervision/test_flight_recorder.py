@@ -1,4 +1,4 @@
-"""The length of PyTorch's flight recorder: the calls of a step of the model, unless the user chose another one."""
+"""The length of PyTorch's flight recorder: the calls of one step of the model, unless the user chose another length."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from distattn.supervision.flight_recorder import size_flight_recorder
 
 NAMES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
-# more calls than PyTorch records by default
+# this makes more calls than PyTorch records by default
 PROGRAM = """
 import sys, tempfile
 import torch, torch.distributed as dist
@@ -28,7 +28,7 @@ print(_dump_fr_trace_json().decode())
 @pytest.fixture
 def unset(monkeypatch):
     for name in NAMES:
-        # so that what the test sets is taken back
+        # let monkeypatch undo whatever the test sets
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 

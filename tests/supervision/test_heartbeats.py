@@ -1,4 +1,4 @@
-"""A heartbeat is read whole or not at all, in any order of steps of writer and reader."""
+"""A heartbeat is read completely or not at all, in any interleaving of writer and reader."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ def board():
         board_.close()
 
 
-def test_what_is_half_written_is_what_was_told_before(board):
+def test_a_half_written_heartbeat_reads_as_the_previous_one(board):
     write = board.writer(1, 3)
     assert board.read(0) is None and board.read(1) is None
     slots = [board._memory[:]]
@@ -31,7 +31,7 @@ def test_what_is_half_written_is_what_was_told_before(board):
         slots.append(board._memory[:])
     told = [None]
     for before, after in zip(slots, slots[1:], strict=False):
-        # from either end, as a processor may show it
+        # a CPU may show the new bytes from either end first
         mixed = {after[:done] + before[done:] for done in range(len(after) + 1)}
         mixed |= {before[:done] + after[done:] for done in range(len(after) + 1)}
         for content in mixed - {after}:
@@ -47,7 +47,7 @@ def test_what_is_half_written_is_what_was_told_before(board):
     assert board.read(0) is None
 
 
-def test_a_rank_that_never_ceases_to_tell_is_read_as_it_wrote(board):
+def test_a_rank_that_writes_heartbeats_without_pause_is_read_correctly(board):
     writer = os.fork()
     if writer == 0:
         write, step = board.writer(1, 3), 0
@@ -69,7 +69,7 @@ def test_a_rank_that_never_ceases_to_tell_is_read_as_it_wrote(board):
         os.waitpid(writer, 0)
 
 
-def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_meanwhile(board, monkeypatch):
+def test_a_thread_that_continues_does_not_revert_newer_heartbeats(board, monkeypatch):
     monkeypatch.setattr(heartbeats, "_CURRENT", heartbeats._CurrentActivity())
     write = board.writer(0, 1)
     beats, told = threading.Thread(target=heartbeats.repeat_heartbeat), threading.Event()
@@ -78,7 +78,7 @@ def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_mean
         if not told.is_set():
             told.set()
             beats.start()
-            # the thread waits for its turn now
+            # by now the thread waits for its turn
             time.sleep(0.2)
         write(activity, step, *fields)
 
@@ -89,7 +89,7 @@ def test_a_thread_that_says_that_it_goes_on_does_not_take_back_what_is_told_mean
     assert (beat.activity, beat.waits, beat.beats) == ("keys from rank 1", True, 2)
 
 
-def test_a_board_that_is_being_made_is_none_yet():
+def test_an_unfinished_board_does_not_count():
     descriptor = os.memfd_create(heartbeats._NAME)
     try:
         with pytest.raises(FileNotFoundError, match="without slots"):

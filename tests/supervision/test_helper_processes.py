@@ -1,4 +1,6 @@
-"""Processes that help ranks are watched: one that is killed or stopped is named and replaced, or ends the ranks with it."""
+"""Helper processes of ranks are watched: one that is killed or stopped is named, and is replaced or ends the ranks with
+it.
+"""
 
 import errno
 import os
@@ -44,7 +46,7 @@ HOW = {
 
 @pytest.fixture
 def sleeping():
-    """Return a function that starts a sleeping process; all are ended with the test."""
+    """Yield a function that starts a sleeping process. All of them end with the test."""
     processes = []
 
     def start() -> int:
@@ -73,7 +75,7 @@ def test_ranks_that_end_with_a_helper_are_not_to_blame(how, sleeping, tmp_path):
         watch.close()
     assert str(trouble) == f"the fork server (process {server.pid}) {HOW[how]}"
     assert (trouble.kind, trouble.exit_code) == (("killed", 137) if how == signal.SIGKILL else ("hung", 1))
-    # of this node, but no rank is named
+    # the trouble names this node but no rank
     assert trouble.facts()["ranks"] == [] and trouble.culprits[0].rank == 4
     eventually(lambda: process_state(rank) == "Z", "the rank goes on")
     assert process_state(server.pid) == "Z"
@@ -93,7 +95,7 @@ def test_a_rank_that_dies_in_the_same_moment_as_the_helper_is_not_to_blame(sleep
 
 
 @pytest.mark.parametrize("how", HOW, ids=lambda how: how.name)
-def test_a_helper_that_can_be_replaced_is(how, sleeping, tmp_path):
+def test_a_replaceable_helper_is_replaced(how, sleeping, tmp_path):
     sentences, first = [], sleeping()
     helper, board = Helper("the resource tracker", first, sleeping), HeartbeatBoard.make(1)
     with patch.object(rank_watch, "LOOK_SECONDS", 0.0), patch.object(helper_processes, "LOOK_SECONDS", 0.1):
@@ -131,7 +133,7 @@ def test_a_helper_that_cannot_be_replaced_now_is_replaced_later(sleeping, tmp_pa
 
 
 def test_a_new_resource_tracker_knows_the_semaphores_that_are_there():
-    # in a separate process, since no other test may use its tracker
+    # use a separate process, since no other test may use its tracker
     done = subprocess.run([sys.executable, "-c", TRACKED], env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
@@ -174,7 +176,7 @@ def test_a_replay_that_ends_between_two_looks_has_not_failed():
     look = Helper.fault
 
     def late(helper, patience):
-        # it ends after `communicate` has waited in vain, before the look
+        # it ends after `communicate` has timed out and before the watch looks
         eventually(helper.end, "the replay goes on")
         return look(helper, patience)
 

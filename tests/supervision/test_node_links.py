@@ -1,4 +1,4 @@
-"""A link that is cut between nodes is named; the nodes are networks of their own, which end with the test."""
+"""A link that is cut between nodes is named. Each node has its own network, which ends with the test."""
 
 import contextlib
 import json
@@ -25,9 +25,9 @@ DIGESTS = "from distattn.checkpoints.owner import *; print(machine_digest(), wri
 
 @contextlib.contextmanager
 def networks() -> Iterator[list[list[str]]]:
-    """Make two networks with a link between them, 10.77.0.1 and 10.77.0.2, that end with their processes.
+    """Create two networks connected by a link, 10.77.0.1 and 10.77.0.2, that end with their processes.
 
-    Yield the command's prefix for each network. Skip the test if networks cannot be made.
+    Yield the command prefix for each network. Skip the test if networks cannot be created.
     """
     with contextlib.ExitStack() as opened:
         try:
@@ -69,7 +69,7 @@ def test_a_link_that_is_cut_is_named_by_both_nodes_and_they_are_two_machines(tmp
             subprocess.run([*enter, sys.executable, "-c", DIGESTS], env=ENVIRONMENT, capture_output=True, text=True)
             for enter in inside
         ]
-        # the networks see each other's processes, and have their own loopbacks
+        # processes in both networks see each other, but each network has its own loopback
         machines, writers = zip(*(done.stdout.split() for done in digests), strict=True)
         assert len({*machines, machine_digest()}) == 3 and {*writers} == {writer_name().partition("-")[0]}
         script = [sys.executable, str(ROOT / "tests" / "support" / "supervised_nodes.py"), str(tmp_path)]
@@ -104,10 +104,10 @@ def test_a_node_that_all_others_miss_is_to_blame_and_of_two_both_are():
     assert merged_links([[link(1, 2)], [link(0, 2), link(1, 2)], []]) == [link(0, 2), link(1, 2)]
 
 
-def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
+def test_a_link_counts_as_cut_only_if_it_worked_before(tmp_path, monkeypatch):
     monkeypatch.setattr(node_links, "_LOOK_SECONDS", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        # one port takes connections, and one refuses them
+        # one port accepts connections, the other refuses them
         ports = [taken.getsockname()[1], free_ports(1)[0]]
         address, *others = [NodeAddress("a", "127.0.0.1", port) for port in (1, *ports)]
         for node, at in enumerate(others, 1):
@@ -125,7 +125,7 @@ def test_a_link_counts_as_cut_only_where_it_was_whole(tmp_path, monkeypatch):
             == "node 0 (a, 127.0.0.1) and node 2 (a, 127.0.0.1) no longer reach each other (No route to host): "
             + ("the link between them is cut")
         )
-        # the folder is unreachable, too, and the other node has started again elsewhere
+        # the folder is unreachable as well, and the other node has restarted elsewhere
         (tmp_path / "address-1.json").unlink()
         (tmp_path / "address-2.json").write_text(json.dumps(address))
         assert [(cut.first, cut.second) for cut in links.cut()] == [(0, 1)]

@@ -18,8 +18,8 @@ from distattn.supervision.heartbeats import HeartbeatBoard
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
 
-def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_one(tmp_path):
-    # the process that sends heartbeats, and is killed at the end
+def test_long_silent_steps_are_not_a_hang_but_a_lasting_silence_is(tmp_path):
+    # the process that sends heartbeats and is killed at the end
     how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     sleeper = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], **how)
     assert sleeper.stdout.readline()
@@ -36,33 +36,34 @@ def test_steps_that_are_silent_for_long_are_no_hang_and_a_silence_that_stays_is_
     watch = RankWatch(board, range(1), Patience(starting=600.0, running=0.05, factor=200.0), tmp_path)
     with_pid.start()
     with_pid.join()
-    # two steps were done, each 0.2 s long without a heartbeat
+    # two steps were done, each with 0.2 s without a heartbeat
     assert watch.trouble is None
     watch.close()
-    # only the patience is left
+    # only the configured patience is left
     watch = RankWatch(board, range(1), Patience(starting=0.05, running=0.05), tmp_path)
     eventually(lambda: watch.trouble is not None, "the silence is not noticed")
     assert str(watch.close()) == "rank 0 waits for no other rank and makes no progress: step 4, forward and backward"
-    # it is asked for its stacks, which it cannot write, and killed
+    # the rank is asked for its stacks, which it cannot write, and is killed
     assert sleeper.wait() < 0
     board.close()
 
 
 def _steps(board, pid, seen):
-    # heartbeats of another process, which is the one to kill
+    # send heartbeats on behalf of another process, which is the one to kill
     with patch.object(os, "getpid", lambda: pid):
         write = board.writer(0, 1)
     for step in range(4):
         write("forward and backward", step, 0.0, False)
-        # the watch of a busy machine may be late
+        # on a busy machine the watch may be late
         eventually(lambda step=step: seen[0] == step, "the watch does not look")
         time.sleep(0.2)
 
 
-def test_time_in_which_nobody_ran_is_no_silence(tmp_path):
+def test_time_in_which_the_machine_was_suspended_is_not_silence(tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
-    # seconds of the machine's suspension, looks of the watch, seconds per look, and seconds of all looks
+    # seconds for which the machine was suspended, number of looks by the watch, seconds per look, total seconds of all
+    # looks
     suspended, looks, tick, passed = [0.0], [0], [0.0], [0.0]
 
     def seconds() -> float:
@@ -89,11 +90,11 @@ def test_time_in_which_nobody_ran_is_no_silence(tmp_path):
             write("forward and backward", step, 0.0, False)
             wait_for_looks()
         assert watch.trouble is None
-        # consecutive looks see a silence that lasts
+        # a silence counts once several consecutive looks have seen it
         tick[0] = 0.9
         eventually(lambda: watch.trouble is not None, "the silence is not noticed")
     trouble = watch.close()
-    # no step counts as one of a thousand seconds
+    # no step counts as one that took a thousand seconds
     assert trouble.kind == "hung" and 60 < trouble.seconds < 1000 and rank.wait() < 0
     board.close()
 
@@ -124,7 +125,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
         eventually(lambda: killed.called, "nothing interrupts torchrun")
         killed.assert_called_once_with(os.getpid(), rank_watch.INTERRUPT)
     assert str(watch.close()) == "rank 0 ended without giving a reason: step 14, ended"
-    # as all ranks do that torchrun has released
+    # this is the state of all ranks that torchrun has released
     with patch.object(os, "getpid", lambda: ranks[0].pid):
         board.writer(0, 1)("", 13, 0.0, False, state="left")
     watch = RankWatch(board, range(2), Patience(starting=600.0, running=600.0), tmp_path)
@@ -137,7 +138,7 @@ def test_torchrun_that_waits_for_ranks_that_died_at_their_end_is_interrupted(tmp
 @pytest.mark.parametrize(
     ("state", "text", "sentence"), [("left", "", "None"), ("raised", "ValueError: no", "rank 0 raised ValueError: no")]
 )
-def test_what_a_rank_says_between_two_looks_and_ends_is_heard(state, text, sentence, tmp_path):
+def test_the_last_message_of_a_rank_that_ends_between_two_looks_is_read(state, text, sentence, tmp_path):
     rank = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     board = HeartbeatBoard.make(1)
     with patch.object(os, "getpid", lambda: rank.pid):
@@ -146,7 +147,7 @@ def test_what_a_rank_says_between_two_looks_and_ends_is_heard(state, text, sente
     looked = threading.Event()
 
     def end_first(pid: int) -> str:
-        # after the watch has read the rank's earlier heartbeat
+        # the rank writes this after the watch has read its earlier heartbeat
         write(text, 13, 0.0, False, state=state)
         rank.kill()
         rank.wait()
@@ -177,5 +178,5 @@ def test_how_a_rank_has_ended_is_what_torchrun_was_told_of_it():
     )
     assert said(r1=255) == (255, "rank 1 ended with exit code 255 without giving a reason: step 3")
     assert said(r1=-40) == (168, "rank 1 was killed by signal 40: step 3")
-    # the exit code of another rank, which the watch has killed
+    # this is the exit code of another rank, which the watch has killed
     assert said(r2=-9) == (1, str(trouble_of_two)) == said()

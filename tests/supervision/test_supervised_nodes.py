@@ -1,4 +1,4 @@
-"""Ranks of two nodes, which are two launchers of this machine: the rank that hangs is named from all nodes' heartbeats."""
+"""Ranks on two nodes, imitated by two launchers on this machine: a rank that hangs is named from all nodes' heartbeats."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_ranks_of_two_nodes_end_well(runs):
 def test_both_nodes_name_the_rank_of_one_that_hangs(kind, runs):
     for node in told(runs / kind):
         assert node == {"code": 1, "why": WANTED[kind], "ranks": [2]}
-    # each node keeps evidence in the same folder; a stopped rank answers nothing
+    # each node saves its evidence in the same folder; a stopped rank writes none
     kept = {f"{file.parent.name}/{file.name}" for file in (runs / kind / "attempt").glob("*/[hf]*.json*")}
     wanted = {f"node-{node}/heartbeats.jsonl" for node in range(2)}
     wanted |= {f"node-{rank // 2}/flight-recorder-{rank}.json" for rank in range(4) if (kind, rank) != ("stop", 2)}
@@ -71,5 +71,5 @@ def test_both_nodes_name_the_rank_of_one_that_hangs(kind, runs):
 def test_a_killed_rank_is_named_by_its_own_node(runs):
     first, second = told(runs / "kill")
     assert second == {"code": 137, "why": "rank 2 was killed by SIGKILL: step 6, computing", "ranks": [2]}
-    # the other node's ranks miss it
+    # the other node's ranks miss this rank
     assert first["code"] == 1 and set(first["ranks"]) <= {0, 1}

@@ -1,4 +1,4 @@
-"""Ranks that are killed or hang are detected, named and started again; real processes over gloo."""
+"""Ranks that are killed or hang are detected, named and restarted. The ranks are real processes over gloo."""
 
 import json
 import os
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.waits(4)
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
 BUSY = "rank 1 waits for no other rank and makes no progress: step 6, "
-# the report on a rank that is killed or hangs
+# the message for each kind of killed or hanging rank
 KINDS = {
     "kill": "rank 1 was killed by SIGKILL: step 6, computing",
     "abort": "rank 1 was killed by SIGABRT: step 6, computing",
     "exit": "rank 1 ended with exit code 255 without giving a reason: step 6, computing",
-    # torchrun takes this for a good end
+    # torchrun takes this for a success
     "leave": "rank 1 ended without giving a reason: step 6, computing",
     "raised": "rank 1 raised RuntimeError: CUDA error: uncorrectable ECC error encountered",
     "stop": r"rank 1 is stopped \(SIGSTOP or a debugger\): step 6, computing",
@@ -36,11 +36,11 @@ KINDS = {
     "message": "rank 1 waits for a message that does not arrive: step 6, key/value move 3 of layer 17 from rank 2; "
     "the others: all-reduce of the loss",
 }
-# a barrier, and the all-reduces of five steps
+# a barrier and the all-reduces of five steps
 COLLECTIVES = 6
 ENDS = {"kill": "killed", "abort": "killed", "exit": "killed", "leave": "killed", "raised": "raised"}
 HANGS = [kind for kind in KINDS if kind not in ENDS]
-# the patience for ranks that hang in a step, and for cases in which a loaded machine must not count as a hang
+# the patience for ranks that hang in a step, and for cases in which a loaded machine must not look like a hang
 PATIENCE, ENDLESS = 15.0, 600.0
 
 
@@ -71,29 +71,29 @@ def run_cases(folder: Path) -> None:
 
 
 def outcome(folder: Path) -> tuple[int, str, list[dict]]:
-    """Return the exit code, the launcher's output, and the record of the attempts."""
+    """Return the exit code, the launcher's output and the records of the attempts."""
     lines = [line for line in (folder / "said").read_text().splitlines() if line.startswith("distattn: ")]
     return int((folder / "code").read_text()), "\n".join(lines), Attempts(folder / "attempts").rows()
 
 
 @pytest.mark.full
-def test_a_process_that_was_forked_of_a_launcher_launches_too(runs):
+def test_a_process_forked_from_a_launcher_can_launch_ranks_too(runs):
     assert outcome(runs / "forked")[:2] == (0, "")
 
 
-def test_a_run_that_nothing_happens_to_says_nothing(runs):
+def test_an_undisturbed_run_prints_nothing(runs):
     code, output, attempts = outcome(runs / "whole")
     assert code == 0 and output == "" and [attempt["exit_code"] for attempt in attempts] == [0]
     assert sorted(os.listdir(runs / "whole" / "attempts")) == ["attempts.jsonl"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs):
+def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_continues(kind, runs):
     code, output, attempts = outcome(runs / kind)
     assert code == 0 and len(attempts) == 2, output
     first, last = attempts
     assert re.search(KINDS[kind], output) and f"start again on {socket.gethostname()} from step 5" in output, output
-    # bitwise that of a run without a fault
+    # bitwise equal to a run without a fault
     assert (runs / kind / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
     assert first["ranks"] == [1] and last["exit_code"] == 0
     assert first["kind"] == ENDS.get(kind, "hung") and 0 < first["steps"] <= 5
@@ -106,7 +106,7 @@ def test_a_rank_that_is_killed_or_hangs_is_named_and_the_run_goes_on(kind, runs)
 
 
 def recorded(folder: Path) -> dict[int, int]:
-    """Return how many collectives each rank has begun, by the flight recorders that are kept."""
+    """Return how many collectives each rank has started, according to the saved flight recorders."""
     begun = {}
     for file in folder.glob("flight-recorder-*.json"):
         trace = json.loads(file.read_text())["gloo"]
@@ -125,12 +125,12 @@ def test_a_fork_server_that_is_killed_is_named_and_replaced(runs):
     assert (runs / "server" / "losses.jsonl").read_text() == (runs / "whole" / "losses.jsonl").read_text()
 
 
-def test_what_a_rank_says_of_its_end_is_no_reason_to_start_again(runs):
+def test_a_rank_that_gives_a_reason_for_its_end_is_not_restarted(runs):
     code, output, attempts = outcome(runs / "refused")
     assert code == 2 and len(attempts) == 1
     assert attempts[0]["why"] == "rank 2 refused with exit code 2: tokens.bin: token 7 is not in the vocabulary."
     assert output.endswith("distattn: rank 2 ended with exit code 2; the other ranks were stopped.")
-    # an error of the first step would be raised again
+    # an error in the first step would be raised again
     code, output, attempts = outcome(runs / "raised at once")
     assert code == 1 and len(attempts) == 1 and attempts[0]["kind"] == "raised"
 

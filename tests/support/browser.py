@@ -1,4 +1,4 @@
-"""A page in a real browser, where there is one."""
+"""Runs a page in a headless browser if one is installed."""
 
 import html
 import json
@@ -33,11 +33,12 @@ addEventListener("error", event => document.body.dataset.error = event.message);
   parent.postMessage(JSON.stringify(said), "*");
 }
 </script></body>"""
-# windows of a headless browser are at least 500 pixels wide, frames need not be
+# a headless browser's window is at least 500 pixels wide; a frame can be narrower
 _FRAME = """<!doctype html><body><script>addEventListener("message", event => document.body.dataset.said = event.data);</script>
 <iframe src="page.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe></body>"""
-# finds what a person could not read. said.unread: texts of SVGs that stand out of them, are smaller than 10 pixels, or have a
-# contrast below 4.5 (WCAG 2). said.wide: what has to be scrolled sideways. said.texts: how many texts were looked at
+# finds text that a person could not read. said.unread: SVG text that overflows the drawing, is smaller than 10 pixels,
+# or has a contrast below 4.5 (WCAG 2). said.wide: elements that need sideways scrolling. said.texts: number of texts
+# checked
 LEGIBLE = """
   const luminance = colour => {
     const parts = colour.match(/[\\d.]+/g).map(part => part / 255);
@@ -61,9 +62,9 @@ needs_browser = pytest.mark.skipif(_BROWSER is None, reason="there is no Chromiu
 
 
 def what_a_script_says(page: str, script: str, folder: Path, width: int, dark: bool = False) -> dict[str, Any]:
-    """Return what a script puts into `said` once the page has run, and whether the page is cut or had an error.
+    """Return what `script` stores in `said` after the page has run, and whether the page overflows or raised an error.
 
-    width: of the page, in pixels. dark: a person's device asks for dark pages.
+    width: page width in pixels. dark: the device prefers dark pages.
     """
     (folder / "page.html").write_text(page.replace("</body>", _AROUND.replace("SCRIPT", script)))
     frame = folder / "frame.html"
@@ -77,5 +78,5 @@ def what_a_script_says(page: str, script: str, folder: Path, width: int, dark: b
 
 
 def as_printed(page: str) -> str:
-    """Return a page that looks on the screen as it does on paper."""
+    """Return the page with its print styles applied on screen."""
     return page.replace("@media print", "@media all")

@@ -1,4 +1,4 @@
-"""Masks, layouts and plans that many tests use."""
+"""Masks, layouts and plans shared by many tests."""
 
 import functools
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ LENGTHS = (1, 7, 129, 63)
 
 
 def masks(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
-    """Return a few masks of very different shapes."""
+    """Return a few very different masks."""
     n = sum(lengths)
     return {
         "causal": Mask.causal(n),
         "full": Mask.full(n),
         "documents": Mask.documents(lengths),
         "window": Mask.sliding_window(n, n // 9),
-        # two-sided bands, rows without any key, blocks
+        # two-sided bands, rows without keys, blocks
         "odd": Mask.from_pieces(
             [
                 [3, n // 2, 5, n - 9, -7, 20, 1, 1, 0, 0],
@@ -34,7 +34,7 @@ def masks(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
 
 @functools.cache
 def all_masks(heads: int, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
-    """Return twelve static patterns of the long-context attention benchmark, sink tokens, odd bands and head groups."""
+    """Return twelve static masks of the long-context attention benchmark, plus sink tokens, odd bands and head groups."""
     n = sum(lengths)
     some = masks(lengths)
     return some | {
@@ -57,7 +57,7 @@ def layouts(lengths: tuple[int, ...], ranks: int) -> dict[str, Layout]:
     n = sum(lengths)
     cuts = sorted({0, n // 7, n // 3, n // 2, n})
     spans = list(zip(cuts[:-1], cuts[1:], strict=True))
-    # uneven shards in a shuffled local order; with more than two ranks the last one owns nothing
+    # uneven shards in shuffled local order. With more than two ranks, the last rank has no tokens
     owners = max(1, ranks - 1) if ranks > 2 else ranks
     return {
         "contiguous": Layout.contiguous(lengths, ranks),

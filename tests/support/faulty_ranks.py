@@ -1,4 +1,4 @@
-"""A small training of ranks that sum over gloo, for tests of supervision: a rank dies or hangs in one of several ways."""
+"""A small training job whose ranks all-reduce over gloo. Supervision tests make one rank die or hang in various ways."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch.distributed as dist
 from distattn.ir.errors import DistattnError
 from distattn.supervision.heartbeats import activity, set_activity
 
-# the limit of a step without a fault
+# the limit for a step without a fault
 ENDLESS_SECONDS = 600.0
 
 
 def run(folder: str, steps: int) -> int:
-    """Run steps of a sum in which each depends on all before it. Resume from the last step in the folder."""
+    """Run training steps, each of which depends on all earlier ones. Resume after the last step recorded in `folder`."""
     rank, torn = int(os.environ["RANK"]), Path(folder, "fault.json")
     torch.set_num_threads(1)
     with activity("rendezvous", waits=True, key="rendezvous"):
@@ -37,14 +37,14 @@ def run(folder: str, steps: int) -> int:
         fault = json.loads(torn.read_text())
     value = torch.tensor(before[-1][1] if before else 1.0, dtype=torch.float64)
     for step in range(len(before), steps):
-        # a long limit, so that a slow machine is not taken for a hang
+        # use a long limit so that a slow machine does not look like a hang
         seconds = 0.0 if fault.get("step") == step else ENDLESS_SECONDS
         set_activity("computing", step=step, seconds=seconds)
         # long enough for the watch to look several times
         time.sleep(0.05)
         mine = fault.get("rank") == rank and fault.get("step") == step
         if mine:
-            # rank 0 may be killed before it has written a step that all ranks have summed
+            # otherwise rank 0 could be killed before it records a step that all ranks have summed
             while step and not (file.exists() and file.read_text().count("\n") >= step):
                 time.sleep(0.001)
             if not fault.get("again"):
@@ -62,18 +62,18 @@ def run(folder: str, steps: int) -> int:
 
 
 def hang(kind: str, folder: Path) -> None:
-    """Make the fault of this kind happen. Return only if another rank reports the fault."""
+    """Make a fault of this kind happen. Return only if another rank reports the fault."""
     if kind == "cut":
         subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind in ("server is killed", "server is stopped"):
-        # the fork server, which ends its ranks when it ends
+        # the parent is the fork server, whose ranks end with it
         os.kill(os.getppid(), signal.SIGKILL if kind == "server is killed" else signal.SIGSTOP)
         set_activity("computing", seconds=ENDLESS_SECONDS)
         time.sleep(ENDLESS_SECONDS)
     if kind == "abort":
-        # as NCCL's watchdog does
+        # this is how NCCL's watchdog ends a process
         os.abort()
     if kind in ("exit", "leave"):
         os._exit(255 if kind == "exit" else 0)

@@ -1,7 +1,7 @@
-"""fla-core's kernels in Triton's interpreter, in a process of their own: prints the results as JSON.
+"""Runs fla-core's kernels in Triton's interpreter, in a separate process, and prints the results as JSON.
 
-If fla-core is installed, transformers calls its kernels for CPU tensors, too, and fails. `make fla` therefore installs it in a
-folder next to the environment, which no other process has on its path.
+Once fla-core is installed, transformers calls its kernels for CPU tensors as well, and fails. `make fla` therefore
+installs it in a folder next to the environment, which no other process has on its path.
 """
 
 import ctypes
@@ -28,12 +28,12 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.parallel.runtime.lowering.lower import lower
 
 CPU = torch.device("cpu")
-# each op has a document of one token, and one op has documents of more than one chunk
+# every op is tested with a one-token document, and one op with a document longer than one chunk
 LENGTHS = {"gated_delta_rule": (3, 1, 70)}
 
 
 def make_kernels_run() -> None:
-    """Patch Triton's interpreter and autotuner, so that fla-core's kernels run in them."""
+    """Patch Triton's interpreter and autotuner so that they can run fla-core's kernels."""
     # loop counters are plain ints in the interpreter, and kernels call `.to` on them
     gc.get_referents(int.__dict__)[0]["to"] = lambda number, *_: number
     ctypes.pythonapi.PyType_Modified(ctypes.py_object(int))
@@ -48,14 +48,16 @@ def make_kernels_run() -> None:
 
 
 def largest_difference(name: str, dtype: torch.dtype) -> float:
-    """Return the largest difference of an op's outputs, states, gradients and transitions from the chunked kernel in fp64."""
+    """Return the largest difference between fla-core and the chunked kernel in fp64, over outputs, states, gradients
+    and transitions.
+    """
     needed = KernelRequirements(dtype, 16, 16, CPU, op=OPS[name])
     inputs = RecurrenceInputs.random(LENGTHS.get(name, (18, 1)), 2, 1, needed)
     return max(differences(load_kernel("fla"), inputs))
 
 
 def over_ranks() -> str:
-    """Run a plan of two ranks whose states are combined by heads. Return an empty text, or the difference."""
+    """Run a head-sharded plan on two ranks. Return an empty string, or a description of the difference."""
     case = recurrence_case(OPS["gated_delta_rule"], (5, 19), 2, 1, 16, 16)
     shape = dict(heads=2, kv_heads=1, head_dim=16, v_head_dim=16, dtype="float32", op="gated_delta_rule")
     layout = da.Layout.zigzag(case.lengths, ranks=2)
@@ -68,7 +70,9 @@ def over_ranks() -> str:
 
 
 def as_operator() -> dict[str, float]:
-    """Return relative differences of `da.recurrence` by kernel "fla" from the chunked kernel, in half precision, by name."""
+    """Return the relative differences by name between `da.recurrence` with kernel "fla" and with the chunked kernel, in
+    fp16.
+    """
     shape = dict(heads=2, kv_heads=2, head_dim=16, v_head_dim=32, dtype="float16", op="gated_delta_rule")
     plan = da.make_plan(da.Mask.documents([25]), da.Layout.contiguous([25], 1), strategy="scan", **shape)
     inputs = RecurrenceInputs.random((25,), 2, 2, KernelRequirements(torch.float16, 16, 32, CPU, op=plan.call.op))
@@ -86,7 +90,9 @@ def as_operator() -> dict[str, float]:
 
 
 def convolutions() -> dict[str, float]:
-    """Return the largest differences from the taps: of packed documents, and of the launches of a ring's steps."""
+    """Return the largest differences from the reference taps, for packed documents and for the launches of a ring's
+    steps.
+    """
     needed = KernelRequirements(torch.float32, 1, 6, CPU, op=OPS["convolution"])
     inputs = ConvolutionInputs.random((66, 1, 9), 2, needed)
     largest = {"documents": max(convolution_differences(load_kernel("fla_conv1d"), inputs, needed))}
@@ -105,7 +111,7 @@ def convolutions() -> dict[str, float]:
 
 
 def refusals() -> dict[str, str]:
-    """Return the reasons for which kernels refuse calls that belong to the chunked kernel."""
+    """Return, by case, why fla-core's kernels refuse calls that the chunked kernel must serve."""
     usual = KernelRequirements(torch.float16, 16, 16, CPU, op=OPS["ssd"])
     odd = {
         "served": usual,
@@ -128,7 +134,7 @@ if __name__ == "__main__":
     sys.path.append(sys.argv[1])
     torch.set_num_threads(1)
     make_kernels_run()
-    # fla-core itself refuses a delta rule without a decay in float32
+    # fla-core itself refuses a delta rule without decay in float32
     by_op = {name: largest_difference(name, torch.float32) for name in sys.argv[2:] if name != "delta_rule"}
     by_op |= {name: largest_difference(name, torch.float16) for name in sys.argv[2:] if name == "delta_rule"}
     chosen = {"ranks": over_ranks(), "convolutions": convolutions(), "operator": as_operator(), "refusals": refusals()}

@@ -1,6 +1,6 @@
-"""fla-core's own context parallelism in Triton's interpreter, over the gloo ranks of a launcher, as the cluster check calls it.
+"""Runs fla-core's context parallelism in Triton's interpreter on gloo ranks, called as the cluster check calls it.
 
-Rank 0 prints JSON: for each rank, op and layout what is wrong, or an empty text. See `fla_in_interpreter`.
+Rank 0 prints JSON: for each rank, op and layout an error message, or an empty string. See `fla_in_interpreter`.
 """
 
 import json
@@ -19,7 +19,7 @@ from harness import joined
 
 
 def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, None]:
-    """Gather `x` of all ranks into (ranks, ...). gloo's own function expects another shape."""
+    """Gather `x` from all ranks into (ranks, ...). gloo's own function expects another shape."""
     shards = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, x, group)
     return torch.stack(shards), None
@@ -29,7 +29,7 @@ def make_it_run_on_cpus() -> None:
     make_kernels_run()
     modules = [import_module(f"fla.ops.cp.chunk_{name}") for name in ("bwd", "delta_h", "fwd", "merge")]
     for module in modules:
-        # fla-core refuses devices that are not GPUs
+        # fla-core refuses devices other than GPUs
         module._check_cp_device = lambda device: None
     modules[1].all_gather_into_tensor = gathered
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     rank, _, device = joined()
     problems = {}
     for op in FLA:
-        # one document across all ranks, and one inside a slice
+        # one document spans all ranks, and the other lies within one rank's slice
         case = Case.of(op, [26, 6], 1, device)
         problems |= {f"{op}, {layout}": case.check(of_fla(case, layout)()) for layout in ("contiguous", "zigzag")}
     problems_by_rank: list[dict[str, str]] = [{}] * dist.get_world_size()

@@ -1,10 +1,12 @@
-"""Runs Gluon kernels on the CPU, out of order where the hardware may: the proof that they wait for what they need.
+"""Runs Gluon kernels on the CPU, out of order wherever the hardware may, to prove that they wait for everything they
+need.
 
-Triton's interpreter does not know Gluon. This module runs the kernels' own Python with stand-ins for its operations. Each group
-of warps is a thread; one runs at a time, a random one after every synchronising operation. Copies of the tensor-memory
-accelerator land at a random later moment, and until then their target is NaN; asynchronous products read their operands at
-a random moment before the wait; registers cannot be used before the wait. A product or copy must not read shared memory that was
-written and not fenced. Accesses outside of a tensor and deadlocks raise. Layouts, which the compiler checks, are ignored.
+Triton's interpreter does not support Gluon. This module runs the kernels' own Python code with stand-ins for Gluon's
+operations. Each warp group is a thread. Only one runs at a time, chosen at random after every synchronizing operation.
+Copies by the Tensor Memory Accelerator (TMA) land at a random later moment, and until then their target is NaN.
+Asynchronous products read their operands at a random moment before the wait, and their result registers cannot be used
+before it. A product or copy must not read shared memory that was written without a fence. Out-of-bounds accesses and
+deadlocks raise an error. Layouts are ignored, since the compiler checks them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ ACTIVE: list[Machine] = []
 
 
 def emulate(launch, seed: int) -> list[list[str]]:
-    """Run all programs of a launch. Return, for each, the groups of warps that began products which add to nothing, in order."""
+    """Run all programs of a launch. Return, for each, the warp groups that issued products without an accumulator
+    input, in order.
+    """
     code = emulated(launch.kernel, {})
     arguments = {name: stand_in(value) for name, value in launch.arguments.items()}
     programs, begun = launch.grid[0], []
@@ -35,7 +39,7 @@ def emulate(launch, seed: int) -> list[list[str]]:
 
 
 class Machine:
-    """One program: its groups of warps, and copies under way."""
+    """One program: its warp groups and the copies in flight."""
 
     def __init__(self, number: int, programs: int, chance: random.Random):
         self.number, self.programs, self.chance = number, programs, chance
@@ -43,13 +47,13 @@ class Machine:
         self.shared: list[Shared] = []
         self.groups: list[Group] = []
         self.begun: list[str] = []
-        # the chance that a copy lands while a group could go on, and which copy lands: the newest, the oldest, or any
+        # the probability that a copy lands while a group could run, and which copy lands: the newest, the oldest or any
         self.eagerness, self.lands = chance.choice([0.02, 0.3]), chance.choice([-1, 0, None])
 
     def run(self, functions, warps, registers) -> None:
-        """Run all groups until they end, as `warp_specialize` does."""
+        """Run all groups to completion, as `warp_specialize` does."""
         self.groups = [Group(str(i + 1), function, arguments) for i, (function, arguments) in enumerate(functions)]
-        # some are slow: one group may run far ahead of another
+        # slow down some groups, so that others run far ahead
         for group in self.groups:
             group.speed = self.chance.choice([1, 1, 20])
         while any(not group.ended for group in self.groups):
@@ -77,20 +81,20 @@ class Machine:
         return next((group for group in self.groups if group.thread is threading.current_thread()), None)
 
     def pause(self, ready=lambda: True, where: str = "") -> None:
-        """Let another group run; go on when `ready`."""
+        """Let another group run. Continue once `ready` returns True."""
         if me := self.me():
             me.pause(ready, where)
 
 
 class Group:
-    """A group of warps: a thread that runs one step at a time."""
+    """A warp group: a thread that runs one step at a time."""
 
     def __init__(self, name: str, function, arguments):
         self.name, self.ready, self.where = name, lambda: True, ""
         self.ended = self.stopped = False
         self.speed = 1
         self.error: BaseException | None = None
-        # asynchronous products that have not been waited for, oldest first
+        # asynchronous products not yet waited for, oldest first
         self.products: list[Product] = []
         # copies out of shared memory, oldest first
         self.stores: list[tuple[str | None, object]] = []
@@ -126,7 +130,7 @@ class Stopped(BaseException):
 
 
 class Shared:
-    """A piece of shared memory, and for each element the group that wrote it without a fence."""
+    """A piece of shared memory that records which group wrote each element without a fence."""
 
     def __init__(self, data, writers):
         self.data, self.writers, self.dtype = data, writers, data.dtype
@@ -150,13 +154,13 @@ class Shared:
         self.writers.fill_(int(ACTIVE[0].me().name))
 
     def read(self):
-        """Return the data to a product or a copy."""
+        """Return the data for a product or a copy. Raise AssertionError if some of it was written without a fence."""
         assert not self.writers.any(), "shared memory is read by another proxy without a fence"
         return self.data
 
 
 class Barrier:
-    """An mbarrier in shared memory; several where indexed."""
+    """An mbarrier in shared memory, or an indexable array of mbarriers."""
 
     def __init__(self, size: int):
         self.parts = [self] if size == 1 else [Barrier(1) for _ in range(size)]
@@ -193,7 +197,7 @@ class Barrier:
 
 
 class Product:
-    """An asynchronous product of a warpgroup."""
+    """An asynchronous product issued by a warp group."""
 
     def __init__(self, a, b, acc, use_acc):
         self.operands, self.value = (a, b, acc if use_acc else 0), None
@@ -208,7 +212,7 @@ class Product:
 
 
 class Pointer:
-    """An address in a tensor, or one for every lane."""
+    """An address in a tensor, or one address per lane."""
 
     def __init__(self, tensor, place):
         self.tensor, self.place = tensor, place
@@ -218,7 +222,7 @@ class Pointer:
         return Pointer(self.tensor, self.place + more)
 
     def reach(self, mask):
-        """Return (flat memory, offsets, mask), all inside the tensor."""
+        """Return (flat memory, offsets, mask). Raise AssertionError if an unmasked offset is outside the tensor."""
         place = torch.as_tensor(self.place)
         mask = torch.as_tensor(True if mask is None else mask).expand(place.shape)
         first = self.tensor.storage_offset()
@@ -230,7 +234,7 @@ class Pointer:
 
 
 class Descriptor:
-    """A matrix in global memory as the tensor-memory accelerator sees it."""
+    """A matrix in global memory as TMA sees it."""
 
     def __init__(self, descriptor):
         self.matrix = torch.as_strided(descriptor.base, descriptor.shape, descriptor.strides)
@@ -387,7 +391,7 @@ FUNCTIONS = {
 
 
 def emulated(function, cache: dict):
-    """Return the Python function of a kernel, or of a function that it calls, with stand-ins for the names it uses."""
+    """Return the Python function of a kernel, or of a function it calls, with its global names replaced by stand-ins."""
     code = function.fn
     if code not in cache:
         names: dict = {}

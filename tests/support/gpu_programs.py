@@ -1,4 +1,6 @@
-"""The programs of `make bench-gpu` and `make check-cluster`, run without a GPU, where torch and Triton are the only packages."""
+"""Runs the programs of `make bench-gpu` and `make check-cluster` without a GPU, with torch and Triton as the only
+packages.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,7 @@ _TORCH_ALONE = Path(__file__).parent / "torch_alone"
 
 
 def run_program(*command: str, ranks: int = 0) -> subprocess.CompletedProcess:
-    """Run one program with Triton's interpreter: on `ranks` ranks of torchrun, or without torchrun if `ranks` is 0."""
+    """Run one program with Triton's interpreter, on `ranks` torchrun ranks, or without torchrun if `ranks` is 0."""
     pytest.importorskip("triton", reason="Triton is not installed")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks else ()
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (_TORCH_ALONE, ROOT)))}

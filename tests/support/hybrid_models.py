@@ -1,4 +1,4 @@
-"""Tiny models of transformers with recurrent layers, short convolutions or latent attention, and their reference."""
+"""Tiny transformers models with recurrent layers, short convolutions or latent attention, and their reference results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DELTA_NET = dict(
 )
 _EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 _SHARED = _EXPERTS | dict(shared_expert_intermediate_size=16)
-# models with latent attention call a key's width without its rotary part qk_nope_head_dim
+# in models with latent attention, qk_nope_head_dim is a key's width without its rotary part
 _LATENT = _SIZES | dict(
     num_key_value_heads=4, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=6
 )
@@ -118,15 +118,15 @@ MODELS = RECURRENT | LATENT | EXPERTS
 
 
 def config(name: str, **changes: Any) -> PretrainedConfig:
-    """Return a new configuration of a model_type."""
+    """Return a new configuration for transformers' model_type `name`."""
     return AutoConfig.for_model(name, **MODELS[name] | changes)
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> torch.nn.Module:
-    """Return a model in training mode, the same on all ranks. No parameter is left at its initial zeros or ones."""
+    """Return a model in training mode, identical on all ranks. No parameter keeps its initial zeros or ones."""
     huggingface.register()
     torch.manual_seed(0)
-    # transformers' grouped experts have no float64
+    # transformers' grouped experts do not support float64
     how: dict[str, Any] = dict(attn_implementation="distattn", experts_implementation="eager")
     model = AutoModelForCausalLM.from_config(config(name, **changes), **how).to(dtype)
     generator = torch.Generator().manual_seed(1)
@@ -137,13 +137,13 @@ def build(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> torc
 
 
 def batch_of(lengths: Sequence[int]) -> dict[str, Any]:
-    """Return random token ids of packed documents."""
+    """Return a batch of packed documents with random token ids."""
     ids = torch.randint(0, 64, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
     return {"input_ids": ids, "document_lengths": list(lengths)}
 
 
 def in_one_process(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Compute the loss and gradients by transformers alone, one document at a time."""
+    """Compute the loss and gradients with transformers alone, one document at a time."""
     with huggingface.single_process_attention(model):
         loss = loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], [batch])
         loss.backward()
@@ -152,7 +152,7 @@ def in_one_process(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[to
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Replace float32 by float64 in torch: transformers computes decays, states and routers in float32 throughout."""
+    """Replace float32 by float64 in torch, because transformers always computes decays, states and routers in float32."""
     names, as_float = ("float32", "float"), torch.Tensor.float
     before = {name: getattr(torch, name) for name in names}
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
@@ -167,9 +167,10 @@ def double_precision() -> Iterator[None]:
 
 
 def worst(got: Sequence[torch.Tensor | None], wanted: Sequence[torch.Tensor | None]) -> float:
-    """Return the largest error of a gradient, relative in norm.
+    """Return the largest relative error of any gradient, by norm.
 
-    The error of a gradient near 0 (of keys that see only themselves) is relative to the model's largest gradient.
+    Errors of gradients near zero (such as those of keys seen by no other token) are relative to the model's largest
+    gradient.
     """
     assert [x is None for x in got] == [x is None for x in wanted]
     pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if a is not None and b is not None]

@@ -1,8 +1,8 @@
-"""The rules of CUDA's caching allocator that decide which memory is held when another stream has used it.
+"""The rules by which CUDA's caching allocator keeps memory that another stream has used.
 
-`ProcessGroupNCCL` tells the allocator of the storage of every message (`record_stream`). The allocator then records an event on
-NCCL's stream when that memory is freed, and gives it to others only once the device has passed the event. The host may be many
-layers ahead: CUDA takes about 1,024 launches before it makes the host wait.
+`ProcessGroupNCCL` calls `record_stream` for the storage of every message. When that memory is freed, the allocator
+records an event on NCCL's stream, and reuses the memory only after the device has passed the event. The host may be
+many layers ahead: CUDA queues about 1,024 launches before it makes the host wait.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections import deque
 
 from torch import UntypedStorage
 
-# launches that a device's queue takes before the host waits
+# number of launches that a device queues before the host has to wait
 QUEUE = 1024
 
 
 class HeldBytes:
-    """Bytes that no other tensor can use: of storages that are alive, and of freed ones that wait for the device.
+    """The bytes that no other tensor can use: live storages, and freed storages that wait for the device.
 
-    queue: launches that the host is ahead of the device, all the time. peak: the most bytes that were held; peak_of_messages:
-    the same for storages that messages were sent from or received in.
+    queue: how many launches the host stays ahead of the device. peak: the most bytes held at once. peak_of_messages:
+    the same for storages that messages were sent from or received into.
     """
 
     def __init__(self, queue: int = 0):
@@ -28,7 +28,7 @@ class HeldBytes:
         self._queue = queue
         self._sizes: dict[int, int] = {}
         self._recorded: set[int] = set()
-        # freed blocks, oldest first: number of the launch that the device must pass, bytes
+        # freed blocks, oldest first: (the number of the launch that the device must pass, bytes)
         self._waiting: deque[tuple[int, int]] = deque()
 
     def held(self) -> int:
@@ -48,7 +48,7 @@ class HeldBytes:
         weakref.finalize(storage, self._free, key).atexit = False
 
     def record(self, storage: UntypedStorage) -> None:
-        """Note that another stream uses a storage. Ignore a storage that is not counted."""
+        """Note that another stream uses a storage. Ignore storages that are not counted."""
         if not self.knows(storage):
             return
         self._recorded.add(storage._cdata)
@@ -56,7 +56,7 @@ class HeldBytes:
         self.peak_of_messages = max(self.peak_of_messages, in_use + self._waiting_bytes())
 
     def launch(self, count: int = 1) -> None:
-        """Count launches as queued: the device has passed all but the last `queue`."""
+        """Count launches as queued. The device has then passed all but the last `queue` launches."""
         self.launched += count
 
     def _free(self, key: int) -> None:

@@ -1,15 +1,16 @@
-"""CUDA's streams and events on a machine without a GPU: the device is "meta", nothing is computed, and clocks check the order.
+"""Imitates CUDA's streams and events without a GPU: the device is "meta", nothing is computed, and clocks check the
+order.
 
-`imitated_cuda` replaces the functions of torch.cuda that distattn calls. It watches every operator in every thread that starts
-inside; it records Triton's launches instead of compiling them; and communicators queue messages as NCCL does: behind the work
-that is on the current stream, on a stream of their own, which the current stream waits for at `wait`.
+`imitated_cuda` replaces the functions of torch.cuda that distattn calls. It watches every operator in every thread
+started while it is active, and records Triton's launches instead of compiling them. Communicators queue messages as
+NCCL does: behind the work on the current stream, and on their own stream, which the current stream waits for at `wait`.
 
-There are two devices. All tensors are on device TENSORS_ON, none on device 0. The current device belongs to a thread, and a new
-thread begins with device 0. To launch a kernel on the device without tensors, or to ask for its current stream, is a violation.
-PyTorch's own operators and NCCL's calls go to the device of their tensors by themselves.
+There are two devices. All tensors are on device TENSORS_ON, none on device 0. Each thread has its own current device,
+initially device 0. Launching a kernel on the device without tensors, or asking for its current stream, is a violation.
+PyTorch's own operators and NCCL's calls switch to their tensors' device by themselves.
 
-A number read from the device is 1, and a tensor copied from it is zeros. The host waits for both, and for copies to the device
-unless they are non_blocking.
+A number read from the device is 1, and a tensor copied from it is all zeros. The host waits for both, and for copies to
+the device unless they are non_blocking.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-# dispatch modes import it at the first operator: import it once, before ranks are forked
+# dispatch modes import this module at the first operator, so import it once before ranks are forked
 import torch._dynamo
 from stream_clocks import Clock, StreamClocks, Timeline
 from torch import Tensor
@@ -36,7 +37,7 @@ from distattn.kernels.registry import KERNELS
 from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.triton import attention as triton_attention
 
-# this module is registered as the kernel KERNEL: Triton's kernel, with recorded launches
+# this module is registered as kernel KERNEL, which is Triton's kernel with recorded launches
 from distattn.kernels.triton.attention import ACCUMULATES, DIFFERENTIABLE_LSE, backward, forward, prepare
 from distattn.kernels.triton.launch import TritonLaunch
 from distattn.memory import pinned_memory
@@ -46,10 +47,10 @@ from distattn.parallel.runtime.communication import communicator
 __all__ = ["ACCUMULATES", "DEVICE", "DIFFERENTIABLE_LSE", "KERNEL", "StreamNccl", "backward", "forward", "prepare"]
 
 DEVICE = torch.device("meta")
-# the number of the device that all tensors are on
+# the index of the device that holds all tensors
 TENSORS_ON = 1
 KERNEL = "recorded"
-# the arguments that each of Triton's launches writes; it reads all others
+# the arguments that each Triton kernel writes; it only reads the others
 _WRITTEN = {
     "forward_kernel": ("o_", "lse_"),
     "row_numbers_kernel": ("numbers_",),
@@ -58,20 +59,20 @@ _WRITTEN = {
     "sum_parts_kernel": ("dk_", "dv_"),
 }
 _ALLOCATE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
-# run these operators' code: for meta tensors PyTorch would only compute shapes
+# run the code of these operators, because for meta tensors PyTorch would only compute shapes
 _PASSES = ("distattn::forward", "distattn::backward")
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return None: a recorded launch serves every call."""
+    """Return None, because a recorded launch serves every call."""
     return None
 
 
 @contextmanager
 def imitated_cuda(current: int = TENSORS_ON) -> Iterator[Cuda]:
-    """Make "meta" a device with streams. This thread and those that it starts are watched.
+    """Make "meta" a device with streams. Watch this thread and the threads it starts.
 
-    current: the number of this thread's current device, as a program sets it at its start.
+    current: the index of this thread's current device, which a program sets at its start.
     """
     cuda = Cuda(current)
     with pytest.MonkeyPatch.context() as patch:
@@ -107,9 +108,9 @@ def imitated_cuda(current: int = TENSORS_ON) -> Iterator[Cuda]:
 
 
 class Cuda:
-    """The default stream of the device with tensors, and which device and stream are current in which thread.
+    """The default stream of the device that holds the tensors, and each thread's current device and stream.
 
-    devices_set: how often a device was made current.
+    devices_set: how often a thread has set its current device.
     """
 
     def __init__(self, current: int = TENSORS_ON) -> None:
@@ -121,13 +122,13 @@ class Cuda:
 
     @property
     def current(self) -> int:
-        """The number of this thread's current device."""
+        """The index of this thread's current device."""
         return getattr(self._per_thread, "device", 0)
 
     def set_device(self, device: Any) -> None:
         self.devices_set += 1
         number = torch.device(device).index
-        # "meta" has no numbers
+        # "meta" devices have no index
         self._per_thread.device = TENSORS_ON if number is None else number
 
     @contextmanager
@@ -141,19 +142,21 @@ class Cuda:
             self._per_thread.device = before
 
     def check_device(self, action: str) -> None:
-        """Note a violation if the device of the tensors is not current in this thread."""
+        """Record a violation if this thread's current device is not the one with the tensors."""
         if self.current != TENSORS_ON:
             self.clocks.violation(f"{action} on device {self.current}, where no tensor is ({self.clocks.host().name})")
 
     def current_stream(self, device: Any = None) -> Stream:
-        """Return the current stream of this thread, by default on its current device: the default stream in a new thread."""
+        """Return this thread's current stream, which is the default stream in a new thread. device: by default the
+        current device.
+        """
         if device is None:
             self.check_device("the current stream is asked for")
         return getattr(self._per_thread, "current", self.default)
 
     @contextmanager
     def stream(self, stream: Stream | None) -> Iterator[None]:
-        """Make a stream and its device current in this thread meanwhile. Do nothing for None."""
+        """Make a stream and its device current in this thread inside the `with` block. Do nothing for None."""
         before, device_before = self.current_stream(DEVICE), self.current
         if stream is not None:
             self._per_thread.current, self._per_thread.device = stream, TENSORS_ON
@@ -163,12 +166,12 @@ class Cuda:
             self._per_thread.current, self._per_thread.device = before, device_before
 
     def wait_on_host(self, clock: Clock) -> None:
-        """Make this thread of the host wait until all that a clock has seen is done."""
+        """Make this host thread wait for all work that `clock` has seen."""
         self.clocks.join(self.clocks.host(), clock)
 
 
 class Stream:
-    """See torch.cuda.Stream."""
+    """A stand-in for torch.cuda.Stream."""
 
     def __init__(self, cuda: Cuda, name: str = "a side stream"):
         self.cuda, self.timeline = cuda, cuda.clocks.new_stream(name)
@@ -179,7 +182,7 @@ class Stream:
         return event
 
     def wait_event(self, event: Event) -> None:
-        """Make the stream wait for an event. As in CUDA, an event that was not recorded is no wait."""
+        """Make the stream wait for an event. As in CUDA, waiting for an event that was never recorded does nothing."""
         waiting = self.cuda.clocks.host()
         if not waiting.knows(event.host, event.tick):
             self.cuda.clocks.violation(
@@ -195,12 +198,12 @@ class Stream:
 
 
 class Event:
-    """An event as torch.cuda.Event has it. Every query answers that its work is done."""
+    """A stand-in for torch.cuda.Event. Every query reports that the work is done."""
 
     def __init__(self, cuda: Cuda, enable_timing: bool = False):
         self.cuda = cuda
         self.clock: Clock = {}
-        # the host thread that recorded it, and when
+        # the host thread that recorded the event, and its tick at that time
         self.host, self.tick = cuda.clocks.host(), 0
 
     def record(self, stream: Stream | None = None) -> None:
@@ -251,7 +254,7 @@ class _Watch(TorchDispatchMode):
             if x.device == DEVICE or (pins and x in new):
                 self.clocks.allocated(x, stream if x.device == DEVICE else self.clocks.host())
         if name in _ALLOCATE or not (new or written or to_host):
-            # views touch nothing
+            # views access no data
             return out
         reads = [x for x in tensors if all(x is not other for other in written)]
         if not is_queued:
@@ -260,7 +263,8 @@ class _Watch(TorchDispatchMode):
         self.clocks.queue(stream, name, reads, [*written, *new])
         from_host = name in ("_to_copy", "copy_") and any(x.device != DEVICE for x in tensors)
         blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-        # the host need not wait for a copy from the device into pinned memory; it waits for other copies to the host
+        # the host does not wait for a non-blocking copy from the device into pinned memory. It waits for all other
+        # copies to the host
         leaves = name == "copy_" and to_host and not blocks and self.clocks.knows(written[0])
         if (to_host and not leaves) or (from_host and blocks):
             self.cuda.wait_on_host(self.clocks.snapshot(stream))
@@ -289,7 +293,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operator changes, by its schema."""
+    """Return the tensors that an operator writes according to its schema."""
     changed = []
     for number, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
@@ -302,7 +306,7 @@ def _record_launch(cuda: Cuda, launch: TritonLaunch) -> None:
         return
     name = launch.kernel.fn.__name__
     cuda.check_device(f"{name} is launched")
-    # descriptors have their tensor as `base`
+    # a tensor descriptor holds its tensor in `base`
     tensors = {argument: getattr(x, "base", x) for argument, x in launch.arguments.items()}
     tensors = {argument: x for argument, x in tensors.items() if isinstance(x, Tensor)}
     written = [tensors[argument] for argument in _WRITTEN[name]]
@@ -311,14 +315,14 @@ def _record_launch(cuda: Cuda, launch: TritonLaunch) -> None:
 
 
 class StreamNccl:
-    """One rank's end of a communicator, with the methods of ProcessGroupNCCL that distattn calls. Nothing is sent."""
+    """One rank's side of a communicator, with the methods of ProcessGroupNCCL that distattn calls. Nothing is sent."""
 
     supports_coalescing = True
 
     def __init__(self, cuda: Cuda):
         self._cuda = cuda
         self._timeline = cuda.clocks.new_stream("a communicator's stream")
-        # messages of one call travel concurrently
+        # the messages of one call travel concurrently
         self._lanes: list[Timeline] = []
         self._used: list[Tensor] = []
 
@@ -356,14 +360,14 @@ class StreamNccl:
         return _Work(self._cuda, clocks.snapshot(self._timeline), used)
 
     def shutdown(self) -> None:
-        """End; the messages of these tests have all been waited for."""
+        """Return at once: in these tests all messages have been waited for."""
 
     def abort(self) -> None:
-        """End. No message is under way."""
+        """Return at once: no message is in flight."""
 
 
 class _Work:
-    """The work that a communicator's call returns. As NCCL's it keeps its tensors until `wait`."""
+    """The work object that a communicator's call returns. Like NCCL's, it keeps its tensors until `wait`."""
 
     def __init__(self, cuda: Cuda, clock: Clock, tensors: list[Tensor]):
         self.cuda, self.clock, self._tensors = cuda, clock, tensors
@@ -377,7 +381,7 @@ class _Work:
 
 
 def _follow_hosts(patch: pytest.MonkeyPatch, cuda: Cuda) -> None:
-    """Pass clocks between host threads at the start and end of a thread and at each notification."""
+    """Pass clocks between host threads whenever a thread starts, ends or notifies another."""
     clocks = cuda.clocks
 
     def start(thread: threading.Thread, original: Callable[..., None] = threading.Thread.start) -> None:
@@ -397,7 +401,7 @@ def _follow_hosts(patch: pytest.MonkeyPatch, cuda: Cuda) -> None:
         original(thread, timeout)
         cuda.wait_on_host(getattr(thread, "known", {}))
 
-    # futures, events and queues contain a condition
+    # futures, events and queues all contain a condition
     def told(condition: Any) -> None:
         cuda.wait_on_host(getattr(condition, "known", {}))
 

@@ -1,11 +1,12 @@
-"""A backend with NCCL's rules, for tests: over queues between threads of one process, or over gloo between processes.
+"""A backend with NCCL's rules for tests, over queues between threads of one process or over gloo between processes.
 
-NCCL's rules that gloo does not have: the first call of a communicator blocks until all its ranks make one. The first message from
-one rank to another connects them, which blocks the host, without a time-out, until both have reached it. Tensors of another
-device are refused. Messages are one call, and calls run in order, each only when both ends have reached it. Sent tensors are read
-at the wait, and received tensors are NaN until the wait.
-Where ranks would wait for each other for ever, a Hang names both. A shutdown waits for calls under way and for the other ranks;
-no call may follow it. A communicator that was neither shut down nor aborted prints a warning when it is deleted.
+It follows rules of NCCL that gloo does not have. The first call on a communicator blocks until all its ranks have made
+one. The first message from one rank to another connects them, which blocks the host, without a time-out, until both
+have reached it. Tensors on another device are refused. Grouped messages are one call. Calls run in order, and only once
+both ends have reached them. Sent tensors are read at the wait, and received tensors are NaN until then.
+
+If ranks would wait for each other forever, a Hang names both. A shutdown waits for calls in flight and for the other
+ranks, and no call may follow it. A communicator that is deleted without a shutdown or abort prints a warning.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from torch import Tensor
 
 
 class Group:
-    """A stand-in for a process group: transports only ask whether it still exists."""
+    """A stand-in for a process group. Transports only ask whether it still exists."""
 
 
 GROUP = Group()
 
 
 class Hang(RuntimeError):
-    """A wait that would never end."""
+    """Raised for a wait that would never end."""
 
 
 class QueueWire:
-    """Queues between threads: rank r uses `end(r)`."""
+    """Queues between threads. Rank r uses `end(r)`."""
 
     def __init__(self, seconds: float = 60.0):
         self.seconds = seconds
@@ -108,16 +109,18 @@ class GlooWire:
 
 
 class ImitatedNccl:
-    """One rank's end of a communicator: the methods of `torch.distributed`'s backends that distattn calls."""
+    """One rank's side of a communicator, with the methods of `torch.distributed`'s backends that distattn calls."""
 
     supports_coalescing = True
 
     def __init__(self, wire: Any, rank: int, ranks: int, device: str = "cpu", blocks: bool = True):
-        """Make the end of `rank`. blocks: a wait returns once messages have come, and otherwise at once."""
+        """Create the side of `rank`. blocks: True if a wait returns only after the messages have arrived, False if it
+        returns at once.
+        """
         self._blocks = blocks
         self._wire, self._rank, self._ranks, self._device = wire, rank, ranks, torch.device(device)
         self._has_called, self._is_aborted, self._is_shut = False, False, False
-        # (source, destination) of messages that this rank has sent or received
+        # (source, destination) of all messages that this rank has sent or received
         self._connected: set[tuple[int, int]] = set()
         self._group: _Call | None = None
         # calls that have not run yet, oldest first
@@ -132,7 +135,7 @@ class ImitatedNccl:
         return "nccl"
 
     def allreduce(self, tensors: list[Tensor]) -> _Call:
-        """Open the communicator. distattn calls it for nothing else, so nothing is summed."""
+        """Open the communicator. Nothing is summed, because distattn uses this call only to open communicators."""
         self._check(*tensors)
         self._first_call()
         return _Call(self, [], [])
@@ -161,7 +164,7 @@ class ImitatedNccl:
 
     def _add(self, tensors: list[Tensor], peer: int, kind: str) -> _Call | None:
         self._check(*tensors)
-        # outside a group a message is a call of its own
+        # outside a group, each message is its own call
         alone = self._group is None
         if alone:
             self._start_coalescing()
@@ -194,7 +197,7 @@ class ImitatedNccl:
                 raise Hang(f"rank {self._rank}'s {action} waits for a call of rank {rank}") from None
 
     def _connect(self, call: _Call) -> None:
-        """Wait, on the host, for the other end of each message that is the first in its direction between two ranks."""
+        """Wait on the host for the peers of all messages that are the first in their direction between two ranks."""
         sent = {(self._rank, peer): peer for peer, _ in call.sends}
         received = {(peer, self._rank): peer for peer, _ in call.receives}
         new = {pair: peer for pair, peer in (sent | received).items() if pair not in self._connected}
@@ -211,7 +214,9 @@ class ImitatedNccl:
         self._connected |= set(new)
 
     def shutdown(self) -> None:
-        """Wait for calls under way and for the other ranks' shutdown. `abort` waits meanwhile: both take one lock."""
+        """Wait for calls in flight and for the other ranks' shutdown. A concurrent `abort` waits until then: both take
+        the same lock.
+        """
         with self._end_lock:
             if self._stream:
                 self.work_off(self._stream[-1])
@@ -220,7 +225,7 @@ class ImitatedNccl:
             self._is_shut = True
 
     def __del__(self) -> None:
-        # the text of PyTorch's destructor, which then aborts
+        # the warning of PyTorch's destructor, which then aborts
         if not (self._is_shut or self._is_aborted):
             os.write(
                 2, b"WARNING: destroy_process_group() was not called before program exit, which can leak resources.\n"
@@ -228,13 +233,13 @@ class ImitatedNccl:
             self.abort()
 
     def abort(self) -> None:
-        """End all calls under way, so that threads that wait for them go on."""
+        """End all calls in flight, so that threads waiting for them continue."""
         with self._end_lock:
             self._is_aborted = True
             self._stream.clear()
 
     def work_off(self, last: _Call) -> None:
-        """Run all calls up to this one, in order."""
+        """Run all calls up to and including `last`, in order."""
         with self._lock:
             while last in self._stream:
                 self._stream[0].run()
@@ -242,7 +247,7 @@ class ImitatedNccl:
 
 
 class _Call:
-    """Messages that are one call, and the work to wait for."""
+    """Messages that form one call, and the work object to wait for."""
 
     def __init__(self, communicator: ImitatedNccl, sends: list, receives: list):
         self._communicator, self.sends, self.receives = communicator, sends, receives
@@ -267,7 +272,7 @@ class _Call:
                 raise Hang(f"rank {rank} receives {tensor.nbytes} bytes from rank {peer}, which sends {data.numel()}")
             tensor.view(-1).view(torch.uint8).copy_(data)
             wire.put(peer, "taken", torch.zeros(1, dtype=torch.uint8))
-        # a send ends when the other end has received
+        # a send ends once the receiver has received
         for peer, _ in self.sends:
             self._taken(wire, rank, peer, "taken")
 
@@ -280,7 +285,7 @@ class _Call:
 
 
 def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
-    """Open communicators with NCCL's rules next to gloo groups from now on in this process."""
+    """Replace gloo communicators in this process by communicators with NCCL's rules from now on."""
     from distattn.parallel.runtime.communication import communicator
 
     def opened(store: dist.Store, rank: int, members: list[int], timeout: Any, name: str) -> ImitatedNccl:
@@ -291,7 +296,7 @@ def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
 
 
 def by_rules(rules: str, work: Any) -> Any:
-    """Return `work` for `run_on_ranks`, in processes whose communicators have NCCL's rules, or "gloo"'s own."""
+    """Return `work` for `run_on_ranks`, in processes whose communicators follow rules "nccl" or "gloo"."""
 
     def run(rank: int, *arguments: Any) -> Any:
         if rules == "nccl":

@@ -1,4 +1,4 @@
-"""The reference kernel with a GPU kernel's habits: it writes, adds and merges into the tensors that it is given."""
+"""The reference kernel with the habits of a GPU kernel: it writes, adds and merges into its output arguments."""
 
 import torch
 

@@ -1,4 +1,5 @@
-"""The fields that cluster/jobs uses of four schedulers, as their public references name them; every other field is an error.
+"""The fields of four schedulers that cluster/jobs uses, named as in their public references. Any other field is an
+error.
 
 Kubernetes: batch/v1 Job and core/v1 Pod of the API reference; JobSet: jobset.x-k8s.io/v1alpha2; Kubeflow Trainer v2.2:
 trainer.kubeflow.org/v1alpha1; SkyPilot: "Task YAML"; dstack: "Task", reference/dstack.yml.
@@ -55,7 +56,7 @@ class Port(Strict):
 
 
 class FieldRef(Strict):
-    # of the fields that environment variables can have
+    # only the fields that environment variables may refer to
     fieldPath: Annotated[str, Field(pattern=r"^metadata\.(name|namespace|uid|(labels|annotations)\['[^']+'\])$")]
 
 
@@ -79,7 +80,7 @@ class Container(Strict):
 
 
 class PodSpec(Strict):
-    # what podFailurePolicy asks for
+    # podFailurePolicy requires this
     restartPolicy: Literal["Never"]
     terminationGracePeriodSeconds: Seconds = 30
     containers: Annotated[list[Container], Field(min_length=1)]
@@ -165,7 +166,7 @@ class JobSet(Strict):
 
 
 class TorchPolicy(Strict):
-    # empty since v2.2
+    # this policy has no fields since v2.2
     pass
 
 

@@ -1,4 +1,4 @@
-"""The sockets on which processes wait for connections."""
+"""The sockets on which processes listen."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ import psutil
 
 
 def listening_addresses(process: psutil.Process) -> list[tuple[str, int]]:
-    """Return (address, port) of the TCP sockets on which a process waits for connections; none if it has just ended."""
+    """Return (address, port) of the TCP sockets on which a process listens, or an empty list if the process has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         connections = process.net_connections("tcp")
-        # IPv6 sockets with IPv4 addresses are listed as IPv4
+        # IPv4 addresses on IPv6 sockets are listed as IPv4
         return [
             (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
             for connection in connections

@@ -1,4 +1,4 @@
-"""Counts the bytes of host tensors that are alive, and their peak. Independent of the allocator."""
+"""Counts the bytes of live host tensors and their peak, independently of the allocator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """A dispatch mode whose `now` and `peak` count bytes of storages that operations make. Meta tensors have none."""
+    """A dispatch mode whose `now` and `peak` count the bytes of storages that operations create. Meta tensors count as
+    0 bytes.
+    """
 
     def __init__(self) -> None:
         super().__init__()

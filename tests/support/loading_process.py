@@ -1,7 +1,8 @@
-"""A training process for tests that is killed: reads a plan's steps, and notes in a journal what each share read in each step.
+"""A training process for tests of kills. It reads a plan's steps and logs what each rank reads in each step.
 
-python loading_process.py FOLDER SIZE AHEAD BATCHES. FOLDER has plan.packs, web-0 and books-0; FOLDER/step says where to begin.
-After BATCHES batches the process kills itself (SIGKILL), so that the moment does not depend on the machine's speed.
+python loading_process.py FOLDER SIZE AHEAD BATCHES. FOLDER contains plan.packs, web-0 and books-0; FOLDER/step holds
+the step to start from. After BATCHES batches the process kills itself (SIGKILL), so that the moment does not depend on
+the machine's speed.
 """
 
 import os
@@ -16,10 +17,10 @@ from distattn.data.loader import PackLoader
 
 
 def main(folder: Path, size: int, ahead: int, batches: int) -> None:
-    """Note for every share and step which tokens it read, then how many steps are done."""
+    """Log the tokens read for every rank and step, then the number of finished steps."""
     corpora = [Corpus.open(name, [str(folder / f"{name}-0")]) for name in ("books", "web")]
     done = int((folder / "step").read_text()) if (folder / "step").exists() else 0
-    # a step is done when all its shares are done: one process plays them in turn
+    # a step is done when all its ranks are done. This process plays the ranks in turn
     loaders = [
         PackLoader(str(folder / "plan.packs"), corpora, rank=rank, size=size, start_step=done, ahead=ahead)
         for rank in range(size)

@@ -1,4 +1,6 @@
-"""Folders that many tests read, made once for all processes of pytest: a fixture would make them in each process."""
+"""Shared read-only folders for tests, created once for all pytest processes. A fixture would create them in each
+process.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +10,9 @@ from filelock import FileLock
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return a folder of this name that `make` has filled in the first process of pytest that came. It is only read."""
+    """Return the folder `name`, filled by `make` in whichever pytest process comes first. Tests must only read it."""
     whole = factory.getbasetemp()
-    # shared by all workers of xdist
+    # the parent folder is shared by all xdist workers
     base = whole.parent if whole.name.startswith("popen-") else whole
     folder, done = base / name, base / f"{name}.done"
     with FileLock(base / f"{name}.lock"):

@@ -1,4 +1,4 @@
-"""Small models of Megatron-core, wrapped and scheduled as its own training does, for ranks on CPUs."""
+"""Small Megatron-core models for CPU ranks, wrapped and scheduled as in Megatron's own training."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ from distattn.adapters import megatron
 
 
 def start(tp: int = 1, pp: int = 1, cp: int = 1) -> None:
-    # only in this process of a rank: the import changes torch
+    # import it only in rank processes, since the import patches torch
     import megatron_on_cpu  # noqa: F401
 
     parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, create_gloo_process_groups=False)
@@ -60,7 +60,7 @@ def config_of(tp: int = 1, pp: int = 1, cp: int = 1, of: type = TransformerConfi
 
 
 def build(config, spec=None, **changes) -> GPTModel:
-    """Return a seeded model. spec: by default distattn's with the kernel that computes everything."""
+    """Return a seeded model. spec: by default distattn's layer spec with the reference kernel."""
     torch.manual_seed(0)
     spec = spec or megatron.replace_core_attention(
         get_gpt_layer_local_spec(normalization="RMSNorm"), kernel="reference"
@@ -95,7 +95,7 @@ def schedule(chunk, config, batches, forward_only: bool = False) -> list[dict]:
 
 
 def context_parallel(shared: bool = False, **settings) -> da.ContextParallel:
-    """Return a driver. shared: replicas share attention, separately for each tensor-parallel index."""
+    """Return a driver. shared: data-parallel replicas share attention, separately for each tensor-parallel index."""
     all_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if shared:
         size = parallel_state.get_context_parallel_world_size()
@@ -105,7 +105,7 @@ def context_parallel(shared: bool = False, **settings) -> da.ContextParallel:
 
 
 class SequenceNorm(torch.nn.Module):
-    """A norm for sequence parallelism, which megatron-core lacks without Apex and Transformer Engine."""
+    """A norm for sequence parallelism, which Megatron-core lacks without Apex and Transformer Engine."""
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Stand-ins that megatron-core 0.16 needs to train without CUDA, on gloo. For tests and examples here only.
+"""Stand-ins that let Megatron-core 0.16 train on gloo without CUDA. Only for tests and examples.
 
-Import this module before any module of megatron. It does nothing where CUDA is available.
+Import this module before any Megatron module. It does nothing if CUDA is available.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def _on_cpu(make: Any) -> Any:
 
 def _type(self: torch.Tensor, *args: Any, **named: Any) -> Any:
     type_name = _TYPE(self, *args, **named)
-    # optimizers look for torch.cuda.FloatTensor
+    # optimizers check for the type name torch.cuda.FloatTensor
     return (
         type_name.replace("torch.", "torch.cuda.", 1)
         if isinstance(type_name, str) and not args and not named
@@ -31,7 +31,7 @@ def _type(self: torch.Tensor, *args: Any, **named: Any) -> Any:
 
 
 def _lists(make: Any) -> Any:
-    """Turn splits into lists: Megatron does it only when it copies them from a device."""
+    """Convert split sizes to lists. Megatron does so only when it copies them from a device."""
 
     def made(*args: Any, **named: Any) -> Any:
         return make(
@@ -43,7 +43,7 @@ def _lists(make: Any) -> Any:
 
 class _Stream:
     def wait_stream(self, other: Any) -> None:
-        """Skip the wait: on a CPU everything runs in order."""
+        """Return at once: on a CPU everything runs in order."""
 
     def record_event(self, *args: Any) -> "_Stream":
         return self
@@ -59,7 +59,7 @@ if not torch.cuda.is_available():
     with torch.device("meta"):
         torch.empty(0)
     torch.cuda.current_device = lambda: torch.device("cpu")
-    # the token dispatcher of experts copies counts to the host on a side stream
+    # the experts' token dispatcher copies counts to the host on a side stream
     torch.cuda.Stream = torch.cuda.current_stream = lambda *args, **named: _Stream()
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.distributed.all_to_all_single = _lists(torch.distributed.all_to_all_single)

@@ -1,4 +1,6 @@
-"""A small model trained one step with some memory settings on gloo ranks, to compare gradients with one process."""
+"""Trains a small model for one step with given memory settings on gloo ranks, to compare gradients with a single
+process.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from distattn.memory.host_offload import HostOffload
 from distattn.memory.tiled_loss import TiledLoss
 from distattn.memory.tiled_mlp import tile_feed_forward
 
-# 81 tokens, whose first half has no labels: in contiguous layout the first rank of two or four has none
+# 81 tokens, the first half of them without labels. In a contiguous layout on two or four ranks, rank 0 has no labels
 LENGTHS = [30, 8, 43]
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiled loss": dict(loss=TiledLoss(tile_tokens=7)),
@@ -31,12 +33,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def batches() -> list[dict[str, Any]]:
-    """Return two micro-batches. Ranks have unequal numbers of labels, some none."""
+    """Return two micro-batches. Ranks have unequal numbers of labels, and some have none."""
     return [small.micro_batch(LENGTHS, masked=True), small.micro_batch([11, 21])]
 
 
 def apply(model: Any, *, mlp_tile: int = 0, save: str | None = None, offload: bool = False) -> None:
-    """Apply the settings of a variant that change the model."""
+    """Apply those settings of a variant that change the model."""
     if mlp_tile:
         tile_feed_forward(model, mlp_tile)
     if save is not None:
@@ -44,7 +46,7 @@ def apply(model: Any, *, mlp_tile: int = 0, save: str | None = None, offload: bo
 
 
 def step(rank: int, ranks: int, fsdp: bool, variant: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """Run a step on this rank. Return (loss, whole gradients)."""
+    """Run one step on this rank. Return (loss, full gradients)."""
     model = small.build(dtype, **changes)
     how = dict(VARIANTS[variant])
     loss = how.pop("loss", None)

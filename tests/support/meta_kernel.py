@@ -1,4 +1,6 @@
-"""A kernel for meta tensors: Triton's lists of tiles, and results of the right shapes, in the way of the GPU kernels."""
+"""A kernel for meta tensors. It builds Triton's tile lists and returns results of the right shapes, as the GPU kernels
+do.
+"""
 
 import torch
 
@@ -19,7 +21,7 @@ __all__ = [
 DIFFERENTIABLE_LSE = ACCUMULATES = True
 FINISHES = ("forward", "backward")
 CAPABILITY, PROCESSORS = 90, 132
-# directions, in order
+# the directions of the calls, in order
 CALLS: list[str] = []
 
 

@@ -1,7 +1,8 @@
-"""A layer call of one rank on meta tensors, at full size: the operators around the kernels, the bytes they move, and the peak.
+"""Runs one rank's layer call on meta tensors at full size, and counts the operators around the kernels, bytes moved and
+peak memory.
 
-Nothing is computed, so a million tokens take a moment. An operator that would make a GPU's host wait, or copy between host and
-GPU, is an error.
+Nothing is computed, so a million tokens take a moment. It is an error if an operator would make a GPU's host wait or
+copy data between host and GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from waits import META, wait_of
 
-# registers the operators of latents
+# this registers the operators for latents
 import distattn.ops.latent  # noqa: F401
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import KERNELS
@@ -32,15 +33,16 @@ from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communication.transport import GroupTransport
 from distattn.parallel.runtime.execution import execute
 
-# these read or write nothing, or only their result's shape
+# these access no data, or only their result's shape
 _FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
 @dataclass
 class Traffic:
-    """The work of one pass around its kernels. launches: of operators; bytes: read and written by them; peak: of new tensors.
+    """The work of one pass outside its kernels. launches: operator launches. bytes: bytes read and written. peak: bytes
+    of new tensors.
 
-    predicted_peak: the peak that is known before the pass.
+    predicted_peak: the peak predicted before the pass.
     """
 
     launches: Counter[str] = field(default_factory=Counter)
@@ -55,9 +57,9 @@ class Traffic:
 
 
 class Watch(TorchDispatchMode):
-    """A counter of the operators that pass through PyTorch's dispatcher.
+    """A dispatch mode that counts the operators passing through PyTorch's dispatcher.
 
-    memory: of the tensors that are made meanwhile.
+    memory: counts the tensors created meanwhile.
     """
 
     def __init__(self, traffic: Traffic, memory: HeldBytes | None = None):
@@ -72,7 +74,7 @@ class Watch(TorchDispatchMode):
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         assert (wait := wait_of(func, args, kwargs, results)) is None, wait
         before = {x.untyped_storage()._cdata for x in arguments}
-        # a view of what was there is not new
+        # a view of an existing tensor is not new
         for x in arguments:
             self._leave_out(x.untyped_storage())
         in_place = name.endswith("_") or name.startswith("_index_put") or "out" in (kwargs or {})
@@ -90,7 +92,7 @@ class Watch(TorchDispatchMode):
         key = storage._cdata
         if not self.memory.knows(storage) and key not in self._older:
             self._older.add(key)
-            # a later storage may have its address
+            # a later storage may reuse this address
             weakref.finalize(storage, self._older.discard, key).atexit = False
 
     def _track(self, x: Tensor) -> None:
@@ -101,18 +103,20 @@ class Watch(TorchDispatchMode):
 
 
 def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
-    """Return the bytes that the operators of `kernels.glue` read and write: of some rows, not whole tensors."""
+    """Return the bytes that an operator of `kernels.glue` reads and writes, which are those of some rows, not of whole
+    tensors.
+    """
     if name not in ("copy_rows", "copy_rows_with_products", "add_rows", "merge_rows"):
         return 0
     count, tensors = args[-1], [x for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
     row = [x[:1].numel() * x.element_size() for x in tensors]
-    # results come first; they are read before they are added to or merged into
+    # results come first; they are also read if the operator adds to them or merges into them
     read_too = {"add_rows": 1, "merge_rows": 2}.get(name, 0)
     return int(count * (sum(row) + sum(row[:read_too])))
 
 
 class MetaBackend:
-    """A backend that takes messages as NCCL does, and delivers none. memory: records the storage of each message."""
+    """A backend that accepts messages as NCCL does but delivers none. memory: records the storage of each message."""
 
     supports_coalescing = True
 
@@ -139,7 +143,7 @@ class MetaBackend:
 
 
 class Layer:
-    """A rank's layer of a plan, as `prepare` makes it. memory: the plan's prediction."""
+    """One rank's layer of a plan, as built by `prepare`. memory: the predicted memory."""
 
     def __init__(self, plan: Plan, rank: int):
         self.backend = MetaBackend()
@@ -150,7 +154,7 @@ class Layer:
         self.new_inputs()
 
     def new_inputs(self) -> None:
-        """Make the rank's own tensors: q, k, v, the weights of latent attention, and the gradient of the output."""
+        """Create the rank's inputs: q, k, v, the weights of latent attention and the output gradient."""
         call, op = self.ready.program.call, self.ready.program.call.op
 
         def tensor(heads: int, width: int, rows: int = self.ready.program.tokens) -> Tensor:
@@ -170,7 +174,7 @@ class Layer:
         return execute.run_to_completion(forward_pass(self.ready, self.q, self.k, self.v, None, None, 0.1, 0.0))
 
     def backward(self, o: Tensor, lse: Tensor, kept: Tensor) -> Any:
-        """Run the backward pass. Return gradients of the inputs."""
+        """Run the backward pass. Return the gradients of the inputs."""
         if self.up is not None:
             tensors = self.do, self.q, self.k, self.v, self.up, o, lse, kept
             return IMPLEMENTATIONS["distattn::latent_backward"](*tensors, self.ready.handle, 0.1)
@@ -179,7 +183,7 @@ class Layer:
 
 
 def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
-    """Return (forward, backward, bytes kept between the two) of a rank's layer call."""
+    """Return (forward traffic, backward traffic, bytes kept for the backward pass) of one rank's layer call."""
     layer = Layer(plan, rank)
     passes = []
 
@@ -188,7 +192,7 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
             Traffic(predicted_peak=layer.memory[direction].peak),
             (len(meta_kernel.CALLS), layer.backend.messages),
         )
-        # otherwise memory left by other passes would not be counted
+        # memory left over from other passes would otherwise not be counted
         ARENAS.free(META)
         with Watch(traffic) as watch:
             result = run(*tensors)
@@ -203,10 +207,10 @@ def layer_call(plan: Plan, rank: int) -> tuple[Traffic, Traffic, int]:
 
 
 def layers_ahead(plan: Plan, rank: int, layers: int, launches: int) -> dict[str, HeldBytes]:
-    """Return the memory of this many layers in each direction, with the host ahead of the device.
+    """Return the memory used in each direction by `layers` layers while the host runs ahead of the device.
 
-    launches: of a layer in one direction. Each layer has inputs of its own. The forward pass counts them, its outputs and the
-    tensors that it keeps.
+    launches: launches per layer and direction. Each layer has its own inputs. The forward pass counts inputs, outputs
+    and kept tensors.
     """
     layer = Layer(plan, rank)
     ARENAS.free(META)
@@ -226,7 +230,7 @@ def layers_ahead(plan: Plan, rank: int, layers: int, launches: int) -> dict[str,
 
 
 class _Repeated(torch.autograd.Function):
-    """A layer behind a checkpoint: the backward pass repeats its forward pass, then runs its backward."""
+    """A checkpointed layer: the backward pass repeats the layer's forward pass, then runs its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, memory: HeldBytes, launches: int) -> Tensor:
@@ -245,9 +249,10 @@ class _Repeated(torch.autograd.Function):
 
 
 def repeated_layers(plan: Plan, rank: int, layers: int, launches: int) -> HeldBytes:
-    """Return the memory of the backward pass of checkpointed layers, with the host ahead of the device; see `layers_ahead`.
+    """Return the memory of the backward pass of checkpointed layers while the host runs ahead of the device. See
+    `layers_ahead`.
 
-    The arena has grown before these layers, without messages.
+    The arena reaches its full size before these layers, without messages.
     """
     layer, memory = Layer(plan, rank), HeldBytes(QUEUE)
     ARENAS.free(META)

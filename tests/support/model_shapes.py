@@ -1,4 +1,4 @@
-"""Tiny models of transformers of several kinds, and how to compare them."""
+"""Tiny transformers models of several kinds, and functions that compare them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers import (
 
 from distattn.models.build import materialise, meta_model
 
-# token ids of one row; windows below are shorter
+# token ids of one row; the models' windows are shorter than the row
 IDS = torch.arange(40)[None] % 64
 _SMALL = dict(
     vocab_size=64,
@@ -63,12 +63,12 @@ NAMES = tuple(_MAKE)
 
 
 def config(name: str) -> PretrainedConfig:
-    """Return a new configuration of the kind."""
+    """Return a new configuration for the model kind `name`."""
     return _MAKE[name]()
 
 
 def materialised(name: str) -> PreTrainedModel:
-    """Return the kind's whole model, with the initial weights of seed 1."""
+    """Return the full model of the kind `name`, with the initial weights of seed 1."""
     model = meta_model(config(name))
     materialise(model, 1)
     return model

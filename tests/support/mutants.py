@@ -1,4 +1,4 @@
-"""Mutants of plans: a mutant that the verifier accepts must compute the right result."""
+"""Mutants of plans. A mutant that the verifier accepts must compute the right result."""
 
 import random
 from collections.abc import Callable
@@ -9,16 +9,18 @@ from distattn.ir.errors import PlanError
 from distattn.ir.plan import Plan
 from distattn.parallel.analysis.verify import verify
 
-# mutants of one plan
+# mutants per plan
 _TRIALS = 12
 
 
 def check_mutants(
     mutants: int, seed: int, make: Callable[[random.Random, int], tuple[Plan, Callable[[Plan], None]]]
 ) -> tuple[int, int]:
-    """Try at least this many mutants. Return (refused, accepted and right). Raise if one is accepted and wrong.
+    """Try at least `mutants` mutants. Return (number refused, number accepted and right). Raise if an accepted mutant
+    is wrong.
 
-    make: returns a random plan of a seed, and a function that raises if a mutant of the plan computes a wrong result.
+    make: returns a random plan for a seed, and a function that raises if a given mutant of the plan computes a wrong
+    result.
     """
     refused = right = 0
     while refused + right < mutants:

@@ -1,4 +1,4 @@
-"""nccl-tests' output of both kinds, from a link that is known: 12 us and 350 GB/s."""
+"""Output of both kinds of nccl-tests programs for a link with a known latency of 12 us and bandwidth of 350 GB/s."""
 
 import json
 

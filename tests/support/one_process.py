@@ -1,4 +1,4 @@
-"""The reference for all ranks together: one process, one document at a time."""
+"""The reference for a run on several ranks: one process that computes one document at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +12,11 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 def loss_by_document(
     logits_of: Callable[[torch.Tensor], torch.Tensor], batches: Sequence[Mapping[str, Any]]
 ) -> torch.Tensor:
-    """Return the sum of token losses over all documents / valid labels, differentiable.
+    """Return the sum of the token losses of all documents, divided by the number of valid labels. The result is
+    differentiable.
 
-    logits_of: token ids (1, L) of one document to logits (L, V). batches: input_ids and maybe labels (1, N), and
-    document_lengths.
+    logits_of: maps the token ids (1, L) of one document to logits (L, V). batches: mappings with input_ids (1, N),
+    document_lengths and optionally labels (1, N).
     """
     losses, valid = [], 0
     for batch in batches:

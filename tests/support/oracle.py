@@ -1,4 +1,4 @@
-"""The dense oracle: attention of the whole axis in fp64 by autograd, and every rank of a plan in one process."""
+"""The dense fp64 oracle, with gradients by autograd, and a function that runs all ranks of a plan in one process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 def random_inputs(
     n: int, heads: int, kv_heads: int, head_dim: int, v_head_dim: int | None = None, seed: int = 0
 ) -> Inputs:
-    """Return fp64 tensors (n, heads, dim)."""
+    """Return random fp64 tensors (n, heads, dim)."""
     generator = torch.Generator().manual_seed(seed)
     v_head_dim = head_dim if v_head_dim is None else v_head_dim
     shapes = [(n, heads, head_dim), (n, kv_heads, head_dim), (n, kv_heads, v_head_dim), (n, heads, v_head_dim)]
@@ -50,15 +50,15 @@ def random_inputs(
 
 
 def dense(mask: Mask, inputs: Inputs, scale: float | None = None) -> Result:
-    """Compute softmax(QK^T)V by its definition, gradients by autograd. lse is (n, heads)."""
+    """Compute softmax(QK^T)V by its definition, and its gradients by autograd. lse is (n, heads)."""
     q, k, v = (x.detach().double().requires_grad_() for x in inputs[:3])
     group = q.shape[1] // k.shape[1]
-    # (n, n), or (heads, n, n) if it differs by head
+    # (n, n), or (heads, n, n) if the mask differs by head
     allowed = torch.from_numpy(mask.dense()).expand(q.shape[1], -1, -1)
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * (scale or 1 / math.sqrt(q.shape[-1]))
     scores = scores.masked_fill(~allowed, -torch.inf)
     empty = ~allowed.any(-1)
-    # for a row without keys softmax is NaN; o is 0 by definition
+    # the softmax of a row without keys is NaN, but its o is defined as 0
     weights = torch.softmax(scores.masked_fill(empty[..., None], 0.0), -1) * ~empty[..., None]
     o = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
     lse = torch.logsumexp(scores, -1).t()
@@ -67,7 +67,7 @@ def dense(mask: Mask, inputs: Inputs, scale: float | None = None) -> Result:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Return max|a-b| / max|b|, 0 if both are zero. Infinities must match exactly."""
+    """Return max|a-b| / max|b|, or 0 if both tensors are zero. Infinities must match exactly."""
     a, b = a.double(), b.double()
     infinite = torch.isinf(b)
     if not torch.equal(torch.isinf(a), infinite):
@@ -90,7 +90,7 @@ def assert_close(got: Result, wanted: Result, tolerance: float) -> None:
 
 @dataclass
 class Record:
-    """A record of a run: bytes per (src, dst, payload), events per rank in order, programs by rank."""
+    """A record of a run: bytes by (src, dst, payload), (rank, event) pairs in order, and programs by rank."""
 
     bytes: Counter = field(default_factory=Counter)
     events: list[tuple[int, str]] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Record:
 
 
 class RecordingTransport:
-    """A transport that counts the packets it is given."""
+    """A transport that records the bytes of the packets it sends."""
 
     def __init__(self, inner, rank: int, record: Record):
         self.inner, self.rank, self.record = inner, rank, record
@@ -109,7 +109,7 @@ class RecordingTransport:
             per_row = packet.tensor.nbytes // max(len(packet.tensor), 1)
             shares = packet.row_bytes or ((packet.payload, per_row),)
             padding = per_row - sum(bytes for _, bytes in shares)
-            # so that the distance of rows is a multiple of 16 numbers
+            # padding makes the row stride a multiple of 16 elements
             assert 0 <= padding <= (per_row / 9 if packet.row_format else 0)
             for payload, bytes in shares:
                 self.record.bytes[self.rank, packet.peer, int(payload)] += bytes * len(packet.tensor)
@@ -133,7 +133,7 @@ class RecordingWork(NamedTuple):
 
 
 class RecordingKernel:
-    """A kernel that notes its runs."""
+    """A kernel that records its calls."""
 
     def __init__(self, inner, rank: int, record: Record):
         self.inner, self.rank, self.record = inner, rank, record
@@ -156,9 +156,10 @@ def run_all_ranks(
     network: Callable[[], Callable[[int], Transport]] = lambda: InProcessNetwork().transport,
     together: Callable[..., list] = execute.run_in_lock_step,
 ) -> Result:
-    """Run forward and backward of every rank of a plan, in lock step or as `together` runs them. Return the joined results.
+    """Run the forward and backward passes of all ranks of a plan. Return the gathered results.
 
-    network: makes the network of a pass, a function from a rank to its transport.
+    network: returns a pass's network, a function that maps a rank to its transport. together: runs the ranks' passes,
+    by default in lock step.
     """
     record = Record() if record is None else record
     layout, ranks = plan.call.layout, range(plan.call.ranks)
@@ -182,7 +183,7 @@ def run_all_ranks(
     )
     o, lse, kept = (list(column) for column in zip(*forward, strict=True))
     o = [part.to(dtype) for part in o]
-    # as `backward_pass` does
+    # this mirrors `backward_pass`
     delta = [
         None if program.sums_where_copied else (local[r][3].to(lse[r].dtype) * o[r].to(lse[r].dtype)).sum(-1)
         for r, program in enumerate(programs)
@@ -197,7 +198,7 @@ def run_all_ranks(
 
 
 def alive_bytes(call: Call, steps: list[ProgramStep], payloads: Container[Payload] = tuple(Payload)) -> int:
-    """Return the most bytes that a pass's buffers and arriving partial results have at once, without the rank's own rows."""
+    """Return the peak bytes of a pass's buffers and arriving partial results, without the rank's own rows."""
     alive = peak = 0
     sizes: dict[BufferKey, int] = {}
     for step in steps:

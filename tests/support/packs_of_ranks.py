@@ -1,4 +1,4 @@
-"""Packs that differ by rank, a small model, and the results of one process."""
+"""Packs that differ by rank, a small model, and the results of a single process."""
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from distattn.adapters.pytorch import local_loss
 from distattn.training.config.run_file import Config, ModelConfig
 from distattn.training.config.run_settings import build_model, configured_model
 
-# by rank and step: the documents of the micro-batches. Ranks have unequal numbers of documents and steps
+# the document lengths of each micro-batch, by rank and step. Ranks have unequal numbers of documents and steps
 PACKS = [
     [[[150], [40, 9]], [[7, 7, 100]], [[64]]],
     [[[1] * 20 + [30], [3, 60], [33]], [[128]]],
@@ -43,7 +43,7 @@ def model_of(attention="distattn", dtype="float64"):
 
 
 def whole_run(ranks, dtype="float64"):
-    """Compute losses and gradients of every step by plain transformers: one process, one document at a time."""
+    """Compute the losses and gradients of every step with plain transformers in one process, one document at a time."""
     model = model_of("sdpa", dtype)
     out = []
     for step in range(max(len(PACKS[rank]) for rank in range(ranks))):
@@ -72,5 +72,5 @@ def trained(model, micro_batches, group=None):
 
 
 def shared(**settings):
-    """Return a driver of ranks that share attention, each with its own documents."""
+    """Return a driver for ranks that share attention while each loads its own documents."""
     return da.ContextParallel(settings.pop("group", None), **{"strategy": "cad", "data": "per_rank", **settings})

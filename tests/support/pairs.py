@@ -1,4 +1,4 @@
-"""Pairwise testing: few combinations in which every two values of different factors meet."""
+"""Pairwise testing: a few combinations of factor values that together cover every pair of values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ Row = dict[str, Any]
 
 
 def all_pairs(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool] = lambda row: True) -> list[Row]:
-    """Return rows that satisfy `allowed` and cover every pair of values that such a row has. Greedy; always the same."""
+    """Return rows that satisfy `allowed` and cover every pair of values that occurs in an allowed row. The choice is
+    greedy and deterministic.
+    """
     rng = random.Random(0)
     rows = [dict(zip(factors, values, strict=True)) for values in itertools.product(*factors.values())]
     rows = [row for row in rows if allowed(row)]

@@ -1,4 +1,4 @@
-"""A batch whose methods compute each document alone in plain PyTorch: what modules are compared with that call a local batch."""
+"""A reference batch that computes each document separately in plain PyTorch, to test modules that call a local batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
 
 class PlainBatch:
-    """What `LocalBatch` computes of packed documents, with its arguments, but for latent attention."""
+    """A stand-in for `LocalBatch` with the same methods for packed documents, except latent attention."""
 
     def __init__(self, lengths: list[int]):
         self.lengths = lengths

@@ -1,4 +1,4 @@
-"""Small corpora in indexed files, and plans of them. A token's id depends on its document and its place there."""
+"""Small corpora in indexed files, and plans over them. A token's id depends on its document and its position in it."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from distattn.data.packing.pack_rule import PackRule
 
 
 def document_tokens(document: int, length: int) -> np.ndarray:
-    """Return the ids of a document, int32 (length,)."""
+    """Return the token ids of a document as an int32 array (length,)."""
     return ((document * 7919 + np.arange(length) * 13) % 50_000).astype(np.int32)
 
 
 def write_corpus(folder: Path, name: str, lengths: list[list[int]], dtype: str = "int32") -> Corpus:
-    """Write a corpus with a file for each list of lengths. Documents are numbered across files."""
+    """Write a corpus with one file per list of lengths. Documents are numbered across files."""
     prefixes, first = [], 0
     for number, of_file in enumerate(lengths):
         prefix = str(folder / f"{name}-{number}")
@@ -37,7 +37,7 @@ def write_mask(prefix: str, kind: str, documents: list[np.ndarray]) -> None:
 
 
 def small_plan(folder: Path, corpora: list[Corpus], context: int = 64, packs: int = 16, **more) -> PackPlan:
-    """Make a plan of one epoch (or of `steps`)."""
+    """Make a plan for one epoch, or for `steps` steps if given."""
     rule = PackRule(((0, context),), context * packs, **{"window": 64, **more.pop("rule", {})})
     if "steps" not in more:
         more["max_epochs"] = [1.0] * len(corpora)

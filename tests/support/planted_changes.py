@@ -1,4 +1,4 @@
-"""Faults in a model: a module whose output, or the gradient of its output, is changed in some of its calls."""
+"""Faults planted in a model: hooks that change a module's output, or the output's gradient, in some of its calls."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import torch
 
 
 class ChangedGradient(torch.autograd.Function):
-    """The identity, whose gradient is `change(gradient)`."""
+    """The identity function with the gradient `change(gradient)`."""
 
     @staticmethod
     def forward(ctx, x, change):
@@ -19,14 +19,14 @@ class ChangedGradient(torch.autograd.Function):
 
 
 def with_number(x, place, value):
-    """Return a copy of a tensor with one number changed."""
+    """Return a copy of `x` with the element at flat index `place` set to `value`."""
     x = x.clone()
     x.view(-1)[place] = value
     return x
 
 
 def change_output(module, change, calls=None):
-    """Change a module's output in all of its calls, or in these. Return the handle of the hook."""
+    """Change a module's output in all of its calls, or only in `calls`. Return the hook's handle."""
     numbers = itertools.count()
 
     def hook(_, __, out):

@@ -1,14 +1,14 @@
-"""Ports that other processes hardly take before a test has them."""
+"""Free ports that other processes are unlikely to take before a test uses them."""
 
 import random
 import socket
 
-# below the range from which Linux assigns ports by default
+# this range is below the one from which Linux assigns ports by default
 _LOWEST, _HIGHEST = 15000, 32000
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different ports of the loopback on which no process listens now."""
+    """Return `count` distinct loopback ports on which no process listens now."""
     ports: set[int] = set()
     while len(ports) < count:
         port = random.SystemRandom().randrange(_LOWEST, _HIGHEST)

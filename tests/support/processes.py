@@ -1,4 +1,4 @@
-"""Real ranks for tests: forked processes on gloo. A fork after `import torch` takes 0.1 s, a fresh process 4 s."""
+"""Real ranks for tests, as forked processes on gloo. A fork after `import torch` takes 0.1 s, a fresh process 4 s."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ import torch
 import torch.distributed as dist
 from ports import free_ports
 
-# the group reports a message that never comes, before a rank counts as hung
+# shorter than the limit for a hung rank, so that the group reports a message that never comes
 _GROUP_TIMEOUT = timedelta(seconds=120)
 _SECONDS = 300
 _MUCH_MEMORY = 1 << 30
 _TELL_STACKS = signal.SIGUSR1
-# native threads of libraries' pools
+# native threads of libraries' thread pools
 _POOLS: set[int | None] = set()
 
 
 def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run `work(rank, *arguments)` on every rank of a gloo group. Return the results by rank. A failure carries its traceback."""
+    """Run `work(rank, *arguments)` on every rank of a gloo group. Return the results by rank. A failure includes the
+    rank's traceback.
+    """
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -59,10 +61,10 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
 def run_survivors(
     ranks: int, lost: int, work: Callable[..., Any], *arguments: Any, rank_0_holds_store: bool = False
 ) -> dict[int, Any]:
-    """Run `work(rank, *arguments)` on every rank, one of which is lost. Return the others' results by rank.
+    """Run `work(rank, *arguments)` on every rank and lose one of them. Return the surviving ranks' results by rank.
 
-    A process of its own holds the store, as torchrun's agent does, or rank 0 does. It is not a file: a rank that is stopped
-    while it has locked the file would stop all others.
+    The store is held by a separate process, as torchrun's agent does, or by rank 0. It is not a file, because a rank
+    that is stopped while it holds the file's lock would block all others.
     """
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +93,7 @@ def run_survivors(
 
 
 def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str | None = None) -> list[str]:
-    """Return what a script prints on its ranks, started as torchrun would start it. before: a module to import first."""
+    """Return what a script prints on each rank, with ranks started as by torchrun. before: a module to import first."""
     context = _fork_context()
     with tempfile.TemporaryDirectory() as folder:
         (port,) = free_ports(1)
@@ -112,7 +114,7 @@ def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str |
 def _script(
     rank: int, ranks: int, port: int, folder: Path, script: Path, arguments: tuple[str, ...], before: str | None
 ) -> None:
-    # as in `_rank`
+    # see `_rank`
     gc.freeze()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -126,38 +128,42 @@ def _script(
     if before is not None:
         importlib.import_module(before)
     runpy.run_path(str(script), run_name="__main__")
-    # no rank leaves while others still communicate
+    # no rank may leave while others still communicate
     if dist.is_initialized():
         dist.barrier()
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Sum gradients over the ranks of the default group, as the simplest trainer does."""
+    """Sum gradients over the default group, as the simplest trainer does."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             dist.all_reduce(parameter.grad)
 
 
 def _give_back_memory() -> None:
-    """Give freed memory back: it stays with this process, 10 GB in one run, and every fork would copy its page tables."""
+    """Return freed memory to the system. The process would keep it (10 GB in one run), and every fork would copy its
+    page tables.
+    """
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident > _MUCH_MEMORY:
-        # a function of glibc
+        # malloc_trim exists only in glibc
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 def _fork_context() -> Any:
-    """Return the fork context once no thread is ending and none computes: a child would wait for their locks for ever.
+    """Return the fork context once no thread is ending or computing. A child would wait forever for locks that such a
+    thread holds.
 
-    A thread that has multiplied matrices takes a lock of MKL's while it ends, after Python's `join` has returned; a fork at
-    that moment never gets the lock back, and its first product spins for ever. A planning thread that an earlier test left
-    behind holds locks of modules that NumPy imports as it goes.
+    A thread that has multiplied matrices holds a lock of MKL's while it ends, even after Python's `join` has returned.
+    In a child forked at that moment nothing releases the lock, and its first product spins forever. A planning thread
+    left behind by an earlier test holds the locks of modules that NumPy imports lazily.
     """
     _give_back_memory()
     began = time.monotonic()
     while ending := _native_threads() - {thread.native_id for thread in threading.enumerate()} - _POOLS:
         if time.monotonic() > began + 1:
-            # those of a library's pool stay, and sleep; one that waits for a core on a busy machine is running
+            # threads of a library's pool stay alive and sleep. On a busy machine, a thread that waits for a core counts
+            # as running
             _POOLS.update(ending if time.monotonic() > began + 30 else filter(_sleeps, ending))
         time.sleep(0.001)
     ends = time.monotonic() + 60
@@ -167,7 +173,7 @@ def _fork_context() -> Any:
 
 
 def _others_compute() -> bool:
-    """Return whether another Python thread uses the processor for more than polling."""
+    """Return whether another Python thread uses more CPU time than polling would."""
     others = {thread.native_id for thread in threading.enumerate()} - {threading.get_native_id()}
     before = {thread: _nanoseconds(thread) for thread in others}
     time.sleep(0.02 if others else 0)
@@ -175,7 +181,7 @@ def _others_compute() -> bool:
 
 
 def _nanoseconds(thread: int | None) -> int:
-    """Return the processor time that a thread has had, in nanoseconds; 0 once it has ended."""
+    """Return the CPU time that a thread has used, in nanoseconds, or 0 if the thread has ended."""
     try:
         return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0])
     except (FileNotFoundError, ProcessLookupError):
@@ -193,7 +199,7 @@ def _native_threads() -> set[int | None]:
 
 
 def _hung(processes: dict[int, Any], folder: str) -> str:
-    """Return where each rank that has not ended stands; an empty text if all have ended."""
+    """Return the stack of each rank that is still running, or an empty string if all have ended."""
     alive = {rank: process for rank, process in processes.items() if process.is_alive()}
     for process in alive.values():
         os.kill(process.pid, _TELL_STACKS)
@@ -216,11 +222,14 @@ def _rank(
     arguments: tuple[Any, ...],
     store: tuple[str, int] | None = None,
 ) -> None:
-    """Run `work` on one rank. store: its holder and its port, in runs that lose a rank, where ranks do not wait at the end."""
+    """Run `work` on one rank.
+
+    store: (holder, port) in runs that lose a rank. In such runs the ranks do not wait for each other at the end.
+    """
     faulthandler.register(_TELL_STACKS, os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
-    # a garbage collection of the parent's objects would copy their memory
+    # a garbage collection would otherwise copy the memory of the parent's objects
     gc.freeze()
-    # before anything is computed: a forked child must not use the parent's thread pool
+    # set it before anything is computed: a forked child must not use the parent's thread pool
     torch.set_num_threads(1)
     together = store is None
     how: dict[str, Any] = {"init_method": f"file://{folder}/store"}
@@ -236,9 +245,9 @@ def _rank(
         outcome = ("failed", traceback.format_exc())
     torch.save(outcome, Path(folder, f"{rank}.tmp"))
     Path(folder, f"{rank}.tmp").rename(Path(folder, f"{rank}.pt"))
-    # no rank leaves while others still communicate
+    # no rank may leave while others still communicate
     if not together:
-        # end at once, as a process that fails does
+        # end at once, as a failing process does
         os._exit(0)
     if outcome[0] == "done":
         dist.barrier()

@@ -1,4 +1,4 @@
-"""One rank of a calibration with a small table, for a test: `python -m quick_calibration FILE`."""
+"""Runs one rank of a calibration with a small table for a test: `python -m quick_calibration FILE`."""
 
 import sys
 

@@ -1,6 +1,7 @@
-"""Valid plans that no strategy would make: random rectangles at random ranks and steps, inputs and results through other ranks.
+"""Valid plans that no strategy would make: random rectangles at random ranks and steps, with data routed through other
+ranks.
 
-Cells are (token, head) pairs, handled one by one: slow and obvious, for axes of a dozen tokens.
+Cells are (token, head) pairs, handled one by one. The code is slow and obvious, for sequences of a dozen tokens.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from distattn.ir.plan import (
 
 Cell = tuple[int, int]
 Row = tuple[int, ...]
-# the number of tokens that a convolution's token sees
+# the number of tokens that each token of a convolution sees
 TAPS = 3
-# steps before the first task, so that inputs have time to travel
+# steps before the first task, which leave time for inputs to arrive
 _LEAD = 4
-# an accumulating payload travels as this held one does, with time reversed
+# each accumulated payload travels like the input payload it maps to, with time reversed
 _MIRROR = {Payload.O: Payload.Q, Payload.dQ: Payload.Q, Payload.dKV: Payload.KV}
 
 
 def random_plan(rng: random.Random, op: Op = ATTENTION) -> Plan:
-    """Return a plan of attention, latent attention, a convolution of `TAPS` taps or a token shift that `verify` must accept."""
+    """Return a random plan of attention, latent attention, a `TAPS`-tap convolution or a token shift that `verify` must
+    accept.
+    """
     n, ranks = rng.randrange(6, 16), rng.randrange(1, 5)
     heads, kv_heads = rng.choice([(2, 1), (6, 2), (4, 4), (6, 3)])
     if op != ATTENTION:
@@ -71,7 +74,7 @@ def _mask(rng: random.Random, n: int) -> Mask:
 
 
 def _mask_of_few_tokens(rng: random.Random, n: int, op: Op) -> Mask:
-    """Return a mask of documents, some of which may be shorter than what their tokens see."""
+    """Return a mask of documents, some of which may be shorter than the span their tokens see."""
     cuts = sorted(rng.sample(range(1, n // 2), rng.randrange(3)))
     lengths = [b - a for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
     return (
@@ -82,7 +85,7 @@ def _mask_of_few_tokens(rng: random.Random, n: int, op: Op) -> Mask:
 
 
 def _layout(rng: random.Random, n: int, ranks: int) -> Layout:
-    """Return random chunks at random ranks, in random local order; some ranks may own nothing."""
+    """Return random chunks on random ranks in random local order. Some ranks may have no tokens."""
     cuts = sorted({0, n, *(rng.randrange(n) for _ in range(4))})
     spans = list(zip(cuts[:-1], cuts[1:], strict=True))
     rng.shuffle(spans)
@@ -93,7 +96,7 @@ def _layout(rng: random.Random, n: int, ranks: int) -> Layout:
 
 
 def _tasks(rng: random.Random, call: Call) -> list[Row]:
-    """Cut the mask at random along queries, keys or heads, and put each rectangle at a random rank and step."""
+    """Cut the mask at random along queries, keys or heads, and assign each rectangle to a random rank and step."""
     rows = []
     for piece, band in enumerate(call.mask.pieces):
         waiting = [(0, call.mask.n, 0, call.mask.n, 0, call.heads)]
@@ -124,7 +127,7 @@ def _moves(rng: random.Random, call: Call, payload: Payload, tasks: list[Row], k
 
 
 def _deliveries(rng: random.Random, call: Call, payload: Payload, tasks: list[Row], kept: set) -> list[Row]:
-    """Return moves that bring every cell to its tasks in time, sometimes through a rank that does not need it."""
+    """Return moves that deliver every cell to its tasks in time, sometimes through a rank that does not need the cell."""
     owner = {int(token): rank for rank in range(call.ranks) for token in call.layout.tokens(rank)}
     needed: dict[Cell, dict[int, int]] = defaultdict(dict)
     for step, rank, _, q0, q1, k0, k1, h0, h1 in tasks:

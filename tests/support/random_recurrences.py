@@ -1,4 +1,4 @@
-"""Random plans of recurrences, right by construction, and mutations of one or two of their rows."""
+"""Random recurrence plans that are correct by construction, and mutations of one or two of their rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ KEY_DIM, VALUE_DIM = 3, 4
 
 
 class RandomPlan(NamedTuple):
-    """A plan, and how it was made."""
+    """A plan and a description of how it was made."""
 
     plan: Plan
     name: str
 
 
 def random_layout(rng: random.Random) -> Layout:
-    """Return documents of any lengths, on 1 to 8 ranks, some of which may own nothing."""
+    """Return a layout of documents with random lengths on 1 to 8 ranks, some of which may have no tokens."""
     n, ranks = rng.randint(1, 60), rng.randint(1, 8)
     cuts = sorted(rng.sample(range(1, n), min(n - 1, rng.choice([0, 0, 1, 3, 8]))))
     lengths = np.diff([0, *cuts, n]).tolist()
@@ -51,7 +51,9 @@ def random_layout(rng: random.Random) -> Layout:
 
 
 def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) -> RandomPlan:
-    """Return a plan of segments at owners, by heads or anywhere; schedules mixed or not; some tasks split in two."""
+    """Return a random plan. Segments run at their owners, head-sharded or anywhere, schedules may be mixed, and some
+    tasks are split in two.
+    """
     layout = random_layout(rng)
     kv_heads = rng.randint(1, 2)
     heads, op = kv_heads * rng.randint(1, 2), OPS[rng.choice(ops)]
@@ -75,7 +77,7 @@ def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) ->
 
 
 def case_of(plan: Plan, seed: int) -> tuple[RecurrenceCase, RecurrenceResult]:
-    """Return inputs of a plan, and their results by definition."""
+    """Return random inputs for a plan, and their results by definition."""
     call = plan.call
     shape = dict(heads=call.heads, key_heads=call.kv_heads, key_dim=KEY_DIM, value_dim=VALUE_DIM)
     case = recurrence_case(call.op, tuple(call.layout.lengths), seed=seed, **shape)
@@ -83,7 +85,7 @@ def case_of(plan: Plan, seed: int) -> tuple[RecurrenceCase, RecurrenceResult]:
 
 
 def mutated(plan: Plan, rng: random.Random) -> Plan | None:
-    """Return the plan with one row of one table changed, or two; None if nothing has changed."""
+    """Return the plan with one or two table rows changed, or None if nothing has changed."""
     other = _changed(plan, rng)
     if other is not None and rng.random() < 0.3:
         return _changed(other, rng)
@@ -138,7 +140,7 @@ def _one(rng: random.Random, name: str) -> Schedule:
 
 
 def table_of(call: Call, chains: list[Chain], schedules: list[Schedule], direction: str) -> Table:
-    """Return the table of chains, each by its schedule."""
+    """Return the table of `chains`, where `schedules` holds each chain's schedule."""
     each = zip(chains, schedules, strict=True)
     return table_of_rows(
         call, [chain_rows(chain, schedule, range(call.ranks), direction) for chain, schedule in each], direction
@@ -146,7 +148,7 @@ def table_of(call: Call, chains: list[Chain], schedules: list[Schedule], directi
 
 
 def _by_heads(call: Call) -> list[Chain]:
-    """Return chains by which every rank computes whole documents for a share of the heads."""
+    """Return chains in which every rank computes whole documents for its share of the heads."""
     cuts = [rank * call.heads // call.ranks for rank in range(call.ranks + 1)]
     return [
         Chain(piece, t0, t1, cuts[rank], cuts[rank + 1], [Segment(t0, t1, rank)])
@@ -157,7 +159,7 @@ def _by_heads(call: Call) -> list[Chain]:
 
 
 def _anywhere(call: Call, rng: random.Random) -> list[Chain]:
-    """Return chains of any segments at any ranks, different for groups of heads."""
+    """Return chains of random segments on random ranks, which differ between groups of heads."""
     bounds = [0, *sorted(rng.sample(range(1, call.heads), rng.randint(0, call.heads - 1))), call.heads]
     out = []
     for h0, h1 in zip(bounds[:-1], bounds[1:], strict=True):
@@ -170,7 +172,7 @@ def _anywhere(call: Call, rng: random.Random) -> list[Chain]:
 
 
 def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
-    """Split some tasks of the tables in two: the second begins with the state that the first leaves."""
+    """Split some tasks of the tables in two. The second half starts from the state that the first half leaves."""
     cuts: dict[tuple[int, ...], int] = {}
     split_tables = {}
     for direction, table in tables.items():
@@ -188,7 +190,7 @@ def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
                 boxes = [(q0, cut, k0, cut), (cut, k1, k0, k1)]
             else:
                 boxes = [(cut, q1, k0, k1), (q0, q1, k0, cut)]
-            # doubled steps leave room for the first halves; no step is below the first
+            # doubling the steps leaves room for the first halves without going below step 0
             first = 2 * step + 2 - len(boxes)
             rows += [(first + i, rank, piece, *box, *heads) for i, box in enumerate(boxes)]
         moves = {**table.moves, "step": 2 * table.moves["step"] + 2}
@@ -197,7 +199,9 @@ def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
 
 
 def attacked(rng: random.Random) -> tuple[Plan, str] | None:
-    """Return a plan whose rows fit each other, but a document is forgotten in its middle, or goes on into the next one."""
+    """Return a plan with consistent rows that either drops state in the middle of a document or carries it into the
+    next document.
+    """
     layout = random_layout(rng)
     call = Call(Mask.documents(layout.lengths), layout, 2, 2, KEY_DIM, VALUE_DIM, "float64", op=OPS["gla"])
     chains, schedule = layout_chains(call, layout), _one(rng, rng.choice(list(SCHEDULES)))
@@ -233,7 +237,7 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
 
 
 def _begun_at(table: Table, q0: int, q1: int, start: int) -> Table:
-    """Return the backward table with tasks of whole segments in [q0, q1) that begin with the sum from `start` on."""
+    """Return the backward table with the tasks of whole segments in [q0, q1) changed to start their sum at `start`."""
     tasks = table.tasks
     whole = has_rows_and_keys(tasks) & (q0 <= tasks["q0"]) & (tasks["q0"] < q1)
     return Table({**tasks, "k0": np.where(whole, start, tasks["k0"])}, table.moves)

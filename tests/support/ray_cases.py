@@ -1,6 +1,7 @@
-"""Nodes of Ray that fail as a test wants: python ray_cases.py ADDRESS FOLDER prints the result of `RayNodes` in each case.
+"""Simulates failing Ray nodes. `python ray_cases.py ADDRESS FOLDER` prints the result of `RayNodes` in each case.
 
-The agents are real actors. The file FOLDER/NODE says what they do instead of running a launcher: an exit code, die, or silent.
+The agents are real actors. The file FOLDER/NODE says what a node's agent does instead of running a launcher: return an
+exit code, die, or stay silent.
 """
 
 import json
@@ -32,31 +33,33 @@ class Agent(ray_agent.NodeAgent):
         return file.read_text() if file.exists() else "0"
 
     def place(self) -> ray_agent.NodePlace:
-        """Return the place, or never answer."""
+        """Return the place, or never return if this node's file says "silent"."""
         if self._says() == "silent":
             Path(os.environ["CASES"], f"{ray.get_runtime_context().get_actor_id()}.silent").touch()
             time.sleep(3600)
         return super().place()
 
     def run(self, folder: Path, job: str, attempt: int, *arguments: str) -> int:
-        """Return the exit code, or end this process."""
+        """Return the exit code in this node's file, or kill this process."""
         if self._says() == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return int(self._says())
 
 
 class Clock:
-    """A stand-in for the module `time` of `nodes`, which a test moves on."""
+    """A stand-in for the module `time` in `nodes`. A test advances it."""
 
     seconds = 0.0
 
     def monotonic(self) -> float:
-        """Return the time with the seconds that were added."""
+        """Return the time plus the seconds that the test has added."""
         return time.monotonic() + self.seconds
 
 
 class Answers:
-    """A stand-in for `nodes._answers`: an agent that answers at all gets the time it takes, however busy the machine is."""
+    """A stand-in for `nodes._answers` that gives each answering agent as much time as it needs, however busy the
+    machine is.
+    """
 
     def __init__(self, folder: Path, clock: Clock):
         self._folder, self._clock, self._truly = folder, clock, ray_nodes._answers
@@ -85,7 +88,7 @@ def main(address: str, folder: str) -> None:
         def size(waiting: float) -> ray_nodes.NodeCounts:
             return ray_nodes.NodeCounts((2,), waiting, 5.0, lambda count: None)
 
-        # a busy machine takes far less for room
+        # a busy machine takes far less than this to find room
         nodes = ray_nodes.RayNodes(run, "a job", needs, size(LIMIT_SECONDS))
 
         def attempt(name: str, **says: str) -> None:
@@ -106,14 +109,14 @@ def main(address: str, folder: str) -> None:
         (third,) = set(results["is left out"][0]) - {first}
         results["nodes"] = [first, second, third]
         attempt("is taken again", **{third: "silent"})
-        # this agent was slow and answers now; another one does not
+        # this agent was slow and answers now, while another does not
         attempt("was slow", **{third: "0", second: "silent"})
         Path(folder, first).write_text("silent")
         Path(folder, third).write_text("silent")
         nodes._size = size(100.0)
         results["no room"] = [nodes.choose(), nodes.shortage()]
         nodes.close()
-    # an attempt that later ones have followed
+    # an attempt that later attempts have followed
     attempts = Attempts(run.attempts)
     for _ in range(2):
         attempts.end(attempts.begin(), 0, "ended well")

@@ -1,7 +1,7 @@
-"""A Ray of several raylets on this machine, each a node of its own; everything listens on the loopback.
+"""A Ray cluster of several raylets on this machine. Each raylet is a node, and everything listens on the loopback.
 
-The cluster is another process, since Ray reads its environment when it is imported: python ray_cluster.py CPUS, which obeys the
-lines of its input (add NAME, kill NAME, miss NAME) and answers each with a line.
+The cluster runs in another process, since Ray reads its environment when it is imported: python ray_cluster.py CPUS. It
+obeys the commands on its standard input (add NAME, kill NAME, miss NAME) and answers each with one line.
 """
 
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 NODE = {"object_store_memory": 80 << 20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-# Ray notices a killed node, whose checks fail at once, after 5 s; its own settings take 12 s. A node that is slow on a loaded
-# machine has more than a minute
+# with these settings Ray notices a killed node, whose checks fail at once, after 5 s instead of the default 12 s. A
+# node that is slow on a loaded machine still has more than a minute
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
     "health_check_period_ms": 500,
@@ -24,7 +24,10 @@ HEALTH = {
 
 
 class RayCluster:
-    """Nodes with CPUs, and a head without CPUs. environment: of processes that use the cluster; address: of its head."""
+    """Nodes with `cpus` CPUs each, and a head without CPUs.
+
+    environment: the variables that processes need to use the cluster. address: the head's address.
+    """
 
     def __init__(self, cpus: int, *names: str):
         # paths of sockets must be short, and no other user may read the token
@@ -33,13 +36,13 @@ class RayCluster:
         token.touch(0o600)
         token.write_text(os.urandom(32).hex())
         self.environment = {
-            # otherwise Ray takes another address than the loopback
+            # without this, Ray uses an address other than the loopback
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_TMPDIR": self._folder.name,
-            # every node is this machine: its name need not resolve
+            # every node is this machine, whose name need not resolve
             "GLOO_SOCKET_IFNAME": "lo",
         }
         self._said = Path(self._folder.name, "said")
@@ -56,15 +59,15 @@ class RayCluster:
             self.add(name)
 
     def add(self, name: str) -> None:
-        """Add a node of this name."""
+        """Add a node with this name."""
         self._ask(f"add {name}")
 
     def kill(self, name: str) -> None:
-        """Kill a node's raylet, and so all that it runs."""
+        """Kill a node's raylet, and with it everything that it runs."""
         self._ask(f"kill {name}")
 
     def wait_without(self, name: str) -> None:
-        """Wait until the others know that a node is gone."""
+        """Wait until the other nodes know that this node is gone."""
         self._ask(f"miss {name}")
 
     def stop(self) -> None:
@@ -90,7 +93,7 @@ def main(cpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    # output of Ray is not an answer
+    # Ray's own output must not be taken for an answer
     os.dup2(2, 1)
     head = {"num_cpus": 0, "_system_config": HEALTH, **NODE}
     cluster = Cluster(initialize_head=True, shutdown_at_exit=True, head_node_args=head)

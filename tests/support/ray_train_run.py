@@ -1,4 +1,6 @@
-"""Ray Train's example, whose last worker kills itself once: python ray_train_run.py STORAGE prints the reports."""
+"""Runs Ray Train's example and makes its last worker kill itself once: `python ray_train_run.py STORAGE` prints the
+reports.
+"""
 
 import json
 import os
@@ -13,7 +15,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 
 def train_and_die(settings: dict) -> None:
-    """Train, and die after the report of step 4, unless that has been done before."""
+    """Train, and kill the last worker after its report of step 4 unless an earlier attempt has done so."""
     sys.path.insert(0, str(EXAMPLES))
     import ray_train
 

@@ -1,4 +1,4 @@
-"""A record of the keys of run files that code reads."""
+"""Records which keys of run files the code reads."""
 
 import dataclasses
 import sys
@@ -13,7 +13,7 @@ from distattn.training.config.run_file import Config
 
 @contextmanager
 def noted_keys() -> Iterator[set[str]]:
-    """Collect the keys that are read meanwhile, but for loading, copying and comparing whole configurations."""
+    """Collect the keys read inside the `with` block, except by loading, copying or comparing whole configurations."""
     read: set[str] = set()
     loading = [False]
     with pytest.MonkeyPatch.context() as patch:
@@ -22,7 +22,7 @@ def noted_keys() -> Iterator[set[str]]:
 
             def get(self, name, section=section.name, names=names):
                 frame = sys._getframe(1)
-                # asdict and replace, and the methods that dataclasses generate
+                # asdict, replace and the methods that dataclasses generate
                 copies = frame.f_globals.get("__name__") == "dataclasses" or frame.f_code.co_filename == "<string>"
                 if name in names and not copies and not loading[0]:
                     read.add(f"{section}.{name}")

@@ -1,4 +1,4 @@
-"""Inputs of recurrences, and their results token by token, in fp64."""
+"""Inputs of recurrences and their fp64 results, computed token by token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECURRENT = [name for name, op in OPS.items() if op.kind == "recurrence"]
 
 
 class RecurrenceCase(NamedTuple):
-    """Tokens, initial states, and gradients of outputs and of final states."""
+    """Tokens, initial states, and the gradients of the outputs and final states."""
 
     x: RecurrenceTokens
     initial: Tensor
@@ -46,7 +46,7 @@ class RecurrenceCase(NamedTuple):
 
 
 def prepared(kernel: Any, op: Op, x: RecurrenceTokens, segments: Segments) -> Any:
-    """Return segments as a kernel takes them."""
+    """Return the segments as prepared by a kernel."""
     needed = KernelRequirements(x.v.dtype, x.k.shape[2], x.v.shape[2], torch.device("cpu"), op=op)
     return kernel.prepare(segments, needed)
 
@@ -68,7 +68,9 @@ def recurrence_case(
     seed: int = 0,
     decay: str = "usual",
 ) -> RecurrenceCase:
-    """Return random inputs. decay: "usual", "near 1", "near 0", "mixed" (most near 1, some that nothing survives)."""
+    """Return random inputs. decay: "usual", "near 1", "near 0" or "mixed" (mostly near 1, with a few gates that erase
+    the state).
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -92,7 +94,7 @@ def recurrence_case(
 
 
 def by_definition(case: RecurrenceCase) -> RecurrenceResult:
-    """Compute outputs, final states and all gradients, by autograd through the definition."""
+    """Compute outputs, final states and all gradients by autograd through the definition."""
     leaves = {name: value.clone().requires_grad_() for name, value in case.x.by_token().items()}
     initial = case.initial.clone().requires_grad_()
     o, final = token_by_token(case.x._replace(**leaves), case.segments, initial)
@@ -102,11 +104,11 @@ def by_definition(case: RecurrenceCase) -> RecurrenceResult:
 
 
 def assert_same(got: RecurrenceResult, wanted: RecurrenceResult, tolerance: float) -> None:
-    """Assert that results are equal, relative to the largest number of each tensor."""
+    """Assert that the results are equal within `tolerance`, relative to each tensor's largest element."""
     pairs = [("o", got.o, wanted.o), ("final", got.final, wanted.final), ("dinitial", got.dinitial, wanted.dinitial)]
     pairs += [(f"d{name}", got.dx.by_token()[name], value) for name, value in wanted.dx.by_token().items()]
     for name, a, b in pairs:
-        # a tensor of zeros: the gradient of a state that underflows everywhere
+        # a gradient is all zeros if its state underflows everywhere
         scale = max(float(b.abs().max()), 1e-30) if b.numel() else 1.0
         error = float((a.double() - b).abs().max()) / scale if b.numel() else 0.0
         assert error <= tolerance, f"{name} is off by {error:.2e}, more than {tolerance:.0e}"
@@ -115,7 +117,10 @@ def assert_same(got: RecurrenceResult, wanted: RecurrenceResult, tolerance: floa
 def run_recurrence(
     plan: Plan, case: RecurrenceCase, record: Record | None = None, kernel: Any = chunked
 ) -> RecurrenceResult:
-    """Run forward and backward of every rank of a plan in one process, and join the results. Check the proof's live states."""
+    """Run the forward and backward passes of all ranks of a plan in one process. Return the gathered results.
+
+    Assert that the states' peak bytes and kept bytes are those that the proof predicts.
+    """
     layout, call = plan.call.layout, plan.call
     ranks, dtype = range(call.ranks), getattr(torch, call.dtype)
     record = Record() if record is None else record
@@ -135,7 +140,7 @@ def run_recurrence(
         network = InProcessNetwork()
         return [RecordingTransport(network.transport(rank), rank, record) for rank in ranks]
 
-    # states alive, by rank, of both passes
+    # live states of both passes, by rank
     held: list[HeldStateTensors] = []
 
     def noted(*arguments: Any) -> HeldStateTensors:
@@ -174,12 +179,12 @@ def run_recurrence(
 
 
 def _kept_bytes(program: Program) -> int:
-    """Return the bytes of the tensors themselves, without alignment."""
+    """Return the bytes that a program keeps for the backward pass, without alignment."""
     places = KeptPlaces.of(program)
     tensors = [*places.states, *(place for some in places.tokens.values() for place in some)]
     return sum(math.prod(place.shape) * place.dtype.itemsize for place in tensors)
 
 
 def _as(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """Convert `value`. Gates stay as wide as sums."""
+    """Convert `value` to `dtype`, or gates to the accumulation dtype."""
     return value.to(accumulation_dtype(dtype) if name == "g" else dtype)

@@ -1,4 +1,4 @@
-"""A real Slurm of four nodes on one machine, without systemd and without touching the machine's own configuration."""
+"""A real four-node Slurm cluster on one machine, without systemd and without changes to the machine's configuration."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PartitionName=urgent Nodes=node[1-4] MaxTime=INFINITE State=UP PriorityTier=10 P
 
 
 def why_not() -> str | None:
-    """Return why no Slurm can be started here, or None."""
+    """Return why Slurm cannot be started here, or None if it can."""
     missing = [name for name in _DAEMONS if shutil.which(name) is None]
     if missing:
         return f"Slurm is not installed ({', '.join(missing)} missing): apt-get install slurm-wlm munge"
@@ -63,7 +63,7 @@ def why_not() -> str | None:
 
 
 class SlurmCluster:
-    """Four nodes of two processors. Slurm's commands find them by `environment`."""
+    """Four nodes with two CPUs each. `environment` lets Slurm's commands find them."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -93,17 +93,17 @@ class SlurmCluster:
         self.run("slurmd", "-f", self.environment["SLURM_CONF"], "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """End a node as a power cut does: its daemon, and all that it has started."""
+        """Kill a node's daemon and everything it has started, as a power failure would."""
         os.kill(int((self.root / f"slurmd.{node}.pid").read_text()), signal.SIGKILL)
-        # a step's daemon does not have its node's name in the environment, but its children do
+        # the environment of a step's daemon lacks the node's name, but its children have it
         for pid, (parent, command) in self._processes(node).items():
-            # a signal to 0 would reach all processes of these tests, and 1 is the parent of orphans
+            # a signal to 0 would reach all processes of these tests, and process 1 is the parent of orphans
             if b"run_node" in command:
                 for number in (parent, pid) if parent > 1 else (pid,):
                     os.kill(number, signal.SIGKILL)
 
     def signal_ranks(self, node: str, number: int, most: int) -> None:
-        """Send a signal to at most `most` ranks that work on a node."""
+        """Send signal `number` to at most `most` ranks that run on a node."""
         processes = self._processes(node)
         ranks = sorted(pid for pid, (_, command) in processes.items() if command.startswith(b"distattn rank "))
         assert ranks, f"there are no ranks on {node}: {processes}"
@@ -111,15 +111,17 @@ class SlurmCluster:
             os.kill(pid, number)
 
     def stop(self) -> None:
-        """Kill the daemons, those of steps included, and the processes that a failed test has left on the nodes."""
-        # a daemon may be about to start another process
+        """Kill the daemons, including those of steps, and the processes that a failed test has left on the nodes."""
+        # repeat, because a daemon may be about to start another process
         while ours := self._processes(None):
             for pid in ours:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def _processes(self, node: str | None) -> dict[int, tuple[int, bytes]]:
-        """Return {pid: (parent, command line)} of a node's processes without its daemons, or of the whole cluster for None."""
+        """Return {pid: (parent, command line)} for a node's processes except its daemon, or for the whole cluster if
+        `node` is None.
+        """
         processes = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -127,7 +129,7 @@ class SlurmCluster:
                 command = (process / "cmdline").read_bytes()
                 parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
-                # the process has ended meanwhile
+                # the process has ended in the meantime
                 continue
             ours = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode() in environment
             if ours and (node is None or f"SLURMD_NODENAME={node}".encode() in environment):

@@ -1,4 +1,4 @@
-"""A small model, uneven batches, and the results of one process, with which every adapter's gradients are compared."""
+"""A small model, uneven batches and the results of a single process, to which every adapter's gradients are compared."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from distattn.adapters import huggingface
 from distattn.batch.packed_batch import IGNORE_INDEX
 
 VOCABULARY = 64
-# documents of the micro-batches of two replicas; half of the labels of some are masked
+# document lengths by replica and micro-batch. Replica 1 has no labels in the first half of each micro-batch
 STEPS = [[[19, 1, 8], [30]], [[7, 25], [2, 2, 40]]]
-# replicas share attention in blocks small enough for work to move at these lengths
+# replicas share attention in blocks small enough that work moves between ranks even for these short documents
 CAD = dict(strategy="cad", data="per_rank", options=dict(block=8, tolerance=0.0))
 
 
 def build(dtype: torch.dtype = torch.float64, **changes: Any) -> torch.nn.Module:
-    """Return a seeded model, the same on all ranks."""
+    """Return a seeded model, identical on all ranks."""
     huggingface.register()
     shape = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -35,7 +35,9 @@ def build(dtype: torch.dtype = torch.float64, **changes: Any) -> torch.nn.Module
 
 
 def micro_batch(lengths: Sequence[int], masked: bool = False) -> dict[str, Any]:
-    """Return token ids seeded by the lengths. masked: no token in the first half has a label."""
+    """Return a micro-batch whose token ids are seeded by the lengths. masked: the first half of the tokens has no
+    labels.
+    """
     generator = torch.Generator().manual_seed(sum(lengths) * 31 + len(lengths))
     ids = torch.randint(0, VOCABULARY, (1, sum(lengths)), generator=generator)
     labels = ids.clone()
@@ -45,14 +47,17 @@ def micro_batch(lengths: Sequence[int], masked: bool = False) -> dict[str, Any]:
 
 
 def step(replica: int, micro_batches: int) -> list[dict[str, Any]]:
-    """Return a step's micro-batches. The replicas' labels are uneven."""
+    """Return a step's micro-batches. Replicas have unequal numbers of labels."""
     return [micro_batch(lengths, masked=replica == 1) for lengths in STEPS[replica][:micro_batches]]
 
 
 def shared_between_blocks(
     batches: Sequence[dict[str, Any]], block_ranks: int, dtype: str = "float64", parts: int = 1
 ) -> bool:
-    """Return whether attention moves between blocks of ranks, each with its own batch. parts: of heads, one on each rank."""
+    """Return whether attention moves between blocks of ranks that have different batches.
+
+    parts: the number of ranks over which the heads are split.
+    """
     for batch in batches:
         moves = batch["context_parallel"].plan(4 // parts, 2 // parts, 8, 8, dtype).forward.moves
         if (moves["src"] // block_ranks != moves["dst"] // block_ranks).any():
@@ -63,7 +68,7 @@ def shared_between_blocks(
 def in_one_process(
     model: torch.nn.Module, batches: Sequence[dict[str, Any]]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return loss and gradients of all parameters: the sum over tokens / valid tokens, one document at a time."""
+    """Compute the loss, averaged over valid tokens, and the gradients of all parameters, one document at a time."""
     with huggingface.single_process_attention(model):
         loss = loss_by_document(lambda ids: model(ids, use_cache=False).logits[0], batches)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -71,7 +76,9 @@ def in_one_process(
 
 
 def norm_ratio(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
-    """Return the norm of gradients / that of one process's; infinite if the directions differ."""
+    """Return the norm of the gradients divided by the norm of a single process's gradients, or infinity if their
+    directions differ.
+    """
     flat, other = (torch.cat([x.double().flatten() for x in xs]) for xs in (got, wanted))
     if F.cosine_similarity(flat, other, dim=0) < 0.9999:
         return float("inf")

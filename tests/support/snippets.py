@@ -1,4 +1,4 @@
-"""Python snippets of documents, and small things to run them with."""
+"""Python snippets of documents, and small objects to run them with."""
 
 import re
 from typing import Any
@@ -13,25 +13,25 @@ def python_snippets(text: str) -> list[str]:
 
 
 def tiny_llama() -> dict[str, Any]:
-    """Return names that snippets use: a configuration, its class of models, and an optimizer."""
+    """Return the names that snippets use: a configuration, its model class and an optimizer."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     config = LlamaConfig(vocab_size=64, num_attention_heads=4, num_key_value_heads=2, **sizes)
     return dict(AutoModelForCausalLM=AutoModelForCausalLM, config=config, optimizer=_Optimizer())
 
 
 def tiny_loader() -> list[Any]:
-    """Return two steps of two packs each."""
+    """Return two steps with two packs each."""
     return [[tiny_batch(seed) for seed in (step, step + 1)] for step in (0, 2)]
 
 
 def tiny_batch(seed: int = 0) -> dict[str, Any]:
-    """Return a pack of two documents."""
+    """Return a pack with two documents."""
     ids = torch.randint(0, 64, (1, 40), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "document_lengths": [30, 10]}
 
 
 class _Optimizer:
-    """An optimizer that counts steps."""
+    """An optimizer that only counts its steps."""
 
     steps = 0
 
@@ -39,4 +39,4 @@ class _Optimizer:
         self.steps += 1
 
     def zero_grad(self) -> None:
-        """Keep gradients: they add up."""
+        """Keep the gradients, so that they accumulate."""

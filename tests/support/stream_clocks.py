@@ -1,13 +1,14 @@
-"""Vector clocks of streams and host threads: every access to a tensor must come after the accesses that it depends on.
+"""Vector clocks of streams and host threads, to check that every tensor access comes after the accesses it depends on.
 
-Lamport 1978 and Mattern 1989, as race detectors use them (FastTrack, Flanagan and Freund 2009). A clock holds, for each timeline,
-how much of it is known to be done. Work on a stream comes after all that its host thread knew to be done when it queued the work,
-and after all that the stream has waited for. A read must come after all earlier writes of the same memory, a write after all
-earlier accesses. Freed memory goes back to the stream that allocated it: that stream must know that other streams' accesses are
-done, unless `record_stream` registered those streams with the allocator.
+They follow Lamport 1978 and Mattern 1989, as race detectors do (FastTrack, Flanagan and Freund 2009). A clock says, for
+each timeline, how many of its accesses are known to be done. Work on a stream comes after everything that its host
+thread knew to be done when it queued the work, and after everything that the stream has waited for. A read must come
+after all earlier writes of the same memory, a write after all earlier accesses. Freed memory returns to the stream that
+allocated it. That stream must know that other streams' accesses are done, unless `record_stream` registered those
+streams with the allocator.
 
-Two threads that queue on one stream, or wait for each other's events, must be ordered, too: otherwise the order is chance.
-`imitated_cuda` follows the operations that order host threads.
+Two threads that queue work on one stream, or wait for each other's events, must also be ordered. Otherwise their order
+is left to chance. `imitated_cuda` tracks the operations that order host threads.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# for each timeline, by number: how many of its accesses are known to be done
+# maps a timeline's number to how many of its accesses are known to be done
 Clock = dict[int, int]
 
 
 class Timeline:
-    """A stream or a host thread: what happens on it is in order."""
+    """A stream or a host thread, whose accesses happen in order."""
 
     def __init__(self, number: int, name: str, is_host: bool = False):
         self.number, self.name, self.is_host = number, name, is_host
         self.clock: Clock = {}
 
     def knows(self, other: Timeline, tick: int) -> bool:
-        """Return whether another timeline has reached a tick, as far as this one can know."""
+        """Return whether this timeline knows that another one has reached a tick."""
         return self.clock.get(other.number, 0) >= tick
 
     def advance(self) -> int:
-        """Count one more access, and return its number."""
+        """Count one more access. Return its tick."""
         tick = self.clock[self.number] = self.clock.get(self.number, 0) + 1
         return tick
 
 
 class _Access(NamedTuple):
-    """An operator's access to elements [begin, end) of a storage, in bytes."""
+    """An operator's access to bytes [begin, end) of a storage."""
 
     begin: int
     end: int
@@ -50,7 +51,7 @@ class _Access(NamedTuple):
     tick: int
     writes: bool
     action: str
-    # the host thread that queued it, and when
+    # the host thread that queued the access, and its tick at that time
     host: Timeline
     host_tick: int
 
@@ -59,7 +60,9 @@ class _Access(NamedTuple):
 
 
 class _Storage:
-    """A storage: the stream that allocated it, the streams of `record_stream`, and the accesses that still matter."""
+    """A storage: the stream that allocated it, the streams registered by `record_stream`, and the accesses that still
+    matter.
+    """
 
     def __init__(self, stream: Timeline, shape: str):
         self.stream, self.shape = stream, shape
@@ -67,7 +70,8 @@ class _Storage:
         self.accesses: list[_Access] = []
 
     def add(self, access: _Access) -> None:
-        # whatever comes after this access comes after those before it; a read does not stand for a write
+        # whatever comes after this access also comes after those ordered before it, except that a read does not replace
+        # a write
         self.accesses = [
             old
             for old in self.accesses
@@ -80,7 +84,11 @@ class _Storage:
 
 
 class StreamClocks:
-    """The clocks of a process. violations: sentences; counts: accesses that were checked, so that tests see that some were."""
+    """The clocks of a process.
+
+    violations: one sentence each. counts: the numbers of checked accesses, so that a test can assert that there were
+    some.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -92,7 +100,7 @@ class StreamClocks:
         self.counts: Counter[str] = Counter()
 
     def new_stream(self, name: str) -> Timeline:
-        """Make a stream. Work that is queued on it later comes after work that is on it now."""
+        """Create a stream. Work queued on it later comes after work that is on it now."""
         with self._lock:
             self._numbers += 1
             stream = Timeline(self._numbers, name)
@@ -110,31 +118,31 @@ class StreamClocks:
         return timeline
 
     def snapshot(self, timeline: Timeline) -> Clock:
-        """Return the clock of the moment when all that is on a timeline now is done."""
+        """Return the clock at which everything now on a timeline is done."""
         with self._lock:
             return dict(timeline.clock)
 
     def join(self, timeline: Timeline, clock: Clock) -> None:
-        """Order later work of a timeline after all that a clock knows."""
+        """Order a timeline's later work after everything that `clock` knows."""
         with self._lock:
             _join(timeline.clock, clock)
 
     def queue(self, stream: Timeline, action: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
         """Note that this thread queues an operator on a stream.
 
-        The only host tensors that count are tracked ones: pinned memory.
+        Host tensors count only if they are tracked, which means in pinned memory.
         """
         with self._lock:
             _join(stream.clock, self.host().clock)
             self._access(stream, action, reads, writes)
 
     def on_host(self, action: str, reads: Iterable[Tensor], writes: Iterable[Tensor]) -> None:
-        """Note that this thread runs an operator on host tensors now."""
+        """Note that this thread runs an operator on host tensors."""
         with self._lock:
             self._access(self.host(), action, reads, writes)
 
     def allocated(self, tensor: Tensor, stream: Timeline) -> None:
-        """Note that a tensor is allocated on a stream, unless its storage is known."""
+        """Note that a tensor is allocated on a stream, unless its storage is already known."""
         storage = tensor.untyped_storage()
         with self._lock:
             if storage._cdata in self._storages:
@@ -143,12 +151,12 @@ class StreamClocks:
         weakref.finalize(storage, self._freed, storage._cdata).atexit = False
 
     def knows(self, tensor: Tensor) -> bool:
-        """Return whether accesses to a tensor are watched: of host tensors those to pinned memory."""
+        """Return whether accesses to a tensor are tracked. Among host tensors, only those in pinned memory are."""
         with self._lock:
             return tensor.untyped_storage()._cdata in self._storages
 
     def record(self, tensor: Tensor, stream: Timeline) -> None:
-        """Register a stream that uses a tensor, as the allocator's `record_stream` does."""
+        """Register a stream that uses a tensor, like the allocator's `record_stream`."""
         with self._lock:
             storage = self._storages.get(tensor.untyped_storage()._cdata)
             if storage is not None:
@@ -186,7 +194,7 @@ class StreamClocks:
         with self._lock:
             storage = self._storages.pop(key)
             if storage.stream.is_host:
-                # the allocator of pinned memory tracks copies under way itself
+                # the allocator of pinned memory tracks copies in flight itself
                 return
             freer = Timeline(storage.stream.number, storage.stream.name)
             _join(freer.clock, storage.stream.clock)
@@ -201,7 +209,7 @@ class StreamClocks:
                     )
 
     def violation(self, text: str) -> None:
-        """Note a violation, once."""
+        """Record a violation, unless the same sentence is already recorded."""
         if text not in self.violations:
             self.violations.append(text)
 
@@ -213,7 +221,7 @@ def _join(clock: Clock, other: Clock) -> None:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Return the bytes of the storage between a view's first and last element."""
+    """Return the first byte of a view in its storage, and the end of its last element."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.storage_offset()
     return begin * tensor.element_size(), (begin + last + 1) * tensor.element_size()

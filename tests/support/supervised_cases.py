@@ -1,6 +1,8 @@
-"""Runs `faulty_ranks` under supervision, once for each case: python supervised_cases.py FOLDER '[{"name": ..., "fault": ...}]'.
+"""Runs `faulty_ranks` under supervision, once per case: python supervised_cases.py FOLDER '[{"name": ..., "fault":
+...}]'.
 
-In a process of its own, since a launcher changes how its process forks; one for all cases, since it imports for long.
+It runs in a separate process, since a launcher changes how its process forks. One process runs all cases, since its
+imports take long.
 """
 
 import json
@@ -18,7 +20,7 @@ RANKS, STEPS = 3, 12
 
 
 def main() -> None:
-    """Run each case in a folder of its name, which gets the exit code and the output in files."""
+    """Run each case in a folder with the case's name, and write the exit code and the output to files in that folder."""
     for case in json.loads(sys.argv[2]):
         folder = Path(sys.argv[1], case["name"])
         folder.mkdir()

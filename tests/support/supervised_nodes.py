@@ -1,4 +1,6 @@
-"""One of two nodes, with ranks of `faulty_ranks`: python supervised_nodes.py FOLDER NODE '[[name, port], ...]' HOST."""
+"""Runs one of two nodes with ranks of `faulty_ranks`: python supervised_nodes.py FOLDER NODE '[[name, port], ...]'
+HOST.
+"""
 
 import json
 import sys
@@ -14,12 +16,12 @@ PER_NODE, STEPS = 2, 12
 
 
 def main() -> None:
-    """Run this node's part of each case, and write the result into a file of the case's folder."""
+    """Run this node's part of each case, and write the result to a file in the case's folder."""
     number = int(sys.argv[2])
     with fork_server(["faulty_ranks"], Node(nodes=2, keeps_sigterm=True)):
         for name, port in json.loads(sys.argv[3]):
             folder, node = Path(sys.argv[1], name), Node(number, 2, f"{sys.argv[4]}:{port}", keeps_sigterm=True)
-            # a long limit, so that a slow machine is not taken for a hang
+            # use a long limit so that a slow machine does not look like a hang
             patience = Patience(600, 600.0 if name in ("whole", "kill") else 15.0)
             ranks = Ranks(PER_NODE, "faulty_ranks:run", [str(folder), STEPS], patience, node)
             with closing(HeartbeatBoard.make(PER_NODE)) as board:

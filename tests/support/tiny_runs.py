@@ -1,4 +1,4 @@
-"""Tiny runs of the trainer: their configuration, their run file, their folder, and how a rank trains them."""
+"""Tiny training runs: their configuration, run file and folder, and a function that trains them on one rank."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,9 @@ ranks = 2
 def tiny_config(
     texts: Path, folder: Path, data: dict | None = None, model: dict | None = None, ranks: int = 2, **sections: Any
 ) -> Config:
-    """Return the configuration of a run without a comparison. data, model: changed fields, by name; sections: others."""
+    """Return the configuration of a run without a comparison. data, model: fields to change. sections: further
+    sections.
+    """
     text = dict(path=str(texts), tokens_per_step=256, max_document_tokens=100)
     shape = dict(num_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
     return Config(
@@ -53,21 +55,23 @@ def tiny_config(
 
 
 def write_run_file(folder: Path, sections: str) -> None:
-    """Write run.toml of a run of two ranks, and its text, into a folder. sections: of the run file, besides the common ones."""
+    """Write run.toml for a run on two ranks, and its text, to a folder. sections: text to append to the common
+    sections.
+    """
     (folder / "run.toml").write_text(_RUN_FILE + sections)
     (folder / "texts").mkdir()
     (folder / "texts" / "one.txt").write_text((Path(__file__).parents[2] / "LICENSE").read_text())
 
 
 def new_run(config: Config) -> RunFolder:
-    """Make the folder of a run, with its text in it."""
+    """Create a run's folder, including the run's text."""
     run = RunFolder.create(config)
     write_text(run, config, find_text(config))
     return run
 
 
 def train_on_rank(rank: int, folder: Path, config: Config) -> None:
-    """Train the run of a folder on this rank, on the CPU."""
-    # as torchrun sets it, which DeepSpeed asks for
+    """Train the run in `folder` on this rank, on the CPU."""
+    # torchrun sets LOCAL_RANK, and DeepSpeed needs it
     os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
     train(RunFolder(folder), config, True, torch.device("cpu"))

@@ -1,5 +1,8 @@
-"""The semantics of PyTorch's variable-length flash attention operators, on the CPU: sequences one after another, windows that are
-aligned at the bottom right corner, log-sum-exps (H, T) that are +inf for rows without keys, results in the inputs' precision."""
+"""The semantics of PyTorch's variable-length flash attention operators on the CPU.
+
+Sequences are concatenated. Windows are aligned at the bottom right corner. The LSE (H, T) is +inf for rows without
+keys. Results have the dtype of the inputs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from torch import Tensor
 
 
 def allowed(rows: int, keys: int, causal: bool, left: int, right: int) -> Tensor:
-    """Return which keys a row of a sequence sees. A negative side is open, as in the operators."""
+    """Return a bool tensor (rows, keys) of the keys that each row of a sequence sees. A negative window side is
+    unlimited, as in the operators.
+    """
     if causal:
         right = 0
     apart = torch.arange(keys)[None, :] - torch.arange(rows)[:, None] - (keys - rows)
@@ -39,7 +44,7 @@ def _checked(q, k, v, starts_q, starts_k, longest_q, longest_k):  # noqa: ANN001
 
 
 def _scores(q, k, scale, seen):  # noqa: ANN001, ANN202
-    """Return scores (H, T, S) in fp64."""
+    """Return the scores (H, T, S) in fp64."""
     group = q.shape[1] // k.shape[1]
     wide = k.double().repeat_interleave(group, 1)
     return (torch.einsum("thd,shd->hts", q.double(), wide) * scale).masked_fill(~seen, -torch.inf)
@@ -61,8 +66,8 @@ def forward(
     window_size_left,
     window_size_right,  # noqa: ANN001
 ) -> tuple[Tensor, ...]:
-    """See `aten::_flash_attention_forward`."""
-    # rows that no sequence reaches are not written
+    """Compute attention. See `aten::_flash_attention_forward`."""
+    # rows outside all sequences are not written
     o = torch.full_like(q, torch.nan, memory_format=torch.contiguous_format)
     lse = torch.full(
         (q.shape[1], len(q)), torch.nan, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -84,7 +89,7 @@ def backward(
     do, q, k, v, o, lse, starts_q, starts_k, longest_q, longest_k, dropout, causal, rng, unused, *, scale,  # noqa: ANN001
     window_size_left, window_size_right,  # noqa: ANN001
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `aten::_flash_attention_backward`."""
+    """Compute the gradients of attention. See `aten::_flash_attention_backward`."""
     assert lse.is_contiguous() and lse.shape == (q.shape[1], len(q)) and o.dtype == do.dtype == q.dtype
     group = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.full_like(x, torch.nan, memory_format=torch.contiguous_format) for x in (q, k, v))

@@ -1,8 +1,8 @@
-"""Operators that make a GPU's host wait for the device, found on meta tensors, also inside our own operators.
+"""Finds operators that make a GPU's host wait for the device. It uses meta tensors and looks inside our own operators.
 
-They are: reading a number of the device, an operator whose result's size depends on its numbers, a copy from the device, and a
-copy to it from memory that is not pinned or without `non_blocking`. `torch.tensor(list, device=...)` is such a copy, which
-PyTorch leaves out for meta tensors: so the functions that make tensors of lists are watched by name.
+Such operators read a number from the device, return a result whose size depends on the data, copy from the device, or
+copy to the device from pageable memory or without `non_blocking`. `torch.tensor(list, device=...)` is such a copy, but
+PyTorch skips the copy for meta tensors. The functions that make tensors from lists are therefore watched by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch._C import TensorBase
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# they register their operators
+# these imports register our operators
 import distattn.ops.attention
 import distattn.ops.convolution
 import distattn.ops.latent
@@ -40,10 +40,11 @@ _SYNCHRONISE = (
     "_unique2",
     "bincount",
 )
-# on GPUs these ask a tensor for the number that they fill in (`value.item()` in ATen), and these copy a number from the host
+# on GPUs, _FILL operators read the fill value from the device (`value.item()` in ATen), and _PUT operators copy a
+# number from the host
 _FILL = ("masked_fill", "masked_fill_", "index_fill", "index_fill_")
 _PUT = ("index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put")
-# functions that make a tensor of numbers on the host, and copy it to the device
+# functions that build a tensor from numbers on the host and copy it to the device
 _OF_NUMBERS = ((torch, "tensor"), (torch, "as_tensor"), (torch, "asarray"), (Tensor, "new_tensor"))
 _VIEWS_AND_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
@@ -54,7 +55,7 @@ def wait_of(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> str | N
 
 
 def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
-    """Return why an operator waits for numbers of the device, as far as its arguments show."""
+    """Return why an operator reads numbers from the device, as far as its arguments show, or None."""
     name, tensors = func.overloadpacket.__name__, _tensors((args, kwargs))
     if not any(x.device == META for x in tensors):
         return None
@@ -68,7 +69,7 @@ def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
 
 
 def _wait_of_copy(func: Any, args: Any, kwargs: Any, results: list[Tensor], pinned: Container[int] = ()) -> str | None:
-    """Return why an operator waits for a copy, or None. pinned: the storages that are pinned."""
+    """Return why an operator waits for a copy, or None. pinned: the addresses of pinned storages."""
     name, tensors = func.overloadpacket.__name__, _tensors((args, kwargs))
     if {x.device.type for x in (*tensors, *results)} != {"cpu", "meta"}:
         return None
@@ -76,7 +77,7 @@ def _wait_of_copy(func: Any, args: Any, kwargs: Any, results: list[Tensor], pinn
     asynchronous = (kwargs or {}).get("non_blocking") or (name == "copy_" and tuple(args[2:]) == (True,))
     if name in ("_to_copy", "copy_") and asynchronous and host.untyped_storage()._cdata in pinned:
         return None
-    # a number on the host is an argument of the launch, but index_put_ copies it to the device
+    # a number on the host is passed as a launch argument, except that index_put_ copies it to the device
     if name not in ("_to_copy", "copy_", *_PUT) and all(x.dim() == 0 for x in tensors if x.device.type == "cpu"):
         return None
     return f"{name} copies between host and device"
@@ -87,17 +88,19 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 class HostWaits(TorchDispatchMode):
-    """A counter of this thread's waits, each with the line of our code that causes it, and of operators' launches."""
+    """A dispatch mode that records this thread's waits, each with the line of our code that causes it, and counts
+    operator launches.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
         self.launches: Counter[str] = Counter()
-        # kept alive, so that no other storage gets their addresses
+        # keeps the tensors alive, so that no other storage reuses their addresses
         self._pinned: dict[int, Tensor] = {}
 
     def note(self, reason: str) -> None:
-        """Note a wait."""
+        """Record a wait and the line of our code that caused it."""
         ours = [line for line in traceback.extract_stack() if "/tests/support/" not in line.filename]
         lines = [line for line in ours if "/torch/" not in line.filename and "site-packages" not in line.filename]
         self.waits.append(f"{reason}: {lines[-1].filename}:{lines[-1].lineno}")
@@ -130,7 +133,7 @@ class HostWaits(TorchDispatchMode):
 
 @contextmanager
 def host_waits() -> Iterator[HostWaits]:
-    """Count waits in here, where "meta" is a device with streams, and memory can be pinned."""
+    """Record waits inside the `with` block, where "meta" acts as a device with streams and memory can be pinned."""
     watch = HostWaits()
 
     def counted(make: Any, *args: Any, **how: Any) -> Tensor:
@@ -166,7 +169,9 @@ def host_waits() -> Iterator[HostWaits]:
 
 
 def _assigned(x: Tensor, watch: HostWaits, index: Any, value: Any) -> None:
-    """Assign to x[index] as Python does. For GPUs PyTorch makes a host tensor of a number; on "meta" it does not."""
+    """Assign to x[index] as Python does. On GPUs PyTorch copies an assigned number from the host; on "meta" it does
+    not.
+    """
     if x.device == META and isinstance(value, (bool, int, float)) and any(tensor.dim() for tensor in _tensors(index)):
         watch.note("a number is copied to the device")
     TensorBase.__setitem__(x, index, value)
@@ -177,9 +182,10 @@ def _kind(kind: str) -> str:
 
 
 def _operators_as_functions() -> Iterator[Any]:
-    """Yield patches that make our operators plain functions of autograd.
+    """Yield patches that turn our operators into plain autograd functions.
 
-    For meta tensors PyTorch would only make results of their shapes; so operators inside of ours are seen, too.
+    For meta tensors PyTorch would only compute our operators' result shapes. With these patches the operators inside
+    them are seen as well.
     """
     for prefix, (save, differentiate) in AUTOGRAD.items():
         forward, backward = (IMPLEMENTATIONS[f"distattn::{prefix}{direction}"] for direction in ("forward", "backward"))

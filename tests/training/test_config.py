@@ -1,4 +1,4 @@
-"""Configuration and command line: a mistake is one sentence that names the key, exit code 2, never a traceback."""
+"""Configuration and command line: a mistake gives one sentence that names the key and exit code 2, never a traceback."""
 
 import dataclasses
 import os
@@ -247,7 +247,7 @@ def test_bad_input_ends_with_one_sentence_and_nothing_started(arguments, code, s
     assert done.returncode == code
     shown = done.stdout + done.stderr
     assert sentence in shown and "Traceback" not in shown
-    # only one sentence
+    # nothing but one sentence
     assert not done.stderr or (done.stderr.startswith("distattn: ") and done.stderr.count("\n") == 1)
     assert not (tmp_path / "run").exists()
 
@@ -310,7 +310,7 @@ def test_a_misspelled_option_leads_to_the_one_that_was_meant(arguments, sentence
 
 
 @pytest.mark.parametrize("limit", ["30", "30:00", "12:00:00", "2-0", "2-00:30", "2-00:00:00", "UNLIMITED"])
-def test_time_limits_are_what_sbatch_takes(limit, tmp_path):
+def test_time_limits_have_the_format_of_sbatch(limit, tmp_path):
     file = tmp_path / "good.toml"
     file.write_text(f'[slurm]\ntime = "{limit}"\noptions = ["--exclusive"]\n')
     config = configuration.load(file, ["--slurm.options=--qos=long", "--slurm.options=--mem=0"])
@@ -337,7 +337,7 @@ def test_an_empty_configuration_is_a_run(tmp_path):
 )
 def test_keys_about_text_are_refused_with_a_plan_of_packs(key, value):
     packs, setting = ["--data.path", "packs.toml"], [f"--data.{key}", value]
-    # the run file's keys about text belong to its text
+    # the run file's keys for text apply only to its own text
     assert configuration.load("configs/tiny.toml", packs).data.path == "packs.toml"
     with pytest.raises(DistattnError, match=f"data.{key}: does nothing here"):
         configuration.load("configs/tiny.toml", [*packs, *setting])
@@ -346,6 +346,6 @@ def test_keys_about_text_are_refused_with_a_plan_of_packs(key, value):
 @pytest.mark.parametrize(
     ("key", "value", "meant"), [("engine.name", "zero", "deepspeed"), ("model.dtype", "fp16", "bfloat16")]
 )
-def test_a_value_that_others_use_suggests_ours(key, value, meant):
+def test_a_value_used_by_other_tools_suggests_ours(key, value, meant):
     with pytest.raises(DistattnError, match=f"Did you mean {meant}"):
         configuration.load("configs/tiny.toml", [f"--{key}", value])

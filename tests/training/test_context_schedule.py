@@ -1,4 +1,4 @@
-"""A schedule of context lengths: the packs of each phase, a run resumed in the middle of each, and its display."""
+"""A schedule of context lengths: the packs of each phase, runs resumed in the middle of each phase, and its display."""
 
 import dataclasses
 import json
@@ -46,12 +46,12 @@ def _rows(run: RunFolder) -> list[tuple[int, int, float, float]]:
 
 
 @pytest.mark.full
-def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path):
+def test_a_run_continues_bitwise_from_the_middle_of_each_phase(config, tmp_path):
     run = new_run(config)
     plan = open_data(run, config).plan
     for step, context in enumerate(CONTEXTS):
         packs = plan.step(step).packs
-        # short contexts cut documents, and a step has as many tokens throughout
+        # short contexts cut documents, but every step has the same number of tokens
         assert all(sum(pack.lengths) <= context for pack in packs) and len(packs) == 256 // context
     assert any(max(pack.lengths) > 128 for pack in plan.step(STEPS - 1).packs)
     run_on_ranks(2, train_on_rank, run.folder, config)
@@ -71,7 +71,7 @@ def test_a_run_goes_on_bit_by_bit_from_the_middle_of_each_phase(config, tmp_path
 
 
 def _told(rank: int, folder: Path, config: Config) -> list[tuple[int, float]]:
-    """Return (step, seconds that it may take without another heartbeat) of each step's heartbeat."""
+    """Return (step, seconds until its next heartbeat is due) for each step."""
     tell, limits = loop.set_activity, []
 
     def note(activity, **fields):
@@ -144,7 +144,7 @@ def test_a_shorter_run_has_the_phases_that_it_reaches(config):
         ("context_length = 256\ncontext = 1", "data.context_schedule.0.context: unknown key"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused_by_key_and_line(config, tmp_path, text, sentence):
+def test_an_impossible_schedule_is_refused_by_key_and_line(config, tmp_path, text, sentence):
     file = tmp_path / "run.toml"
     head = "[data]\ntokens_per_step = 256\nmax_document_tokens = 200\n[train]\nsteps = 8\n[parallel]\nranks = 2\n"
     file.write_text(f"{head}[[data.context_schedule]]\n{text}\n")

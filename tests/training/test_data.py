@@ -1,4 +1,4 @@
-"""Text in, packs out: every byte exactly once, in an order that only the seed decides."""
+"""Text becomes packs: every byte appears exactly once, in an order that depends only on the seed."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ def test_an_epoch_tiles_every_file(tmp_path):
     for i in range(30):
         file = tmp_path / "text" / f"{i % 4}" / f"{i}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        # two bytes a character: documents are cut in bytes
+        # two bytes per character, because documents are cut by bytes
         file.write_text("é" * int(rng.integers(0, 400)) + str(i))
         contents[str(file)] = file.read_bytes()
     config = Config(
@@ -50,7 +50,7 @@ def test_an_epoch_tiles_every_file(tmp_path):
     write_text(run, config, text_)
     data = open_data(run, config)
     assert data.plan.sources[0].epochs > 1
-    # the pieces of the first epoch are its documents, whole, and these are the files
+    # in the first epoch the pieces are whole documents, one per file
     rows = [row for step in range(120) for row in piece_rows(data, step) if row["epoch"] == 0]
     assert sorted(row["document"] for row in rows) == list(range(len(text_.documents)))
     by_file = defaultdict(bytes)
@@ -157,7 +157,7 @@ def test_binary_files_among_texts_are_skipped_and_counted(tmp_path):
     corpus = find_corpus(str(tmp_path), max_document_tokens=10**6)
     assert [Path(document.file).name for document in corpus.documents] == ["a.txt"]
     assert (corpus.files, corpus.binary_files) == (3, 2)
-    # a file that is named is not skipped
+    # a file given by name is not skipped
     with pytest.raises(DamagedDataError, match="b.bin: not UTF-8 text"):
         check_text(find_corpus(str(tmp_path / "b.bin"), max_document_tokens=9))
     (tmp_path / "late").mkdir()
@@ -173,14 +173,14 @@ def test_many_short_documents_are_refused_at_once(tmp_path):
         find_corpus(str(tmp_path), max_document_tokens=1)
 
 
-def test_exclusions_do_not_depend_on_what_else_is_there(tmp_path):
+def test_exclusions_do_not_depend_on_other_files(tmp_path):
     (tmp_path / "test" / "a" / "test").mkdir(parents=True)
     (tmp_path / "test" / "a" / "test" / "y.py").write_text("y")
     for _ in range(2):
         corpus = None
         with contextlib.suppress(DistattnError):
             corpus = find_corpus(str(tmp_path / "test" / "a" / "**" / "*.py"), exclude=["test"], max_document_tokens=9)
-        # only what the wildcards matched is judged, not the folders above them
+        # exclude applies only to what the wildcards matched, not to the folders above
         assert corpus is None or [Path(document.file).name for document in corpus.documents] == ["ok.py"]
         (tmp_path / "test" / "a" / "ok.py").write_text("x")
 
@@ -206,7 +206,7 @@ def test_links_are_followed_once_and_broken_ones_refused(tmp_path):
         find_corpus(str(tmp_path / "data"), max_document_tokens=9)
 
 
-def test_a_pipe_is_refused_not_waited_for(tmp_path):
+def test_a_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(DistattnError, match="pipe.txt is not a regular file"):
         find_corpus(str(tmp_path), max_document_tokens=9)

@@ -1,4 +1,4 @@
-"""While an engine opens, a rank holds its share of the weights and little else, counted in bytes of tensors."""
+"""While an engine opens, a rank holds its share of the weights and little more, counted in tensor bytes."""
 
 import math
 import os
@@ -21,17 +21,17 @@ from distattn.training.engines.engine import open_engine  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-# 8 layers in the proportions of Llama 3 70B, 64 times narrower
+# 8 layers with the proportions of Llama 3 70B, 64 times narrower
 SHAPE = ModelConfig(num_layers=8, hidden_size=128, num_attention_heads=8, num_key_value_heads=8, intermediate_size=448)
 VOCABULARY = 2048
 
 
 class _WeightsAreThere(Exception):
-    """The end of an engine's opening."""
+    """Raised once an engine has its weights, to stop it from opening further."""
 
 
 def _opened(rank: int, name: str, how: EngineConfig, parallel: dict[str, int]) -> tuple[int, int]:
-    """Return peak bytes, over those before the model was built: while it was, and until the engine had its weights."""
+    """Return the peak bytes above the start: while the model is built, and from then until the engine has its weights."""
     module = {"fsdp2": fsdp2, "deepspeed": deepspeed, "megatron": megatron}[name]
     os.environ["LOCAL_RANK"] = str(rank)
     if name == "megatron":
@@ -60,7 +60,7 @@ def _opened(rank: int, name: str, how: EngineConfig, parallel: dict[str, int]) -
 
 
 def _sizes() -> tuple[int, int]:
-    """Return the bytes of the model and of its largest module, in float32."""
+    """Return the float32 bytes of the model and of its largest module."""
     layer = 4 * SHAPE.hidden_size**2 + 3 * SHAPE.hidden_size * SHAPE.intermediate_size + 2 * SHAPE.hidden_size
     embedding = VOCABULARY * SHAPE.hidden_size
     return 4 * (SHAPE.num_layers * layer + 2 * embedding + SHAPE.hidden_size), 4 * embedding
@@ -84,18 +84,18 @@ def test_a_rank_holds_its_share_and_one_module_while_an_engine_opens(engine):
     name, how, parallel = ENGINES[engine]
     whole, largest = _sizes()
     for building, handing_over in run_on_ranks(4, _opened, name, EngineConfig(name=name, **how), parallel):
-        # norms and rotary frequencies need a little more
+        # norms and rotary frequencies add a little
         assert whole / 4 + largest <= building < 1.01 * (whole / 4 + largest)
         if engine == "deepspeed 2":
-            # whole on every device by design; a rank's rows are freed as they are gathered
+            # this stage keeps the full weights on every device by design, and frees a rank's rows as they are gathered
             assert whole <= handing_over < whole + 2 * largest
         else:
-            # a gathered embedding, and a copy of it
+            # a gathered embedding and a copy of it
             assert math.ceil(whole / 4) <= handing_over < 1.01 * whole / 4 + 2.5 * largest
 
 
 def _held_by_a_state(rank: int, name: str, how: EngineConfig) -> int:
-    """Return the peak bytes, over those before, while an engine makes its state and gathered tensors are copied elsewhere."""
+    """Return the peak bytes above the start while an engine makes its state and gathered tensors are copied elsewhere."""
     os.environ["LOCAL_RANK"] = str(rank)
     if name == "megatron":
         import megatron_on_cpu  # noqa: F401
@@ -111,7 +111,7 @@ def _held_by_a_state(rank: int, name: str, how: EngineConfig) -> int:
         try:
             before = live.peak = live.now
             state = engine.state(keep)
-            # both ranks have weights to save, and a name stands for one tensor
+            # both ranks have weights to save, and each name stands for one tensor
             assert len(set(kept)) == len(kept) == sum(map(len, state[:3])) > 10
             return live.peak - before
         finally:
@@ -124,5 +124,5 @@ def test_a_rank_holds_few_gathered_tensors_while_its_state_is_saved(engine):
     name, how, _ = ENGINES[engine]
     _, largest = _sizes()
     for held in run_on_ranks(2, _held_by_a_state, name, EngineConfig(name=name, **how)):
-        # one gathered tensor with its parts; all that a rank keeps are 14 times the largest
+        # one gathered tensor with its parts; everything a rank keeps is 14 times the largest tensor
         assert largest <= held < 5 * largest

@@ -1,4 +1,4 @@
-"""One run in every engine: the same data, order, model and AdamW, the same curve as one process."""
+"""One run in every engine: the same data, order, model and AdamW give the curve of a single process."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-# DeepSpeed imports it, which takes 3 s: here it is imported once, not in every rank
+# import it once here, not in every rank: DeepSpeed needs it, and the import takes 3 s
 import functorch.compile  # noqa: E402, F401
 import small  # noqa: E402
 import torch  # noqa: E402
@@ -47,7 +47,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-# the gradients' norms are below it in some steps only
+# only in some steps is the gradient norm below this
 CLIP = 2.0
 
 
@@ -80,7 +80,7 @@ def config_of(
 
 
 def micro_batches(step: int, replica: int) -> list[dict]:
-    """Return one to three micro-batches for a step of one of two replicas. Their documents are never the same."""
+    """Return one to three micro-batches for a step of one of two replicas. All documents differ."""
     return [
         small.micro_batch([5 + step, 3 + 7 * number, 11 + 2 * replica + step % 3], masked=replica == 1)
         for number in range(1 + step % 3)
@@ -88,7 +88,7 @@ def micro_batches(step: int, replica: int) -> list[dict]:
 
 
 def steps(first: int, last: int, replica: int, replicas: int) -> list[list[dict]]:
-    """Return steps of a replica. A single replica has the batches of both."""
+    """Return the steps of one replica. A single replica has both replicas' batches."""
     mine = range(replica, 2, replicas)
     return [
         [batch for batch_replica in mine for batch in micro_batches(step, batch_replica)] for step in range(first, last)
@@ -100,10 +100,10 @@ def learning_rate(step: int) -> float:
 
 
 def opened(config: Config):
-    # as torchrun sets it; DeepSpeed reads it
+    # torchrun sets LOCAL_RANK, and DeepSpeed reads it
     os.environ["LOCAL_RANK"] = str(dist.get_rank())
     if config.engine.name == "megatron":
-        # only in this process of a rank: the import changes torch
+        # import it only in rank processes, since the import patches torch
         import megatron_on_cpu  # noqa: F401
     return open_engine(config, torch.device("cpu"), small.VOCABULARY, 128)
 
@@ -129,7 +129,7 @@ def _curve(rank: int, config: Config, count: int = STEPS) -> list[tuple[float, f
 
 
 def plain_curve(config: Config, count: int = STEPS) -> list[tuple[float, float]]:
-    """Train in a loop of plain PyTorch in one process."""
+    """Train in a plain PyTorch loop in a single process. Return (loss, gradient norm) of each step."""
     model = build_model(config, configured_model(config, small.VOCABULARY, 128))
     kinds = [
         [parameter for parameter in model.parameters() if (parameter.dim() > 1) == decays] for decays in (True, False)
@@ -202,14 +202,14 @@ def test_tiles_and_checkpointed_layers_have_the_same_curve(run, wanted):
 
 
 def spoil(model: torch.nn.Module) -> list:
-    """Make the outputs of embeddings NaN, on the stage that has them."""
+    """Make the embeddings' outputs NaN on the stage that has them. Return the hooks' handles."""
     ends = ("embed_tokens", "word_embeddings")
     embeddings = [module for name, module in model.named_modules() if name.endswith(ends)]
     return [module.register_forward_hook(lambda module, inputs, output: output * math.nan) for module in embeddings]
 
 
 def _dropped(rank: int, config: Config):
-    """Compare parameters before and after steps that are clipped and dropped, one with gradients that are not finite."""
+    """Compare parameters before and after steps that are clipped and dropped, one of them with non-finite gradients."""
     engine = opened(config)
     try:
         train(engine, 0, 2)
@@ -243,7 +243,7 @@ def test_a_dropped_step_leaves_nothing_behind(run, wanted):
 
 
 def _evaluated(rank: int, config: Config):
-    """Return a step's loss without gradients, with them, and by its token losses."""
+    """Return a step's loss computed without gradients, with gradients, and from its token losses."""
     engine = opened(config)
     try:
         cp, sums = engine.cp, []
@@ -299,7 +299,7 @@ def _gone_on(rank: int, config: Config, middle: int, folder: str):
         engine.close()
 
 
-# from, to
+# (engine that saves, engine that loads)
 MOVES = [
     ("deepspeed 3", "megatron tp 2, cp 2"),
     ("deepspeed 0", "deepspeed 3"),
@@ -311,7 +311,7 @@ MOVES = [
 
 @pytest.mark.full
 @pytest.mark.parametrize(("first", "second"), MOVES)
-def test_the_state_of_one_engine_goes_on_in_another(first, second, tmp_path):
+def test_another_engine_continues_from_the_state_of_one(first, second, tmp_path):
     every = run_on_ranks(RUNS[first].parallel.ranks, _moved, RUNS[first], 2, str(tmp_path))
     wanted = every[0][0]
     model = build_model(RUNS[first], configured_model(RUNS[first], small.VOCABULARY, 128))
@@ -330,7 +330,7 @@ HALF = {
 
 
 def _half(rank: int, config: Config):
-    """Return a curve, whether a dropped step left anything, and the dtypes of the saved state."""
+    """Return a curve, whether a dropped step left the state unchanged, and the dtypes of the saved state."""
     engine = opened(config)
     try:
         curve = train(engine, 0, 4)
@@ -356,7 +356,7 @@ def _half(rank: int, config: Config):
 @pytest.mark.parametrize("run", HALF)
 def test_bfloat16_follows_the_curve_and_keeps_weights_in_float32(run, wanted):
     for curve, same, dtypes in run_on_ranks(4, _half, HALF[run]):
-        # errors of 8 bits of mantissa, summed over tokens and layers
+        # the errors of 8-bit mantissas, summed over tokens and layers
         assert torch.allclose(torch.tensor(curve), torch.tensor(wanted[:10]), rtol=5e-2, atol=0)
         assert same and dtypes <= {torch.float32}
 
@@ -389,11 +389,11 @@ def test_bfloat16_follows_the_curve_and_keeps_weights_in_float32(run, wanted):
         ),
     ],
 )
-def test_what_an_engine_cannot_do_is_refused_by_name(config, sentence):
+def test_settings_that_an_engine_does_not_support_are_refused_by_name(config, sentence):
     assert any(str(problem).startswith(sentence) for problem in problems_of(config)), problems_of(config)
 
 
-def test_runs_of_these_tests_are_refused_nowhere():
+def test_the_runs_of_these_tests_are_not_refused():
     for config in (*RUNS.values(), *SPARING.values(), *HALF.values()):
         assert not problems_of(config)
 

@@ -1,4 +1,4 @@
-"""Evaluation inside training: the right losses, and a run that is bitwise equal to one without it."""
+"""Evaluation inside training gives correct losses, and leaves the run bitwise equal to one without it."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ TRAINED = [[micro_batch(lengths) for lengths in STEPS[number % 2]] for number in
 
 
 def alone(model):
-    """Return (sum of losses, tokens) by bucket of positions: plain transformers, one document at a time."""
+    """Return (sum of losses, tokens) by bucket of positions, from plain transformers, one document at a time."""
     sums = {}
     with huggingface.single_process_attention(model), torch.no_grad():
         for batch in (pack for step in HELD_OUT for pack in step):
@@ -32,7 +32,7 @@ def alone(model):
 
 
 def _trained(rank, evaluated, settings):
-    """Return losses and gradient norms of all steps, and the tables of the first and second evaluation."""
+    """Return the losses and gradient norms of all steps, and the tables of both evaluations."""
     model = build(torch.float64, attention_dropout=0.0)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
     wanted = alone(model)
@@ -47,7 +47,7 @@ def _trained(rank, evaluated, settings):
             losses = []
             for batch in batches:
                 if evaluated and number in (0, 3):
-                    # within a step, before FSDP2 has gradients
+                    # evaluate within a step, before FSDP2 has gradients
                     table = evaluate(cp, model, HELD_OUT, sums)
                     tables.append({bucket.first: (bucket.loss, bucket.tokens) for bucket in table.by_position})
                     modes = [module.training for module in (model, model.model.layers[0], model.model.layers[1].mlp)]

@@ -1,4 +1,4 @@
-"""Every key of run files and every option of commands does something, or is refused where it does nothing."""
+"""Every key of run files and every command option has an effect, or is refused where it has none."""
 
 import ast
 import dataclasses
@@ -16,14 +16,14 @@ from distattn.launch.command_keys import READ_BY, refuse_keys_that_do_nothing
 from distattn.launch.command_line import CommandParser
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.start_run import start_run
-from distattn.planning.memory_of_run import memory_of_config
 from distattn.preflight import facts
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
+from distattn.training.run_memory import memory_of_config
 
 ROOT = Path(__file__).parents[2]
 TEXT_KEYS = ("suffix", "exclude", "tokens_per_step", "max_document_tokens", "context_length")
-# by key: another valid value and, after it, the settings without which it does nothing; the value alone is refused
+# for each key, another valid value, followed by the settings without which that value has no effect and is refused
 OTHERS = {
     "data.path": ["x"],
     "data.suffix": [".md"],
@@ -77,14 +77,14 @@ OTHERS = {
     "slurm.container_mounts": ["/data", "--slurm.container_image=i"],
     "slurm.container_runtime": ["apptainer", "--slurm.container_image=i"],
 }
-# tables, in files only
+# tables can only be set in files
 NOT_HERE = {"data.context_schedule"}
 KEYS = [
     f"{section.name}.{field.name}"
     for section in dataclasses.fields(Config)
     for field in dataclasses.fields(section.default_factory)
 ]
-# other settings that do nothing, and the value with which they do nothing
+# (key, value, arguments with which the key has no effect)
 IDLE = [
     ("checkpoint.keep_last", "2", ["--checkpoint.every_steps=-1"]),
     ("checkpoint.keep_every_hours", "2", ["--checkpoint.every_steps=-1"]),
@@ -141,7 +141,7 @@ def words_of(empty: Path, *texts: str) -> list[str]:
 
 
 def another(key: str) -> list[str]:
-    """Return another value of a key: that of the table, or one of its type."""
+    """Return another value for a key, from OTHERS or of the same type."""
     if key in OTHERS:
         return OTHERS[key]
     section, name = key.split(".")
@@ -173,7 +173,7 @@ def test_a_key_that_does_nothing_is_refused_with_its_name(key, value, others, em
         configuration.load(empty, [*others, f"--{key}={value}"])
     assert str(refused.value).count("\n") == 0
     if key.startswith(("data.", "model.")):
-        # these are amounts: their default is refused, too
+        # these are amounts, so even their default is refused
         default = value_of(Config(), key)
         shown = " ".join(default) if isinstance(default, tuple) else str(default)
         with pytest.raises(DistattnError, match=key):
@@ -228,14 +228,14 @@ def test_keys_that_a_command_does_not_read_are_refused_on_its_command_line(comma
             assert f"it belongs to distattn launch {key.partition('.')[0]}." in error
 
 
-# runs that read other keys, by their names
+# run variants that read other keys, by name
 VARIANTS = {
     "text": [],
     "own packs": ["--parallel.data=per_rank", "--parallel.strategy=cad", "--data.context_length=256"],
     "held out": ["--evaluation.every_steps=2", "--evaluation.steps=2", "--train.steps=4"],
     "planned": ["--data.path={planned}", "--train.steps=2"],
 }
-# keys that are read when a configuration is loaded, for other engines or corpora with masks, or all at once
+# keys that are read when a configuration is loaded, only for other engines or for corpora with masks, or all at once
 UNNOTED = {
     "model.path",
     "engine.zero_stage",
@@ -246,7 +246,7 @@ UNNOTED = {
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """Make a plan of two steps of a corpus without a tokenizer's manifest."""
+    """Make a two-step plan over a corpus without a tokenizer's manifest."""
     folder = tmp_path_factory.mktemp("planned")
     write_corpus(folder, "web", [[300] * 16])
     (folder / "p.toml").write_text(
@@ -258,7 +258,7 @@ def planned(tmp_path_factory):
 
 
 def small_run(empty, planned, variant: str) -> list[str]:
-    """Return the arguments of a run whose packs are small, and whose text is one file."""
+    """Return the arguments of a run with small packs and a single text file."""
     arguments = [word.replace("{planned}", str(planned)) for word in VARIANTS[variant]]
     if variant == "planned":
         return [*arguments, "--model.vocab_size=60000", "--reference_check.steps=0"]
@@ -278,7 +278,7 @@ def read_by_plan(empty, planned, *options: str) -> set[str]:
 def test_plan_reads_the_keys_that_it_takes(command, empty, planned, capsys):
     options = ["--docs=512" if word == "--docs" else word for word in command.split()[1:]]
     read = read_by_plan(empty, planned, *options)
-    # settings of plans contain the kernel, but plans of all kernels are equal
+    # plan settings include the kernel, but the plans of all kernels are equal
     assert read - READ_BY[command] == {"parallel.kernel"}
     assert READ_BY[command] - read <= UNNOTED
 
@@ -297,7 +297,7 @@ def test_preflight_reads_the_keys_that_it_takes(empty, planned, tmp_path, monkey
     assert READ_BY["preflight"] - read <= UNNOTED | {"supervision.patience_seconds", "supervision.starting_seconds"}
 
 
-# the arguments of a command before its options
+# the arguments of each command before its options
 COMMANDS = {
     "plan": ["--docs=512"],
     "launch local": ["tiny"],
@@ -319,7 +319,7 @@ COMMANDS = {
 
 
 class _ParsedError(Exception):
-    """The end of a command that parses its options."""
+    """Raised once a command has parsed its options."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -340,7 +340,7 @@ def test_every_option_of_a_command_is_read(command, monkeypatch):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 read.add(node.attr)
             elif isinstance(node, (ast.For, ast.GeneratorExp)):
-                # getattr(given, name) for names of a tuple
+                # handles getattr(given, name) for names in a tuple
                 read |= {constant.value for constant in ast.walk(node) if isinstance(constant, ast.Constant)}
     options = {action.dest for action in parsers[0]._actions} - {"help"}
     assert options and options <= read

@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be written ends no run: the run says so once, and saves when there is room."""
+"""A full or read-only disk ends no run. The run reports it once, and saves again when there is room."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ DISK_FILES = 1000
 
 @pytest.fixture
 def disk(tmp_path):
-    """Make a small file system."""
+    """Create and mount a small file system. Return its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(
@@ -65,7 +65,7 @@ def fill(disk: Path) -> None:
 
 
 def fill_with_files(disk: Path) -> None:
-    """Leave no room for another byte, file or folder."""
+    """Fill the disk until no byte, file or folder fits."""
     fill(disk)
     (many := disk / "many").mkdir()
     with suppress(OSError):
@@ -83,7 +83,9 @@ def mounted(disk: Path, how: str) -> None:
 
 
 def _train(rank: int, folder: Path, config: Config, messages: Path, events: dict) -> None:
-    """Train. events: changes of the disk by the number of updates before them. messages: gets rank 0's warnings."""
+    """Train. events: changes to the disk, by the number of updates before each. messages: the file for rank 0's
+    warnings.
+    """
     if rank == 0:
         os.dup2(os.open(messages, os.O_WRONLY | os.O_CREAT), 2)
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
@@ -118,12 +120,12 @@ def rows(run: RunFolder) -> list[tuple[int, float, float]]:
 @pytest.mark.full
 def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts, disk, tmp_path):
     plain = trained(config_of(texts, tmp_path / "plain"), tmp_path / "said-0", {})
-    # the whole run is on the disk, which is full from before the first save to after the third
+    # the whole run is on the disk, which is full from before the first save until after the third
     full = {1: lambda: fill(disk), 7: lambda: (warned_of(6, tmp_path / "said-1"), (disk / "ballast").unlink())}
     run = trained(config_of(texts, disk / "run"), tmp_path / "said-1", full)
     assert [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)] == [8, 10]
     assert newest_good(run.checkpoints) == run.checkpoints / "step-00000010"
-    # nothing that was recorded meanwhile is lost
+    # nothing recorded in the meantime is lost
     assert rows(run) == rows(plain) and len(rows(run)) == STEPS
     assert run.losses(EVALUATION) == plain.losses(EVALUATION)
     for step in range(STEPS):
@@ -133,7 +135,7 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
     assert all("No space left on device" in line for line in ours)
     for name in ("metrics.jsonl", "tensorboard", "step-00000002", "step-00000004", "step-00000006"):
         assert sum(name in line for line in ours) == 1, lines
-    # checkpoints are on the disk, which cannot be written from before the first save to after the second
+    # only the checkpoints are on the disk, which is read-only from before the first save until after the second
     shutil.rmtree(run.folder)
     read_only = {1: lambda: mounted(disk, "ro"), 5: lambda: (warned_of(4, tmp_path / "said-2"), mounted(disk, "rw"))}
     run = trained(config_of(texts, tmp_path / "run"), tmp_path / "said-2", read_only, disk)
@@ -144,11 +146,11 @@ def test_a_disk_that_is_full_or_cannot_be_written_for_a_while_ends_no_run(texts,
 
 
 @pytest.mark.full
-def test_a_restart_bears_a_full_disk(texts, disk, tmp_path):
+def test_a_restart_survives_a_full_disk(texts, disk, tmp_path):
     config, messages = config_of(texts, disk / "run"), tmp_path / "said"
     run = new_run(config)
     run_on_ranks(2, _train, run.folder, replace(config, train=replace(config.train, steps=4)), tmp_path / "said-0", {})
-    # as a killed rank 0 leaves it: its file names a process that does not exist
+    # the state after a kill of rank 0, whose file names a process that no longer exists
     dead = replace(Owner.of_this_process(), pid=2**22 + 1)
     dead.write(run.folder / "owner.json")
     fill_with_files(disk)
@@ -167,7 +169,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
     place, moved = tmp_path / "run", tmp_path / "moved"
 
     def rename():
-        # another run begins under the old name
+        # another run starts under the old name
         place.rename(moved)
         place.mkdir()
 
@@ -175,7 +177,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
         AssertionError, match=rf"run: was renamed to {moved} meanwhile; the run was saved there after step 5"
     ) as ended:
         trained(config_of(texts, place), tmp_path / "said", {4: rename})
-    # ranks print the same sentence once
+    # several ranks report the same sentence, which is printed once
     assert (
         str(ended.value).count("DistattnError: ") == str(ended.value).count(f"was renamed to {moved} meanwhile; ") > 1
     )
@@ -188,7 +190,7 @@ def test_a_run_whose_folder_is_renamed_is_saved_there_and_ends(texts, tmp_path):
     assert run.events()[-1]["kind"] == "stopped"
 
 
-def test_a_run_whose_folder_is_deleted_ends_and_does_not_make_half_of_it_anew(texts, tmp_path):
+def test_a_run_whose_folder_is_deleted_ends_and_does_not_recreate_part_of_it(texts, tmp_path):
     place = tmp_path / "run"
     with pytest.raises(
         AssertionError, match="was deleted meanwhile, or moved elsewhere; the run ends after step 4, which is not"

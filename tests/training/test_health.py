@@ -1,4 +1,4 @@
-"""Reports of health: the slow rank is named while it is slow, and so is a GPU whose counters grow."""
+"""Health reports: a slow rank is named while it is slow, and so is a GPU whose error counters grow."""
 
 import importlib.util
 import os
@@ -32,7 +32,7 @@ from distattn.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 HOST = socket.gethostname()
-# seconds of a planted sleep: long compared with the tiny model's computation, also on a busy machine
+# seconds of a planted sleep, long compared to the tiny model's computation even on a busy machine
 NAP = 3.0
 
 
@@ -41,7 +41,7 @@ def costs(compute):
 
 
 def reported(rank, adaptive):
-    """Return reports of two steps each, with given compute times: rank 2 is slow, then no rank, then rank 0."""
+    """Return reports over two steps each, with given compute times: rank 2 is slow, then no rank, then rank 0."""
     settings = dict(strategy="cad", data="per_rank", adaptive=True) if adaptive else dict(strategy="ring")
     reports = []
     with da.ContextParallel(**settings) as cp:
@@ -66,13 +66,13 @@ def test_a_slow_rank_is_named_as_long_as_it_is_slow():
         f"Rank 2 on {HOST} computes 1.5 s a step, 50% over the median of 1 (named in 1 of 1 reports, the last 1 in a row)."
     )
     assert "named in 3 of 3 reports, the last 3 in a row" in third.text
-    # shown to the user once
+    # shown to the user only once
     assert [report.is_news for report in reports] == [False, False, True, False, False]
     assert fourth.text == "No rank computes 10% longer than the median of 1 s a step." and not fourth.slow
     assert f"Rank 0 on {HOST}" in fifth.text and "named in 1 of 5 reports" in fifth.text
 
 
-def test_where_attention_is_shared_out_by_speed_the_report_says_so():
+def test_the_report_says_if_attention_is_distributed_by_speed():
     reports = run_on_ranks(3, reported, True)[0]
     assert reports[0]["text"].endswith(
         "; attention is already balanced by the ranks' speeds, so this is the remaining difference."
@@ -92,7 +92,9 @@ def config_of(engine, texts, folder, **health):
 
 
 def train_with_naps(rank, folder, config, place):
-    """Rank 1 sleeps in steps 3 to 6, rank 0 as well in steps 5 and 6. place: in a layer, or before the optimizer's step."""
+    """Train with rank 1 sleeping in steps 3 to 6, and rank 0 in steps 5 and 6. place: in a layer, or before the
+    optimizer's step.
+    """
     os.environ["LOCAL_RANK"] = str(rank)
     if config.engine.name == "megatron":
         import megatron_on_cpu  # noqa: F401
@@ -132,13 +134,13 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
     config = config_of(engine, texts, tmp_path / "run", prometheus_file=str(metrics))
     run = new_run(config)
     run_on_ranks(2, train_with_naps, run.folder, config, place)
-    # in the first step ranks also load modules, which may take one of them long
+    # in the first step ranks also load modules, which may take one of them a long time
     _, second, third = read_rows(run.health_file)
     assert second["slowest"] == 1 and second["slow"] and f"Rank 1 on {HOST}" in second["text"]
-    # the sleep is the sleeper's own, and the other one's wait, but for what it waits for the report between two steps; a machine
-    # that is busy only adds to both
+    # the sleep counts as the sleeper's compute time and as the other rank's wait, except for the time that it waits for
+    # the report between two steps. A busy machine only adds to both
     assert second["compute_seconds"][1] >= NAP and second["wait_seconds"][0] > NAP / 4
-    # both sleep now, so rank 1 is no longer the slow one
+    # both ranks sleep now, so rank 1 is no longer the slow one
     assert third["compute_seconds"][0] > NAP / 2 and third["over_median"] < second["over_median"]
     assert f'distattn_compute_seconds{{host="{HOST}",rank="1"}}' in metrics.read_text()
     events = EventAccumulator(str(run.folder / "tensorboard"))
@@ -147,7 +149,7 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
 
 
 class Nvml(types.ModuleType):
-    """NVML as the package nvidia-ml-py offers it, for one GPU whose counters a test sets."""
+    """The API of nvidia-ml-py for one GPU, whose counters a test sets."""
 
     NVML_MEMORY_ERROR_TYPE_CORRECTED, NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = 0, 1, 0
     NVML_NVLINK_ERROR_DL_REPLAY, NVML_NVLINK_ERROR_DL_RECOVERY, NVML_NVLINK_ERROR_DL_CRC_FLIT = 0, 1, 2
@@ -204,7 +206,7 @@ def with_counters(rank):
 
 def test_a_counter_that_grows_is_named_with_its_gpu():
     quiet, grown, after = (HealthReport(**report) for report in run_on_ranks(2, with_counters)[0])
-    # errors from before the run are no news
+    # errors from before the run are not news
     assert quiet.errors == () and not quiet.is_news and quiet.counters[0][:5] == (7, 0, 0, 11, None)
     place = f"rank 1 on {HOST}, GPU 5: "
     assert grown.errors == (
@@ -269,7 +271,7 @@ def test_reports_for_prometheus_without_its_package_are_refused(tmp_path, monkey
         PrometheusFile(tmp_path / "a.prom")
 
 
-def test_health_that_cannot_be_is_refused_by_name():
+def test_impossible_health_settings_are_refused_by_name():
     wrong = HealthConfig(every_steps=0, prometheus_file="a.prom", prometheus_port=70000, prometheus_address="eth0")
     problems = " ".join(map(str, problems_of(Config(health=wrong))))
     assert "health.prometheus_file: there are no reports to publish" in problems

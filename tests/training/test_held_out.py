@@ -1,4 +1,4 @@
-"""Documents that are evaluated are not trained, and a plan of packs that is too short says what makes it longer."""
+"""Evaluated documents are not trained, and a pack plan that is too short says what would make it longer."""
 
 import shutil
 
@@ -19,7 +19,7 @@ TRAINED = 4
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write two files of documents, and a copy of one under another name."""
+    """Write two files of documents, and a copy of one of them under another name."""
     rng = np.random.default_rng(0)
     for name, documents in (("web", 60), ("books", 20)):
         with IndexedFileWriter(str(tmp_path / name), np.uint16) as writer:
@@ -66,7 +66,7 @@ def test_a_document_that_is_trained_is_not_evaluated(folder, files):
 
 
 def test_without_digests_only_the_file_itself_is_the_same(folder):
-    # documents of the same lengths, and other tokens
+    # documents of the same lengths with different tokens
     tokens = np.fromfile(folder / "web.bin", np.uint16)
     (99 - tokens).tofile(folder / "copy.bin")
     for file in folder.glob("*.xxh3"):
@@ -82,7 +82,7 @@ def test_other_documents_may_be_evaluated(folder):
 
 
 def test_a_document_that_is_cut_is_not_trained_and_evaluated(folder):
-    """Hold out the last steps of the run's own plan; somewhere a document lies on both sides."""
+    """Hold out the last steps of the run's own plan. For some split, a document lies on both sides."""
     path = planned(folder, "trained", ["web"], "steps = 16")
     refused = 0
     for steps in range(4, 15):
@@ -94,7 +94,7 @@ def test_a_document_that_is_cut_is_not_trained_and_evaluated(folder):
     assert 0 < refused < 11
 
 
-def test_a_plan_that_is_too_short_says_what_makes_it_longer(folder):
+def test_a_plan_that_is_too_short_says_how_to_make_it_longer(folder):
     path = planned(folder, "trained", ["web"])
     before = open_data(RunFolder(folder), config_of(path)).plan
     with pytest.raises(

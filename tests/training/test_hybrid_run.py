@@ -1,4 +1,4 @@
-"""Runs of models with recurrent layers, latents and experts compared with plain transformers, one document at a time."""
+"""Runs of models with recurrent layers, latents and experts match plain transformers computing one document at a time."""
 
 import dataclasses
 from pathlib import Path
@@ -31,14 +31,14 @@ from distattn.training.run_folder import RunFolder
 from distattn.training.watch import reference_replay
 from distattn.training.watch.reference_check import compare_with_reference, write_initial_weights
 
-# the bytes, and the tokens that begin and end a document
+# the byte values, plus the tokens that begin and end a document
 VOCABULARY = 258
 
 
 def config_of(texts: Path, folder: Path, name: str, **changes: object) -> Config:
     hybrid_models.config(name, vocab_size=VOCABULARY, **changes).save_pretrained(folder / name)
     latents = name in hybrid_models.LATENT
-    # PyTorch's CPU kernel needs keys as wide as values
+    # PyTorch's CPU kernel requires equal widths of keys and values
     parallel = ParallelConfig(ranks=2, latents=latents, kernel="reference" if latents else "cpu")
     return Config(
         run=RunConfig(folder=str(folder / "run"), seed=3),
@@ -62,11 +62,11 @@ def _train(rank: int, folder: Path, config: Config) -> int:
     ("name", "relaid"), [("qwen3_next", True), ("nemotron_h", False), ("mamba2", False), ("deepseek_v3", False)]
 )
 def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name, relaid):
-    # large states with narrow layers
+    # use large states in narrow layers
     wide = dict(linear_key_head_dim=32, linear_value_head_dim=32) if relaid else {}
     config = config_of(texts, tmp_path, name, **wide)
     if relaid:
-        # on links so slow that the states of many segments take longer than two moves of all tokens
+        # use links so slow that sending the states of many segments takes longer than moving all tokens twice
         slow = dataclasses.replace(load("laptop-1x2"), intra_node=Link(1e-5, 10.0))
         slow.save(tmp_path / "slow.toml")
         config = dataclasses.replace(
@@ -77,7 +77,7 @@ def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name, relaid
         )
     assert not problems_of(config)
     run = new_run(config)
-    # in and out, in each of the three steps
+    # rows move in and out in each of the three steps
     assert run_on_ranks(2, _train, run.folder, config) == [6 if relaid else 0] * 2
     write_initial_weights(run, config)
     reference_replay.main(run.folder)
@@ -85,7 +85,7 @@ def test_a_run_has_the_curve_of_plain_transformers(texts, tmp_path, name, relaid
     assert verdict["passed"], verdict
 
 
-def test_what_a_run_does_not_do_is_refused_by_name(texts, tmp_path):
+def test_unsupported_runs_are_refused_by_name(texts, tmp_path):
     config = config_of(texts, tmp_path, "mixtral", output_router_logits=True)
     with pytest.raises(
         DistattnError, match="reference_check.steps: the replay in plain transformers has no router loss"
@@ -99,5 +99,5 @@ def test_what_a_run_does_not_do_is_refused_by_name(texts, tmp_path):
 def test_layers_without_attention_have_no_score_matrix_and_latent_keys_all_their_width():
     assert ModelFlops.of_model(hybrid_models.build("nemotron_h")).layers == ((None, 4 * (8 + 8)),)
     assert ModelFlops.of_model(hybrid_models.build("mamba2")).layers == ()
-    # two layers of keys of 8 + 4 and values of 6 numbers
+    # two layers with keys of 8 + 4 and values of 6 elements
     assert ModelFlops.of_model(hybrid_models.build("deepseek_v3")).layers == ((None, 2 * 4 * (12 + 6)),)

@@ -1,4 +1,4 @@
-"""Learning rates are a function of the step, and norms and biases do not decay."""
+"""Learning rates depend only on the step, and norms and biases do not decay."""
 
 import math
 
@@ -45,13 +45,13 @@ def test_every_schedule_rises_to_its_peak_and_ends_at_its_minimum(name, steps, w
         assert 2.0 in all_rates
 
 
-def test_rates_are_those_of_the_formulas():
+def test_rates_match_the_formulas():
     cosine = rates("cosine", 101, warmup_steps=0, min_learning_rate=1.0)
     assert cosine[50] == pytest.approx(1.5) and cosine[25] == pytest.approx(1 + (1 + math.cos(math.pi / 4)) / 2)
     assert rates("linear", 101)[25] == pytest.approx(1.5)
     wsd = rates("wsd", 100, warmup_steps=10, decay_share=0.2)
     assert wsd[9:80] == [2.0] * 71 and wsd[80] == pytest.approx(1.9) and wsd[-1] == 0.0
-    # the run was made longer than its schedule: the last rate stays
+    # if a run is longer than its schedule, the last rate stays
     settings = ScheduleSettings(2.0, 100, "linear", min_learning_rate=0.25)
     assert learning_rate(settings, 10_000) == 0.25
 
@@ -68,13 +68,13 @@ def test_rates_are_those_of_the_formulas():
         (dict(learning_rate=1, steps=10, name="wsd", decay_share=0.5, warmup_steps=6), "begins at step 5; use fewer"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(settings, sentence):
+def test_impossible_settings_are_refused_by_name(settings, sentence):
     with pytest.raises(DistattnError, match=sentence):
         ScheduleSettings(**settings)
 
 
 class Experts(torch.nn.Module):
-    """Stacked experts, a norm, a frozen layer and a shared weight."""
+    """A module with stacked experts, a norm, a frozen layer and a shared weight."""
 
     def __init__(self):
         super().__init__()

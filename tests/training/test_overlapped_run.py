@@ -1,4 +1,4 @@
-"""Runs whose micro-batches take turns (`parallel.overlap`): the curve of runs without turns, and of one process."""
+"""Runs whose micro-batches take turns (`parallel.overlap`) match runs without turns and a single process."""
 
 import dataclasses
 import re
@@ -12,7 +12,6 @@ from tiny_runs import new_run, tiny_config, train_on_rank
 
 from distattn.data.packing.shares import check_pairs
 from distattn.ir.errors import DistattnError, LostRankError
-from distattn.planning.memory_of_run import memory_of_config
 from distattn.training.config import run_file as configuration
 from distattn.training.config.checks import problems_of
 from distattn.training.config.run_file import Config
@@ -25,13 +24,14 @@ from distattn.training.config.sections import (
 )
 from distattn.training.engines.fsdp2 import Fsdp2Engine, _check_overlap
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
+from distattn.training.run_memory import memory_of_config
 
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
 def config(texts, tmp_path_factory) -> Config:
-    """Return a run with four micro-batches a step, clipped in some steps, evaluated in between."""
+    """Return a run with four micro-batches per step, clipped in some steps and evaluated in between."""
     return tiny_config(
         texts,
         tmp_path_factory.mktemp("runs") / "run",
@@ -73,7 +73,7 @@ def plain(config) -> RunFolder:
     return trained(config)
 
 
-def test_many_steps_are_those_of_one_process_and_of_a_run_without_turns(config, plain):
+def test_many_steps_match_one_process_and_a_run_without_turns(config, plain):
     one_process = trained(dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, ranks=1)))
     norms = [norm for _, norm in curve(one_process)]
     assert len(norms) == STEPS and min(norms) < 2.0 < max(norms)
@@ -100,7 +100,7 @@ def test_other_settings_leave_the_curve(config, plain, changes):
     assert_same_curve(trained(overlapped(dataclasses.replace(config, **changes))), plain)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(config, tmp_path):
     config = overlapped(config, memory=MemoryConfig(activation_checkpointing="full"))
     run = trained(config)
     again = RunFolder(tmp_path / "again")
@@ -115,7 +115,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
 
 
 def _raising_run(rank: int, folder, config: Config) -> str:
-    """Train; rank 1 raises before the attention of a pair's second micro-batch. Return the error of the other rank."""
+    """Train until rank 1 raises before the attention of a pair's second micro-batch. Return the other rank's error."""
     backward, calls = Fsdp2Engine.backward, []
 
     def fail(*arguments):
@@ -157,7 +157,7 @@ def test_a_rank_that_raises_in_its_turn_is_named_by_the_others(config):
         ),
     ],
 )
-def test_what_does_not_take_turns_is_refused_by_name(overrides, sentence, tmp_path):
+def test_runs_that_cannot_take_turns_are_refused_by_name(overrides, sentence, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("")
     with pytest.raises(DistattnError) as error:

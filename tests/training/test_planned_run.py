@@ -1,4 +1,6 @@
-"""distattn train on a plan of packs, from text to the comparison with plain transformers, and which documents a step had."""
+"""distattn train on a plan of packs, from text to the comparison with plain transformers, and the documents of each
+step.
+"""
 
 import json
 import os
@@ -47,7 +49,7 @@ files = ["web"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Make a plan whose documents are cut, with a context length that doubles, and a run of two ranks on it."""
+    """Make a plan with cut documents and a context length that doubles, and train a run of two ranks on it."""
     return made_once(tmp_path_factory, "planned", plan_and_train)
 
 
@@ -133,7 +135,7 @@ def test_a_run_on_text_is_shown_as_text(tmp_path, capsys):
         (["0", "--pack", "4"], 2, "data show: --pack: step 0 has packs 0 to 3."),
     ],
 )
-def test_what_a_run_has_not_is_refused(run, capsys, arguments, code, sentence):
+def test_things_that_a_run_does_not_have_are_refused(run, capsys, arguments, code, sentence):
     assert cli.main(["data", "show", str(run.folder), *arguments]) == code
     assert sentence in capsys.readouterr().err
 

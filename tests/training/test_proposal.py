@@ -15,7 +15,7 @@ from distattn.training.run_folder import RunFolder
 
 @pytest.fixture
 def run(tmp_path):
-    """Make a run with checkpoints of three steps, which have no files."""
+    """Create a run with checkpoints of three steps without files."""
     new_run = RunFolder.create(with_rate(tmp_path, 1e-3))
     for serial, step in enumerate((10, 20, 30), 1):
         folder = new_run.checkpoints / f"step-{step:08d}"
@@ -40,7 +40,7 @@ def test_a_proposal_is_applied_once(run, tmp_path):
     with proposal.applied(config):
         assert preferred_step(run.checkpoints) == 10
     assert kinds(run) == [UNTESTED, SET_ASIDE, SET_ASIDE]
-    # restarted ranks read it, and go on from their newest checkpoint
+    # restarted ranks read the run's configuration and continue from their newest checkpoint
     CheckpointVerdict(GOOD).write(run.checkpoints / "step-00000020")
     assert proposal.load() == config and proposal.step() is None
     with proposal.applied(config):
@@ -49,7 +49,7 @@ def test_a_proposal_is_applied_once(run, tmp_path):
     assert not run.proposals()
 
 
-def test_what_is_refused_while_a_checkpoint_is_loaded_changes_nothing(run, tmp_path):
+def test_a_proposal_refused_while_a_checkpoint_is_loaded_changes_nothing(run, tmp_path):
     config, proposal = with_rate(tmp_path, 1e-4), Proposal(run, "ours")
     proposal.write(config, 10)
     before = {file: file.read_bytes() for file in run.folder.rglob("*") if file.is_file()}
@@ -77,7 +77,7 @@ def test_a_rank_refuses_a_proposal_that_is_gone(run, monkeypatch, capsys):
     assert len(lines) == 1 and "config.proposed-ours.toml: the proposed configuration is gone" in lines[0]
 
 
-def test_configurations_before_are_all_kept(run, tmp_path):
+def test_all_earlier_configurations_are_kept(run, tmp_path):
     rates = (1e-4, 1e-5, 1e-6)
     for rate in rates:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""A run goes on from its newest checkpoint as if uninterrupted: bitwise, or on other ranks, strategies and engines."""
+"""A run continues from its newest checkpoint as if uninterrupted: bitwise, or on other ranks, strategies and engines."""
 
 import dataclasses
 import json
@@ -18,10 +18,10 @@ from waiting import LIMIT_SECONDS, eventually
 from distattn.checkpoints.checkpoint_folder import list_checkpoints, preferred_step
 from distattn.checkpoints.run_lock import RunLock
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import plural
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import no_progress
 from distattn.launch.start_run import resume_run
-from distattn.parallel.analysis.text_format import plural
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config, ParallelConfig, RunConfig, TrainConfig
 from distattn.training.config.sections import (
@@ -67,7 +67,7 @@ def trained(config: Config) -> RunFolder:
 
 
 def resumed_at(run: RunFolder, step: int, config: Config, folder: Path) -> RunFolder:
-    """Resume a copy of a run without what came after a checkpoint."""
+    """Resume a copy of a run without anything that came after the checkpoint of `step`."""
     shutil.copytree(run.folder, folder)
     copy = RunFolder(folder)
     for checkpoint in copy.checkpoints.glob("step-*"):
@@ -82,12 +82,12 @@ def rows(run: RunFolder) -> list[tuple[int, float, float]]:
 
 
 def files_of(run: RunFolder) -> dict[str, str]:
-    """Return digests of the files of the last checkpoint."""
+    """Return the digests of the last checkpoint's files."""
     manifest = json.loads((run.checkpoints / f"step-{STEPS:08d}" / "manifest.json").read_text())
     return {file["name"]: file["blocks"] for file in manifest["files"] if file["name"].endswith(".distcp")}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(config, tmp_path):
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=4, steps=1))
     run = trained(config)
     assert [path.name for path in sorted(run.checkpoints.glob("step-*"))] == [
@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
     for step in (3, 6):
         copy = resumed_at(run, step, config, tmp_path / f"again-{step}")
         assert rows(copy) == rows(run) and len(rows(run)) == STEPS
-        # weights and averages are the same, too, and losses of all steps since the last evaluation
+        # weights and averages are also the same, and so are the losses of all steps since the last evaluation
         assert files_of(copy) == files_of(run)
         for split in (TRAINING, EVALUATION):
             assert copy.losses(split) == run.losses(split) and [row["step"] for row in run.losses(split)] == [4, 8]
@@ -127,7 +127,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(config, tmp_path):
     ],
     ids=["fewer ranks", "more ranks", "per rank", "whole copies", "memory", "deepspeed"],
 )
-def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path, changes):
+def test_a_run_continues_with_other_ranks_strategies_and_engines(config, tmp_path, changes):
     config = dataclasses.replace(config, evaluation=EvaluationConfig(every_steps=8, steps=1))
     wanted, changes = trained(config), dict(changes)
     if dtype := changes.pop("dtype", ""):
@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path,
     ranks = changes.get("parallel", config.parallel).ranks
     assert (event["kind"], event["ranks"], event["saved_on"]) == ("resumed", ranks, before)
     assert (f", on {plural(ranks, 'rank')}; it was saved on {before}." in event["text"]) == (ranks != before)
-    # three of these steps were trained before
+    # three of these steps were trained before the resume
     (losses,), (other_losses,) = wanted.losses(TRAINING), copy.losses(TRAINING)
     assert losses["tokens"] == other_losses["tokens"]
     assert losses["loss"] == pytest.approx(other_losses["loss"], rel=tolerance[1])
@@ -149,7 +149,7 @@ def test_a_run_goes_on_with_other_ranks_strategies_and_engines(config, tmp_path,
 
 @pytest.mark.full
 def test_what_is_computed_less_often_or_logged_changes_no_number(config, tmp_path):
-    """Compare rollbacks, replays and histograms with a run without them."""
+    """Compare a run with rollbacks, replays and histograms to a run without them."""
     plain = trained(config)
     more = dataclasses.replace(
         config,
@@ -177,7 +177,7 @@ def test_replays_change_no_number_where_an_engine_reduces_gradients_once_a_step(
 def test_a_run_whose_last_checkpoint_cannot_be_saved_does_not_end_well(config):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     run = new_run(config)
-    # a file where the folder of checkpoints would be
+    # put a file where the folder of checkpoints would be
     run.checkpoints.write_text("")
     with pytest.raises(AssertionError, match=r"could not be saved|cannot be"):
         run_on_ranks(2, train_on_rank, run.folder, config)
@@ -199,7 +199,7 @@ def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config)
     proposal, verdicts = Proposal(run, "ours"), [checkpoint.verdict for checkpoint in list_checkpoints(run.checkpoints)]
     slower = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=1e-5))
     proposal.write(slower, 3)
-    # refused once the checkpoint is read, because the folder's data are not those of the proposal
+    # refused after the checkpoint is read, because the folder's data differ from the proposal's
     other = dataclasses.replace(slower, run=dataclasses.replace(config.run, seed=4))
     with pytest.raises(AssertionError, match="seed"):
         run_on_ranks(1, _train_accepting, run.folder, other)
@@ -207,21 +207,21 @@ def test_ranks_that_refuse_a_proposal_leave_all_checkpoints_as_they_were(config)
         checkpoint.verdict for checkpoint in list_checkpoints(run.checkpoints)
     ] == verdicts and proposal.file.exists()
     for begin in (3, STEPS):
-        # the second time restarted ranks go on from their own checkpoint
+        # the second time, restarted ranks continue from their own checkpoint
         run_on_ranks(1, _train_accepting, run.folder, slower)
         assert run.events()[-1]["step"] == begin
     assert configuration.load(run.config_file) == slower and not proposal.file.exists()
 
 
 @pytest.mark.full
-def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
-    """Repeat the text for as many steps as there are; the steps that were planned before stay."""
+def test_a_run_can_continue_for_longer_than_its_packs_were_planned(config):
+    """Repeat the text for as many steps as needed. The steps planned before stay unchanged."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, schedule="constant"))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3 * STEPS))
     run = trained(config)
     before, planned = rows(run), open_data(run, config).plan
     assert planned.steps == STEPS
-    # fewer steps than were done are refused by ranks, too, and the run's configuration stays
+    # ranks also refuse fewer steps than were done, and the run's configuration stays
     fewer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
     proposal = Proposal(run, "ours")
     proposal.write(fewer, None)
@@ -232,7 +232,7 @@ def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
     assert configuration.load(run.config_file).train.steps == STEPS and rows(run) == before
     resume_run(run, longer, no_progress, proposal)
     assert not (run.folder / "corpus.longer.packs").exists()
-    # the run's own configuration changes once the ranks have accepted it
+    # the run's own configuration changes only once the ranks have accepted it
     assert configuration.load(run.config_file).train.steps == STEPS
     run_on_ranks(2, _train_accepting, run.folder, proposal.load())
     assert configuration.load(run.config_file).train.steps == 3 * STEPS and not proposal.file.exists()
@@ -243,7 +243,7 @@ def test_a_run_goes_on_for_longer_than_its_packs_were_planned(config):
 
 
 def _train_with_fault(rank: int, folder: Path, config: Config, bad_step: int) -> None:
-    """Train. The gradient of rank 1 is not finite in one step, each time that step is computed."""
+    """Train. Rank 1's gradient is not finite in one step, every time that step is computed."""
     backward, asked = Fsdp2Engine.backward, []
 
     def broken(self, batches, on_token_losses=None):
@@ -275,7 +275,7 @@ def test_a_step_that_is_not_finite_is_left_out(config, action):
     assert list((run.folder / "evidence").iterdir())
 
 
-def test_a_run_stops_where_its_file_says_so_and_goes_on_later(config):
+def test_a_run_stops_where_its_file_says_so_and_continues_later(config):
     config = dataclasses.replace(config, watch=WatchConfig(action="stop"))
     run = new_run(config)
     with pytest.raises(AssertionError, match="the gradient norm is nan"):
@@ -302,7 +302,7 @@ def config_file(config, tmp_path) -> Path:
 
 @pytest.mark.full
 def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, config_file, tmp_path):
-    # long enough that a busy machine sees it before its end
+    # long enough that even a busy machine sees the run before it ends
     wanted = trained(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=60)))
     more = (str(config_file), f"--run.folder={tmp_path}/killed", "--supervision.max_restarts=0", "--train.steps=60")
     process = subprocess.Popen(
@@ -345,7 +345,7 @@ def test_a_resumed_run_cannot_become_another(config, arguments, sentence):
     assert run.config_file.read_bytes() == before
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_folders_that_are_not_runs_are_refused(tmp_path):
     done = subprocess.run(command("resume", str(tmp_path)), env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and "this is not a run folder" in done.stderr
 
@@ -370,7 +370,7 @@ def test_compiled_layers_have_the_same_curve(config):
     for run, engine in ((plain, EngineConfig()), (compiled, EngineConfig(compile=True))):
         run_on_ranks(1, train_on_rank, run.folder, dataclasses.replace(config, engine=engine))
     for (_, loss, norm), (_, other_loss, other_norm) in zip(rows(plain), rows(compiled), strict=True):
-        # rotary embeddings are float32, and compiled ones rounded otherwise
+        # rotary embeddings are float32, and are rounded differently when compiled
         assert loss == pytest.approx(other_loss, rel=1e-8) and norm == pytest.approx(other_norm, rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The records of a run survive full disks and machines that stop in the middle of a line."""
+"""The records of a run survive full disks and machines that fail in the middle of a line."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from distattn.training.reporting.json_lines import append_lines, read_rows
 from distattn.training.run_folder import RunFolder, StepMetrics
 
 
-def test_a_part_of_a_line_is_ended_and_passed_over(tmp_path):
+def test_a_partial_line_is_terminated_and_skipped(tmp_path):
     file = tmp_path / "rows.jsonl"
     append_lines(file, b'{"step": 1}\n')
     with open(file, "ab") as torn:
@@ -22,7 +22,7 @@ def test_a_part_of_a_line_is_ended_and_passed_over(tmp_path):
     assert read_rows(file) == [{"step": 1}, {"step": 3}]
 
 
-def test_lines_wait_until_a_full_disk_has_room_and_it_is_said_once(tmp_path, monkeypatch, capsys):
+def test_lines_wait_until_a_full_disk_has_room_and_this_is_reported_once(tmp_path, monkeypatch, capsys):
     run, room = RunFolder(tmp_path), False
 
     def limited(path, lines):
@@ -40,7 +40,7 @@ def test_lines_wait_until_a_full_disk_has_room_and_it_is_said_once(tmp_path, mon
     assert [row["step"] for row in read_rows(run.metrics_file)] == [1, 2, 3]
 
 
-def test_what_cannot_be_written_whole_is_not_written(tmp_path):
+def test_lines_that_cannot_be_written_completely_are_not_written(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         append_lines(Path("/dev/full"), b'{"step": 1}\n')
 
@@ -60,7 +60,7 @@ def test_numbers_that_are_not_finite_are_valid_json_and_read_as_they_were(tmp_pa
     assert losses["by_position"][0]["loss"] == -math.inf
 
 
-def test_lines_that_wait_at_the_end_are_added_or_said_to_be_lost(tmp_path, capsys):
+def test_lines_still_waiting_at_the_end_are_added_or_reported_as_lost(tmp_path, capsys):
     full = [True]
 
     def append(path, rows):

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves after its step on all ranks, and goes on from there bit by bit."""
+"""A run that is asked to stop saves after its step on all ranks, and continues from there bitwise."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,7 @@ def _train(rank: int, folder: Path, whole: Path, config: Config) -> None:
     train(RunFolder(whole), config, True, torch.device("cpu"))
 
 
-def test_all_ranks_stop_after_the_same_step_and_go_on_bit_by_bit(texts, tmp_path):
+def test_all_ranks_stop_after_the_same_step_and_continue_bitwise(texts, tmp_path):
     config = tiny_config(
         texts,
         tmp_path / "stopped",
@@ -40,7 +40,7 @@ def test_all_ranks_stop_after_the_same_step_and_go_on_bit_by_bit(texts, tmp_path
         runs.append(new_run(named))
     stopped, whole = runs
     stopped.ask_to_stop("SIGUSR1")
-    # the first request is kept
+    # the first request wins
     stopped.ask_to_stop("SIGTERM")
     assert stopped.stop_file.read_text() == "SIGUSR1\n"
     run_on_ranks(2, _train, stopped.folder, whole.folder, config)

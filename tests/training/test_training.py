@@ -1,4 +1,4 @@
-"""Training end to end: the same curve for any number of ranks and strategy, and the command that shows it."""
+"""Training end to end: the same curve for any strategy and number of ranks, and the command that shows it."""
 
 import dataclasses
 import functools
@@ -68,7 +68,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
 ):
     wanted = curve_of_one_rank(dtype)
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.5
-    # float32 only on the most ranks
+    # test float32 only on the largest number of ranks
     for ranks in (2, 4) if dtype == "float64" else (4,):
         got = curve(texts, tmp_path / f"{ranks}", dtype, ranks, strategy)
         assert max(abs(a - b) / b for a, b in zip(got, wanted, strict=True)) <= tolerance, ranks
@@ -77,7 +77,7 @@ def test_the_loss_curve_is_the_same_for_every_strategy_and_number_of_ranks(
 @pytest.mark.full
 @pytest.mark.parametrize(("ranks", "size"), [(2, 0), (4, 2)])
 def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_path, ranks, size):
-    """Compare 20 steps of core-attention disaggregation with one process, one document at a time."""
+    """Compare 20 steps of core-attention disaggregation with a single process that computes one document at a time."""
     parallel = ParallelConfig(ranks=ranks, strategy="cad", data="per_rank", context_parallel_size=size)
     check = ReferenceCheckConfig(steps=STEPS, tolerance=1e-9)
     config = dataclasses.replace(small(texts, tmp_path / "run", "float64"), parallel=parallel, reference_check=check)
@@ -87,13 +87,13 @@ def test_ranks_with_packs_of_their_own_train_as_plain_transformers(texts, tmp_pa
     assert all(len(plan.step(step).packs) == 2 for step in range(STEPS))
     run_on_ranks(ranks, train_on_rank, run.folder, config)
     verdict = run_reference_check(run, config)
-    # the gradient norm of float64 parameters is computed in another order of summation
+    # the gradient norm of float64 parameters is summed in another order
     assert verdict["passed"], verdict
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_the_reference_check_asks_for_what_a_dtype_can_give(texts, tmp_path, dtype):
+def test_the_reference_check_allows_for_the_precision_of_a_dtype(texts, tmp_path, dtype):
     config = dataclasses.replace(
         small(texts, tmp_path / "run", dtype),
         parallel=ParallelConfig(ranks=2),
@@ -147,7 +147,7 @@ def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_pa
     page = run.report_file.read_text()
     html.parser.HTMLParser().feed(page)
     assert "<canvas" in page and "data:image/png;base64," in page
-    # self-contained: nothing is downloaded
+    # the page is self-contained and downloads nothing
     assert 'src="http' not in page and "<link" not in page and "<script src" not in page
     verified = distattn("ckpt", "verify", "out", cwd=tmp_path)
     assert verified.returncode == 0 and "step-00000006" in verified.stdout, verified.stdout + verified.stderr
@@ -156,7 +156,7 @@ def test_one_command_trains_compares_and_leaves_a_run_folder(config_file, tmp_pa
 
 
 @pytest.mark.full
-def test_json_is_all_that_is_printed_and_an_existing_folder_is_never_touched(config_file, tmp_path):
+def test_only_json_is_printed_and_an_existing_folder_is_never_touched(config_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
     done = distattn(
@@ -200,14 +200,14 @@ def test_a_terminal_gets_a_progress_bar(config_file, tmp_path):
         while chunk := os.read(ours, 65536):
             shown += chunk
     except OSError:
-        # the terminal closes when the last process that has it ends
+        # the terminal closes when the last process that has it open ends
         pass
     assert process.wait(LIMIT_SECONDS) == 0
     assert b"6/6" in shown and b"tokens/s" in shown and b"\x1b[" in shown
 
 
 def working(launcher: int) -> bool:
-    """Return whether the launcher has a child process that has loaded torch: the fork server, or the reference check's."""
+    """Return whether the launcher has a child process with torch loaded: the fork server or the reference check."""
     listed = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
     try:
         return any("libtorch" in Path(f"/proc/{child}/maps").read_text() for child in listed)
@@ -216,12 +216,14 @@ def working(launcher: int) -> bool:
 
 
 def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> subprocess.CompletedProcess:
-    """Start a run, press Ctrl-C once a line begins with `when` and its processes are at work, and wait for its end."""
+    """Start a run and press Ctrl-C once a line starts with `when` and its processes are at work. Return the ended
+    process.
+    """
     command = [sys.executable, "-m", "distattn.launch.cli", "train", str(config_file), *overrides]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def listening() -> None:
-        # tests that run in a shell's background may ignore Ctrl-C
+        # tests in a shell's background may ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -229,7 +231,7 @@ def interrupted(config_file: Path, folder: Path, when: str, *overrides: str) -> 
     assert process.stdout is not None
     assert any(line.startswith(when) for line in process.stdout)
     eventually(lambda: working(process.pid), "no child process imports torch")
-    # like a terminal: to every process of the group
+    # signal every process of the group, as a terminal does
     os.killpg(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=LIMIT_SECONDS)
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
@@ -276,7 +278,7 @@ def test_a_killed_rank_is_named_and_the_others_are_stopped(config_file, tmp_path
 
 
 @pytest.mark.full
-def test_a_host_name_that_does_not_resolve_is_no_obstacle(config_file, tmp_path):
+def test_a_host_name_need_not_resolve(config_file, tmp_path):
     if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
         pytest.skip("unshare --uts is not permitted here")
     run = f"{sys.executable} -m distattn.launch.cli train {config_file} --train.steps 1 --reference_check.steps 0"
@@ -330,7 +332,7 @@ def test_the_report_is_written_whatever_becomes_of_the_reference_check(texts, tm
     assert "did not finish" in run.report_file.read_text()
 
 
-def test_what_is_refused_before_ranks_start_leaves_no_folder(texts, tmp_path):
+def test_a_run_refused_before_ranks_start_leaves_no_folder(texts, tmp_path):
     config = dataclasses.replace(
         small(texts, tmp_path / "run", "float32"), parallel=ParallelConfig(ranks=16, strategy="ulysses")
     )
@@ -371,7 +373,7 @@ def test_the_reference_check_fails_when_training_differs(config_file, tmp_path):
     assert done.returncode == 1 and "differs from plain transformers" in done.stderr
 
 
-def test_the_replay_knows_nothing_of_distattn():
+def test_the_replay_does_not_use_distattn():
     source = (ROOT / "distattn" / "training" / "watch" / "reference_replay.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports and not any("distattn" in line for line in imports)

@@ -1,4 +1,4 @@
-"""Checks of a run file: one sentence for each key whose value is out of its limits or does not go with another key."""
+"""Checks of a run file: a problem for each key whose value is out of range or does not fit another key."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from distattn.ir.limits import SettingProblem, annotations_of, nested_problems
 from distattn.training.config.idle_keys import idle_problems
 from distattn.training.config.sections import ENGINES, Config, DataConfig, Engines
 
-# the number of ranks is a multiple of each
+# the number of ranks must be a multiple of each degree
 _DEGREES = (
     "parallel.ranks",
     "parallel.context_parallel_size",
     "parallel.tensor_parallel_size",
     "parallel.pipeline_parallel_size",
 )
-# the launcher prints it for runs on this machine, the ranks print it on other machines
+# printed by the launcher for runs on this machine, and by the ranks on other machines
 NO_GPU_FOR_MEGATRON = "engine.name: megatron needs GPUs, and this machine has none; use engine fsdp2 or deepspeed."
 
 
-# keys that are compared with others: if one of those is wrong itself, only it is reported
+# keys, and the keys that they are compared with: if one of the latter is wrong itself, only that one is reported
 _COMPARED_WITH = {
     "data.context_length": ("data.tokens_per_step", "parallel.data", *_DEGREES),
     "data.max_document_tokens": ("data.context_length", "data.tokens_per_step"),
@@ -46,10 +46,7 @@ _COMPARED_WITH = {
 
 
 def problems_of(config: Config, named: Collection[str] = ()) -> list[SettingProblem]:
-    """Return a sentence for each mistake, without those that only follow from another mistake.
-
-    named: the keys set on the command line.
-    """
+    """Return all problems, except those that only follow from another problem. named: keys set on the command line."""
     checks = (
         # checks of single keys come first
         nested_problems(config),
@@ -72,7 +69,7 @@ def problems_of(config: Config, named: Collection[str] = ()) -> list[SettingProb
 
 
 def _train_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of the schedule and the watch with other settings."""
+    """Yield problems with the learning-rate schedule and of the watch."""
     train = config.train
     if config.watch.action == "rollback" and config.checkpoint.every_steps < 1:
         yield SettingProblem("watch.action", "rollback goes back to the newest checkpoint; set checkpoint.every_steps.")
@@ -91,7 +88,7 @@ def _train_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _shape_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of sizes that do not fit together."""
+    """Yield problems with sizes that do not fit together."""
     model, data, parallel = config.model, config.data, config.parallel
     size, model_parallel = (
         parallel.context_parallel_size,
@@ -132,7 +129,7 @@ def _shape_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _pack_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
-    """Yield problems where packs of text do not fit the documents, the step or the data-parallel shares."""
+    """Yield problems with packs of text that do not fit the documents, the step or the data-parallel shares."""
     step = data.tokens_per_step
     contexts = {"data.context_length": data.context_by_step[0][1]}
     if data.context_schedule:
@@ -167,7 +164,7 @@ def _pack_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
 
 
 def _overlap_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield the reasons why micro-batches cannot take turns."""
+    """Yield the reasons why micro-batches cannot take turns (parallel.overlap)."""
     if not config.parallel.overlap:
         return
     if config.engine.compile:
@@ -179,7 +176,7 @@ def _overlap_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _pair_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
-    """Yield a problem if a share of a step is not a number of pairs of packs."""
+    """Yield a problem if a share of a step does not consist of whole pairs of packs."""
     for _, tokens in data.context_by_step:
         # values below 1 are reported by another check
         if min(tokens, shares) > 0 and (data.tokens_per_step // tokens) % (2 * shares):
@@ -194,7 +191,7 @@ def _pair_problems(data: DataConfig, shares: int) -> Iterator[SettingProblem]:
 
 
 def _schedule_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of phases of context lengths."""
+    """Yield problems with the context-length schedule."""
     data, steps = config.data, config.train.steps
     if not data.context_schedule or data.path.endswith(".toml"):
         return
@@ -218,7 +215,7 @@ def _schedule_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _engine_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of settings that the engine does not support."""
+    """Yield problems with settings that the engine does not support."""
     engine, parallel, memory = config.engine, config.parallel, config.memory
     if engine.name in ENGINES:
         yield from _unsupported_keys(config, engine.name)
@@ -238,7 +235,7 @@ def _engine_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _unsupported_keys(config: Config, engine: str) -> Iterator[SettingProblem]:
-    """Yield a problem for each key that is set and that the engine does not support."""
+    """Yield a problem for each key that is set but not supported by the engine."""
     for section in fields(config):
         values = getattr(config, section.name)
         annotations = annotations_of(values.__class__)
@@ -252,7 +249,7 @@ def _unsupported_keys(config: Config, engine: str) -> Iterator[SettingProblem]:
 
 
 def _precision_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of precisions that an engine does not train in."""
+    """Yield problems with dtypes that the engine cannot train in."""
     name, stage, dtype = config.engine.name, config.engine.zero_stage, config.model.dtype
     if dtype == "float64" and name in ("deepspeed", "megatron"):
         yield SettingProblem("model.dtype", f"engine {name} does not train in float64; fsdp2 does.")
@@ -264,7 +261,7 @@ def _precision_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _megatron_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield problems of sizes that tensor- or pipeline-parallel ranks cannot divide."""
+    """Yield problems with sizes that do not divide evenly among tensor- or pipeline-parallel ranks."""
     model, parallel = config.model, config.parallel
     if config.engine.name != "megatron":
         return
@@ -285,7 +282,7 @@ def _megatron_problems(config: Config) -> Iterator[SettingProblem]:
 
 
 def _elastic_problems(config: Config) -> Iterator[SettingProblem]:
-    """Yield the reasons why a run cannot go on with another number of data-parallel replicas."""
+    """Yield the reasons why a run cannot continue with a different number of data-parallel replicas."""
     if config.ray.min_nodes < 1:
         return
     if config.parallel.data == "replicated" and not config.parallel.context_parallel_size:

@@ -1,4 +1,4 @@
-"""Keys of a run file that have no effect together with other keys."""
+"""Run-file keys that have no effect because of other keys."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from distattn.ir.limits import SettingProblem
 from distattn.training.config.sections import Config, DataConfig, ModelConfig
 
-# the keys of a model's shape; they come from the config.json of a model's folder
+# keys of the model's shape, which the config.json in a model folder replaces
 SHAPE_KEYS = tuple(
     f"model.{field.name}" for field in fields(ModelConfig) if field.name not in ("path", "weights", "dtype")
 )
-# keys without effect on a plan of packs; check_tokens still applies
+# keys without effect on an existing plan of packs
 _TEXT_KEYS = tuple(f"data.{field.name}" for field in fields(DataConfig) if field.name not in ("path", "check_tokens"))
 
 
 def idle_keys(config: Config) -> dict[str, str]:
-    """Return the keys that have no effect in a configuration at any value; for each, the reason and what would work."""
+    """Return the keys that have no effect in a configuration, whatever their value, each with the reason and a remedy."""
     data, parallel, train, watch = config.data, config.parallel, config.train, config.watch
     health, evaluation, slurm = config.health, config.evaluation, config.slurm
     idle: dict[str, str] = {}
@@ -29,7 +29,7 @@ def idle_keys(config: Config) -> dict[str, str]:
             idle.update(dict.fromkeys(keys, reason))
 
     planned = data.path.endswith(".toml")
-    # independent of the number of ranks, which an elastic run changes
+    # do not depend on the number of ranks, which elastic runs change
     size = parallel.context_parallel_size
     packs_are_split = size > 1 or (not size and parallel.data == "replicated")
     add(
@@ -108,11 +108,11 @@ def idle_keys(config: Config) -> dict[str, str]:
 
 
 def idle_problems(config: Config, named: Collection[str]) -> Iterator[SettingProblem]:
-    """Yield a sentence for each key that is set and has no effect. named: the keys given on the command line.
+    """Yield a problem for each key that is set but has no effect. named: keys set on the command line.
 
-    A key at its default value is harmless: files that runs save have all keys, and the command line takes a file's
-    value back with it. Only named amounts of text next to a plan of packs, and a layout without split packs, are
-    refused at any value.
+    A key at its default value is accepted: the files that runs save contain all keys, and the command line may use the
+    default to undo a file's value. Exceptions are data keys and parallel.layout, which are reported at any value if the
+    command line names them.
     """
     for key, reason in idle_keys(config).items():
         if not _has_default(config, key) or (key in named and key.startswith(("data.", "parallel.layout"))):
@@ -120,13 +120,13 @@ def idle_problems(config: Config, named: Collection[str]) -> Iterator[SettingPro
 
 
 def without_idle_keys(config: Config, named: Collection[str]) -> tuple[Config, list[str]]:
-    """Give idle keys that the command line does not name their default values. Returns the configuration and these keys."""
+    """Reset idle keys that the command line does not name to their defaults. Returns the configuration and these keys."""
     left_out = [key for key in idle_keys(config) if key not in named and not _has_default(config, key)]
     return with_defaults(config, left_out), left_out
 
 
 def with_defaults(config: Config, keys: Collection[str]) -> Config:
-    """Return a configuration with the default values of some keys."""
+    """Return the configuration with the given keys reset to their defaults."""
     defaults = Config()
     for key in keys:
         section, name = key.split(".")
@@ -136,7 +136,7 @@ def with_defaults(config: Config, keys: Collection[str]) -> Config:
 
 
 def _has_latents(model: ModelConfig) -> bool:
-    """Return whether a model's config.json has a width of latents, or cannot be read, which another check reports."""
+    """Return whether the model's config.json gives a latent width, or cannot be read, which another check reports."""
     try:
         model_config = json.loads(Path(model.path, "config.json").read_text("utf-8")) if model.path else {}
     except (OSError, ValueError):

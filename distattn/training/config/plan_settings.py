@@ -1,4 +1,4 @@
-"""The settings of attention of a run, and of the plans of its batches."""
+"""A run's attention settings, and the settings of its batches' plans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distattn.training.config.run_file import Config
 
 
 def attention_config(config: Config) -> AttentionConfig:
-    """Return the settings of attention of a run, as `ContextParallel` and `make_plan` take them."""
+    """Return a run's attention settings, as taken by `ContextParallel` and `make_plan`."""
     parallel = config.parallel
     return AttentionConfig.of(
         parallel,
@@ -29,11 +29,11 @@ def attention_config(config: Config) -> AttentionConfig:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Everything that a plan depends on, except the lengths of the documents.
+    """Everything that a plan depends on except the document lengths.
 
-    ranks share attention. heads and kv_heads are query and key/value heads, head_dim is the width of one head, v_head_dim that of
-    values where it differs. latents: the widths of rotary keys and of latents, where latents may be sent in place of keys and
-    values.
+    ranks: number of ranks that share attention. heads, kv_heads: numbers of query and of key/value heads. head_dim: width
+    of one head. v_head_dim: width of a value head, if it differs. latents: widths of rotary keys and of latents, if
+    latents may be sent instead of keys and values.
     """
 
     ranks: int
@@ -47,7 +47,7 @@ class PlanSettings:
 
     @staticmethod
     def of_config(config: Config) -> PlanSettings:
-        """Return the settings of a run."""
+        """Return the plan settings of a run."""
         model, parallel = config.model, config.parallel
         return PlanSettings(
             ranks=parallel.attention_ranks,
@@ -60,13 +60,13 @@ class PlanSettings:
 
     @property
     def data_parallel_size(self) -> int:
-        """Number of packs of one attention call: one that all ranks split, or one for each rank or block of ranks."""
+        """Number of packs in one attention call: one split by all ranks, or one for each rank or block of ranks."""
         return self.ranks // self.config.block_ranks(self.ranks)
 
     def plan(self, *packs: Sequence[int]) -> Plan:
-        """Return the plan of one attention call on a step's packs, given by the lengths of their documents.
+        """Return the plan of one attention call. packs: the document lengths of each pack.
 
-        Raises DistattnError where no plan is possible.
+        Raises DistattnError if no plan is possible.
         """
         layouts = BlockLayouts(self.ranks, self.config.block_ranks(self.ranks), self.config)
         mask, layout = layouts.of_batch(tuple(tuple(lengths) for lengths in packs))
@@ -78,7 +78,7 @@ class PlanSettings:
 
 
 def _cluster_of(config: Config) -> AnyCluster | None:
-    """Return the nodes of the ranks that share attention, with the speeds of cluster.description where it is given."""
+    """Return the nodes of the ranks that share attention, with the speeds of cluster.description if it is set."""
     nodes = config.parallel.cluster
     if not config.cluster.description:
         return nodes

@@ -1,4 +1,4 @@
-"""One run, one TOML file: frozen dataclasses, checked all at once, overridable as `--section.key value`."""
+"""Reads a run's TOML file into frozen dataclasses, with overrides `--section.key value`, and reports all mistakes at once."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from distattn.training.config.sections import TrainConfig as TrainConfig
 from distattn.training.config.shipped_configs import configuration_file, shipped_names
 from distattn.training.reporting.json_lines import write_whole
 
-# every key takes a value, also those that are true or false
+# every key takes a value, even a boolean one
 _VALUES = (tyro.conf.FlagConversionOff,)
-# pydantic's names for wrong values on the command line, by the key's type
+# pydantic's error type for a wrong value on the command line, by the key's type
 _KINDS: dict[Any, str] = {int: "int_type", float: "float_type"}
 # added to the help text, since no option sets these tables
 _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
                             after the other; the last may leave steps out
 """
-# keys of the shape, and their other names in config.json
+# shape keys, and their alternative names in config.json
 _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer"),
     "hidden_size": ("n_embd",),
@@ -53,9 +53,9 @@ _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str], None] = lambda line: None) -> Config:
-    """Read the configuration of a file, or the shipped one of a name, with command-line overrides.
+    """Read a configuration file, or a shipped configuration by name, and apply command-line overrides.
 
-    report: called with a sentence about keys of the file that the overrides make useless and that get their defaults.
+    report: called with a sentence if the overrides make keys of the file useless, which then get their default values.
     Raises DistattnError naming every bad key and its line.
     """
     path = configuration_file(path)
@@ -79,7 +79,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
             replaced = [key for key in SHAPE_KEYS if key not in named]
             changed = with_defaults(changed, replaced)
         changed, left_out = without_idle_keys(changed, named)
-        # the file does not have a shape that came from a folder
+        # report only shape keys that the file sets itself, not those read from a model folder
         left_out += [
             key for key in replaced if key.split(".")[1] in file.content.get("model", {}) and not config.model.path
         ]
@@ -90,7 +90,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), report: Callable[[str]
 
 
 def _find_model_folder(file: Path, content: dict[str, Any]) -> None:
-    """Replace a model.path that does not exist here, but in the run file's folder, by the path there."""
+    """Resolve model.path relative to the run file's folder if it exists there but not in the working directory."""
     model = content.get("model")
     model_path = model.get("path") if isinstance(model, dict) else None
     if (
@@ -104,7 +104,7 @@ def _find_model_folder(file: Path, content: dict[str, Any]) -> None:
 
 
 def help_text() -> str:
-    """Return the help text of every key with its default, as tyro prints it, and of the tables of run files."""
+    """Return the help text of every key with its default, as tyro prints it, and of the tables in run files."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         tyro.cli(Config, args=["--help"], prog="distattn train CONFIG", config=_VALUES)
@@ -112,7 +112,7 @@ def help_text() -> str:
 
 
 def save(config: Config, path: Path, comment: str = "") -> None:
-    """Write the resolved configuration, whole or not at all; `load` reads it back. Raises OSError.
+    """Write the resolved configuration atomically, for `load` to read back. Raises OSError.
 
     comment: whole lines of TOML comments, written first.
     """
@@ -126,8 +126,8 @@ def save(config: Config, path: Path, comment: str = "") -> None:
 def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Collection[str] = ()) -> Config:
     """Return the configuration that a nested dict describes.
 
-    place: returns where a key was set, such as a file and its line. named: the keys set on the command line. Raises
-    DistattnError with all mistakes, each on a line that begins with its place.
+    place: returns where a key was set, such as file and line. named: keys set on the command line. Raises DistattnError
+    with all mistakes, one per line, each preceded by its place.
     """
     config = parse_record(Config, content, place)
     config = replace(config, model=_with_folder_s_shape(config.model, named))
@@ -136,10 +136,9 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Coll
 
 
 def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> ModelConfig:
-    """Return the model of a folder, with the shape of its config.json.
+    """Return the model section with the shape in config.json, if model.path names a folder; otherwise unchanged.
 
-    named: the keys set on the command line. Raises DistattnError where config.json lacks a key, or where another shape
-    is set.
+    named: keys set on the command line. Raises DistattnError if config.json lacks a key or contradicts a key that is set.
     """
     if not model.path:
         return model
@@ -179,7 +178,7 @@ def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> Mod
 
 
 def _check_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Raise DistattnError for overrides that tyro would refuse: unknown keys, stray words, values of a wrong type."""
+    """Raise DistattnError for overrides that tyro would reject: unknown keys, stray words and values of the wrong type."""
     starts = [i for i, word in enumerate(overrides) if word.startswith("--")]
     if not starts or starts[0] != 0:
         raise DistattnError(f"command line: {overrides[0]!r} is not a key; write --section.key value.")

@@ -1,4 +1,4 @@
-"""Conversion of a run file's settings into those of transformers, PyTorch and the other parts."""
+"""Converts a run file's settings into those of transformers, PyTorch and other parts of distattn."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from distattn.training.watch.numerics_watch import WatchSettings
 
 
 def configured_model(config: Config, vocabulary: int, context: int) -> Any:
-    """Return the transformers configuration of the run's model: that of a folder, or a Llama's.
+    """Return the transformers configuration of the run's model: the one in model.path, or a Llama's.
 
-    vocabulary: token ids are below it. context: tokens of the longest pack. Raises DistattnError where the folder has
-    none, and where the reference check would compute another model.
+    vocabulary: upper bound (exclusive) of token ids. context: tokens in the longest pack. Raises DistattnError if the
+    folder has no configuration, or if the reference check would compute a different model.
     """
     model = config.model
     if model.path:
@@ -62,9 +62,9 @@ def build_model(
     device: str | torch.device = "cpu",
     shard: Callable[[Any], None] = lambda model: None,
 ) -> Any:
-    """Return the model of a run before its first step. shape: its transformers configuration.
+    """Return a run's model with its initial weights. shape: its transformers configuration.
 
-    shard: called before the model has memory, so that no rank ever holds another rank's shard.
+    shard: called on the model while it is on the meta device, so that no rank ever holds another rank's shard.
     """
     model = meta_model(shape, attention, weight_dtype(config))
     shard(model)
@@ -76,19 +76,19 @@ def build_model(
 
 
 def runs_on_gpus(config: Config) -> bool:
-    """Return whether ranks compute on GPUs: as the kernel needs, or if there are GPUs."""
+    """Return whether ranks compute on GPUs. The kernel decides; with kernel "auto", they do if there are GPUs."""
     kernel = config.parallel.kernel
     return torch.cuda.is_available() if kernel == AUTO else kernel not in CPU_KERNELS
 
 
 def weight_dtype(config: Config) -> torch.dtype:
-    """Return the dtype of the trained weights: float32 where computation is in bfloat16."""
+    """Return the dtype of the trained weights: float32 if computation is in bfloat16."""
     name = config.model.dtype
     return torch.float32 if name == "bfloat16" else getattr(torch, name)
 
 
 def tiled_loss(config: Config) -> TiledLoss:
-    """Return the loss, computed over tiles of tokens."""
+    """Return the loss function, which computes logits and loss for one tile of tokens at a time."""
     return TiledLoss(tile_tokens=config.memory.loss_tile_tokens, z_loss=config.train.z_loss)
 
 
@@ -100,16 +100,16 @@ def memory_settings(config: Config) -> MemorySettings:
 
 
 def prepare_layers(model: Any, config: Config) -> None:
-    """Compile a transformers model's layers, tile and recompute them, as the run file says; call it before sharding.
+    """Compile, tile and recompute the layers of a transformers model as the run file says. Call it before sharding.
 
-    Tokens move to another layout for consecutive recurrent layers where that is faster.
+    It also lets consecutive recurrent layers use another layout if that is faster, and applies parallel.latents.
     """
     huggingface.relayout_recurrent_spans(model)
     if config.parallel.latents:
         huggingface.attend_by_latents(model)
     memory, layers = memory_settings(config), list(model.get_decoder().layers)
     if config.engine.compile and memory.offload:
-        # copies to the host are not compiled
+        # compile only the forward functions: the offload's copies to the host cannot be compiled
         for layer in layers:
             layer.forward = torch.compile(layer.forward)
     memory.apply(model)
@@ -119,7 +119,7 @@ def prepare_layers(model: Any, config: Config) -> None:
 
 
 def schedule_settings(config: Config) -> ScheduleSettings:
-    """Return the settings of the learning rate's schedule."""
+    """Return the settings of the learning-rate schedule."""
     train = config.train
     return ScheduleSettings(
         train.learning_rate,
@@ -138,7 +138,7 @@ def watch_settings(config: Config) -> WatchSettings:
 
 
 class Utilisation(NamedTuple):
-    """MFU of a step. flops: the model's; None is used instead of this object where the devices' peaks are not known."""
+    """Computes the MFU of steps. ranks: number of devices. peak_tflops: peak of one device."""
 
     flops: ModelFlops
     ranks: int
@@ -146,12 +146,12 @@ class Utilisation(NamedTuple):
 
     @staticmethod
     def of_config(config: Config, shape: Any) -> Utilisation | None:
-        """Return the MFU for the devices of cluster.description; None without one, or where ranks are CPU processes."""
+        """Return the MFU for the devices in cluster.description; None if it is not set, or if ranks compute on CPUs."""
         if not config.cluster.description or config.parallel.kernel in CPU_KERNELS:
             return None
         peak = load_cluster(config.cluster.description).device.peak_tflops
         return Utilisation(ModelFlops.of_model(meta_model(shape)), config.parallel.ranks, peak)
 
     def of_step(self, lengths: Sequence[int], seconds: float) -> float:
-        """Return a step's MFU, in [0, 1]. lengths: of all pieces of documents of the step, in tokens."""
+        """Return a step's MFU in [0, 1]. lengths: tokens of each document piece in the step."""
         return flops_utilisation(self.flops.of_documents(lengths), seconds, self.ranks, self.peak_tflops)

@@ -1,6 +1,6 @@
 """The sections of a run file: frozen dataclasses whose docstrings are the help of `distattn train --help`.
 
-The limits of a key stand beside its field; `config_checks` compares keys with each other.
+The limits of a key are annotations of its field; `config.checks` has the checks that involve several keys.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 DTYPES = ("float32", "float64", "bfloat16")
 ENGINES = ("fsdp2", "deepspeed", "megatron")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
-# as in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
+# the formats in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
 _SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
-# a plan of packs has a record for each step, and a run on text plans all of them when it begins
+# a plan of packs has a record for each step, and a run on text plans all steps when it begins
 _MOST_STEPS = 1_000_000
 
 
@@ -84,7 +84,7 @@ def _mounts_problem(mounts: tuple[str, ...]) -> str | None:
 
 @dataclass(frozen=True)
 class Engines:
-    """The engines that support another value than the default."""
+    """The engines that support non-default values of a key."""
 
     names: tuple[str, ...]
 
@@ -130,7 +130,7 @@ class DataConfig:
 
     @property
     def context_by_step(self) -> tuple[tuple[int, int], ...]:
-        """((first step, tokens of a pack), ...) of a run on text."""
+        """((first step, tokens per pack), ...) of a run on text."""
         if not self.context_schedule:
             return ((0, self.context_length or self.tokens_per_step),)
         begins = accumulate((phase.steps for phase in self.context_schedule), initial=0)
@@ -194,39 +194,39 @@ class ParallelConfig(AttentionKeys):
     fsdp2, and an even number of micro-batches a step."""
 
     def __post_init__(self) -> None:
-        # run files may say "" and 0 where Python says None, since TOML has no word for it
+        # run files may use "" and 0 for None, since TOML has no null
         for name in ("backward", "comm_dtype", "max_buffer_bytes"):
             if not getattr(self, name):
                 object.__setattr__(self, name, None)
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that have their own tokens: tensor- and pipeline-parallel ranks work on the same tokens."""
+        """Number of ranks with different tokens: tensor- and pipeline-parallel ranks work on the same tokens."""
         return self.ranks // (self.tensor_parallel_size * self.pipeline_parallel_size)
 
     @property
     def split_ranks(self) -> int:
-        """Ranks that split one pack."""
+        """Number of ranks that split one pack."""
         return self.context_parallel_size or (self.data_ranks if self.data == "replicated" else 1)
 
     @property
     def attention_ranks(self) -> int:
-        """Ranks that share attention: those that split a pack, or, with data = "per_rank", all that have tokens."""
+        """Number of ranks that share attention: those that split a pack or, with data = "per_rank", all data ranks."""
         return self.split_ranks if self.data == "replicated" else self.data_ranks
 
     @property
     def data_parallel_size(self) -> int:
-        """Number of shares into which the packs of a step are dealt."""
+        """Number of shares into which a step's packs are divided."""
         return self.data_ranks // self.split_ranks
 
     @property
     def layout_options(self) -> dict[str, int]:
-        """The layout's arguments besides lengths and ranks."""
+        """The layout's arguments in addition to lengths and ranks."""
         return {"min_chunk": self.min_chunk} if self.min_chunk else {}
 
     @property
     def cluster(self) -> Cluster | None:
-        """The nodes of the ranks that share attention; None if not set, or if one node holds them."""
+        """The nodes of the ranks that share attention; None if not set, or if the ranks do not fill whole nodes."""
         per_node = self.devices_per_node // self.tensor_parallel_size
         if not per_node or self.attention_ranks % per_node:
             return None

@@ -1,7 +1,7 @@
-"""DeepSpeed: parameters, gradients and optimizer sharded by ZeRO, stages 0 to 3, over all ranks.
+"""DeepSpeed: parameters, gradients and optimizer state sharded by ZeRO, stages 0 to 3, over all ranks.
 
-DeepSpeed clips inside its step, where the step can no longer be refused. So its clipping is off, and gradients are clipped here,
-in the partitions that its optimizers hold between backward and step.
+DeepSpeed clips gradients inside its step, when the step can no longer be refused. So its clipping is off, and this module
+clips the gradient partitions that DeepSpeed's optimizers hold between backward and step.
 """
 
 # P elements of a parameter in this rank's partition
@@ -57,21 +57,21 @@ from distattn.training.watch.state_digest import state_tensors
 
 # AdamW's averages for each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
-# the term that `torch.nn.utils.clip_grad_norm_` adds to the norm
+# `torch.nn.utils.clip_grad_norm_` adds this to the norm
 _CLIP_EPSILON = 1e-6
 
 
 class DeepSpeedEngine:
-    """An `Engine`. With bfloat16 the master weights, the optimizer and summed gradients are float32.
+    """An `Engine` on DeepSpeed. With bfloat16, master weights, optimizer state and summed gradients are float32.
 
-    DeepSpeed initializes the master weights with the rounded bfloat16 ones. The model is built sharded over all ranks and passed
-    to DeepSpeed module by module; stage 3 partitions each at once, so that the model is never whole on a rank. From stage 1 on,
-    DeepSpeed itself may skip a step whose gradients are not finite.
+    DeepSpeed initializes the master weights from the rounded bfloat16 weights. The model is built sharded over all ranks
+    and passed to DeepSpeed module by module. Stage 3 partitions each module at once, so no rank ever holds the whole
+    model. From stage 1 on, DeepSpeed itself may skip a step whose gradients are not finite.
     """
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
         for handler in logging.getLogger("DeepSpeed").handlers:
-            # programs may read a run's standard output
+            # keep DeepSpeed's log off standard output, which programs may parse
             if isinstance(handler, logging.StreamHandler):
                 handler.setStream(sys.stderr)
         parallel, train = config.parallel, config.train
@@ -87,7 +87,7 @@ class DeepSpeedEngine:
         self._keepers = assign_keepers(model, range(dist.get_world_size()))
         settings = _settings(config)
         if device.type == "cpu":
-            # otherwise DeepSpeed compiles a C++ extension for shared memory
+            # keep DeepSpeed from compiling a C++ extension for shared memory
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         for module in whole_modules(model, getattr(torch, config.model.dtype)):
             if self._stage == 3:
@@ -111,7 +111,7 @@ class DeepSpeedEngine:
         self._begin_averages()
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`."""
+        """Run forward and backward of the micro-batches. See `Engine.backward`."""
         losses = []
         for number, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
@@ -122,17 +122,17 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`."""
+        """Return the losses of micro-batches without gradients. See `Engine.evaluate`."""
         return [pytorch.local_loss(self.engine, batch, self._loss, on_token_losses) for batch in batches]
 
     @torch.no_grad()
     def clip(self, limit: float) -> float:
-        """See `Engine`."""
+        """Clip gradients, and return their norm before clipping. See `Engine.clip`."""
         if self._stage == 0:
             # reduced gradients are equal on all ranks
             return float(clip_grad_norm_(self.model.parameters(), limit))
         gradients = self._gradient_partitions()
-        # of a small model, some ranks have no elements
+        # if the model is small, some ranks hold no elements, and so no gradients
         squares = get_total_norm(gradients).double().square() if gradients else torch.zeros((), dtype=torch.float64)
         squares = squares.to(self._device)
         dist.all_reduce(squares)
@@ -144,12 +144,12 @@ class DeepSpeedEngine:
         return norm
 
     def update(self, learning_rate: float) -> None:
-        """See `Engine`."""
+        """Take an optimizer step. See `Engine.update`."""
         set_learning_rate(self._adam, learning_rate)
         self.engine.step()
 
     def drop(self) -> None:
-        """See `Engine`."""
+        """Drop the gradients. See `Engine.drop`."""
         optimizer = self.engine.optimizer
         optimizer.zero_grad()
         self.engine.zero_grad()
@@ -160,12 +160,15 @@ class DeepSpeedEngine:
             optimizer.micro_step_id = self._first_micro_step
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`. In stage 3 the tensors are this rank's partitions (P,)."""
+        """Yield this rank's parameters; in stage 3, its partitions (P,). See `Engine.named_parameters`."""
         for name, parameter in self._named():
             yield name, parameter.ds_tensor if self._stage == 3 else parameter
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """See `Engine`. Yield the weights of the forward pass, and this rank's partitions (P,) of master weights and averages."""
+        """Yield the forward pass's weights, and this rank's partitions (P,) of master weights and averages.
+
+        See `Engine.state_tensors`.
+        """
         if self._stage == 0:
             yield from state_tensors(self._named(), self._adam)
             return
@@ -181,9 +184,9 @@ class DeepSpeedEngine:
         yield COUNTS, "", torch.stack([parameter_state["step"] for parameter_state in self._adam.state.values()])
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """See `Engine`. The tensors are whole. Each rank keeps a share of them, so ranks have different names.
+        """Return whole tensors, one parameter gathered at a time. See `Engine.state`.
 
-        One parameter at a time is gathered. All tensors are results of `keep`.
+        Each rank keeps a share of the tensors, so ranks return different names. All tensors are results of `keep`.
         """
         states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for name, parameter in self._named():
@@ -191,13 +194,13 @@ class DeepSpeedEngine:
                 whole = self._whole(parameter, kind)
                 if self._keepers[name] == dist.get_rank():
                     tensors[name] = keep(f"{kind or 'param'}.{name}", whole)
-                # not held while the next one is gathered
+                # free it before the next one is gathered
                 del whole
         return EngineState(states[0], states[1], states[2], self._updates())
 
     @torch.no_grad()
     def load(self, state: EngineState) -> None:
-        """See `Engine`. Each rank broadcasts the tensors that it keeps."""
+        """Load the state: each rank broadcasts the tensors that it keeps. See `Engine.load`."""
         for name, parameter in self._named():
             shape = parameter.ds_shape if self._stage == 3 else parameter.shape
             for tensors, kind in zip(state[:3], ("", *_AVERAGES), strict=True):
@@ -214,16 +217,16 @@ class DeepSpeedEngine:
             parameter_state["step"].fill_(state.updates)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Close the engine. See `Engine.close`."""
         self.engine.destroy()
         self.cp.close()
 
     def _named(self) -> Iterator[tuple[str, Any]]:
-        """Return the named parameters, typed as Any since stage 3 of DeepSpeed adds attributes to them."""
+        """Return the named parameters, typed as Any because DeepSpeed's stage 3 adds attributes to them."""
         return self.model.named_parameters()
 
     def _begin_averages(self) -> None:
-        """Create AdamW's averages before its first step, so that a checkpoint can be read into them."""
+        """Create AdamW's averages before its first step, so that a checkpoint can be loaded into them."""
         optimizer = self.engine.optimizer
         self._first_micro_step = getattr(optimizer, "micro_step_id", None)
         if self._stage == 0:
@@ -251,14 +254,14 @@ class DeepSpeedEngine:
         return int(next(iter(self._adam.state.values()))["step"])
 
     def _whole(self, parameter: Any, kind: str) -> Tensor:
-        """Return a whole parameter in the optimizer's precision, or an average of its gradients. A collective call."""
+        """Return a whole parameter in the optimizer's precision, or its average `kind`. A collective call."""
         if self._stage == 0:
             return self._adam.state[parameter][kind] if kind else parameter
         whole: Tensor = safe_get_full_optimizer_state(parameter, kind) if kind else safe_get_full_fp32_param(parameter)
         return whole
 
     def _set_whole(self, parameter: Any, whole: Tensor, kind: str) -> None:
-        """Set what `_whole` returns; in stage 3 also the weights of the forward pass. A collective call."""
+        """Set the tensor that `_whole` returns and, in stage 3, the forward pass's weights. A collective call."""
         if self._stage == 0:
             self._whole(parameter, kind).copy_(whole)
         elif self._stage < 3:
@@ -280,7 +283,7 @@ class DeepSpeedEngine:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """Return DeepSpeed's configuration. `backward` counts micro-batches, and `clip` clips gradients."""
+    """Return DeepSpeed's configuration. `backward` counts micro-batches and `clip` clips gradients instead of DeepSpeed."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

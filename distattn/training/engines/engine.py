@@ -1,4 +1,4 @@
-"""The interface between the training loop and an engine, which holds a model, its gradients and its optimizer over the ranks."""
+"""The interface between the training loop and an engine, which holds model, gradients and optimizer across the ranks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from distattn.training.config.run_file import Config
 
 # a sharded micro-batch, as `ContextParallel.steps` yields it
 Batch = Mapping[str, Any]
-# called with the losses of a micro-batch's tokens (T,), detached, and the micro-batch
+# called with a micro-batch's per-token losses (T,), detached, and the micro-batch
 OnTokenLosses = Callable[[Tensor, Batch], None]
-# kinds of tensors that only an update changes, in addition to the optimizer's names for its own tensors
+# kinds of tensors that only an update changes; other kinds are the optimizer's names for its state
 WEIGHT, MASTER_WEIGHT, COUNTS = "weight", "master weight", "counts of updates"
-# (kind, name of the parameter, this rank's part)
+# (kind, parameter name, this rank's shard)
 StateTensor = tuple[str, str, Tensor]
-# by name: its class, the package that it needs besides torch and transformers, and distattn's extra that installs it
+# engine name -> class, package needed besides torch and transformers, and distattn's extra that installs the package
 _ENGINES = {
     "fsdp2": ("Fsdp2Engine", "", ""),
     "deepspeed": ("DeepSpeedEngine", "deepspeed", "deepspeed"),
@@ -34,8 +34,8 @@ _ENGINES = {
 class EngineState(NamedTuple):
     """All state that training changes, with the same names in every engine.
 
-    model: parameters by their names in transformers. exp_avg, exp_avg_sq: AdamW's averages by the same names. updates: number of
-    updates of the parameters.
+    model: parameters by their names in transformers. exp_avg, exp_avg_sq: AdamW's averages by the same names. updates:
+    number of optimizer steps taken.
     """
 
     model: dict[str, Tensor]
@@ -53,12 +53,12 @@ def cloned(name: str, tensor: Tensor) -> Tensor:
 
 
 def host_tensor(name: str, tensor: Tensor) -> Tensor:
-    """Return an empty tensor on the host like another one, to read a checkpoint into."""
+    """Return an uninitialized host tensor of the same shape and dtype, to read a checkpoint into."""
     return torch.empty_like(tensor, device="cpu")
 
 
 def assign_keepers(model: torch.nn.Module, ranks: Sequence[int]) -> dict[str, int]:
-    """Return the rank that keeps each parameter by name, for state that is gathered: the rank with the fewest elements so far."""
+    """Return the rank that keeps each gathered parameter, by name. Each goes to the rank with the fewest elements so far."""
     elements, keepers = dict.fromkeys(ranks, 0), {}
     for name, parameter in model.named_parameters():
         keepers[name] = min(ranks, key=lambda rank: elements[rank])
@@ -67,9 +67,10 @@ def assign_keepers(model: torch.nn.Module, ranks: Sequence[int]) -> dict[str, in
 
 
 class PipelineStage(NamedTuple):
-    """This rank's stage of a pipeline: stages run one after the other, and backward in the reverse order.
+    """This rank's pipeline stage. Stages run forward in order, and backward in reverse order.
 
-    number: from 0 to stages - 1. first_layer: its first layer in the whole model; the layers of its own module count from 0.
+    number: 0 to stages - 1. first_layer: index in the whole model of the stage's first layer. The stage's module numbers
+    its own layers from 0.
     """
 
     number: int = 0
@@ -77,7 +78,7 @@ class PipelineStage(NamedTuple):
     first_layer: int = 0
 
     def turn(self, backward: bool) -> int:
-        """Return the stage's turn with a micro-batch: 0 to stages - 1 forward, stages + 1 to 2 x stages backward."""
+        """Return the stage's turn on a micro-batch: 0 to stages - 1 forward, stages + 1 to 2 x stages backward."""
         return 2 * self.stages - self.number if backward else self.number
 
     @property
@@ -87,18 +88,18 @@ class PipelineStage(NamedTuple):
 
     @property
     def is_last(self) -> bool:
-        """Whether the stage computes the loss."""
+        """True if the stage computes the loss."""
         return self.number == self.stages - 1
 
     def module_name(self, name: str) -> str:
-        """Return the name of a module of this stage, with its layer counted in the whole model."""
+        """Return the name of one of this stage's modules, with the layer's index in the whole model."""
         return re.sub(r"(?<=\blayers\.)\d+", lambda match: str(int(match[0]) + self.first_layer), name, count=1)
 
 
 class Engine(Protocol):
-    """A model, its gradients and its optimizer over all ranks of a run. All methods are collective calls.
+    """A model, its gradients and its optimizer across all ranks of a run. Methods are collective calls unless noted.
 
-    cp: shards batches. model: the module that runs on this rank, for hooks. stage: this rank's part of the whole model.
+    cp: shards batches. model: the module that runs on this rank, for hooks. stage: this rank's pipeline stage.
     """
 
     cp: ContextParallel
@@ -106,16 +107,16 @@ class Engine(Protocol):
     stage: PipelineStage
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Run the step's micro-batches forward and backward, and sum their gradients. Return their losses, detached."""
+        """Run forward and backward of the step's micro-batches, and sum the gradients. Return their losses, detached."""
 
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """Return the losses of micro-batches, without gradients. The model is already in evaluation mode."""
+        """Return the losses of micro-batches, without gradients. The caller has put the model into evaluation mode."""
 
     def clip(self, limit: float) -> float:
-        """Scale gradients down to a global norm; return the norm before. `update` or `drop` follows."""
+        """Clip gradients to a global norm, and return the norm before clipping. Call `update` or `drop` afterwards."""
 
     def update(self, learning_rate: float) -> None:
-        """Take the optimizer's step, and drop the gradients."""
+        """Take an optimizer step, and drop the gradients."""
 
     def drop(self) -> None:
         """Drop the gradients without a step."""
@@ -124,30 +125,30 @@ class Engine(Protocol):
         """Yield this rank's parameters by their names in transformers, with gradients if the engine exposes them."""
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """Yield this rank's part of weights and optimizer state, which only `update` and `load` may change; not collective."""
+        """Yield this rank's shard of weights and optimizer state. Only `update` and `load` change it. Not collective."""
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """Return the state to save, as references or copies. A checkpoint is read into these tensors and then passed to `load`.
+        """Return the state to save, as references or copies. To load a checkpoint, read it into them and call `load`.
 
-        keep: returns a copy of a gathered tensor; its first argument is a name that is unique in the state.
+        keep: takes a name that is unique in the state and a gathered tensor, and returns a copy of the tensor.
         """
 
     def load(self, state: EngineState) -> None:
-        """Load the values that were read into the tensors of `state`."""
+        """Load the state that was read into the tensors returned by `state`."""
 
     def close(self) -> None:
-        """Release the engine's groups, threads and other resources."""
+        """Release the engine's process groups, threads and other resources."""
 
 
 def open_engine(config: Config, device: torch.device, vocabulary: int, context: int) -> Engine:
-    """Build the model and the optimizer of a run in the engine `engine.name`, without importing other engines. Collective.
+    """Build a run's model and optimizer in the engine `engine.name`. A collective call. Imports no other engine.
 
-    vocabulary: token ids are below it. context: tokens of the longest pack. Raise DistattnError if the engine's package is not
-    installed.
+    vocabulary: upper bound (exclusive) of token ids. context: tokens in the longest pack. Raises DistattnError if the
+    engine's package is not installed.
     """
     class_name, package, extra = _ENGINES[config.engine.name]
     if device.type == "cpu":
-        # DeepSpeed reads it during import; without it DeepSpeed looks for GPUs
+        # DeepSpeed reads this during import, and would otherwise look for GPUs
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         module = importlib.import_module(f"distattn.training.engines.{config.engine.name}")

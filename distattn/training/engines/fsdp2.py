@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2: parameters, gradients and optimizer sharded over all ranks, or in groups of ranks that hold copies."""
+"""PyTorch's FSDP2: parameters, gradients and optimizer state sharded over all ranks, or over replicated groups of ranks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from distattn.training.watch.state_digest import state_tensors
 
 # AdamW's averages for each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
-# micro-batches that take turns: while the messages of one travel, the other one computes
+# number of micro-batches that take turns: one computes while the other's messages travel
 _TAKE_TURNS = 2
 
 
 class Fsdp2Engine:
-    """An `Engine`. With bfloat16 compute, weights and optimizer are float32, and gradients are reduced in float32."""
+    """An `Engine` on FSDP2. With bfloat16, weights and optimizer state are float32, and so is gradient reduction."""
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
         parallel, train = config.parallel, config.train
@@ -50,7 +50,7 @@ class Fsdp2Engine:
             shard=partial(_shard, config, mesh),
         )
         for buffer in self.model.buffers():
-            # buffers are not sharded, and FSDP2 does not move them to the device
+            # FSDP2 neither shards buffers nor moves them to the device
             buffer.data = buffer.data.to(device)
         self._schedule = OverlapSchedule(self.model.get_decoder().layers, self.model) if parallel.overlap else None
         self.cp.loss_scale(pytorch.ProbeTarget(self.model))
@@ -61,18 +61,19 @@ class Fsdp2Engine:
             eps=train.epsilon,
             fused=state_device.type == "cuda",
         )
-        # the sharded parameters; those of the model are whole between forward and backward
+        # keep the sharded parameters: the model's own are unsharded between forward and backward
         self._sharded = dict(self.model.named_parameters())
-        # AdamW would create the averages in its first step, but a checkpoint may be read into them before
+        # AdamW would create its averages in the first step, but a checkpoint may be loaded into them before that
         for parameter in self.model.parameters():
             self.optimizer.state[parameter] = {"step": torch.tensor(0.0, device=state_device)} | {
                 name: torch.zeros_like(parameter) for name in _AVERAGES
             }
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`. Gradients are reduced after each micro-batch or pair of them, so that no rank holds a whole one.
+        """Run forward and backward. See `Engine.backward`.
 
-        A single micro-batch runs as without turns: it is run again where a step is examined.
+        Gradients are reduced after each micro-batch (or pair), so no rank keeps unsharded gradients. A single micro-batch,
+        such as one run again to examine a step, runs without taking turns.
         """
         losses: list[Tensor] = []
         if self._schedule is not None and len(batches) > 1:
@@ -88,33 +89,33 @@ class Fsdp2Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`."""
+        """Return the losses of micro-batches without gradients. See `Engine.evaluate`."""
         return [self._loss_of(batch, on_token_losses) for batch in batches]
 
     def clip(self, limit: float) -> float:
-        """See `Engine`."""
+        """Clip gradients, and return their norm before clipping. See `Engine.clip`."""
         return float(pytorch.full_tensor(clip_grad_norm_(list(self.model.parameters()), limit)))
 
     def update(self, learning_rate: float) -> None:
-        """See `Engine`."""
+        """Take an optimizer step. See `Engine.update`."""
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.drop()
 
     def drop(self) -> None:
-        """See `Engine`."""
+        """Drop the gradients. See `Engine.drop`."""
         self.optimizer.zero_grad()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`."""
+        """Yield this rank's parameters. See `Engine.named_parameters`."""
         return self.model.named_parameters()
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """See `Engine`."""
+        """Yield this rank's shards of weights and optimizer state. See `Engine.state_tensors`."""
         return state_tensors(self._sharded.items(), self.optimizer)
 
     def state(self, keep: Keep = cloned) -> EngineState:
-        """See `Engine`. The tensors are the engine's own."""
+        """Return the engine's own tensors, not copies. See `Engine.state`."""
         named = dict(self.named_parameters())
         exp_avg, exp_avg_sq = (
             {name: self.optimizer.state[parameter][kind] for name, parameter in named.items()} for kind in _AVERAGES
@@ -123,12 +124,12 @@ class Fsdp2Engine:
         return EngineState(model, exp_avg, exp_avg_sq, self._updates())
 
     def load(self, state: EngineState) -> None:
-        """See `Engine`. The values are already in the engine's own tensors."""
+        """Set the step counts. All other values are already in the engine's own tensors. See `Engine.load`."""
         for parameter_state in self.optimizer.state.values():
             parameter_state["step"].fill_(state.updates)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Close the engine. See `Engine.close`."""
         self.cp.close()
 
     def _loss_of(self, batch: Batch, on_token_losses: OnTokenLosses | None) -> Tensor:
@@ -139,7 +140,7 @@ class Fsdp2Engine:
 
 
 def _check_overlap(shape: Any) -> None:
-    """Raise DistattnError for a model whose layers do not take turns. shape: its transformers configuration."""
+    """Raise DistattnError if micro-batches cannot take turns in this model. shape: its transformers configuration."""
     if huggingface.has_recurrence_or_convolution(shape):
         raise DistattnError(
             f"parallel.overlap: {shape.model_type} has recurrent layers or convolutions, which do not take turns; use false."
@@ -155,7 +156,7 @@ def _check_overlap(shape: Any) -> None:
 
 
 def _shard(config: Config, mesh: DeviceMesh, model: Any) -> None:
-    """Prepare the layers of a model on the meta device, and shard the parameters of each layer and those of no layer."""
+    """Prepare the layers of a model on the meta device, then shard each layer and the parameters outside layers."""
     prepare_layers(model, config)
     flat, size = pytorch.gradient_mesh(mesh), config.engine.shard_size or config.parallel.ranks
     if size < config.parallel.ranks:

@@ -1,6 +1,7 @@
 """Megatron-core: tensor, pipeline, context and data parallelism, with its distributed optimizer.
 
-Layers are Megatron's, without Transformer Engine; core attention is distattn's. The model is one of `models.megatron_names`.
+The layers are Megatron's, without Transformer Engine. Core attention is distattn's. `models.megatron_names` has the
+supported models.
 """
 
 # T tokens on this rank
@@ -58,9 +59,9 @@ _ROPE_TYPES = ("default", "linear", "llama3")
 
 
 class MegatronEngine:
-    """An `Engine`. With bfloat16 the master weights, the optimizer and summed gradients are float32.
+    """An `Engine` on Megatron-core. With bfloat16, master weights, optimizer state and summed gradients are float32.
 
-    All stages of a pipeline and all tensor-parallel ranks get the same losses, so on_token_losses is called on all of them.
+    All pipeline stages and tensor-parallel ranks get the same losses, and on_token_losses is called on all of them.
     """
 
     def __init__(self, config: Config, device: torch.device, vocabulary: int, context: int):
@@ -77,7 +78,7 @@ class MegatronEngine:
         try:
             random.model_parallel_cuda_manual_seed(config.run.seed)
         except (AssertionError, RuntimeError):
-            # torch raises AssertionError if it was built without CUDA, else RuntimeError
+            # without a GPU, torch raises AssertionError if built without CUDA, otherwise RuntimeError
             if torch.cuda.is_available():
                 raise
             raise DistattnError(NO_GPU_FOR_MEGATRON) from None
@@ -91,11 +92,11 @@ class MegatronEngine:
         self.stage = PipelineStage(
             parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline_parallel_size, self._shard.layers.start
         )
-        # the ranks that have the same layers
+        # the ranks with the same layers
         self._stage_group: Any = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         self._config = _transformer_config(config, shape, device)
         gpt = _gpt_model(self._config, shape, context)
-        # frequencies as transformers scales them, also for the other types of rotary embeddings
+        # use transformers' frequencies, which are right for all types in _ROPE_TYPES
         gpt.rotary_pos_emb.inv_freq = LlamaRotaryEmbedding(cast(Any, shape)).inv_freq.detach().to(device)
         self.model: torch.nn.Module = megatron.use_batch_positions(gpt).to(device)
         self._parameters = dict(self.model.named_parameters())
@@ -121,7 +122,7 @@ class MegatronEngine:
             settings, [self._chunk], use_gloo_process_groups=False
         ).chained_optimizers
         for group in self._optimizer.param_groups:
-            # Megatron would set it in its schedule of weight decay
+            # set it here, since Megatron's weight-decay schedule, which would set it, is not used
             group["weight_decay"] = train.weight_decay * group["wd_mult"]
         self._begin_averages()
         all_ranks = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -130,21 +131,21 @@ class MegatronEngine:
         self.cp.loss_scale(megatron.ProbeTarget([self._chunk]))
 
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`. Gradients are reduced once, after the last micro-batch."""
+        """Run forward and backward. Gradients are reduced once, after the last micro-batch. See `Engine.backward`."""
         return self._scheduled(batches, on_token_losses, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
-        """See `Engine`."""
+        """Return the losses of micro-batches without gradients. See `Engine.evaluate`."""
         return self._scheduled(batches, on_token_losses, forward_only=True)
 
     def clip(self, limit: float) -> float:
-        """See `Engine`."""
+        """Clip gradients, and return their norm before clipping. See `Engine.clip`."""
         self._optimizer.prepare_grads()
         return float(self._optimizer.clip_grad_norm(limit))
 
     def update(self, learning_rate: float) -> None:
-        """See `Engine`."""
+        """Take an optimizer step. See `Engine.update`."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step_with_ready_grads()
@@ -152,13 +153,13 @@ class MegatronEngine:
         self.drop()
 
     def drop(self) -> None:
-        """See `Engine`."""
+        """Drop the gradients. See `Engine.drop`."""
         self._optimizer.zero_grad()
         self._chunk.zero_grad_buffer()
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine`. The tensors are this tensor-parallel rank's parts of this stage's layers."""
-        # the shape of a model as wide as this rank's part
+        """Yield this tensor-parallel rank's part of this stage's layers. See `Engine.named_parameters`."""
+        # the shape of a model with this rank's number of heads
         shape, ranks = copy.deepcopy(self._shape), self._shard.tensor_ranks
         shape.num_attention_heads //= ranks
         shape.num_key_value_heads //= ranks
@@ -166,7 +167,10 @@ class MegatronEngine:
         return to_huggingface([parts], shape, self._shard._replace(tensor_rank=0, tensor_ranks=1))
 
     def state_tensors(self) -> Iterator[StateTensor]:
-        """See `Engine`. Names are Megatron's; master weights and averages are the parts in this rank's optimizer."""
+        """Yield weights, and this rank's shards of master weights and averages, by Megatron's names.
+
+        See `Engine.state_tensors`.
+        """
         for name, parameter in self._parameters.items():
             yield WEIGHT, name, parameter.detach()
             for kind in _KINDS:
@@ -176,13 +180,13 @@ class MegatronEngine:
 
     @torch.no_grad()
     def state(self, keep: Keep = cloned) -> EngineState:
-        """See `Engine`. The tensors are whole. Each rank keeps a share of its stage's tensors, so ranks have different names.
+        """Return whole tensors, one layer gathered at a time. See `Engine.state`.
 
-        The tensors of one layer at a time are gathered. All tensors are results of `keep`.
+        Each rank keeps a share of its stage's tensors, so ranks return different names. All tensors are results of `keep`.
         """
         states: tuple[dict[str, Tensor], ...] = ({}, {}, {})
         for tensors, kind in zip(states, _KINDS, strict=True):
-            # a cache of one parameter is enough: it is requested once for each rank in a row
+            # caching one parameter is enough: consecutive requests ask for each rank's part of it
             gather = lru_cache(maxsize=1)(partial(self._gathered, kind))
             parts = [_Parts(self._parameters, gather, rank) for rank in range(self._shard.tensor_ranks)]
             for name, whole in to_huggingface(parts, self._shape, self._shard):
@@ -192,7 +196,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def load(self, state: EngineState) -> None:
-        """See `Engine`. Each rank broadcasts the tensors that it keeps."""
+        """Load the state: each rank broadcasts the tensors that it keeps. See `Engine.load`."""
         for tensors, kind in zip(state[:3], _KINDS, strict=True):
 
             def read(name: str, tensors: dict[str, Tensor] = tensors) -> Tensor:
@@ -206,7 +210,7 @@ class MegatronEngine:
         self._set_updates(state.updates)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Close the engine. See `Engine.close`."""
         self.cp.close()
         megatron.close(self._chunk)
         parallel_state.destroy_model_parallel()
@@ -214,7 +218,7 @@ class MegatronEngine:
     def _scheduled(
         self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None, forward_only: bool
     ) -> list[Tensor]:
-        """Run Megatron's schedule. Return this rank's share of each micro-batch's loss, the same on all stages."""
+        """Run Megatron's pipeline schedule. Return this rank's share of each micro-batch's loss, equal on all stages."""
         token_losses: list[Tensor] = []
 
         def step(remaining: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -236,7 +240,7 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        # the last stage has the losses; all stages have the same batches
+        # only the last stage has the losses, but all stages have the same batches
         sizes = [batch["labels"].numel() for batch in batches]
         flat = torch.cat(token_losses) if token_losses else torch.zeros(sum(sizes), device=self._device)
         last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -249,7 +253,7 @@ class MegatronEngine:
         return batch_losses
 
     def _begin_averages(self) -> None:
-        """Take a step that changes no weight, in which AdamW creates its averages, so that a checkpoint can be read into them."""
+        """Take a step with zero gradients, in which AdamW creates its averages, so a checkpoint can be loaded into them."""
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
             for parameter in group["params"]:
@@ -259,9 +263,9 @@ class MegatronEngine:
         self._set_updates(0)
 
     def _begin_weights(self, model: torch.nn.Module) -> None:
-        """Copy the weights of transformers' model, whose rows all ranks share, by gathering one layer at a time on all ranks.
+        """Copy the weights of a transformers model that is sharded over all ranks, gathering one layer at a time.
 
-        A rank's rows are freed as they are gathered.
+        A rank's shards are freed as they are gathered.
         """
         self._wholes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._keepers = assign_keepers(model, dist.get_process_group_ranks(self._stage_group))
@@ -281,12 +285,12 @@ class MegatronEngine:
                 self._take("param", parts)
             else:
                 for _ in parts:
-                    # gather them for the ranks of that stage
+                    # take part in the gathering for the ranks of that stage
                     pass
 
     @torch.no_grad()
     def _take(self, kind: str, parts: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy this rank's parts, by name, into parameters or into an average of their gradients."""
+        """Copy this rank's parts, given as (name, part), into the parameters or into the average `kind`."""
         for name, part in parts:
             if kind == "param":
                 self._parameters[name].copy_(part)
@@ -296,7 +300,7 @@ class MegatronEngine:
                 flat.copy_(part.flatten()[place])
 
     def _optimized(self, name: str, kind: str) -> tuple[Tensor, slice] | None:
-        """Return (this rank's optimizer's elements of a parameter, flat, and their place in it); None if it has no elements."""
+        """Return this rank's optimizer shard of a parameter (flat) and its slice of the flat parameter; None if empty."""
         optimizer, parameter = self._optimizer, self._parameters[name]
         if parameter not in optimizer.model_param_gbuf_map:
             return None
@@ -307,7 +311,7 @@ class MegatronEngine:
         return main if kind == "param" else optimizer.state[main][kind], slice(place.start, place.end)
 
     def _gathered(self, kind: str, name: str) -> list[Tensor]:
-        """Return each tensor-parallel rank's part, joined from its data-parallel ranks, float32, in the parameter's shape."""
+        """Return each tensor-parallel rank's part, gathered from its data-parallel ranks; float32, the parameter's shape."""
         shape = self._parameters[name].shape
         flat = torch.zeros(shape.numel(), dtype=torch.float32, device=self._device)
         optimized = self._optimized(name, kind)
@@ -322,7 +326,7 @@ class MegatronEngine:
     def _set_updates(self, updates: int) -> None:
         """Set the number of updates here and in the optimizer."""
         self._updates = updates
-        # Apex and Transformer Engine count for each group, torch's AdamW for each parameter
+        # Apex and Transformer Engine count steps per group, torch's AdamW per parameter
         for group in self._optimizer.param_groups:
             if "step" in group:
                 group["step"] = updates
@@ -334,7 +338,7 @@ class MegatronEngine:
 class _Parts(Mapping[str, Tensor]):
     """The parameters of one tensor-parallel rank, gathered on access.
 
-    gather: a cached collective call, which returns all ranks' parts of a parameter.
+    gather: a cached collective call that returns all ranks' parts of a parameter.
     """
 
     def __init__(self, names: Collection[str], gather: Callable[[str], list[Tensor]], rank: int):
@@ -351,7 +355,7 @@ class _Parts(Mapping[str, Tensor]):
 
 
 def _check_shape(shape: PretrainedConfig, tensor_ranks: int) -> None:
-    """Raise DistattnError, naming the reason, if the GPTModel that is built here would compute another model."""
+    """Raise DistattnError, naming the reason, if Megatron's GPTModel would compute a different model."""
     check_megatron(shape, tensor_ranks)
     rope = (getattr(shape, "rope_parameters", None) or {}).get("rope_type", "default")
     refused = {
@@ -391,16 +395,16 @@ def _transformer_config(config: Config, shape: PretrainedConfig, device: torch.d
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
         context_parallel_size=parallel.split_ranks,
-        # ranks have different numbers of tokens; Megatron requires this dispatcher with it
+        # ranks have different numbers of tokens; Megatron then requires this dispatcher
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # weights are copied in later; without initialization Megatron would not mark parameters that tensor-parallel ranks split
+        # weights are copied in later, but only initialization marks the parameters that tensor-parallel ranks split
         init_method=_leave,
         output_layer_init_method=_leave,
         use_cpu_initialization=device.type == "cpu",
-        # these need Apex or Transformer Engine
+        # off, since they need Apex or Transformer Engine
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -428,7 +432,7 @@ def _gpt_model(config: Any, shape: PretrainedConfig, context: int) -> Any:
 
 
 def _context_parallel(config: Config) -> ContextParallel:
-    """Return a ContextParallel that splits a batch over context-parallel ranks, or shares it over data-parallel ones, too."""
+    """Return the ContextParallel of the context-parallel group or, with data = "per_rank", of all data-parallel ranks."""
     attention = attention_config(config)
     all_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if attention.data == "per_rank":

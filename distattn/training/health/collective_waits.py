@@ -1,6 +1,4 @@
-"""Time that a thread waits for other ranks in torch.distributed, for FSDP2, DeepSpeed, Megatron-core and attention
-alike.
-"""
+"""Measures how long a thread waits for other ranks in torch.distributed, whichever engine or attention issued the work."""
 
 from __future__ import annotations
 
@@ -15,17 +13,16 @@ from distattn.driver.message_monitor import MessageMonitor
 
 
 def count_waits(waits: MessageMonitor) -> Callable[[], None]:
-    """Add the time that this thread waits for `Work` of torch.distributed to a monitor. Call the returned function to
-    stop.
+    """Add the time that this thread spends in torch.distributed's `Work.wait` to a monitor. Returns a function to stop it.
 
-    PyTorch has no hook for this, so the method `Work.wait` is replaced meanwhile. Over gloo the host waits there; over
-    NCCL only the device's stream does. Waits inside C++ code, as those of functional collectives, are not counted.
+    PyTorch has no hook for this, so `Work.wait` is replaced until then. With gloo the host waits there; with NCCL only
+    the device's stream does. Waits inside C++ code, such as those of functional collectives, are not counted.
     """
     original, thread = dist.Work.wait, threading.get_ident()
 
     def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
-            # the thread that plans, or that writes a checkpoint
+            # do not count other threads, such as those that plan or write checkpoints
             return original(work, *args, **kwargs)
         return waits.timed(partial(original, work, *args, **kwargs))
 

@@ -1,6 +1,6 @@
-"""Error counters of a GPU, read from NVML: memory errors, replaced rows, NVLink errors, Xid messages.
+"""A GPU's error counters, read from NVML: memory errors, remapped rows, NVLink errors and Xid messages.
 
-The package nvidia-ml-py (extra `health`) provides NVML. Without it, or without the driver, there are no counters.
+NVML comes from the package nvidia-ml-py (extra `health`). Without it, or without the driver, all counters are NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# in the order in which `DeviceCounters.read` returns them
+# names of the counters, in the order of `DeviceCounters.read`
 COUNTERS = (
     "corrected memory errors",
     "uncorrected memory errors",
@@ -25,10 +25,10 @@ COUNTERS = (
 
 
 class DeviceCounters:
-    """The counters of one GPU. index: its number on this machine in `nvidia-smi`, -1 without a GPU.
+    """The counters of one GPU. index: the GPU's index in `nvidia-smi`, or -1 without a GPU.
 
-    uuid: as PyTorch and NVML name the GPU, None for another device. last_xid: the code of the last Xid message, 0
-    before the first.
+    uuid: the GPU's UUID in NVML, or None for any other device. last_xid: code of the last Xid message, 0 before the
+    first.
     """
 
     def __init__(self, uuid: str | None):
@@ -48,7 +48,7 @@ class DeviceCounters:
             self._handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
             self.index = int(nvml.nvmlDeviceGetIndex(self._handle))
         except nvml.NVMLError:
-            # no driver, or a container that hides it
+            # there is no driver, or the container hides it
             return
         self._nvml = nvml
         self._events = self._ask(self._listen)
@@ -61,9 +61,7 @@ class DeviceCounters:
         return DeviceCounters(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
     def read(self) -> list[float]:
-        """Return the counters in the order of `COUNTERS`; NaN for those the GPU or driver does not have. Each takes
-        microseconds.
-        """
+        """Return the counters in the order of `COUNTERS`, NaN for unavailable ones. Each takes microseconds to read."""
         if self._nvml is None:
             return [float("nan")] * len(COUNTERS)
         nvml = self._nvml
@@ -87,7 +85,7 @@ class DeviceCounters:
             self._nvml = None
 
     def _ask(self, query: Callable[[], Any]) -> Any:
-        """Return NVML's answer; None where this GPU does not have it."""
+        """Return the result of an NVML query, or None if NVML cannot answer it for this GPU."""
         try:
             return query()
         except self._nvml.NVMLError:
@@ -99,7 +97,7 @@ class DeviceCounters:
         return events
 
     def _memory_errors(self, kind: int) -> int:
-        # counted since the driver was loaded
+        # volatile counters: errors since the driver was loaded
         return int(self._nvml.nvmlDeviceGetTotalEccErrors(self._handle, kind, self._nvml.NVML_VOLATILE_ECC))
 
     def _link_errors(self, kind: int) -> int:
@@ -113,9 +111,7 @@ class DeviceCounters:
         return sum(available)
 
     def _xid_messages(self) -> int:
-        """Return the number of Xid messages since this object was created. NVML reports them as events, taken without
-        waiting.
-        """
+        """Return the number of Xid messages since this object was created. Polls NVML's events without waiting."""
         if self._events is None:
             raise self._nvml.NVMLError(self._nvml.NVML_ERROR_NOT_SUPPORTED)
         while (event := self._ask(lambda: self._nvml.nvmlEventSetWait_v2(self._events, 0))) is not None:

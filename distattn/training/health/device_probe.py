@@ -1,4 +1,4 @@
-"""Measures the current speed of a GPU: it computes the same matrix product as all other ranks' GPUs, alone."""
+"""Measures a GPU's current speed with a matrix product that is the same on all ranks and needs no communication."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 
-# rows and columns of the matrices, and number of products: 2.7 TFLOP
+# rows and columns of the square matrices, and number of products: 2.7 TFLOP in total
 _SIZE, _PRODUCTS = 2048, 160
 
 
 class DeviceProbe:
-    """The probe of one device. It holds 25 MB of the device's memory while it measures."""
+    """The probe of one device. It uses 25 MB of device memory while it measures."""
 
     def __init__(self, device: torch.device):
         self._device = device
 
     def seconds(self) -> float:
-        """Return the seconds of the products by the device's own clock; NaN without a GPU, or without free memory for
-        them.
+        """Return the seconds that the products take by the device's clock; NaN without a GPU or enough free memory.
 
         Waits until the device has finished all earlier work.
         """
@@ -32,14 +31,14 @@ class DeviceProbe:
             return math.nan
 
     def _measured(self) -> float:
-        # a generator of its own leaves training's random numbers as they are; zeros would draw less power than real
-        # data
+        # use random data, since zeros would draw less power than real data, and a separate generator, which leaves
+        # training's random state unchanged
         random = torch.Generator(self._device).manual_seed(0)
         options: dict[str, Any] = {"dtype": torch.bfloat16, "device": self._device}
         a, b = (torch.randn(_SIZE, _SIZE, generator=random, **options) for _ in range(2))
         out = torch.empty_like(a)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # the first product chooses a kernel and loads it
+        # warm up: the first product selects and loads a kernel
         torch.mm(a, b, out=out)
         begin.record()
         for _ in range(_PRODUCTS):

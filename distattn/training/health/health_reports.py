@@ -1,8 +1,8 @@
-"""Reports of slow ranks and of GPUs with errors, at regular steps, from numbers that ranks measure anyway.
+"""Regular reports of slow ranks and of GPUs with errors, mostly from numbers that the ranks measure anyway.
 
-On CPUs a rank's own compute time is a step's time without waiting for other ranks and for data. On GPUs the host does
-not know how long its device waits for others, so each rank's GPU computes the same matrix product once per report,
-alone.
+On CPUs, a rank's compute time is the step time minus the waits for other ranks and for data. On GPUs, the host does not
+know how long its device waits for others, so once per report each rank's GPU computes the same matrix product, without
+communication.
 """
 
 from __future__ import annotations
@@ -27,27 +27,26 @@ from distattn.training.health.device_counters import COUNTERS, DeviceCounters
 from distattn.training.health.device_probe import DeviceProbe
 from distattn.training.reporting.step_clock import StepClock, StepCosts
 
-# a rank is named if it takes this share longer than the median
+# a rank is slow if it takes longer than the median by this share
 SLOW_SHARE = 0.1
-# and is reported on the console after this many consecutive reports that name it
+# the console shows a slow rank after this many consecutive reports have named it
 _REPORTS_IN_A_ROW = 3
 _HOST_BYTES = 64
-# the numbers that each rank sends before its counters
+# the values that each rank sends before its counters
 _TIMES = ("seconds", "data_seconds", "wait_seconds", "probe_seconds", "device", "last_xid")
 _UNKNOWN = math.nan
 
 
 @dataclass(frozen=True)
 class HealthReport:
-    """A report on all ranks, over the steps since the last one. Times are seconds, means per step, by rank; None if
-    unknown.
+    """A report on all ranks over the steps since the last report. Times are mean seconds per step, by rank; None: unknown.
 
-    compute_seconds: of a step without waits and data. probe_seconds: of the fixed matrix product of `DeviceProbe`.
-    slowest: the rank that takes longest, by compute_seconds or, on GPUs, by probe_seconds; over_median: by which share
-    of the median it takes longer. slow: whether that is enough to name it; reports_in_a_row: consecutive reports that
-    name it, including this one. errors: a sentence for each counter of a GPU that has grown. counters: of each rank's
-    GPU by `COUNTERS`. state_checks: comparisons of state digests so far, in this process; damaged: a sentence for each
-    that found a difference since the last report. text: the whole report in sentences.
+    compute_seconds: step time without waits. probe_seconds: time of `DeviceProbe`'s fixed matrix product. slowest: the
+    rank with the longest compute_seconds or, on GPUs, probe_seconds. over_median: its excess over the median, as a share
+    of the median. slow: True if the excess is at least SLOW_SHARE. reports_in_a_row: consecutive reports, including this
+    one, that name this rank. errors: a sentence for each GPU counter that increased. counters: each rank's counters, in
+    the order of `COUNTERS`. state_checks: state digests compared so far in this process. damaged: a sentence for each
+    difference found since the last report. text: the whole report in sentences.
     """
 
     step: int
@@ -70,17 +69,16 @@ class HealthReport:
 
     @property
     def is_news(self) -> bool:
-        """Whether a person should look: a counter has grown, or a rank has been slow in several reports."""
+        """True if the user should know: a counter increased, or a rank has now been slow in several reports in a row."""
         return bool(self.errors) or (self.slow and self.reports_in_a_row == _REPORTS_IN_A_ROW)
 
 
 class HealthReports:
-    """Measures the steps of a loop on every rank of the default group. Creating it and `after_step` are collective
-    calls.
+    """Measures a training loop's steps on every rank of the default group. The constructor and `after_step` are collective.
 
-    every: steps between two reports, 0 for none. publish: called with each report, on all ranks. counters: of this
-    rank's GPU, by default those of NVML. While it is open, this thread's waits for all collectives of torch.distributed
-    are counted.
+    every: steps between reports; 0 for no reports. publish: called with each report, on all ranks. counters: counters of
+    this rank's GPU, by default from NVML. Until `close`, this thread's waits for collectives of torch.distributed are
+    counted.
     """
 
     def __init__(
@@ -103,7 +101,7 @@ class HealthReports:
         self._last: int | None = None
         self._counted: list[list[float]] | None = None
         self._hosts: tuple[str, ...] = ()
-        # counts of the state digest
+        # number of state digests compared, set by the training loop
         self.state_checks = 0
         self._damaged: tuple[str, ...] = ()
         if every:
@@ -111,17 +109,18 @@ class HealthReports:
             self._counted = self._gather([_UNKNOWN] * len(_TIMES) + self._counters.read())
 
     def clock(self) -> StepClock:
-        """Return a clock of steps that uses all counted waits."""
+        """Return a step clock that includes all counted waits."""
         return StepClock(self._device, self._waits)
 
     def wait(self, work: Callable[[], Any]) -> Any:
-        """Return the result of `work`; its time counts as waiting. For calls whose waits PyTorch hides, such as
-        clipping DTensors.
+        """Run `work`, count its time as waiting, and return its result.
+
+        Use it for calls whose waits happen inside PyTorch, such as clipping DTensors.
         """
         return self._waits.timed(work)
 
     def after_step(self, step: int, costs: StepCosts) -> None:
-        """Count a step, the step-th of the run; at report steps, share and publish the ranks' measurements."""
+        """Add the costs of a step, counted from 1. At report steps, gather and publish all ranks' measurements."""
         if not self._every:
             return
         waited = _UNKNOWN if costs.wait_seconds is None else costs.wait_seconds
@@ -133,7 +132,7 @@ class HealthReports:
             self._report_now(step)
 
     def report_damage(self, step: int, text: str) -> None:
-        """Report a damaged state at once; a collective call. text: a sentence."""
+        """Report a damaged state at once. A collective call. text: a sentence."""
         self._damaged += (text,)
         if self._every and self._steps:
             self._report_now(step)
@@ -152,7 +151,7 @@ class HealthReports:
         self._counters.close()
 
     def _gather(self, row: list[float]) -> list[list[float]]:
-        """Return every rank's numbers, by rank; each rank has the same number of them."""
+        """Return every rank's values, in rank order. All ranks must pass the same number of values."""
         local = torch.tensor(row, dtype=torch.float64)
         return [remote.tolist() for remote in self._all_gather(local)]
 
@@ -223,7 +222,7 @@ class HealthReports:
         )
 
     def _grown(self, rows: list[list[float]]) -> tuple[str, ...]:
-        """Return a sentence for each counter that has grown since the last report."""
+        """Return a sentence for each counter that increased since the last report."""
         sentences = []
         for rank, (before, now) in enumerate(zip(self._counted or rows, rows, strict=True)):
             for column, counter in enumerate(COUNTERS, len(_TIMES)):
@@ -237,9 +236,9 @@ class HealthReports:
 
 
 def slowest_rank(times: Sequence[float | None]) -> tuple[int | None, float | None]:
-    """Return the rank that takes longest, and its excess as a share of the median; None where a rank's time is unknown.
+    """Return the slowest rank and its excess as a share of the median; (None, None) if any rank's time is unknown.
 
-    The median is some rank's time: of two middle ones the lower.
+    The median is the lower one of two middle values, so it is always some rank's time.
     """
     known_times = [seconds for seconds in times if seconds is not None]
     if len(known_times) < len(times) or not known_times:

@@ -1,4 +1,4 @@
-"""Health reports of a run: measured as its configuration asks, and published by rank 0."""
+"""A run's health reports: measured as configured, and published by rank 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distattn.training.run_folder import RunFolder
 
 
 class RunHealth(HealthReports):
-    """`HealthReports` of a run. Raises DistattnError where the configured port cannot be opened."""
+    """`HealthReports` of a run. Raises DistattnError if the configured port cannot be opened."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class RunHealth(HealthReports):
             try:
                 write_secret(run.prometheus_token)
             except OSError:
-                # on a full disk the file of an earlier attempt stays
+                # on a full disk, use the token of an earlier attempt
                 if not run.prometheus_token.exists():
                     raise
             token = read_secret(run.prometheus_token).hex()
@@ -46,7 +46,7 @@ class RunHealth(HealthReports):
         super().__init__(cp, device, config.every_steps, self._publish_everywhere)
 
     def close(self) -> None:
-        """Close the reports as `HealthReports` does, and the port."""
+        """Close the reports and the port. See `HealthReports.close`."""
         super().close()
         self._opened.close()
 

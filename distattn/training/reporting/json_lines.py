@@ -1,8 +1,7 @@
-"""Files of a run that a full disk or a kill leaves whole: JSON lines, to which rows are added, and texts that are
-replaced.
+"""Run files that survive a full disk or a kill intact: JSON lines to append to, and text files replaced atomically.
 
-JSON has no NaN and no infinity. They are written as the texts "NaN", "Infinity" and "-Infinity", and read as numbers
-again.
+JSON has no NaN or infinity. They are written as the strings "NaN", "Infinity" and "-Infinity", and read back as
+numbers.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Return a value as standard JSON, which every reader accepts."""
+    """Return a value as standard JSON that any parser accepts."""
     return json.dumps(_encodable(value), indent=indent, allow_nan=False)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value that `json_text` wrote. Raises ValueError."""
+    """Return the value that `json_text` wrote. Raises ValueError if the text is not JSON."""
     return _decoded(json.loads(text))
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a file, all or none. Raises OSError."""
+    """Append either all rows or none to a file. Raises OSError."""
     append_lines(path, "".join(f"{json_text(row)}\n" for row in rows).encode())
 
 
 def append_lines(path: Path, lines: bytes) -> None:
-    """Append whole lines to a file in one write, after ending a partial line that was left there. Raises OSError.
+    """Append whole lines to a file in one write, first ending any partial line. Raises OSError.
 
     If not all bytes can be written, none are.
     """
@@ -55,7 +54,7 @@ def append_lines(path: Path, lines: bytes) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in place of the old one, whole or not at all. Raises OSError."""
+    """Replace a file atomically. Raises OSError."""
     new_file = path.with_name(f"{path.name}.tmp")
     try:
         with open(new_file, "w", encoding="utf-8") as file:
@@ -70,7 +69,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file, none without a file; a partial row, as a killed process may leave it, is skipped."""
+    """Return a file's rows, or no rows if the file does not exist. Partial rows left by killed processes are skipped."""
     rows = []
     with suppress(FileNotFoundError):
         for line in path.read_text("utf-8", errors="replace").splitlines():
@@ -80,10 +79,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class JsonLines:
-    """JSON lines of a run. On a full disk the run goes on with a warning; rows are kept and added when there is room.
+    """A run's JSON-lines file. If the disk is full, it warns, keeps the rows, and adds them when there is room.
 
-    append: adds the rows of one call to the file, all or none, or raises OSError. is_in_place: returns whether the
-    file's folder is still the same one; nothing is written into another.
+    append: appends rows to the file; if it cannot append all of them, it appends none and raises OSError. is_in_place:
+    returns whether the file's folder is still in its place. If it is not, nothing is written.
     """
 
     def __init__(
@@ -96,20 +95,20 @@ class JsonLines:
         self._waiting: list[Callable[[], Sequence[Row]]] = []
 
     def add(self, rows: Callable[[], Sequence[Row]]) -> None:
-        """Add the rows that a function returns; it is called when they can be written, perhaps several times."""
+        """Add the rows that `rows` returns. It is called when they can be written, possibly several times."""
         was_waiting = bool(self._waiting)
         self._waiting.append(rows)
         error = self._write()
-        # the run reports a moved or deleted folder in a longer sentence
+        # a moved or deleted folder is reported by the run, in more detail
         if error is not None and not was_waiting and self._is_in_place():
             _warn(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
 
     def move_to(self, folder: Path) -> None:
-        """Continue at the folder's new path."""
+        """Continue at the new path of the folder."""
         self._path, self._is_in_place = folder / self._path.name, lambda: True
 
     def close(self) -> None:
-        """Add the rows that still wait; if that fails, print how many are lost."""
+        """Write the rows still waiting. If that fails, print how many are lost."""
         error = self._write()
         if error is not None and self._is_in_place():
             lost = sum(len(rows()) for rows in self._waiting)

@@ -1,6 +1,6 @@
-"""Loss by position and by corpus: shows whether, and where, it keeps falling with context.
+"""Loss by position and by corpus: shows whether, and up to which position, more context lowers the loss.
 
-Sums are kept on the device and updated without waiting for it; ranks communicate only when the sums are read.
+The sums stay on the device and are updated without synchronizing. Ranks communicate only when the sums are read.
 """
 
 # T tokens on this rank, C corpora, B buckets of positions
@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communication.communicator import sendable_device
 
 @dataclass(frozen=True)
 class PositionBucket:
-    """Tokens at positions first to last of their documents. loss: their mean in nats, None without tokens."""
+    """The tokens at positions `first` to `last` of their documents. loss: mean in nats, or None without tokens."""
 
     first: int
     last: int
@@ -34,7 +34,7 @@ class PositionBucket:
 
 @dataclass(frozen=True)
 class CorpusLoss:
-    """Tokens of one corpus. loss: their mean in nats, None without tokens."""
+    """The tokens of one corpus. loss: mean in nats, or None without tokens."""
 
     name: str
     tokens: int
@@ -45,8 +45,8 @@ class CorpusLoss:
 class LossTable:
     """Mean losses over some steps and all ranks.
 
-    loss: of all tokens with a label and a finite loss, None without such tokens. not_finite: tokens with another loss,
-    which no mean includes. by_corpus: empty where the corpora of tokens are unknown.
+    loss: mean over all tokens with a label and a finite loss; None without such tokens. not_finite: number of tokens
+    whose loss is not finite; no mean includes them. by_corpus: empty if the tokens' corpora are unknown.
     """
 
     loss: float | None
@@ -57,11 +57,11 @@ class LossTable:
 
 
 class LossByPosition:
-    """Sums of token losses by bucket of positions and by corpus.
+    """Sums of token losses by position bucket and by corpus.
 
-    Buckets: position 0, then [1, 1], [2, 3], [4, 7] and so on in powers of two, up to `context` tokens; later positions
-    are in the last. A position counts from the start of the piece of a document that a pack has, as the model sees it.
-    corpora: their names, in the order of their numbers.
+    The buckets are position 0, then [1, 1], [2, 3], [4, 7] and so on in powers of two up to `context` tokens. The last
+    bucket also holds all later positions. As in the model, positions count from the start of a document's piece in the
+    pack. corpora: names, in the order of the corpus numbers.
     """
 
     def __init__(self, context: int, corpora: Sequence[str] = (), device: torch.device | str = "cpu"):
@@ -70,18 +70,18 @@ class LossByPosition:
         self._edges = [1 << power for power in range(max(context - 1, 0).bit_length())]
         self._edges_B = torch.tensor(self._edges, dtype=torch.int64, device=device)
         self._buckets = len(self._edges) + 1
-        # sums of losses, numbers of tokens, and numbers of tokens whose loss is not finite; the first block of buckets
-        # is for tokens of unknown corpora. fp64 is exact for counts up to 2^53
+        # rows: loss sums, token counts, and counts of tokens whose loss is not finite. The first block of buckets is
+        # for tokens of unknown corpora. fp64 represents counts exactly up to 2^53.
         self._sums = torch.zeros(3, (len(self.corpora) + 1) * self._buckets, dtype=torch.float64, device=device)
-        # sums of all ranks at the last `state`; never changed in place, since a checkpoint may be copying them
+        # sums over all ranks at the last call of `state`; never changed in place, since a checkpoint may be copying them
         self._total = torch.zeros_like(self._sums)
 
     def add(self, losses_T: Tensor, labels_T: Tensor, positions_T: Tensor, corpus_ids_T: Tensor | None = None) -> None:
-        """Add one micro-batch; nothing waits for the device.
+        """Add one micro-batch without synchronizing with the device.
 
-        losses_T: each token's loss in nats, any float dtype. labels_T: -100 for tokens without a label, whose loss does
-        not count. positions_T: of each token in its document. corpus_ids_T: the number of its corpus, -1 if unknown.
-        Any shape of T elements.
+        losses_T: each token's loss in nats, any float dtype. labels_T: -100 marks tokens without a label, whose loss is
+        ignored. positions_T: each token's position in its document. corpus_ids_T: each token's corpus number, -1 if
+        unknown. The tensors may have any shape with T elements.
         """
         losses_T, labels_T, positions_T = losses_T.detach().flatten(), labels_T.flatten(), positions_T.flatten()
         place_T = torch.bucketize(positions_T, self._edges_B, right=True)
@@ -94,7 +94,7 @@ class LossByPosition:
         self._sums.index_add_(1, place_T, rows_3T)
 
     def add_batch(self, losses_T: Tensor, batch: Mapping[str, Any]) -> None:
-        """Call `add` for the driver's local batch; it has `corpus_ids` where `PackLoader(corpus_ids=True)` read it."""
+        """Call `add` for a local batch of the driver. It has `corpus_ids` if `PackLoader(corpus_ids=True)` read it."""
         self.add(losses_T, batch["labels"], batch["position_ids"], batch.get("corpus_ids"))
 
     def reset(self) -> None:
@@ -103,12 +103,11 @@ class LossByPosition:
         self._total = torch.zeros_like(self._total)
 
     def state(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Return the sums over all ranks of the group, which have different tokens; None: of this rank. A collective
-        call.
+        """Return the sums over all ranks of the group, or of this rank alone if group is None. A collective call.
 
-        Equal on all ranks, float64, of a shape that does not depend on their number; `load` continues from it. The
-        tensor does not change later. Calls at the same steps return the same bits, whether the run was resumed in
-        between or not.
+        The result is float64, equal on all ranks, never changed later, and its shape does not depend on the number of
+        ranks. `load` continues from it. Calls at the same steps return the same bits even if the run was resumed in
+        between. The group's ranks must hold different tokens.
         """
         new = self._sums.clone()
         self._sums.zero_()
@@ -119,12 +118,12 @@ class LossByPosition:
         return self._total
 
     def load(self, state: Tensor) -> None:
-        """Continue from the result of `state`; the same on all ranks."""
+        """Continue from a result of `state`. All ranks pass the same tensor."""
         self._sums.zero_()
         self._total = state.to(self._total.device, copy=True)
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> LossTable:
-        """Return the table over all ranks of the group, as `state` does. Sums are kept. It waits for the device."""
+        """Return the table over all ranks of the group, keeping the sums. Synchronizes with the device. See `state`."""
         sums, tokens, not_finite = self.state(group).cpu().view(3, len(self.corpora) + 1, self._buckets).unbind()
         edges = [0, *self._edges]
         by_position = tuple(
@@ -144,7 +143,7 @@ class LossByPosition:
 
 
 def token_losses(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Return the loss of each token of a local batch (T,), in nats, 0 without a label; without the batch's loss scale."""
+    """Return each token's loss in a local batch (T,), in nats, without the batch's loss scale; 0 for unlabelled tokens."""
     logits_TV = pytorch.logits_of(model, batch).flatten(0, -2)
     accumulated_TV = logits_TV.to(accumulation_dtype(logits_TV.dtype))
     return F.cross_entropy(accumulated_TV, batch["labels"].flatten(), ignore_index=IGNORE_INDEX, reduction="none")

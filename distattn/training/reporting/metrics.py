@@ -1,7 +1,7 @@
-"""Reports of a run while it runs: a bar on a terminal, plain lines elsewhere; and the same numbers on disk.
+"""Reports of a run in progress: a progress bar on a terminal, plain lines elsewhere, and the same numbers on disk.
 
-Always JSON lines and TensorBoard's files, and Weights & Biases where a project is named. All numbers come from the
-loop: only histograms, at their intervals, wait for a device.
+The numbers go to JSON lines and TensorBoard files, and to Weights & Biases if a project is named. They all come from
+the training loop. Only histograms, which are taken at intervals, synchronize with a device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from distattn.training.watch.module_observer import plain_name
 
 # minimum seconds between two lines, so that a log file stays readable
 _LINE_SECONDS = 2.0
-# the curves of a step; unknown values are left out
+# the numbers logged for each step; unknown values are left out
 _SCALARS = (
     "loss",
     "grad_norm",
@@ -51,11 +51,11 @@ _SCALARS = (
 
 
 class MetricsReporter:
-    """Reporter of a run; use it as a context and call `report` after every step. Does nothing unless `visible` (rank
-    0).
+    """Reporter of a run: a context manager whose `report` is called after every step.
 
-    wandb: a project of Weights & Biases that gets the same numbers, empty for none; a resumed run continues its page
-    there. Entering the context raises DistattnError where the package is missing.
+    visible: True on rank 0; on other ranks the reporter does nothing. wandb: a Weights & Biases project that gets the
+    same numbers, or empty for none; a resumed run continues its page there. Entering the context raises DistattnError
+    if the package is missing.
     """
 
     def __init__(self, run: RunFolder, steps: int, json_lines: bool, visible: bool, wandb: str = ""):
@@ -73,7 +73,7 @@ class MetricsReporter:
             return self
         if self._project:
             self._wandb = _wandb_run(self._project, self.run)
-        # so that no step waits for the import
+        # open it now, so that no step waits for the import
         self.tensorboard.open()
         self.began = time.perf_counter()
         if sys.stdout.isatty() and not self.json_lines:
@@ -105,10 +105,10 @@ class MetricsReporter:
         self.run.append(self.run.metrics_file, step.as_dict())
         scalars = {name: value for name in _SCALARS if (value := getattr(step, name)) is not None}
         self._log(scalars | {"skipped": 1.0 if step.skipped else 0.0}, step.step)
-        # steps before a resumed run began took no time of this process
+        # a resumed run's earlier steps took no time in this process
         self._first_step = step.step if self._first_step is None else self._first_step
         now = time.perf_counter()
-        # only the first of refused steps in a row is shown, with its reason
+        # print the reason only for the first of several refused steps in a row
         begins, self._was_skipped = bool(step.skipped) and not self._was_skipped, bool(step.skipped)
         if self.json_lines:
             sys.stdout.write(json_text(step.as_dict()) + "\n")
@@ -128,9 +128,7 @@ class MetricsReporter:
             self.last_line = now
 
     def report_losses(self, step: int, table: LossTable, split: str = EVALUATION) -> None:
-        """Record losses by position and corpus: of an evaluation after a step, or of the training steps since the last
-        one.
-        """
+        """Record losses by position and corpus: of an evaluation after `step`, or of training since the last report."""
         if not self.visible:
             return
         self.run.append(self.run.losses_file, {"step": step, "split": split} | asdict(table))
@@ -159,15 +157,15 @@ class MetricsReporter:
         sys.stdout.flush()
 
     def report_histograms(self, step: int, model: Any) -> None:
-        """Record histograms of weights and their gradients; of sharded ones, rank 0's part.
+        """Record histograms of weights and gradients; of sharded tensors, only rank 0's shard.
 
-        It copies them from the device, so call it at intervals, between backward and the optimizer's step.
+        This copies them from the device, so call it at intervals, between backward and the optimizer step.
         """
         if self.visible:
             self.tensorboard.write(lambda writer: _add_histograms(writer, step, model))
 
     def report_plan(self, plan: Plan) -> None:
-        """Record the picture of a plan's score matrix, such as the first step's."""
+        """Record an image of a plan's score matrix, such as the first step's."""
         if not self.visible:
             return
         from matplotlib.image import imread
@@ -178,7 +176,7 @@ class MetricsReporter:
         )
 
     def report_health(self, report: HealthReport) -> None:
-        """Record the ranks' speeds; news for a person is also recorded as an event and printed."""
+        """Record the ranks' speeds. If the report is news, also record it as an event and print it."""
         if not self.visible:
             return
         self.run.append(self.run.health_file, asdict(report))
@@ -194,13 +192,16 @@ class MetricsReporter:
             sys.stderr.flush()
 
     def report_event(self, step: int, kind: str, text: str, facts: Mapping[str, Any] | None = None) -> None:
-        """Record a rare event. kind: refused, restart, rollback, wrong rank, ...; text: a sentence; facts: as JSON."""
+        """Record a rare event.
+
+        kind: refused, restart, rollback, wrong rank and so on. text: a sentence. facts: additional JSON fields.
+        """
         if self.visible:
             self.run.append(self.run.events_file, {"step": step, "kind": kind, "text": text, **(facts or {})})
             self.tensorboard.write(lambda writer: writer.add_text(kind, text, step))
 
     def report_warning(self, step: int, kind: str, text: str) -> None:
-        """Report an event of a step, counted from 0, and print it to stderr; takes the arguments of `report_event`."""
+        """Record an event and print it to stderr. step: counted from 0. See `report_event` for the other arguments."""
         self.report_event(step + 1, kind, text)
         if self.visible:
             warn(f"step {step + 1}: {text}")
@@ -216,7 +217,7 @@ class MetricsReporter:
 
 
 def warn(text: str) -> None:
-    """Print a sentence to stderr at once."""
+    """Print a sentence to stderr and flush it."""
     sys.stderr.write(f"distattn: {text}\n")
     sys.stderr.flush()
 
@@ -231,7 +232,7 @@ def _wandb_run(project: str, run: RunFolder) -> Any:
     config = {"configuration": run.config_file.read_text("utf-8")} if run.config_file.exists() else {}
     if not run.wandb_file.exists():
         write_whole(run.wandb_file, secrets.token_hex(8))
-    # Weights & Biases keeps the first numbers of steps that a resumed run repeats; the repeated ones are equal
+    # for steps that a resumed run repeats, Weights & Biases keeps the first values; the repeated values are equal
     identity = {"id": run.wandb_file.read_text("utf-8"), "resume": "allow"}
     return wandb.init(project=project, name=run.folder.name, dir=str(run.folder), config=config, **identity)
 
@@ -245,7 +246,7 @@ def _add_histograms(writer: Any, step: int, model: Any) -> None:
 
 
 def _finite_part(values: Tensor | None) -> Tensor | None:
-    """Return this rank's finite numbers; None without any, since they have no histogram."""
+    """Return the finite values of this rank's shard, or None without any, since a histogram needs values."""
     if values is None:
         return None
     local = (values.to_local() if isinstance(values, DTensor) else values).detach().float()

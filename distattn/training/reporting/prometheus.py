@@ -1,4 +1,4 @@
-"""Health reports in Prometheus' text format: a file that each report replaces, or a port whose scrapes need a token."""
+"""Health reports in Prometheus' text format, in a file that each report replaces or on a port that requires a token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distattn.training.reporting.json_lines import write_whole
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-# for each field of a report: its metric's name and help text
+# field of a health report -> metric name and help text
 _BY_RANK = {
     "seconds": ("distattn_step_seconds", "Seconds of a step."),
     "compute_seconds": ("distattn_compute_seconds", "Seconds of a step without waiting for ranks and data."),
@@ -29,13 +29,13 @@ _BY_RANK = {
     "data_seconds": ("distattn_data_seconds", "Seconds of a step until its data arrive."),
     "probe_seconds": ("distattn_probe_seconds", "Seconds of a fixed matrix product on the device."),
 }
-# seconds in which a scrape must send its request
+# seconds that a client has to send its request
 _REQUEST_SECONDS = 10.0
 
 
 def prometheus_text(report: HealthReport) -> bytes:
-    """Return a report in the text exposition format, version 0.0.4; unknown values are left out."""
-    # half a second to import, and only for runs that publish their reports
+    """Return a report in the text exposition format, version 0.0.4, without unknown values."""
+    # the import takes half a second, and only runs that publish their reports need it
     from prometheus_client import generate_latest
 
     return generate_latest(_Report(report))
@@ -51,14 +51,14 @@ def _require_client() -> None:
 
 
 class PrometheusFile:
-    """A file for the node exporter's textfile collector; each report replaces the file. A full disk does not end the run."""
+    """A file for the node exporter's textfile collector. Each report replaces it. A full disk does not end the run."""
 
     def __init__(self, path: Path):
         _require_client()
         self._path, self._warned = path, False
 
     def publish(self, report: HealthReport) -> None:
-        """Write a report, whole or not at all; warns at the first failure."""
+        """Write a report atomically. Warn at the first failure."""
         try:
             write_whole(self._path, prometheus_text(report).decode())
         except OSError as error:
@@ -68,9 +68,9 @@ class PrometheusFile:
 
 
 class PrometheusPort:
-    """http://ADDRESS:PORT/metrics on that address only, for requests with the header "Authorization: Bearer TOKEN".
+    """An HTTP server for http://ADDRESS:PORT/metrics that requires the header "Authorization: Bearer TOKEN".
 
-    port: 0 for a free one. Raises DistattnError where it cannot listen there.
+    It listens on that address only. port: 0 picks a free port. Raises DistattnError if it cannot listen there.
     """
 
     def __init__(self, address: str, port: int, token: str):
@@ -127,20 +127,20 @@ class PrometheusPort:
                 self.wfile.write(port._text)
 
             def log_message(self, format: str, *arguments: object) -> None:
-                # no line in the run's output for each scrape
+                # do not print a line for each scrape
                 pass
 
         return Handler
 
 
 class _Report:
-    """A report as a collector of prometheus_client."""
+    """A health report as a collector for prometheus_client."""
 
     def __init__(self, report: HealthReport):
         self._report = report
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics, without those that have no value."""
+        """Yield the metrics that have a value."""
         report = self._report
         yield from self._gauge("distattn_step", "Steps done.", [({}, float(report.step))])
         for field, (name, description) in _BY_RANK.items():

@@ -1,4 +1,4 @@
-"""The page of a finished run: one self-contained HTML file with its curves, the reference check and the first plan."""
+"""The report of a finished run: one self-contained HTML file with curves, the reference check and the first plan."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from markupsafe import Markup
 
 from distattn.ir.errors import RunStopped
 from distattn.ir.plan import Plan
+from distattn.ir.text_format import plural
 from distattn.pages.render import render_page
 from distattn.parallel.analysis.score_matrix import score_matrix_html
-from distattn.parallel.analysis.text_format import plural
 from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import write_whole
 from distattn.training.reporting.report_losses import corpus_rows, loss_charts
 from distattn.training.run_folder import EVALUATION, RESUMED, RunFolder, StepMetrics
 
-# curves, the first one shown first; unknown ones are left out
+# curves and their labels, in display order; curves without values are left out
 _CURVES = {
     "loss": "loss",
     "grad_norm": "gradient norm",
@@ -38,7 +38,7 @@ _CURVES = {
     "memory_reserved": "memory reserved",
     "memory_resident": "memory of the process",
 }
-# of longer runs two steps of each segment are drawn, the last and the one with the highest loss
+# longer runs are cut into segments, and two steps of each are drawn: the last and the one with the highest loss
 _MOST_DRAWN = 4000
 
 
@@ -47,7 +47,7 @@ def write_report(
 ) -> None:
     """Write report.html into the run folder. Raises OSError.
 
-    checked: the result of `run_reference_check`, None if it was not run. attempts: `Attempts.rows`, if recorded.
+    checked: the result of `run_reference_check`, or None if it was not run. attempts: `Attempts.rows`, if recorded.
     """
     steps, evaluations = run.metrics(config.train.steps), run.losses(EVALUATION, config.train.steps)
     curves = _curves(steps, evaluations, checked)
@@ -78,12 +78,12 @@ def write_report(
 
 
 def _rank_counts(run: RunFolder, config: Config) -> str:
-    """Return "4 ranks", or for a run resumed on other numbers of ranks: "4 ranks, from step 35 on 2"."""
+    """Return "4 ranks" or, if the run was resumed with another number of ranks, "4 ranks, from step 35 on 2"."""
     resumed = [event for event in run.events() if event["kind"] == RESUMED and "saved_on" in event]
-    # (steps done before a segment, its ranks)
+    # (last step before the segment, number of ranks)
     segments = [(-1, resumed[0]["saved_on"] if resumed else config.parallel.ranks)]
     for event in resumed:
-        # steps after a checkpoint are done again
+        # the resumed run repeats the steps after its checkpoint
         segments = [segment for segment in segments if segment[0] < event["step"]]
         if segments[-1][1] != event["ranks"]:
             segments.append((event["step"], event["ranks"]))
@@ -92,9 +92,9 @@ def _rank_counts(run: RunFolder, config: Config) -> str:
 
 
 def _attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return a row for each start of the ranks: its number, when it began, how long it lasted, and how it ended.
+    """Return a row for each attempt: its number, start time, duration and how it ended.
 
-    There are no rows where the ranks started once and succeeded.
+    Returns no rows if the only attempt succeeded.
     """
     if len(attempts) == 1 and attempts[0].get("exit_code") == 0:
         return []
@@ -108,10 +108,10 @@ def _attempt_rows(attempts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return the run's main numbers: (name, value, remark) of each."""
+    """Return the run's main numbers, each as (name, value, remark)."""
     first, last = steps[0], steps[-1]
     seconds, tokens = sum(step.seconds for step in steps), sum(step.tokens for step in steps)
-    # the first step makes plans, and buffers that later steps use again
+    # the first step is slower: it makes plans and allocates buffers that later steps reuse
     later = steps[1:] or steps
     rate = sum(step.tokens for step in later) / sum(step.seconds for step in later)
     tiles = [
@@ -143,7 +143,7 @@ def _tiles(steps: list[StepMetrics], evaluations: list[dict[str, Any]]) -> list[
 
 
 def _start_tiles(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Return the tiles that count restarts, which follow a failed attempt, and resumes, which follow another one."""
+    """Return tiles with the number of restarts (after a failed attempt) and of resumes (after any other attempt)."""
     restarts = sum(_has_failed(attempt) for attempt in attempts[:-1])
     resumes = len(attempts[:-1]) - restarts
     tiles = []
@@ -155,12 +155,12 @@ def _start_tiles(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, 
 
 
 def _has_failed(attempt: Mapping[str, Any]) -> bool:
-    """Return whether an attempt failed and was not asked to stop. A killed launcher records no exit code."""
+    """Return whether an attempt failed without a request to stop. A killed launcher records no exit code."""
     return attempt.get("exit_code") not in (0, RunStopped.exit_code) and not attempt.get("stopped", False)
 
 
 def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked: dict | None) -> dict[str, Any]:
-    """Return the curves of the page: columns by step, and those of plain transformers where there are any."""
+    """Return the page's curves: the run's columns by step, the reference check's columns, and the labels."""
     evaluated = {row["step"]: row["loss"] for row in evaluations}
     drawn = _thinned(steps, set(evaluated))
     columns: dict[str, list[Any]] = {
@@ -174,7 +174,7 @@ def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked
         if name in ("loss", "grad_norm") or any(value is not None for value in columns[name])
     }
     if len(set(columns["context_length"])) == 1:
-        # most runs have one context length
+        # a constant context length needs no curve
         labels.pop("context_length", None)
     columns = {name: columns[name] for name in ("step", *labels)}
     rows = {row["step"]: row for row in checked["steps"]} if checked else {}
@@ -186,12 +186,12 @@ def _curves(steps: list[StepMetrics], evaluations: list[dict[str, Any]], checked
 
 
 def _drawable(values: list[Any]) -> list[Any]:
-    """Replace values that cannot be drawn by None: JSON has no NaN, and infinity has no place on an axis."""
+    """Replace NaN and infinity with None: JSON cannot hold them, and an axis cannot show them."""
     return [value if value is not None and math.isfinite(value) else None for value in values]
 
 
 def _thinned(steps: list[StepMetrics], kept: set[int]) -> list[StepMetrics]:
-    """Return few enough steps to draw, including those that were not applied and those in `kept`."""
+    """Return a subset of steps small enough to draw. It includes the steps not applied and those in `kept`."""
     if len(steps) <= _MOST_DRAWN:
         return steps
     length = -(-2 * len(steps) // _MOST_DRAWN)
@@ -204,7 +204,7 @@ def _thinned(steps: list[StepMetrics], kept: set[int]) -> list[StepMetrics]:
 
 
 def _events(run: RunFolder, steps: list[StepMetrics]) -> list[tuple[int, str, str]]:
-    """Return (step, kind, sentence) of each event; every step that was not applied has at least one."""
+    """Return (step, kind, sentence) for each event. Every step that was not applied has at least one event."""
     events = [(row["step"], row["kind"], row["text"]) for row in run.events()]
     reported = {step for step, _, _ in events}
     events += [(step.step, "not applied", step.skipped) for step in steps if step.skipped and step.step not in reported]
@@ -212,7 +212,7 @@ def _events(run: RunFolder, steps: list[StepMetrics]) -> list[tuple[int, str, st
 
 
 def _changed_keys(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the keys of a run that have other values than the defaults, by section."""
+    """Return the run's keys whose values differ from the defaults, by section."""
     defaults = asdict(Config())
     sections = {
         name: {key: value for key, value in keys.items() if value != defaults[name][key]}

@@ -1,4 +1,4 @@
-"""Loss by position and by corpus on a run's page: drawings without scripts, and tables."""
+"""Loss by position and by corpus in a run's report: charts that need no scripts, and tables."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import Any, NamedTuple
 
 from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
 
-# size of a drawing on a phone, in CSS pixels; on larger screens the drawing and its text are scaled up
+# chart size on a phone, in CSS pixels; larger screens scale the chart and its text up
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 260, 52, 14, 10, 34
-# maximum number of position labels side by side, each as wide as 1,048,576
+# maximum number of position labels that fit side by side if each is as wide as 1,048,576
 _MOST_LABELS = 5
 _TITLES = {EVALUATION: "Held-out documents", TRAINING: "Training"}
 
 
 class Line(NamedTuple):
-    """One curve. name: its table; last: whether the table is the newest; path, points: its coordinates, with a text per
-    point.
-    """
+    """One curve. name: its step. last: True for the newest table. path: SVG path. points: (x, y, tooltip) of each point."""
 
     name: str
     last: bool
@@ -26,7 +24,7 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Loss by position of one split. ticks: (coordinate, text) on each axis; rows: the same numbers as a table."""
+    """Loss by position of one split. x_ticks, y_ticks: (coordinate, text). head, rows: the same numbers as a table."""
 
     title: str
     lines: list[Line]
@@ -37,8 +35,9 @@ class Chart(NamedTuple):
 
 
 def loss_charts(run: RunFolder) -> list[Chart]:
-    """Return one chart for evaluations and one for training, each of the first and the last table; no chart without
-    tables.
+    """Return a chart for evaluation and one for training, each with its first and last table.
+
+    A split without tables has no chart.
     """
     charts = []
     for split, title in _TITLES.items():
@@ -49,7 +48,7 @@ def loss_charts(run: RunFolder) -> list[Chart]:
 
 
 def corpus_rows(run: RunFolder) -> list[list[str]]:
-    """Return a row for each corpus and split: first and last mean loss, and the tokens of the last."""
+    """Return a row for each corpus and split: corpus, split, first and last mean loss, and the last token count."""
     rows = []
     for split, title in _TITLES.items():
         tables = [row for row in run.losses(split) if row["by_corpus"]]
@@ -73,7 +72,7 @@ def _chart(title: str, tables: list[dict[str, Any]]) -> Chart:
     floor, roof = lowest - margin, highest + margin
 
     def x(first: int) -> float:
-        """Return the coordinate of a position's bucket. Buckets are equally wide: a power of two each."""
+        """Return the x coordinate of the bucket that begins at position `first`. All buckets are drawn equally wide."""
         number = first.bit_length()
         return round(_LEFT + (number + 0.5) / len(buckets) * (_WIDTH - _LEFT - _RIGHT), 1)
 

@@ -1,4 +1,4 @@
-"""The costs of a step on this rank: seconds (of which data and waiting for other ranks) and memory."""
+"""The cost of a step on this rank: memory, and seconds in total, waiting for data and waiting for other ranks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _STATM = Path("/proc/self/statm")
 
 
 class StepCosts(NamedTuple):
-    """Costs of one step on this rank. seconds: wall time since the step before; data_seconds: of these, waiting for its
-    batches.
+    """Costs of one step on this rank.
 
-    wait_seconds: of these, waiting on the host for messages and means of other ranks; None where a device waits
-    instead. memory_allocated, memory_reserved: the step's peak bytes in PyTorch's CUDA allocator; None on CPUs.
-    memory_resident: bytes of the process in physical memory now; None without Linux's /proc.
+    seconds: wall time since the previous step. It includes data_seconds, spent waiting for the step's batches, and
+    wait_seconds, spent on the host waiting for messages and reductions of other ranks (None if the device waits
+    instead). memory_allocated, memory_reserved: the step's peak bytes in PyTorch's CUDA allocator; None on CPUs.
+    memory_resident: current resident bytes of the process; None without Linux's /proc.
     """
 
     seconds: float
@@ -34,10 +34,10 @@ class StepCosts(NamedTuple):
 
 
 class StepClock:
-    """Timer of a loop's steps: iterate over `steps(...)` and call `lap` at the end of each. Nothing waits for the
-    device.
+    """Timer of a training loop: iterate over `steps(...)` and call `lap` at the end of each step.
 
-    messages: those of the driver (`ContextParallel.messages`), None for one rank.
+    It never synchronizes with the device. messages: the driver's monitor (`ContextParallel.messages`), or None for a
+    single rank.
     """
 
     def __init__(self, device: torch.device, messages: MessageMonitor | None = None):
@@ -47,7 +47,7 @@ class StepClock:
         self._waited = messages.seconds if messages else 0.0
 
     def steps(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Yield the same steps; the time until each arrives is data time."""
+        """Yield the items of `steps`. The time until each arrives counts as data time."""
         iterator = iter(steps)
         while True:
             began = time.perf_counter()
@@ -59,11 +59,11 @@ class StepClock:
             yield step
 
     def skip(self) -> None:
-        """Leave out the time since the last lap, such as an evaluation: it belongs to no step."""
+        """Leave out the time since the last lap, such as that of an evaluation, which belongs to no step."""
         self.lap()
 
     def lap(self) -> StepCosts:
-        """Return the costs of the step that ends now, and begin the next one."""
+        """Return the costs of the step that ends now, and start timing the next one."""
         now, waited = time.perf_counter(), self._messages.seconds if self._messages else 0.0
         complete = self._messages is None or self._messages.complete
         allocated = reserved = None

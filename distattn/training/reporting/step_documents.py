@@ -1,8 +1,9 @@
-"""documents.jsonl of a run: the pieces of documents of each step, and a fast search for one step in a long file.
+"""A run's documents.jsonl: the document pieces of each step, and a fast lookup of one step in a long file.
 
-A row is a piece and has its step. Within an attempt (a run from its start, from a checkpoint, or after going back to
-one) steps rise, so bisection over bytes finds a step. A later attempt is appended, and `attempt` in each of its rows is
-the byte at which it begins: the search goes back from attempt to attempt, and the last one that trained a step counts.
+Each row is one piece, with its step. Step numbers increase within an attempt (a run from its start, from a checkpoint,
+or after a rollback), so bisection over byte offsets finds a step. Later attempts are appended; the field `attempt` of
+their rows is the byte offset at which the attempt begins. The search goes from the last attempt backwards and returns
+the first match.
 """
 
 from __future__ import annotations
@@ -16,31 +17,32 @@ from typing import BinaryIO
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.training.reporting.json_lines import Row, append_lines, json_text
 
-# bytes read at once; a row has about 250
+# bytes per read; a row has about 250
 _PART_BYTES = 4096
 
 
 def append_documents(path: Path, rows: Sequence[Row]) -> None:
-    """Append the rows of one step. A row that a killed run left unfinished is ended first.
+    """Append the rows of one step, after ending a row that a killed run left unfinished.
 
-    Raises DamagedDataError where the last line is not a row, OSError where the rows cannot be written; then none is.
+    Raises DamagedDataError if the last line is not a row, and OSError, without writing any row, if not all of them can
+    be written.
     """
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
         ended = not end or os.pread(file.fileno(), 1, end - 1) == b"\n"
         last = _Rows(path, file, end).last()
-        # an attempt begins where step numbers do not rise
+        # a new attempt begins where the step number does not increase
         goes_on = ended and last is not None and last["step"] < rows[0]["step"]
         attempt = last["attempt"] if last and goes_on else end + (not ended)
         lines = "".join(f"{json_text(row | {'attempt': attempt})}\n" for row in rows)
-    # in one write, so that concurrent readers see whole steps
+    # in one write, so that concurrent readers never see part of a step
     append_lines(path, lines.encode())
 
 
 def documents_of_step(path: Path, step: int) -> list[Row]:
-    """Return the rows of a step as it was trained last. Reads only parts of the file, which a run may be writing.
+    """Return a step's rows from the last attempt that trained it. Reads only parts of the file, which may be growing.
 
-    Raises DistattnError where the file or the step is missing, DamagedDataError where a line is not a row.
+    Raises DistattnError if the file or the step is missing, and DamagedDataError if a line is not a row.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -64,13 +66,13 @@ def documents_of_step(path: Path, step: int) -> list[Row]:
 
 
 class _Rows:
-    """The rows before a byte, which is the end of the file or of an attempt."""
+    """The rows before a byte offset, which is the end of the file or of an attempt."""
 
     def __init__(self, path: Path, file: BinaryIO, end: int):
         self._path, self._file, self._end = path, file, end
 
     def last(self) -> Row | None:
-        """Return the last row; None without rows."""
+        """Return the last row, or None if there are no rows."""
         size = _PART_BYTES
         while True:
             begin = max(0, self._end - size)
@@ -80,8 +82,8 @@ class _Rows:
             size *= 2
 
     def of_step(self, begin: int, step: int) -> list[Row]:
-        """Return the rows of a step, given a byte at which a row begins and from which steps rise."""
-        # rows that begin before `low` are of earlier steps; those that begin at or after `high` are not
+        """Return the rows of a step. begin: byte offset of a row from which step numbers only increase."""
+        # invariant: rows before `low` belong to earlier steps, rows at or after `high` do not
         low, high = begin, self._end
         while high - low > _PART_BYTES:
             middle = (low + high) // 2
@@ -99,10 +101,10 @@ class _Rows:
         return rows
 
     def _from(self, at: int) -> Iterator[tuple[int, Row]]:
-        """Yield (byte, row) of each row from a byte on at which a row begins, without those that killed runs left
-        unfinished.
+        """Yield (byte offset, row) for each row from offset `at`, where a row begins, skipping unfinished rows.
 
-        Raises DamagedDataError for an unfinished row that is neither the last one nor just before an attempt.
+        Killed runs leave unfinished rows. Raises DamagedDataError if one is neither the last row nor directly before a
+        new attempt.
         """
         content, unfinished = b"", None
         while part := self._read(at + len(content)):
@@ -119,7 +121,7 @@ class _Rows:
                 at += len(line) + 1
 
     def _line_after(self, place: int) -> int:
-        """Return the first byte from `place` on at which a line begins, or the end."""
+        """Return the first byte offset at or after `place` where a line begins, or the end."""
         at = max(0, place - 1)
         while place and (part := self._read(at)):
             if (newline := part.find(b"\n")) >= 0:
@@ -132,7 +134,7 @@ class _Rows:
 
 
 def _row(line: bytes) -> Row | None:
-    """Return the row of a line; None where the line is not a row."""
+    """Return the row in a line, or None if the line is not a row."""
     try:
         row = json.loads(line)
         return (

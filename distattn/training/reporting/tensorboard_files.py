@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run: a full disk does not end the run, and a new file begins when there is room again."""
+"""A run's TensorBoard files. A full disk does not end the run: a new file is started when there is room again."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# free bytes that a new file requires
+# free bytes required before a new file is started
 _PROBE_BYTES = 4096
 
 
 class TensorBoardFiles:
-    """Files of one process in a folder. Rows that cannot be written are dropped; the run's JSON lines have the same
-    numbers.
+    """TensorBoard files of one process. Rows that cannot be written are dropped: the run's JSON lines have them, too.
 
-    is_in_place: returns whether the run's folder is still the same one; no folder is created elsewhere.
+    is_in_place: returns whether the run's folder is still in its place. If it is not, nothing is written.
     """
 
     def __init__(self, folder: Path, is_in_place: Callable[[], bool] = lambda: True):
@@ -26,20 +25,20 @@ class TensorBoardFiles:
         self._warned = False
 
     def open(self) -> None:
-        """Begin a file now, instead of at the first row; only the process that writes needs the package."""
+        """Start a file now instead of at the first row. Only the process that writes needs the package."""
         self.write(lambda writer: None)
 
     def write(self, add: Callable[[Any], None]) -> None:
         """Call `add` with the `torch.utils.tensorboard.SummaryWriter`.
 
-        Warns at the first failure. TensorBoard writes in a thread, so rows added just before are lost as well, and the
+        Warns at the first failure. TensorBoard writes in a thread, so rows added shortly before are lost, too, and the
         thread may report the same error.
         """
         if not self._is_in_place():
             return
         try:
             if self._writer is None:
-                # on a full disk the writer's thread would print a traceback at each attempt
+                # probe first: on a full disk the writer's thread would print a traceback at each attempt
                 with tempfile.TemporaryFile(dir=self._folder.parent, buffering=0) as probe:
                     probe.write(bytes(_PROBE_BYTES))
                 # the import takes a second

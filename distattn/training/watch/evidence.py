@@ -1,4 +1,4 @@
-"""Evidence of refused steps in the run folder: their documents, each rank's tokens, and digests of its weights."""
+"""Evidence of refused steps in the run folder: documents, and each rank's tokens and weight digests."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ _TOKENS = ("input_ids", "labels", "position_ids", "corpus_ids")
 
 
 class StepEvidence(NamedTuple):
-    """The evidence of one step. documents: a JSON object for each piece of its documents; batches: this rank's
-    micro-batches.
-    """
+    """The evidence of one step. documents: a JSON object per document piece. batches: this rank's micro-batches."""
 
     verdict: Verdict
     finding: StepFinding | None
@@ -40,11 +38,11 @@ class StepEvidence(NamedTuple):
 
 
 def save_evidence(evidence: StepEvidence, folder: Path, rank: int, most: int) -> None:
-    """Write one step's evidence to `folder/step-N`, and remove the oldest beyond `most` steps. Every rank calls it.
+    """Write one step's evidence to `folder/step-N`, and keep the newest `most` steps. Every rank calls it.
 
-    Files: `verdict.json` and `documents.jsonl` (rank 0), and for each rank R `tokens-R.npz` (arrays "I.input_ids" and
-    so on of micro-batch I) and `weights-R.json` (xxh3 of the bytes that this rank has of each parameter). Evidence of
-    the same step is replaced. If a file cannot be written, logs a warning of one line: a full disk does not end a run.
+    Rank 0 writes `verdict.json` and `documents.jsonl`. Each rank R writes `tokens-R.npz` (arrays "I.input_ids" and so on
+    for micro-batch I) and `weights-R.json` (xxh3 of its shard of each parameter). Older evidence of the same step is
+    replaced. If a file cannot be written, logs a one-line warning: a full disk does not end a run.
     """
     step_folder = folder / f"step-{evidence.verdict.step}"
     try:
@@ -54,7 +52,7 @@ def save_evidence(evidence: StepEvidence, folder: Path, rank: int, most: int) ->
             (step_folder / "verdict.json").write_text(json_text(judgement, indent=1), "utf-8")
             lines = "".join(f"{json_text(row)}\n" for row in evidence.documents)
             (step_folder / "documents.jsonl").write_text(lines, "utf-8")
-            # an existing folder must look as new as one created now
+            # make an existing folder count as the newest
             os.utime(step_folder)
             _remove_oldest(folder, step_folder, most)
         tokens = {
@@ -72,7 +70,7 @@ def save_evidence(evidence: StepEvidence, folder: Path, rank: int, most: int) ->
 
 
 def weight_digests(model: Any) -> dict[str, str]:
-    """Return the xxh3 (128 bits, hexadecimal) of the bytes that this rank has of each parameter, by name."""
+    """Return the xxh3 (128 bits, hexadecimal) of this rank's shard of each parameter, by parameter name."""
     return {plain_name(name): _digest(parameter) for name, parameter in model.named_parameters()}
 
 
@@ -82,7 +80,7 @@ def _digest(parameter: Tensor) -> str:
 
 
 def _remove_oldest(folder: Path, newest: Path, most: int) -> None:
-    """Remove the least recently changed folders of other steps; after going back, a run keeps what it wrote last."""
+    """Remove the oldest folders by modification time, not by step number: after a rollback, step numbers repeat."""
     others = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name) and path != newest]
     others.sort(key=lambda path: (path.stat().st_mtime_ns, int(path.name[5:])))
     for path in others[: max(len(others) - (most - 1), 0)]:

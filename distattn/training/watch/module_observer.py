@@ -1,9 +1,9 @@
-"""Observes inputs and outputs of every module, and gradients of these and of weights, in the order of computation.
+"""Observes the inputs and outputs of every module, their gradients and those of weights, in the order of computation.
 
-Messages of attention, which no module shows, are observed by their senders. An observation is a small tensor that stays
-on the device until the pass is over, so nothing waits. The order is the same on all ranks of a step, because they run
-the same modules, or those of pipeline stages, which have their turns; its places tell which rank observed something
-first.
+Attention's messages, which are not visible at module boundaries, are observed by their senders. An observation is a
+small tensor that stays on the device until the pass is over, so nothing synchronizes. Each observation has a place in
+the pass. Places are comparable across ranks, since all ranks run the same modules or pipeline stages with a fixed order
+of turns, so they tell which rank observed something first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communication.transport import Packet
 from distattn.training.engines.engine import PipelineStage
 
 INPUT, OUTPUT = "input", "output"
-# the whole model, and the code outside its modules
+# names the whole model, including code outside its submodules
 ROOT = "the model"
 # the wrapper that torch.compile puts around a module
 _COMPILED = "_orig_mod"
@@ -32,9 +32,9 @@ _COMPILED = "_orig_mod"
 
 @dataclass(frozen=True)
 class ObservedTensor:
-    """A tensor of one module. kind: input, output, a parameter's name, or the message.
+    """A tensor of one module. kind: "input", "output", a parameter's name, or a description of the message.
 
-    gradient: whether it is the gradient of that tensor; elements: its number of values.
+    gradient: True for the gradient of that tensor. elements: number of values.
     """
 
     module: str
@@ -44,9 +44,9 @@ class ObservedTensor:
 
     @property
     def computed_in(self) -> str:
-        """The module whose code computed the tensor, as far as module boundaries tell.
+        """The module whose code computed the tensor, as far as module boundaries show it.
 
-        The surrounding module computes a module's input, and the gradient of its output.
+        A module's input and the gradient of its output are computed by the enclosing module.
         """
         if self.kind == (OUTPUT if self.gradient else INPUT):
             return _around(self.module)
@@ -58,11 +58,11 @@ class ObservedTensor:
 
 @dataclass
 class Observations:
-    """The observations of a pass, in its order. values: on the device, one for each tensor of `seen`.
+    """The observations of a pass, in order. values: one on the device for each tensor in `seen`.
 
-    places: of each its place in the pass, the same on all ranks: the turn of the pipeline's stage, the number of the
-    module's tensor, and that of the exchange of messages after it, 0 for the tensor itself. Ranks may have different
-    numbers of messages in an exchange.
+    places: each tensor's place in the pass, comparable across ranks: (turn of the pipeline stage, index of the module's
+    tensor, index of the message exchange after it). The last index is 0 for the tensor itself. Ranks may send different
+    numbers of messages in one exchange.
     """
 
     seen: list[ObservedTensor] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Observations:
     places: list[tuple[int, int, int]] = field(default_factory=list)
 
     def read(self) -> Tensor:
-        """Return all observations, stacked, on the CPU; it waits for the device once."""
+        """Return all observations stacked, on the CPU. Synchronizes with the device once."""
         return torch.stack(self.values).cpu() if self.values else torch.zeros(0)
 
 
@@ -81,20 +81,20 @@ def observed_modules(
     messages: MessageMonitor | None = None,
     stage: PipelineStage = PipelineStage(),  # noqa: B008
 ) -> Iterator[Observations]:
-    """Call `look` with all floating-point tensors at module boundaries, detached, as they are computed in the block.
+    """Call `look` on every floating-point tensor (detached) that crosses a module boundary within the block.
 
-    messages: the driver's, whose floating-point tensors are observed before they are sent. stage: the pipeline stage
-    that `model` is.
+    messages: the driver's monitor; floating-point tensors in messages are observed before they are sent. stage: the
+    pipeline stage that `model` is.
 
-    Inputs are observed for modules without submodules: the inputs of others are outputs of other modules. Modules
-    inside a compiled one are observed only while compilation is off (`torch.compiler.set_stance("force_eager")`).
-    Recomputed activations are observed again.
+    Inputs are observed only for modules without submodules, since the inputs of others are outputs of some module.
+    Modules inside a compiled module are observed only while compilation is off
+    (`torch.compiler.set_stance("force_eager")`). Recomputed activations are observed again.
     """
     observations = Observations()
     hooks: list[Any] = []
-    # the number of the last tensor and of the last exchange after it; the last module
+    # place: index of the last tensor, and of the last exchange after it; last: the module of that tensor
     place, last = [-1, 0], [ROOT]
-    # the turn of the stage, which changes at the first gradient
+    # the stage's turn; it changes at the first gradient
     turn = [stage.turn(backward=False)]
 
     def record(module: str, kind: str, tensor: Tensor, gradient: bool = False, is_message: bool = False) -> None:
@@ -110,7 +110,7 @@ def observed_modules(
 
     def record_sent(packets: Sequence[Packet]) -> None:
         place[1] += 1
-        # attention is called between two modules of its layer
+        # the attention function runs between two modules of its layer, so the layer encloses the last module
         layer = _around(last[0])
         for packet in packets:
             for tensor in _tensors(packet.tensors()):
@@ -121,7 +121,7 @@ def observed_modules(
         if tensor.requires_grad and torch.is_grad_enabled():
             hook = tensor.register_hook(lambda gradient: record(module, kind, gradient, True))
             if tensor.is_leaf:
-                # a weight outlives the pass, so its hook is removed
+                # weights outlive the pass, so their hooks must be removed
                 hooks.append(hook)
 
     def before(name: str, leaf: bool, arguments: Any) -> None:
@@ -135,7 +135,7 @@ def observed_modules(
             record(name, OUTPUT, tensor)
             if leaf:
                 watch_gradient(name, OUTPUT, tensor)
-        # parameters that FSDP2 has gathered for this call, before their gradients are reduced
+        # FSDP2 has gathered these parameters for this call, so their gradients are seen before reduction
         for kind, parameter in module.named_parameters(recurse=False):
             watch_gradient(name, kind, parameter)
 
@@ -164,19 +164,19 @@ def observed_modules(
 
 
 def gather_values(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
-    """Return the value of every rank of a group; None is this process alone. A collective call."""
+    """Return the values of all ranks of a group, or only this process's if group is None. A collective call."""
     if group is None or dist.get_world_size(group) == 1:
         return [value]
     return all_gather_objects(group, value)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, detached."""
+    """Return this rank's shard of a tensor, detached."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a module or parameter as in the model before compilation."""
+    """Return the name that a module or parameter had before torch.compile wrapped its module."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 

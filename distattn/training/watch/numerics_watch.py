@@ -1,8 +1,8 @@
-"""The numerics watch: it skips and explains a step whose loss or gradient is not finite or far too large.
+"""The numerics watch: skips and explains steps whose loss or gradient is not finite or far too large.
 
-After backward and before the optimizer's step a loop calls `judge` with the two numbers that all ranks have anyway. For
-a refused step, `find` runs its micro-batches again and observes what every module computes: the first tensor that is
-not finite is named, with its rank. `keep_evidence` stores the data for further investigation.
+Between backward and the optimizer step, the training loop calls `judge` with the loss and gradient norm, which all ranks
+already have. For a refused step, `find` runs the micro-batches again, observes every module's tensors, and names the
+first tensor that is not finite, and its rank. `keep_evidence` stores the data for further investigation.
 """
 
 from __future__ import annotations
@@ -39,19 +39,18 @@ APPLY, SKIP, STOP, ROLLBACK = "apply", "skip", "stop", "rollback"
 NOT_FINITE, LARGE, CLEAN = "not finite", "large", "clean"
 _WATCHED = ("loss", "grad_norm")
 _SHOWN = {"loss": "loss", "grad_norm": "gradient norm"}
-# in the first steps of a run a gradient norm may grow tenfold, but a mean loss does not
+# extra tolerance in a run's first steps: a gradient norm may grow tenfold, but a mean loss does not
 _EARLY = {"loss": 0.5, "grad_norm": 5.0}
-# order within a step: weights before micro-batch 0, reduced gradients after everything that a micro-batch's modules
-# compute
+# order within a step: weights come before micro-batch 0, reduced gradients after all of a micro-batch's modules
 _BEFORE, _AFTER = -1, 1 << 40
 
 
 @dataclass(frozen=True)
 class WatchSettings(WatchKeys):
-    """Settings of the watch: the steps it refuses, and the reaction. Raises DistattnError naming a setting that is out of range.
+    """Settings of the watch: which steps it refuses, and its reaction. Raises DistattnError if a setting is out of range.
 
-    action, spike_window and spike_threshold are keys of run files. most_in_a_row: after this many non-finite steps in a
-    row the run stops, whatever the action. evidence: number of newest steps whose evidence is kept.
+    action, spike_window and spike_threshold are keys of run files. most_in_a_row: number of consecutive non-finite steps
+    after which the run stops, whatever the action. evidence: number of the latest refused steps whose evidence is kept.
     """
 
     most_in_a_row: Annotated[int, Number(ge=1)] = 10
@@ -63,9 +62,9 @@ class WatchSettings(WatchKeys):
 
 @dataclass(frozen=True)
 class Streak:
-    """Refused steps in a row. first, last: their numbers; count: how many; reason: of the first.
+    """Consecutive refused steps. first, last: step numbers; count: number of steps; reason: why the first was refused.
 
-    limits: for "loss" and "grad_norm", the limit of the values when the streak began.
+    limits: the limits of "loss" and "grad_norm" when the streak began.
     """
 
     first: int
@@ -79,9 +78,9 @@ class Streak:
 class Verdict:
     """The decision on a step. action: apply, skip, stop or rollback; reason: a sentence, empty if the step is applied.
 
-    streak: the refused steps in a row, this one included; for an applied step the streak that it ends, else None.
-    recovered: for an applied step after a streak, whether it would also have been applied before the streak; if not,
-    the refused level has become the usual one.
+    streak: consecutive refused steps, including this one; for an applied step, the streak that it ends, or None.
+    recovered: for an applied step that ends a streak, False if it exceeds the limits from before the streak, so the
+    refused level has become the usual one.
     """
 
     step: int
@@ -92,23 +91,23 @@ class Verdict:
 
     @property
     def applies(self) -> bool:
-        """Whether the optimizer may take the step."""
+        """True if the optimizer may take the step."""
         return self.action == APPLY
 
     @property
     def begins_streak(self) -> bool:
-        """Return whether the step is refused and the one before was not: only such a step is examined and reported."""
+        """True for the first refused step of a streak. Only such a step is examined and reported."""
         return not self.applies and (self.streak is None or self.streak.count == 1)
 
 
 @dataclass(frozen=True)
 class StepFinding:
-    """The result of a second run of a step. text: a sentence for people.
+    """The result of running a refused step again. text: a sentence for the user.
 
-    kind: "not finite", "large" (all is finite, and this tensor stands out) or "clean" (the fault did not repeat).
-    tensor, computed_in: the tensor, and the module whose code computes it. ranks: those that had it first; micro_batch:
-    in which, -1 before all. bad, elements: numbers of non-finite and of all values, on the first of the ranks. largest:
-    absolute value.
+    kind: "not finite", "large" (all values are finite, and this tensor stands out) or "clean" (the fault did not repeat).
+    tensor: its description. computed_in: the module whose code computes it. ranks: the ranks that had it first.
+    micro_batch: its index, or -1 for weights. bad, elements: numbers of non-finite values and of all values, on the first
+    of these ranks. largest: largest absolute value.
     """
 
     step: int
@@ -124,12 +123,13 @@ class StepFinding:
 
 
 class NumericsWatch:
-    """Judges steps and explains refused ones. All ranks of `group` call alike; they have the modules of their stage.
+    """Judges steps and explains refused steps. All ranks of `group` must make the same calls.
 
-    group: None for one process. folder: evidence is written into its subfolder `evidence`. messages: the driver's
-    (`ContextParallel.messages`), so that a rank which sends non-finite values is named, not those that receive them.
-    weights: the object with `named_parameters`, if not the model. stage: the pipeline stage that `model` is. growth:
-    growth of weights in the last updates, so that an update that has destroyed them is named.
+    model: the modules of this rank's pipeline stage. group: None for a single process. folder: evidence is written to its
+    subfolder `evidence`. messages: the driver's monitor (`ContextParallel.messages`), needed to name the rank that sends
+    non-finite values instead of the ranks that receive them. weights: an object with `named_parameters`, by default the
+    model. stage: the pipeline stage. growth: weight norms after the last updates, needed to name an update that destroyed
+    the weights.
     """
 
     def __init__(
@@ -152,28 +152,27 @@ class NumericsWatch:
             name: SpikeDetector(settings.spike_window, settings.spike_threshold, _EARLY[name]) for name in _WATCHED
         }
         self._in_a_row = 0
-        # the refused steps up to the last judged one
+        # the refused steps that end with the last judged step
         self.streak: Streak | None = None
-        # of the last judged step
+        # about the last judged step
         self._was_finite = True
-        # in the second run of the streak's first step
+        # about the second run of the streak's first step
         self._found_bad_weights = False
-        # steps for which the run has gone back: if they are bad again, they are skipped
+        # steps that caused a rollback: if they are bad again, they are skipped
         self._rolled_back: set[int] = set()
 
     @property
     def doubts_weights(self) -> bool:
-        """Return whether refused steps cast doubt on the weights: several in a row, or one whose second run found bad weights.
+        """True if the weights may be bad: several steps in a row were refused, or a second run found bad weights.
 
-        One refused step changed nothing, and its cause may be its data or a fault that does not repeat.
+        A single refused step is not enough: its cause may be its data or a fault that does not repeat.
         """
         return self.streak is not None and (self.streak.count > 1 or self._found_bad_weights)
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
         """Decide whether a step may be applied. All ranks pass the same reduced numbers and get the same verdict.
 
-        step: its number; loss: the mean over all ranks, grad_norm: of the whole gradient, before clipping. Nothing is
-        sent.
+        loss: mean over all ranks. grad_norm: norm of the whole gradient before clipping. Does not communicate.
         """
         values = {"loss": float(loss), "grad_norm": float(grad_norm)}
         self._was_finite = all(map(math.isfinite, values.values()))
@@ -181,7 +180,7 @@ class NumericsWatch:
         streak_before, limits = self.streak, {name: curve.limit() for name, curve in self._curves.items()}
         for name, value in values.items():
             self._curves[name].add(value)
-        # a new level becomes the usual one after some steps; non-finite values never do
+        # the detectors adopt a new level after some steps, but never non-finite values
         self._in_a_row = 0 if self._was_finite else self._in_a_row + 1
         if not reason:
             self.streak = None
@@ -203,10 +202,11 @@ class NumericsWatch:
         return Verdict(step, action, reason, self.streak)
 
     def find(self, step: int, run: Callable[[int], Tensor | None], micro_batches: int) -> StepFinding:
-        """Run a refused step again; name the first non-finite tensor, or the one that stands out. A collective call.
+        """Run a refused step again and find the first non-finite tensor, or else the largest output. A collective call.
 
-        run(i): forward and backward of micro-batch i, as in the step; it may return the loss. The caller drops the
-        step's gradients before, and these afterwards. Compiled modules run uncompiled.
+        run: called with i, runs forward and backward of micro-batch i as in the step, and may return the loss. The
+        caller drops the step's gradients before this call, and the new gradients afterwards. Compiled modules run
+        uncompiled.
         """
         first, outputs, largest = self._first_bad_weight(), [], []
         with torch.compiler.set_stance("force_eager"):
@@ -249,10 +249,9 @@ class NumericsWatch:
         documents: Sequence[Mapping[str, Any]],
         batches: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Write the evidence of a refused step to `evidence/step-N`; every rank calls it. A full disk only causes a
-        warning.
+        """Write a refused step's evidence to `evidence/step-N`. Every rank calls it. A full disk only causes a warning.
 
-        documents: pieces of the step's documents, a JSON object each. batches: this rank's micro-batches, whose tokens
+        documents: a JSON object for each piece of the step's documents. batches: this rank's micro-batches, whose tokens
         are kept.
         """
         evidence.save_evidence(
@@ -263,9 +262,7 @@ class NumericsWatch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a resumed run: last values, non-finite steps in a row, and steps for which it has gone
-        back.
-        """
+        """Return the state for a resumed run: last values, number of consecutive non-finite steps, and rolled-back steps."""
         return {
             **{name: curve.values() for name, curve in self._curves.items()},
             "in_a_row": self._in_a_row,
@@ -273,11 +270,11 @@ class NumericsWatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state. Steps for which this process has gone back since then are remembered."""
+        """Continue from a state. Steps that this process has rolled back since the state was saved stay recorded."""
         for name, curve in self._curves.items():
             curve.load(state[name])
         self._in_a_row = max(int(state["in_a_row"]), self._in_a_row)
-        # the weights are other ones now
+        # the weights have been replaced
         self.streak = None
         self._rolled_back |= set(state["rolled_back"])
 
@@ -323,7 +320,7 @@ class NumericsWatch:
 
 
 class _Bad(NamedTuple):
-    """The first bad tensor of a rank. order: micro-batch and place in it, the same on all ranks."""
+    """The first bad tensor of a rank. order: micro-batch and place within it, comparable across ranks."""
 
     order: tuple[int, int, int, int]
     tensor: str
@@ -334,20 +331,20 @@ class _Bad(NamedTuple):
 
 
 def _counted(tensor: Tensor) -> Tensor:
-    """Return the number of non-finite values and the largest absolute value of the others; float64 (2,)."""
+    """Return the number of non-finite values, and the largest absolute value of the finite ones; float64 (2,)."""
     finite = tensor.isfinite()
     largest = torch.where(finite, tensor, 0).abs().amax()
     return torch.stack([(~finite).sum().double(), largest.double()])
 
 
 def _not_finite(step: int, bad_tensors: Sequence[_Bad]) -> StepFinding:
-    """Return the finding of the earliest of the ranks' first bad tensors."""
+    """Return the finding for the earliest of all ranks' first bad tensors."""
     earliest = min(bad_tensor.order for bad_tensor in bad_tensors)
     first = [bad_tensor for bad_tensor in bad_tensors if bad_tensor.order == earliest]
     ranks = tuple(sorted(bad_tensor.rank for bad_tensor in first))
     example = min(first, key=lambda bad_tensor: bad_tensor.rank)
     micro_batch = "" if earliest[0] == _BEFORE else f", micro-batch {earliest[0]}"
-    # an output's name already contains its module
+    # do not repeat a module that the tensor's name already contains
     around = f", computed in {example.computed_in}" if example.computed_in not in ("", *example.tensor.split()) else ""
     values = "value" if example.elements == 1 else "values"
     count = f"{example.bad:,} of {example.elements:,} {values} {'is' if example.bad == 1 else 'are'}"
@@ -359,15 +356,16 @@ def _not_finite(step: int, bad_tensors: Sequence[_Bad]) -> StepFinding:
 def _largest_output(
     step: int, outputs_by_rank: Sequence[tuple[Sequence[str], Sequence[Sequence[float]]]]
 ) -> StepFinding:
-    """Return the finding of the output that is furthest above the median of the same module.
+    """Return the finding for the output that exceeds its module's median by the largest factor.
 
-    outputs_by_rank: for each rank the names of its modules, and by micro-batch their values.
+    If modules have fewer than 3 values, it is the largest output. outputs_by_rank: for each rank, the names of its modules
+    and, for each micro-batch, the modules' largest values.
     """
     cells = [
         (value, rank, micro_batch, (at, module))
         for rank, (modules, by_micro_batch) in enumerate(outputs_by_rank)
         for micro_batch, values in enumerate(by_micro_batch)
-        # a rank may have observed a module more often than others
+        # micro-batches may differ in how often they observe a module
         for (at, module), value in zip(enumerate(modules), values, strict=False)
     ]
     if not cells:

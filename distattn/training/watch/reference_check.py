@@ -1,4 +1,4 @@
-"""The reference check of a run: its first steps are repeated in plain transformers and compared."""
+"""The reference check of a run: repeats its first steps in plain transformers and compares them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from distattn.training.reporting.json_lines import json_text, read_rows
 from distattn.training.reporting.metrics import warn
 from distattn.training.run_folder import RunFolder
 
-# maximum relative differences: the same dtype with other orders of summation
+# maximum relative difference by dtype: the replay sums in a different order
 _TOLERANCE = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2}
 _COMPARED = ("loss", "grad_norm")
-# seconds for which the replay may be stopped
+# seconds that the replay may be stopped (SIGSTOP) before it is replaced
 _STOPPED_SECONDS = 10.0
 _REPLAY = Path(__file__).with_name("reference_replay.py")
 
 
 def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
-    """Replay the first steps and compare; the verdict is also written to reference_check.json.
+    """Replay the first steps, compare them, and return the verdict, which is also written to reference_check.json.
 
-    Raises DistattnError where the replay fails.
+    Raises DistattnError if the replay fails.
     """
     write_initial_weights(run, config)
-    # -P: the script's own folder must not shadow other packages
+    # -P: modules in the script's folder must not shadow other packages
     command = [sys.executable, "-P", str(_REPLAY), str(run.folder)]
-    # the replay ends with this process, even if this one is killed
+    # the replay must end with this process, even if this process is killed
     wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]
     code, error_output = _run_watched([*wrapper, *command])
     if code:
-        # a replay that a signal ended has not printed a reason
+        # a replay ended by a signal has printed no reason
         last = error_output.strip().splitlines()[-1] if code > 0 and error_output.strip() else describe_exit(code)
         raise DistattnError(f"the replay in plain transformers failed ({last}); run it by hand: {' '.join(command)}")
     verdict = compare_with_reference(run, config)
@@ -49,10 +49,10 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
 
 
 def _run_watched(command: Sequence[str]) -> tuple[int, str]:
-    """Run the replay; return its exit code and its error stream. Raises DistattnError where it stays stopped.
+    """Run the replay, and return its exit code and standard error. Raises DistattnError if it is stopped each time.
 
-    A replay that is stopped, or ended by a signal, is started again at most MOST_REPLACEMENTS times and rewrites its
-    file. One that exits by itself would fail again for the same reason.
+    A replay that is stopped or killed by a signal is started again, at most MOST_REPLACEMENTS times, and rewrites its
+    file. A replay that exits by itself is not, since it would fail again for the same reason.
     """
     left = MOST_REPLACEMENTS
     while True:
@@ -75,38 +75,37 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
 
 
 def _communicate(process: subprocess.Popen[str], helper: Helper) -> tuple[str, str]:
-    """Return the replay's error stream when it ends, and why it was killed if it had been stopped for _STOPPED_SECONDS."""
+    """Wait for the replay to end. Return its standard error, and the reason if it was killed for being stopped, or ""."""
     stopped = ""
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=LOOK_SECONDS)[1], stopped
         fault = helper.fault(_STOPPED_SECONDS)
-        # a replay that has just ended has printed its reason; `communicate` returns it
+        # a replay that has just ended is not killed: `communicate` returns the reason that it printed
         if fault and not stopped and not helper.end():
             stopped = fault
             process.kill()
 
 
 def write_initial_weights(run: RunFolder, config: Config) -> None:
-    """Write the weights before the first step as a transformers folder, created anew in this process, without an
-    engine.
-    """
-    # transformers takes seconds to import, and most of this module's users do not need it
+    """Write the initial weights as a transformers folder. This process creates them anew, without an engine."""
+    # importing transformers takes seconds, and most users of this module do not need it
     from distattn.models.build import model_config
     from distattn.models.export import export_model
     from distattn.training.config.run_settings import build_model, runs_on_gpus
 
-    # a GPU draws other random numbers than a CPU
+    # use the run's device type: GPUs and CPUs draw different random numbers
     device = "cuda" if runs_on_gpus(config) and not config.memory.state_on_host else "cpu"
-    # an earlier check may have left a part of it
+    # an earlier check may have left an incomplete folder
     shutil.rmtree(run.initial_weights, ignore_errors=True)
     model = build_model(config, model_config(run.folder), "eager", device)
     export_model(model, run.initial_weights)
 
 
 def compare_with_reference(run: RunFolder, config: Config) -> dict[str, Any]:
-    """Return the largest relative differences |ours - reference| / |reference| of loss and gradient norm; NaN fails the
-    check.
+    """Return the verdict: the largest relative differences |ours - reference| / |reference| of loss and gradient norm.
+
+    A NaN fails the check. Raises DistattnError if the run and the replay do not have all steps to compare.
     """
     wanted = min(config.reference_check.steps, config.train.steps)
     ours, reference = run.metrics()[:wanted], read_rows(run.replay_file)
@@ -124,7 +123,7 @@ def compare_with_reference(run: RunFolder, config: Config) -> dict[str, Any]:
     for name in _COMPARED:
         a, b = (np.array([row[key] for row in steps]) for key in (name, f"reference_{name}"))
         with np.errstate(divide="ignore", invalid="ignore"):
-            # equal zeros do not differ; numpy's max keeps a NaN, Python's may lose it
+            # two zeros are equal; numpy's max propagates NaN, which Python's may lose
             verdict[name] = float(np.where(a == b, 0.0, np.abs(a - b) / np.abs(b)).max())
     tolerance = config.reference_check.tolerance or _TOLERANCE[config.model.dtype]
     passed = all(verdict[name] < tolerance for name in _COMPARED)

@@ -1,8 +1,8 @@
-"""Replay of a run's first steps in plain transformers: one process, its own attention, one document at a time, summed.
+"""Replay of a run's first steps in plain transformers: one process, transformers' attention, one document at a time.
 
-This file is the other side of the comparison and imports nothing of distattn. It reads a run folder (config.toml, the
-weights before the first step in initial/, documents.jsonl, and the learning rates in metrics.jsonl) and writes
-replay.jsonl with loss and gradient norm of each step.
+This file is the independent side of the comparison, so it imports nothing from distattn. It reads a run folder
+(config.toml, the weights before the first step in initial/, documents.jsonl, and the learning rates in metrics.jsonl)
+and writes replay.jsonl with the loss and gradient norm of each step.
 
     python -P distattn/training/watch/reference_replay.py RUN
 """
@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     """Replay as many steps as the run's configuration asks for."""
     config = tomllib.loads((folder / "config.toml").read_text("utf-8"))
     train, dtype = config["train"], getattr(torch, config["model"]["dtype"])
-    # computation is in bfloat16, training in float32
+    # with bfloat16, computation is in bfloat16 and the trained weights are float32
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
     model = AutoModelForCausalLM.from_pretrained(folder / "initial", dtype=wide, trust_remote_code=False)
     parameters = list(model.parameters())
@@ -48,21 +48,21 @@ def main(folder: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             numbers = {"loss": loss, "grad_norm": float(norm)}
-            # JSON has no NaN: write it as text, as the run's own rows do
+            # JSON has no NaN: write it as a string, as in the run's own rows
             valid = {name: number if math.isfinite(number) else json.dumps(number) for name, number in numbers.items()}
             out.write(json.dumps({"step": step, **valid}) + "\n")
             out.flush()
 
 
 def rows_of(file: Path) -> Iterator[dict]:
-    """Yield the rows of a JSON-lines file, without partial rows that a killed run may have left."""
+    """Yield the rows of a JSON-lines file, skipping partial rows left by a killed run."""
     for line in file.open():
         with suppress(ValueError):
             yield json.loads(line)
 
 
 def first_steps(rows: Iterator[dict], count: int) -> list[list[dict]]:
-    """Return the documents of the first steps, as the last attempt trained them."""
+    """Return the documents of the first `count` steps, each from the last attempt that trained it."""
     by_step: dict[int, list[dict]] = {}
     for row in rows:
         if row["step"] < count:
@@ -72,14 +72,14 @@ def first_steps(rows: Iterator[dict], count: int) -> list[list[dict]]:
 
 
 def tokens_and_next(row: dict) -> torch.Tensor:
-    """Return the tokens of a piece (1, L), with one more where its document goes on."""
+    """Return the tokens of a piece (1, L), with one extra token if the document continues after it."""
     count = row["length"] + row["follows"]
     tokens = np.fromfile(row["file"], row["dtype"], count, offset=row["byte"])
     return torch.from_numpy(tokens.astype(np.int64))[None]
 
 
 def accumulate(model: PreTrainedModel, dtype: torch.dtype, documents: list[torch.Tensor], z_loss: float) -> float:
-    """Run backward of the mean loss over all tokens with a successor. Returns that loss."""
+    """Run forward and backward of the mean loss over all tokens that have a next token. Returns that loss."""
     valid = max(sum(ids.shape[1] - 1 for ids in documents), 1)
     total = 0.0
     for ids in documents:

@@ -1,7 +1,7 @@
-"""The replay check: a micro-batch is run twice and must give the same bits. If it does not, a rank computes wrongly.
+"""The replay check: a micro-batch run twice must give the same bits. If it does not, some rank computes wrongly.
 
-Silent data corruption is rare and does not repeat, so every module's tensors are hashed in both runs. The earliest
-tensor that differs on any rank names that rank: messages of attention spread a wrong number to other ranks only later.
+Silent data corruption is rare and does not repeat, so every module's tensors are hashed in both runs. The rank with the
+earliest differing tensor is at fault: attention's messages spread a wrong number to other ranks only later.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from distattn.ir.errors import named_ranks
 from distattn.training.engines.engine import PipelineStage
 from distattn.training.watch.module_observer import Observations, gather_values, observed_modules
 
-# integers of the same size; 64-bit values in halves, because two flipped sign bits would add up to 2^64, which is 0
+# integer dtype by element size. 64-bit values are summed in halves: two flipped sign bits would add up to 2^64, i.e. 0
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference between two runs of one micro-batch. text: a sentence that describes it; tensor: the first one that differs.
+    """The difference between two runs of one micro-batch. text: a sentence for the user.
 
-    computed_in: the module that computes this tensor; ranks: those whose tensors are the first to differ.
+    tensor: the first tensor that differs. computed_in: the module that computes it. ranks: the ranks on which it differs.
     """
 
     step: int
@@ -39,12 +39,12 @@ class Difference:
 
 
 class ReplayCheck:
-    """Runs a micro-batch twice at regular steps. All ranks of `group` have the same modules, or their stage's, and call
-    alike.
+    """Runs a micro-batch twice at regular intervals. All ranks of `group` must make the same calls.
 
-    interval: steps between checks; 0 for never. group: None for one process. messages: the driver's
-    (`ContextParallel.messages`), so that a rank which computes attention wrongly for others is named instead of them.
-    Kernels must be deterministic: where they are not on all ranks, the check reports it.
+    model: the modules of this rank's pipeline stage, or all modules. interval: steps between checks; 0 for never. group:
+    None for a single process. messages: the driver's monitor (`ContextParallel.messages`), needed to name the rank that
+    computes attention wrongly rather than the ranks that receive the result. Kernels must be deterministic; if all ranks
+    differ, the check says so.
     """
 
     def __init__(
@@ -64,12 +64,11 @@ class ReplayCheck:
         return bool(self.interval) and step > 0 and step % self.interval == 0
 
     def check(self, step: int, run: Callable[[], Any], drop: Callable[[], Any]) -> Difference | None:
-        """Run a micro-batch twice and compare. A collective call, which waits for the device. Returns None where all is
-        equal.
+        """Run a micro-batch twice, and return the difference, or None if all bits are equal. A collective call.
 
-        run: forward and backward of the step's first micro-batch. drop: discards the gradients of the first run; those
-        of the second stay and are used by the step, so a check costs one micro-batch. Both runs begin with the same
-        random state.
+        run: runs forward and backward of the step's first micro-batch. drop: discards the gradients of the first run. The
+        step uses those of the second, so a check costs one micro-batch. Both runs begin with the same random state.
+        Synchronizes with the device.
         """
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), self._observed() as first:
@@ -98,17 +97,17 @@ class ReplayCheck:
 
 
 def bits_digest(tensor: Tensor) -> Tensor:
-    """Return a digest of a tensor's bits, an int64 on its device: exact, and independent of the order of summation.
+    """Return a digest of a tensor's bits: an int64 on its device, independent of the order of summation.
 
-    The bits of each row, the last dim, are added as integers, and the rows' sums are weighted with odd numbers, modulo
-    2^64. It detects any single number that changes, and rows that change places.
+    The bits of each row (along the last dim) are added as integers, and the row sums are weighted with odd numbers,
+    modulo 2^64. This detects any single changed number, and swapped rows.
     """
     sums = row_sums(tensor)
     return (sums * torch.arange(1, 2 * len(sums), 2, device=sums.device)).sum()
 
 
 def row_sums(tensor: Tensor) -> Tensor:
-    """Add up the bits of each row of a tensor, its last dim, as integers modulo 2^64: int64 (rows,) on its device."""
+    """Sum the bits of each row of a tensor (along the last dim) as integers modulo 2^64: int64 (rows,) on its device."""
     rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
     return rows.contiguous().view(_BITS[tensor.element_size()]).sum(-1, dtype=torch.int64)
 
@@ -116,7 +115,7 @@ def row_sums(tensor: Tensor) -> Tensor:
 def _first_difference(
     first: Observations, second: Observations, rank: int
 ) -> tuple[tuple[int, int, int], str, str, int] | None:
-    """Return place, tensor, module and rank of the first tensor that differs; None where all are equal."""
+    """Return the place, tensor, module and rank of the first tensor that differs, or None if all are equal."""
     if [str(tensor) for tensor in first.seen] != [str(tensor) for tensor in second.seen]:
         return (0, 0, 0), "another order of modules", "the model", rank
     differs = (first.read() != second.read()).nonzero()

@@ -1,6 +1,4 @@
-"""Detects numbers far above their usual values, by median and median absolute deviation; single outliers change
-neither.
-"""
+"""Detects values far above the usual ones by median and median absolute deviation, which single outliers do not move."""
 
 from __future__ import annotations
 
@@ -9,17 +7,16 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-# minimum deviation, as a share of the median: on a curve that hardly scatters, smaller excesses are rounding or noise
+# minimum deviation, as a share of the median: on a smooth curve, smaller deviations are rounding or noise
 _LEAST_DEVIATION = 0.01
 
 
 class SpikeDetector:
-    """Detector for one curve. A value is a spike above median + threshold * deviation of the last `window` finite
-    values.
+    """Detector for one curve. A value is a spike if it exceeds median + threshold * deviation of the last finite values.
 
-    The deviation is the median of |value - median|, or 1 % of the median where that is more. Spikes count among the
-    last values, too: after half a window of them they are usual. With n values, fewer than a window, the deviation is
-    at least 0.01 + early / n of the median, since the first values of a curve do not show how far it scatters. The
+    The deviation is the median of |value - median| over the last `window` values, and at least 1 % of the median. Spikes
+    join the window, too, so a new level counts as usual after half a window. With only n < window values, the deviation
+    is at least (0.01 + early / n) times the median, since the first values do not show how far a curve scatters. The
     first value is never a spike.
     """
 
@@ -28,7 +25,7 @@ class SpikeDetector:
         self._last: deque[float] = deque(maxlen=window)
 
     def limit(self) -> float:
-        """Return the limit that a value must not exceed; infinite before the first value, or without a window."""
+        """Return the largest value that is not a spike; infinite before the first value or if window is 0."""
         count = len(self._last)
         if not count:
             return math.inf
@@ -38,14 +35,14 @@ class SpikeDetector:
         return median + self.threshold * max(deviation, least * abs(median))
 
     def add(self, value: float) -> None:
-        """Count a value among the last ones, unless it is not finite."""
+        """Add a value to the window unless it is not finite."""
         if math.isfinite(value):
             self._last.append(value)
 
     def values(self) -> list[float]:
-        """Return the last values, oldest first."""
+        """Return the values in the window, oldest first."""
         return list(self._last)
 
     def load(self, values: Sequence[float]) -> None:
-        """Replace the last values by these; the newest ones that fit into the window are kept."""
+        """Replace the window's values with the newest of `values` that fit."""
         self._last = deque(map(float, values), maxlen=self.window)

@@ -1,9 +1,8 @@
-"""The state digest: weights and optimizer state must not change between two updates. If they do, memory is damaged.
+"""The state digest: detects weights and optimizer state that change between two updates because memory is damaged.
 
-A bit that flips in a weight between two steps is trained like any other value: the loss moves, and training goes on. So
-every rank hashes its shard of weights and optimizer state right after an update, and again right before the next. A
-difference names the rank and the tensor, and the run goes back to a checkpoint. One digest reads every byte of the
-shard once.
+Training would silently continue from a weight whose bit flips between two steps. So every rank hashes its shard of
+weights and optimizer state right after an update, and again right before the next one. A difference identifies the rank
+and the tensor, and the run goes back to a checkpoint. Each digest reads every byte of the shard once.
 """
 
 from __future__ import annotations
@@ -26,18 +25,17 @@ from distattn.training.engines.engine import COUNTS, WEIGHT, StateTensor
 from distattn.training.watch.module_observer import gather_values, local_part, plain_name
 from distattn.training.watch.replay_check import row_sums
 
-# number of changes of one rank in one process that ends the run: repeated ones are not chance
+# the run ends after this many changes on one rank in one process: repeated changes are no coincidence
 MOST_OF_ONE_RANK = 3
-# devices whose memory is hashed by the processor
+# device types whose memory the CPU hashes
 _HOST = ("cpu",)
 
 
 class Damage(NamedTuple):
-    """A change of the state without an update. text: a sentence for people; step: the step before whose update it was
-    found.
+    """A change of the state without an update. step: the step before whose update it was found.
 
-    ranks: the owners of the state; tensors: the first changed one of each of these ranks; repeats: whether a rank had
-    several changes.
+    text: a sentence for the user. ranks: the ranks whose state changed. tensors: the first changed tensor of each of these
+    ranks. repeats: True if one rank has had MOST_OF_ONE_RANK changes.
     """
 
     step: int
@@ -48,11 +46,10 @@ class Damage(NamedTuple):
 
 
 class StateDigest:
-    """Compares the state with its digest after the last update. All ranks of `group` call alike; None is this process
-    alone.
+    """Compares the state with its digest after the last update. All ranks of `group` must make the same calls.
 
-    tensors: returns this rank's part of weights and optimizer state, as `state_tensors` does. Only a number per tensor
-    is kept.
+    group: None for a single process. tensors: returns this rank's shard of weights and optimizer state, as `state_tensors`
+    does. Only digests are kept.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[StateTensor]], group: dist.ProcessGroup | None = None):
@@ -65,18 +62,18 @@ class StateDigest:
 
     @torch.no_grad()
     def take(self, after: str) -> None:
-        """Hash the current state. after: the last change of the state, such as "the update of step 41"."""
+        """Hash the current state. after: what changed the state last, such as "the update of step 41"."""
         self._taken, self._after = _digests(self._tensors()), after
 
     def forget(self) -> None:
-        """Compare nothing until the next `take`: the state is about to change."""
+        """Discard the digest, because the state is about to change. Nothing is compared until the next `take`."""
         self._taken = None
 
     @torch.no_grad()
     def changed(self) -> list[str]:
-        """Return the names of this rank's tensors that have changed since `take`; none before the first `take`.
+        """Return the names of this rank's tensors that changed since `take`; an empty list before the first `take`.
 
-        Nothing is sent, but a device is waited for. If a rank finds any, all ranks must call `explain`.
+        Synchronizes with the device, but does not communicate. If any rank finds a change, all ranks must call `explain`.
         """
         if self._taken is None:
             return []
@@ -84,9 +81,9 @@ class StateDigest:
         return self._taken.changed(_digests(self._tensors()))
 
     def compare(self, step: int, until: str = "") -> Damage | None:
-        """Return the change since `take` on any rank, the same on all ranks; None without one. A collective call.
+        """Return the change since `take` on any rank, or None. All ranks get the same result. A collective call.
 
-        step, until: as for `explain`.
+        step, until: see `explain`.
         """
         if self._taken is None:
             return None
@@ -94,10 +91,9 @@ class StateDigest:
         return self.explain(step, changed, until) if self.share(bool(changed))() else None
 
     def share(self, changed: bool) -> Callable[[], bool]:
-        """Start to share whether this rank has found a change; return a function that waits and returns whether any
-        rank has.
+        """Start to share whether this rank found a change. Returns a function that waits and returns whether any rank did.
 
-        A collective call; ranks may send other messages before they wait. Nothing is sent before the first `take`.
+        A collective call. Ranks may send other messages before they wait. Sends nothing before the first `take`.
         """
         if self._taken is None or self._group is None or dist.get_world_size(self._group) == 1:
             return lambda: changed
@@ -112,10 +108,10 @@ class StateDigest:
         return told
 
     def explain(self, step: int, changed: list[str], until: str = "") -> Damage | None:
-        """Return the change on any rank, None without one. A collective call.
+        """Return the change on any rank, or None without one. A collective call.
 
-        step: the number of the step, from 0. changed: the result of `changed`. until: the moment before which it was
-        found, by default the update of the step.
+        step: counted from 0. changed: the result of `changed`. until: the event before which the change was found, by
+        default the update of the step.
         """
         changed_by_rank = gather_values(self._group, (changed, socket.gethostname()))
         ranks = tuple(rank for rank, (names, _) in enumerate(changed_by_rank) if names)
@@ -138,9 +134,9 @@ class StateDigest:
 def state_tensors(
     named_parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
 ) -> Iterator[StateTensor]:
-    """Yield this rank's parts of parameters and of a PyTorch optimizer's state of them, including its step counts.
+    """Yield this rank's shards of the parameters and of a PyTorch optimizer's state, including its step counts.
 
-    For models that are whole on a rank, such as DDP's, and for those that FSDP2 shards.
+    The model may be replicated, as by DDP, or sharded by FSDP2.
     """
     counts: list[Tensor] = []
     for name, parameter in named_parameters:
@@ -153,15 +149,16 @@ def state_tensors(
                 else:
                     counts.append(part)
     if counts:
-        # one digest for all counts, which have four bytes each
+        # one digest for all step counts, of four bytes each
         yield COUNTS, "", torch.stack(counts)
 
 
 class _Digests(NamedTuple):
-    """Digests of tensors. host: of each tensor in host memory, by kind and name.
+    """Digests of tensors. host: digests of the tensors in host memory, by (kind, name).
 
-    names, ends: the tensors of a device, and where the sums of their rows end in `device`, int64 on it. One kernel per
-    tensor: more launches for small tensors would take longer than reading the memory.
+    device: row sums of all tensors on the device, int64. names, ends: those tensors, and where the sums of each end in
+    `device`. Each tensor takes one kernel, since launching more for small tensors would take longer than reading the
+    memory.
     """
 
     host: dict[tuple[str, str], int]
@@ -170,7 +167,7 @@ class _Digests(NamedTuple):
     device: Tensor | None
 
     def changed(self, now: _Digests) -> list[str]:
-        """Return the names of tensors whose digest has changed, or that are gone."""
+        """Return the names of tensors whose digest changed or that are missing now."""
         different = [name for name, digest in self.host.items() if now.host.get(name) != digest]
         if self.device is not None:
             if (now.names, now.ends) != (self.names, self.ends) or now.device is None:
@@ -197,7 +194,7 @@ def _digests(tensors: Iterable[StateTensor]) -> _Digests:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
-    """Return the bytes of a tensor on the host, of a copy where the tensor is not contiguous."""
+    """Return the bytes of a host tensor as a numpy array, copied only if the tensor is not contiguous."""
     contiguous = tensor.contiguous()
     # numpy has no bfloat16
     return (

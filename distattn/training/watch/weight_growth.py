@@ -1,6 +1,4 @@
-"""Finds the update that made a weight grow: norms of all weights are kept after updates and compared when a step is
-refused.
-"""
+"""Finds the update that made a weight grow: keeps weight norms after updates, and compares them if a step is refused."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ from torch import Tensor
 from distattn.training.engines.engine import WEIGHT, StateTensor
 from distattn.training.watch.module_observer import plain_name
 
-# an update that multiplies a weight's norm by this has destroyed it
+# an update that multiplies a weight's norm by more than this has destroyed the weight
 LARGE_GROWTH = 1000.0
-# number of last updates whose norms are kept
+# number of recent updates to compare
 _UPDATES = 16
 
 
 class Growth(NamedTuple):
-    """The growth of one rank's weight. step: the update's, from 0; before, after: the norm of this rank's part."""
+    """The growth of a weight on one rank. step: the update's step, counted from 0. before, after: norms of the shard."""
 
     step: int
     name: str
@@ -31,20 +29,20 @@ class Growth(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """Return the ratio of the norms; infinite where the norm is no longer finite."""
+        """The ratio of the norms; infinite if the norm is no longer finite."""
         return self.after / self.before if math.isfinite(self.after) else math.inf
 
     def text(self, rank: int) -> str:
-        """Return the growth as a clause for people."""
+        """Return the growth as a clause of an error message."""
         growth = f"grow {self.factor:,.0f}-fold" if math.isfinite(self.factor) else "infinite or NaN"
         norms = f"norm {self.before:.4g} to {self.after:.4g}"
         return f"the update of step {self.step + 1} made weight {self.name} of rank {rank} {growth} ({norms})"
 
 
 class WeightGrowth:
-    """Norms of this rank's weights. Nothing is sent, and no device is waited for, until `largest` is called.
+    """Norms of this rank's weights. It never communicates, and only `largest` synchronizes with the device.
 
-    tensors: as for `StateDigest`; those of kind "weight" are read once per update.
+    tensors: see `StateDigest`; tensors of kind "weight" are read once per update.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[StateTensor]]):
@@ -55,7 +53,7 @@ class WeightGrowth:
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        """Record the norms after the update of a step, counted from 0; -1 before the first."""
+        """Record the norms after an update. step: counted from 0; -1 before the first update."""
         weights = [(name, part) for kind, name, part in self._tensors() if kind == WEIGHT and part.numel()]
         self._names = [plain_name(name) for name, _ in weights]
         if weights:
@@ -63,14 +61,13 @@ class WeightGrowth:
             self._norms.append((step, torch.stack(norms)))
 
     def forget(self) -> None:
-        """Forget all norms, because other weights were loaded."""
+        """Discard all norms, because other weights were loaded."""
         self._norms.clear()
 
     def largest(self) -> Growth | None:
-        """Return the largest growth of the first of the last updates that multiplied a weight's norm by LARGE_GROWTH on
-        this rank.
+        """Return the largest growth in the first recorded update that multiplied a norm by more than LARGE_GROWTH, or None.
 
-        None where no update did. Weights that were zero may take any norm.
+        Weights that were zero may take any norm. Only this rank's shards are compared.
         """
         for (_, before), (step, after) in zip(self._norms, list(self._norms)[1:], strict=False):
             # comparisons with NaN are false

@@ -28,12 +28,12 @@ def gradient_kernel(
 ):  # fmt: skip
     """Compute dq, dk and dv of a chunk's tokens, with DG also dg, with DELTA also dbeta.
 
-    All are (T, H, ...), even if heads share queries and keys. Let X be the inverse, y = X^T du, and S the state that enters
-    the chunk. Then the gradient of beta v is y, that of beta k decay is -y S^T, and that of the triangular system is
-    -y (u - w S)^T below the diagonal. With DELTA, y overwrites du.
+    All are (T, H, ...), even if heads share queries and keys. Let X be the inverse, y = X^T du, and S the state that
+    enters the chunk. Then the gradient of beta v is y, that of beta k decay is -y S^T, and that of the triangular
+    system is -y (u - w S)^T below the diagonal. With DELTA, y overwrites du.
 
-    The C x C matrices come first, then the matrices with a column per channel, BK columns at a time: computing all at once
-    would need too many registers.
+    The C x C matrices come first, then the matrices with a column per channel, BK columns at a time: computing all at
+    once would need too many registers.
     """
     program = tl.program_id(0)
     head, chunk = tl.cast(program % heads, tl.int64), program // heads
@@ -132,8 +132,8 @@ def gradient_kernel(
     if DELTA:
         tl.store(dbeta_ + head * dbeta_head + row * dbeta_row, dbeta, mask=inside)
     if DG:
-        # a token's decay affects later reads of earlier writes. The exclusive sum is a cumulative sum minus its own term:
-        # for compute capability 10.0, Triton 3.6 cannot compile a plain sum over tokens of results of products
+        # a token's decay affects later reads of earlier writes. The exclusive sum is a cumulative sum minus its own
+        # term: for compute capability 10.0, Triton 3.6 cannot compile a plain sum over tokens of results of products
         earlier = of_end.to(tl.float64)
         dg = tl.cumsum((of_start + of_pairs).to(tl.float64), 0, reverse=True) + tl.cumsum(earlier, 0) - earlier
         dg += (ddecay * tl.exp(end.to(tl.float32))).to(tl.float64)

@@ -1,12 +1,12 @@
 """Recurrences with one decay per head, in Triton: chunk by chunk, all segments in one launch (kernel "triton_chunked").
 
-The algebra is that of `chunked`. The forward takes three launches: the effect of each chunk on any state, the scan of states over
-each segment's chunks, and the outputs. The backward takes five: the first two again, the part of the gradient that comes from a
-chunk's own outputs, the backward scan of gradients, and the gradients of tokens. Without the delta rule there is no first
-launch. There are no atomics, so results are bitwise reproducible.
+The algebra is that of `chunked`. The forward takes three launches: the effect of each chunk on any state, the scan of
+states over each segment's chunks, and the outputs. The backward takes five: the first two again, the part of the
+gradient that comes from a chunk's own outputs, the backward scan of gradients, and the gradients of tokens. Without the
+delta rule there is no first launch. There are no atomics, so results are bitwise reproducible.
 
-Products take operands of the inputs' dtype; float32 operands take three TF32 products. Tensors passed between launches have the
-inputs' dtype. Sums and states are float32; sums of log decays are float64.
+Products take operands of the inputs' dtype; float32 operands take three TF32 products. Tensors passed between launches
+have the inputs' dtype. Sums and states are float32; sums of log decays are float64.
 """
 
 # N segments, M chunks, C tokens per chunk, T tokens, H heads, G heads of queries and keys, K key dim, V value dim;
@@ -37,15 +37,15 @@ from distattn.kernels.triton.launch import (
 )
 from distattn.kernels.triton.tiles import INTERPRETED
 
-# the functions also accept meta tensors, for which they allocate as they do on a device
+# the functions also accept meta tensors, and allocate as much for them as on a device
 RUNS_ON_META = True
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_DIM = 256
-# maximum and minimum tokens per chunk, and maximum bytes of a chunk's keys: with wider keys, fewer tokens fit into registers and
-# shared memory
+# maximum and minimum tokens per chunk, and maximum bytes of a chunk's keys: with wider keys, fewer tokens fit into
+# registers and shared memory
 _CHUNK, _LEAST_CHUNK, _BYTES_OF_KEYS = 64, 16, 1 << 14
-# maximum columns of values at a time, maximum bytes of the state's columns that a scan keeps in registers, and minimum side of a
-# product
+# maximum columns of values at a time, maximum bytes of the state's columns that a scan keeps in registers, and minimum
+# side of a product
 _COLUMNS, _BYTES_OF_STATE, _LEAST_SIDE = 32, 1 << 13, 16
 # maximum channels of keys at a time in the last kernel of a backward pass: with 64 it spills registers on A100 and H100
 _CHANNELS = 32
@@ -54,8 +54,9 @@ _CHANNELS = 32
 class ChunkTable(NamedTuple):
     """The chunks of all segments.
 
-    chunks: rows [begin, end) of each chunk, int32 (M, 2). first: the first chunk of each segment, int32 (N + 1). bounds: rows
-    [begin, end) of each segment, int64 (N, 2). size: C. rows: the total number of rows, or 0 if there are gaps between segments.
+    chunks: rows [begin, end) of each chunk, int32 (M, 2). first: the first chunk of each segment, int32 (N + 1).
+    bounds: rows [begin, end) of each segment, int64 (N, 2). size: C. rows: the total number of rows, or 0 if there are
+    gaps between segments.
     """
 
     chunks: Tensor
@@ -66,7 +67,7 @@ class ChunkTable(NamedTuple):
 
 
 def unsupported_reason(requirements: KernelRequirements) -> str | None:
-    """Return why this kernel cannot serve such a call, or None if it can."""
+    """Return why this kernel cannot serve a call with these requirements, or None if it can."""
     device = requirements.device
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"Triton kernels run on NVIDIA GPUs, not on {device.type}"

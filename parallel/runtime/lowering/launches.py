@@ -135,7 +135,7 @@ class LaunchTable(NamedTuple):
         apart = self._divided(has_several, "buffer")
         if apart is self:
             return has_several
-        # a step had one launch before, so the step of a launch tells which launch it was part of
+        # each step had a single launch before, so the step of a launch identifies the launch that it was part of
         parent = np.searchsorted(self.steps, apart.steps)
         return has_several & (
             np.bincount(parent, apart._query_cells(), len(self.steps)) * _MAX_HOLES < self._query_cells()

@@ -260,7 +260,7 @@ class _TableLowering:
         row = before - before[np.array(first[:-1], np.int64)][part]
         intervals = part, moves["t0"], moves["t1"], row
         views = ViewParts(number, each["payload"], each["h0"], each["h1"], np.zeros_like(number), *intervals)
-        # both ends cut a message at the same rows because they use nothing but the table
+        # both ends cut a message at the same rows, because they look only at the table
         is_cut = may_land(self.call, self.table, each)[part[1:]]
         begins = np.ones(len(part), bool)
         begins[1:] = (part[1:] != part[:-1]) | ((moves["t0"][1:] != moves["t1"][:-1]) & is_cut)

@@ -1,4 +1,4 @@
-"""The pool of arenas: passes share them, and a failed pass does not return its arena."""
+"""The pool of arenas: passes share arenas, and a failed pass does not return its arena."""
 
 import gc
 import os
@@ -78,7 +78,7 @@ def test_the_arena_of_a_pass_that_fails_is_not_used_again():
 
 
 def in_backward(work):
-    """Call a function in a backward pass, as a checkpoint repeats a layer there."""
+    """Call a function in a backward pass, where a checkpoint would repeat a layer."""
     ChangedGradient.apply(torch.ones(1, requires_grad=True), lambda gradient: (work(), gradient)[1]).sum().backward()
 
 
@@ -91,13 +91,13 @@ def kept_by_a_pass(pool, count=8):
 def test_what_first_passes_keep_is_new_memory_while_something_refers_to_it():
     pool, freed = ArenaPool(), []
     address = kept_by_a_pass(pool).data_ptr()
-    # dropped at once, as a checkpoint does
+    # drop it at once, as a checkpoint does
     held = [kept_by_a_pass(pool)]
     assert held[0].data_ptr() == address
     weakref.finalize(held[0].untyped_storage(), freed.append, True).atexit = False
     held.append(kept_by_a_pass(pool))
     assert held[1].data_ptr() != address
-    # only the pool refers to the last one
+    # only the pool refers to the last arena
     held.clear()
     assert freed
 
@@ -106,19 +106,19 @@ def test_repeated_layers_keep_what_the_backward_finds_again_in_the_same_memory()
     pool, held = ArenaPool(), []
 
     def repeat_layers():
-        # two layers are repeated at once if a checkpoint contains both
+        # two layers are repeated at once if one checkpoint contains both
         first, second = kept_by_a_pass(pool), kept_by_a_pass(pool)
         addresses = {first.data_ptr(), second.data_ptr()}
         assert len(addresses) == 2
         part = second[1:]
         del first, second
-        # a view is enough to hold it
+        # a view is enough to hold an arena
         held.append(kept_by_a_pass(pool))
         assert held[0].data_ptr() in addresses and held[0].data_ptr() != part.data_ptr() - part.element_size()
         assert (held[0] == 8).all() and (part == 8).all()
 
     in_backward(repeat_layers)
-    # the first pass keeps its tensors until a much later backward
+    # the first pass keeps its tensors until a much later backward pass
     before = kept_by_a_pass(pool)
     in_backward(lambda: kept_by_a_pass(pool, 5))
     assert (held[0] == 8).all() and (before == 8).all()
@@ -141,7 +141,7 @@ def test_kept_tensors_are_found_in_a_part_of_another_tensor(begin):
     assert torch.equal(holder.fields[key][0], wanted) and torch.equal(_part(whole[begin:], place), wanted)
 
 
-def test_what_a_failed_pass_kept_is_not_used_again():
+def test_memory_kept_by_a_failed_pass_is_not_reused():
     pool, freed = ArenaPool(), []
 
     def repeat_layers():
@@ -195,7 +195,7 @@ def test_a_forked_process_has_a_pool_of_its_own_and_leaves_the_memory_of_its_par
 
 
 def a_pass(pool, transport):
-    """Send one half of an arena, and receive in the other."""
+    """Send one half of an arena, and receive into the other."""
     with pool.borrowed(64, DEVICE) as arena:
         arena[:32].zero_()
         packets = [Packet(1, "rows", arena[:32])], [Packet(1, "rows", arena[32:])]
@@ -204,7 +204,7 @@ def a_pass(pool, transport):
 
 
 def violations_of_passes(pool):
-    """Run passes on two streams in turn, several of each, with another pass within the first one."""
+    """Run several passes on each of two streams in turn, with one pass nested in the first."""
     with imitated_cuda() as cuda:
         transport, side = GroupTransport(GROUP, StreamNccl(cuda)), torch.cuda.Stream()
         for _ in range(2):

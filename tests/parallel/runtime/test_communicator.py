@@ -1,4 +1,4 @@
-"""Communicators next to process groups: for any kind of group, without the rest of the world."""
+"""Communicators next to process groups work for any kind of group, without involving the rest of the world."""
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ SHAPE = dict(heads=4, kv_heads=2, head_dim=8, dtype="float64")
 
 
 def bound_to_devices():
-    """Bind the world to a device, as init_process_group(device_id=...) does: torch splits its communicator for new groups."""
+    """Bind the world to a device, as init_process_group(device_id=...) does. torch then splits its communicator for new
+    groups.
+    """
     dist.group.WORLD.bound_device_id = torch.device("cuda:0")
 
     def split(group):
@@ -38,7 +40,7 @@ def test_groups_of_a_device_bound_world_are_made_by_their_ranks_alone():
 
 
 def attended_run(rank, kind):
-    """Return the output of a rank whose plan runs on such a group."""
+    """Return a rank's output for a plan that runs on this kind of group."""
     group = dist.new_group(backend=kind) if kind else dist.group.WORLD
     bound_to_devices()
     before = len(dist.distributed_c10d._world.pg_names)
@@ -71,7 +73,7 @@ def test_a_group_without_a_backend_for_the_device_is_refused():
 
 
 def test_a_device_without_index_is_the_current_one(monkeypatch):
-    # the current device of another thread is a different one
+    # another thread has a different current device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert executable.with_device_index("cuda") == torch.device("cuda:3")

@@ -1,4 +1,4 @@
-"""The end of communicators: one shutdown, with their driver, their group or the process; an abort if a rank is lost."""
+"""The end of communicators: one shutdown, with their driver, group or process, or an abort if a rank is lost."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ SUPPORT = Path(__file__).parents[2] / "support"
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Make a communicator of one rank and its group. Waits for its end are short."""
+    """Yield a single-rank communicator and its group. Waits for its end are short."""
     monkeypatch.setattr(communicator_end, "_END_SECONDS", 0.2)
     group, backend = Group(), ImitatedNccl(QueueWire().end(0), 0, 1)
     end_with_group(backend, group)
@@ -58,7 +58,7 @@ def test_a_transport_on_a_backend_of_the_callers_own_is_aborted_once():
     backend._is_aborted = False
     transport.abort()
     assert not backend._is_aborted
-    # for its destructor
+    # otherwise its destructor prints a warning
     backend.abort()
 
 
@@ -79,7 +79,7 @@ def test_no_thread_is_left_after_a_communicator(opened):
 def test_a_communicator_ends_with_its_group(opened):
     group, backend = opened
     del group
-    # the fixture's own reference disappears with the group's last name
+    # the fixture still holds a reference to the group, so call the finalizer directly
     communicator_end._OPEN[id(backend)].finalizer()
     assert backend._is_shut and id(backend) not in communicator_end._OPEN
 
@@ -136,7 +136,7 @@ def test_a_rank_that_one_driver_lost_is_not_waited_for_by_the_last(opened):
     assert opened[1]._is_aborted and not opened[1]._is_shut
 
 
-def test_after_an_error_that_ended_the_process_nobody_is_waited_for(opened, monkeypatch):
+def test_after_an_error_that_ends_the_process_no_rank_is_waited_for(opened, monkeypatch):
     monkeypatch.setattr(sys, "last_value", ValueError(), raising=False)
     communicator_end._OPEN[id(opened[1])].finalizer()
     assert opened[1]._is_aborted and not opened[1]._is_shut
@@ -151,7 +151,7 @@ def test_a_forked_process_leaves_communicators_of_its_parent_alone(opened, monke
     backend.abort()
 
 
-# two ranks, forked after the imports, that end as programs do
+# two ranks, forked after the imports, that end like ordinary programs
 PROGRAM = """
 import logging, os, sys, tempfile
 sys.path.insert(0, {support!r})
@@ -190,7 +190,7 @@ ENDS = {
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("nccl", [True, False], ids=["by NCCL's rules", "gloo"])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_process_ends_without_a_word(end, nccl):
+def test_a_process_ends_silently(end, nccl):
     assert printed(ENDS[end], nccl, seconds=60) == (0, "", "")
 
 
@@ -213,13 +213,13 @@ except ValueError:
     ] == ("", "")
 
 
-def test_a_process_whose_peer_died_ends_without_a_word():
-    # the shutdown waits for the peer, and gives up
+def test_a_process_whose_peer_died_ends_silently():
+    # the shutdown waits for the peer and gives up
     assert printed("dist.barrier(); os._exit(0) if rank else None", nccl=True, seconds=0.5) == (0, "", "")
 
 
 def printed(end, nccl, seconds):
-    """Run the program of two ranks. Return its exit status and both ranks' output."""
+    """Run PROGRAM on two ranks. Return its exit code and the output of both ranks."""
     program = PROGRAM.format(support=str(SUPPORT), nccl=nccl, end=end, seconds=seconds)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
     return done.returncode, done.stdout, done.stderr

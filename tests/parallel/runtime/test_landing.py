@@ -1,4 +1,4 @@
-"""Buffers that are working tensors: where kernels read and write in place, and where they get copies."""
+"""Buffers that are also working tensors: kernels read and write them in place where possible, and use copies elsewhere."""
 
 import itertools
 
@@ -37,7 +37,8 @@ def test_ulysses_reads_and_writes_in_place():
         (forward, backward) = launches(program)
         for launch in (forward, backward):
             assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
-        # the two chunks of a peer are separate messages (the last rank's touch), and kernels' results are not gathered
+        # a peer's two chunks are separate messages (the last rank's are adjacent), and kernels' results are not
+        # gathered
         steps = (*program.forward, *program.backward)
         received = [m for step in steps for payload, m in step.receives]
         assert {len(message.segments) for message in received} == {1, 2} or program.rank == 3
@@ -59,9 +60,9 @@ def test_own_rows_lie_among_those_that_arrive():
         assert all(piece.is_first and piece.buffer.step == OWN for _, view in own_results for piece in view.slices)
 
 
-def test_what_is_kept_lies_where_both_passes_read_it_if_that_makes_it_little_larger():
+def test_kept_tensors_are_placed_where_both_passes_read_them_if_that_costs_little():
     for program in programs("ulysses", "zigzag", backward="keep"):
-        # a rank has a quarter of the tokens: kept tensors are a third larger than arriving ones
+        # a rank has a quarter of the tokens, so kept tensors are a third larger than arriving tensors
         assert program.kept and set(program.kept.values()) == {TOKENS}
         assert {key.payload for step in program.forward for key, _ in step.own_copies} == {Payload.Q, Payload.KV}
         assert {key.payload for step in program.backward for key, _ in step.own_copies} == {Payload.dO}
@@ -70,13 +71,13 @@ def test_what_is_kept_lies_where_both_passes_read_it_if_that_makes_it_little_lar
     for program in programs("ulysses", "zigzag", ranks=2, backward="keep"):
         # kept tensors would be twice as large
         assert program.kept and set(program.kept.values()) == {TOKENS - program.tokens}
-        # results are nevertheless sent from where they are computed
+        # results are still sent from where they are computed
         assert any(step.own_results for step in program.forward)
         assert not any(step.own_copies for step in program.forward)
 
 
 def test_launches_of_some_rows_read_a_run_of_what_has_landed():
-    # two Ulysses groups in a ring of two; keys of the other group are needed by later rows only
+    # two Ulysses groups in a ring of two; only later rows need the other group's keys
     how = dict(backward="refetch-home", options=dict(ulysses=2))
     mask, shape = Mask.causal(TOKENS), dict(heads=8, kv_heads=4, head_dim=8, dtype="float64")
     parts = 0
@@ -148,7 +149,7 @@ def test_rows_written_in_part_are_cut_where_that_changes():
 
 
 def test_launches_that_need_some_heads_of_what_has_landed_get_those():
-    # keys of ranks 1 and 2 lie between each other; rank 0 needs them with all heads, then with half of them each
+    # the keys of ranks 1 and 2 alternate. Rank 0 needs them first with all heads, then with half of the heads each
     n, heads, kv_heads = 12, 4, 2
     chunks = {0: [(0, 4)], 1: [(4, 6), (8, 10)], 2: [(6, 8), (10, 12)]}
     call = Call(Mask.full(n), Layout.from_chunks([n], list(chunks.values())), heads, kv_heads, 8, 8, "float64")

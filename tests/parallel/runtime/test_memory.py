@@ -1,4 +1,4 @@
-"""The places of a pass's tensors: no two live tensors overlap, and memory is what was announced."""
+"""The placement of a pass's tensors: live tensors do not overlap, and the memory matches the announced size."""
 
 import itertools
 import random
@@ -32,7 +32,7 @@ requests = st.builds(
 
 
 @given(st.lists(requests, max_size=40))
-def test_places_of_one_moment_do_not_overlap(wanted):
+def test_tensors_that_live_at_the_same_time_do_not_overlap(wanted):
     offsets, size = find_places(wanted)
     assert all(offset + request.bytes <= size for offset, request in zip(offsets, wanted, strict=True))
     at_once = 0
@@ -60,7 +60,7 @@ def test_batches_of_nearly_one_size_have_arenas_of_one_size(low):
 
 @pytest.mark.parametrize("ranks", [8, 64])
 @pytest.mark.parametrize("strategy", ["ring", "allgather", "usp", "cad"])
-def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
+def test_an_arena_is_hardly_larger_than_the_peak_of_live_tensors(strategy, ranks):
     lengths = [5000, 300, 9000, 40, 2000] * ranks
     layout = Layout.contiguous(lengths, ranks) if strategy == "cad" else Layout.zigzag(lengths, ranks)
     shape = dict(heads=16, kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -83,7 +83,9 @@ def test_an_arena_is_hardly_larger_than_what_lives_at_once(strategy, ranks):
 
 
 class LateNetwork(InProcessNetwork):
-    """A network that delivers at the wait, as NCCL may: sends are read then, and received tensors are NaN until then."""
+    """A network that delivers at the wait, as NCCL may. Sent tensors are read then, and received tensors are NaN until
+    then.
+    """
 
     def __init__(self):
         super().__init__()
@@ -109,7 +111,7 @@ class LateNetwork(InProcessNetwork):
 
 @pytest.fixture
 def places_die(monkeypatch):
-    """Fill every tensor with NaN when it is placed, and again when its life ends."""
+    """Fill every tensor with NaN when it is placed and when its lifetime ends."""
     place, release, accumulate, end_step = Buffers.place, Buffers.release, execute._accumulate, execute._end_step
 
     def nan(tensors):
@@ -145,7 +147,7 @@ def test_nothing_is_used_before_it_is_written_or_after_its_life(kernel, places_d
             inputs = random_inputs(plan.call.mask.n, plan.call.heads, plan.call.kv_heads, 4, seed=seed)
             got = run_all_ranks(plan, inputs, kernel, network=lambda: LateNetwork().transport)
             wanted = dense(plan.call.mask, inputs)
-            # absolute: a row with one key has gradients of exactly zero
+            # use an absolute tolerance, since a row with one key has gradients of exactly zero
             for name, a, b in zip(got._fields, got, wanted, strict=True):
                 finite = ~torch.isinf(b)
                 assert torch.equal(torch.isinf(a), ~finite) and ((a - b)[finite].abs() < 1e-9).all(), (seed, name)

@@ -1,4 +1,4 @@
-"""Every strategy over a communicator with NCCL's rules, and the breach of each rule."""
+"""Every strategy over a communicator with NCCL's rules, and what happens when each rule is broken."""
 
 import threading
 from datetime import timedelta
@@ -18,12 +18,12 @@ from distattn.parallel.runtime.communication.communicator import backend_name, w
 from distattn.parallel.runtime.communication.transport import GroupTransport, Packet
 from distattn.parallel.runtime.execution import execute
 
-# seconds of a wait that would never end, in tests of breaches
+# seconds until a wait that would never end is reported, in tests that break a rule
 SOON = 5.0
 
 
 def on_threads(runs):
-    """Run every rank on its own thread. Return the results, or raise a rank's error."""
+    """Run each rank on its own thread. Return the results, or raise a rank's error."""
     runs, results = list(runs), {}
 
     def work(rank, run):
@@ -44,9 +44,9 @@ def on_threads(runs):
 
 
 def network(ranks, seconds=60.0, warm="all", wrap=lambda backend, rank: backend):
-    """Return a function from a rank to its transport, opened as `open_communicator` opens it.
+    """Return a function from a rank to its transport, opened as by `open_communicator`.
 
-    warm: "all" calls of `warm_up`, only its first, the "collective" one, or "none".
+    warm: "all" calls of `warm_up`, only the first, only the "collective" one, or "none".
     """
     wire = QueueWire(seconds)
     backends = [ImitatedNccl(wire.end(rank), rank, ranks) for rank in range(ranks)]
@@ -83,7 +83,7 @@ def test_every_strategy_runs_by_nccls_rules(strategy, layout):
 
 
 def sparse_plan():
-    """Return a plan in which rank 3 has its own document, so that no rank sends to it, and inputs."""
+    """Return (plan, inputs). Rank 3 has its own document in this plan, so no rank sends to it."""
     lengths = (100, 40, 50)
     layout = Layout.from_chunks(lengths, [[(0, 50)], [(50, 100)], [(100, 140)], [(140, 190)]])
     return make_plan(Mask.documents(lengths), layout, strategy="ring", **SHAPE), random_inputs(190, 4, 2, 8)
@@ -105,7 +105,7 @@ def test_the_first_message_of_two_ranks_waits_on_the_host_unless_they_are_connec
     with pytest.raises(Exception, match="rank 0's first message with rank 1 waits on the host for rank 1"):
         on_threads([send(hub(0), torch.ones(4), peer=1), never_calls()])
     hub = network(2, seconds=SOON)
-    # the host goes on; the wait for the message comes later
+    # the host continues, and waits for the message later
     posted = hub(0).exchange([Packet(1, Payload.KV, torch.ones(4))], [], False)
     on_threads([receive_and_use(hub(1), torch.empty(4), peer=0), waited(posted)])
 
@@ -129,13 +129,13 @@ def test_a_rank_that_does_not_come_to_the_opening_of_a_communicator_does_not_hol
     wire = QueueWire(60.0)
     with pytest.raises(RuntimeError, match="was aborted"):
         backend = ImitatedNccl(wire.end(0), 0, 2)
-        # the other rank has made its first call, and sent no message
+        # the other rank has made its first call but sent no message
         wire.queue(1, 0, "here").put(torch.zeros(1))
         warm_up(backend, 0, 2, torch.device("cpu"), timedelta(seconds=0.5))
 
 
 class Breaching:
-    """A backend that breaks the rules on rank 0: it sends `breach(tensor)` in place of a tensor."""
+    """A backend that breaks the rules on rank 0: it sends `breach(tensor)` instead of a tensor."""
 
     def __init__(self, backend, rank, breach=None, waits=True):
         self.inner, self.rank, self.breach, self.waits = backend, rank, breach, waits
@@ -218,7 +218,7 @@ def test_what_is_sent_is_read_at_the_wait():
 
 
 def send_then_receive(transport, peer, in_one):
-    """Exchange messages as neighbours of a pipeline do that pass on hidden states and gradients."""
+    """Exchange messages as neighbouring pipeline stages do with hidden states and gradients."""
     ours, theirs = torch.ones(4), torch.empty(4)
     sends, receives = [Packet(peer, "hidden states", ours)], [Packet(peer, "hidden states", theirs)]
     if in_one:
@@ -268,7 +268,7 @@ def test_groups_are_asked_for_the_backend_of_a_device(kinds, wanted):
             self.name = lambda: name
 
     class Composite:
-        """`dist.get_backend` of it is "undefined"."""
+        """A group for which `dist.get_backend` returns "undefined"."""
 
         _device_types = [torch.device(kind) for kind in kinds]
 

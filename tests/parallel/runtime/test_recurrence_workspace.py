@@ -1,4 +1,4 @@
-"""The device memory of a recurrent layer is known beforehand: compared with its allocations on meta tensors."""
+"""The predicted device memory of a recurrent layer matches its allocations on meta tensors."""
 
 import itertools
 from unittest import mock
@@ -12,7 +12,7 @@ from waits import META
 
 import distattn as da
 
-# registers the operators
+# this registers the operators
 import distattn.ops.recurrence  # noqa: F401
 from distattn.kernels.meta_bytes import MetaBytes
 from distattn.kernels.recurrence.triton import kernel as triton_kernel
@@ -32,14 +32,14 @@ def plan_of(op, lengths, ranks, strategy="scan", heads=8, dtype="bfloat16"):
 
 
 def ready_for(plan, kernel):
-    """Return an executable of a rank in the middle, on meta tensors."""
+    """Return an executable of a middle rank on meta tensors."""
     with mock.patch.object(triton_kernel, "unsupported_reason", lambda requirements: None):
         key, program = checked_program(plan, plan.call.ranks // 2, kernel, META, max_buffer_bytes=None, proven=False)
     return Executable(program, key, GroupTransport(GROUP, MetaBackend()))
 
 
 def peak_on_meta(run):
-    """Return (the most bytes of meta tensors alive at once, the result of `run`)."""
+    """Return (peak bytes of live meta tensors, result of `run`)."""
     traffic = Traffic()
     with Watch(traffic):
         result = run()
@@ -47,7 +47,7 @@ def peak_on_meta(run):
 
 
 def peak_on_cpu(run):
-    """Return the same from PyTorch's CPU allocator, as its profiler reports it."""
+    """Return (peak bytes, result of `run`) from PyTorch's CPU allocator, as reported by its profiler."""
     with profile(profile_memory=True) as told:
         result = run()
     events = [event for event in told.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -56,7 +56,7 @@ def peak_on_cpu(run):
 
 
 def peaks(ready, peak=peak_on_meta):
-    """Return the most bytes alive at once in a forward and a backward pass, without their inputs."""
+    """Return the peak bytes of a forward and a backward pass, without their inputs."""
     call, tokens, device = ready.program.call, ready.program.tokens, ready.key.device
     narrow, wide = getattr(torch, call.dtype), getattr(torch, call.accumulation_dtype)
 
@@ -72,7 +72,7 @@ def peaks(ready, peak=peak_on_meta):
     }[call.op.decay]
     inputs = q, k, v, g, tensor(call.heads) if call.op.delta else None, None
     handle = ready.handle
-    # each pass begins without an arena, so that its own is counted
+    # each pass starts without an arena, so that its own is counted
     ARENAS.free()
     forward, (_, _, kept) = peak(
         lambda: IMPLEMENTATIONS["distattn::recurrence_forward"](*inputs, handle, ready.kept_elements, 0)
@@ -88,11 +88,11 @@ def peaks(ready, peak=peak_on_meta):
     [(op, kernel) for op in ("gated_delta_rule", "retention") for kernel in ("chunked", "triton_chunked")]
     + [("kda", "chunked")],
 )
-def test_what_a_layer_needs_is_known_beforehand(op, kernel, ranks, pack):
+def test_the_memory_of_a_layer_is_predicted(op, kernel, ranks, pack):
     ready = ready_for(plan_of(op, PACKS[pack], ranks), kernel)
     for predicted, peak in zip(ready.memory().values(), peaks(ready), strict=True):
         assert predicted.workspace > predicted.results + predicted.states
-        # states of other ranks may be gone when the largest launch runs
+        # other ranks' states may already be freed when the largest launch runs
         assert peak <= predicted.peak <= peak + predicted.states
 
 
@@ -101,11 +101,11 @@ def test_where_groups_of_heads_are_cut_queries_and_keys_of_each_head_are_counted
     launch = next(step.launches[0] for step in ready.program.forward if step.launches)
     assert launch.heads.start % 3 or launch.heads.stop % 3
     for predicted, peak in zip(ready.memory().values(), peaks(ready), strict=True):
-        # tensors kept for the backward pass are rounded up, which is not counted
+        # tensors kept for the backward pass are rounded up, and the rounding is not counted
         assert abs(peak - predicted.peak) < 1024
 
 
-def test_what_was_there_before_is_not_counted_and_its_place_is_counted_again():
+def test_earlier_memory_is_not_counted_and_its_address_is_counted_when_reused():
     old = [torch.empty(100, dtype=torch.uint8, device=META) for _ in range(50)]
     with MetaBytes() as counted:
         views = [x[1:] for x in old]

@@ -1,4 +1,4 @@
-"""A strategy on a layout of its own: right, proven, and moving no more than its tasks ask for."""
+"""A strategy that uses its own layout is correct and proven, and moves no more than its tasks need."""
 
 import pytest
 from cases import LENGTHS, layouts, masks

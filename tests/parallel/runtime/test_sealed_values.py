@@ -1,4 +1,4 @@
-"""Values from other ranks are unpickled only if they match their digest, by the job's secret if there is one."""
+"""Values from other ranks are unpickled only if they match their digest, which uses the job's secret if there is one."""
 
 import queue
 
@@ -17,7 +17,7 @@ UNPICKLED = []
 
 
 class Planted:
-    """An object that records that it was unpickled."""
+    """An object that records when it is unpickled."""
 
     def __reduce__(self):
         return told, ("it was",)
@@ -34,7 +34,7 @@ def no_secret(monkeypatch):
 
 
 @pytest.mark.parametrize("secret", [b"", b"a secret"])
-def test_a_value_is_taken_as_it_was_made_and_not_at_all_when_a_bit_of_it_is_another(secret):
+def test_a_value_is_accepted_unchanged_and_refused_if_a_bit_differs(secret):
     if secret:
         use_secret(secret)
     value = {"a": [1, 2.5, None], "b": ("c", b"d")}
@@ -54,7 +54,7 @@ def test_a_value_is_taken_as_it_was_made_and_not_at_all_when_a_bit_of_it_is_anot
     assert UNPICKLED == ["it was"]
 
 
-def test_what_does_not_come_from_this_job_is_not_unpickled():
+def test_data_from_outside_this_job_is_not_unpickled():
     plain = seal(Planted())
     use_secret(b"of this job")
     sealed_here = seal("hello")
@@ -74,14 +74,14 @@ def gather(rank, stranger):
         return str(error)
 
 
-def test_ranks_of_one_secret_tell_each_other_values_of_any_length():
+def test_ranks_with_the_same_secret_exchange_values_of_any_length():
     wanted = [("x" * (rank + 1), rank) for rank in range(3)]
     assert run_on_ranks(3, gather, None) == [wanted] * 3
     assert all(REFUSED in result for result in run_on_ranks(3, gather, 1))
 
 
 class Gloo:
-    """A backend that returns a changed message."""
+    """A backend that returns an altered message."""
 
     def recv(self, tensors, source, tag):
         data = seal(Planted())

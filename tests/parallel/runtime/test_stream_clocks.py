@@ -1,4 +1,6 @@
-"""Clocks of streams: the order that each kind of wait makes, and what is found without it; messages of a transport."""
+"""Clocks of streams: the order that each kind of wait creates, what is reported without it, and messages of a
+transport.
+"""
 
 import re
 from concurrent.futures import Future
@@ -15,7 +17,7 @@ from distattn.parallel.runtime.communication.transport import GroupTransport, Pa
 
 
 def violations(work):
-    """Return the violations of `work`, which gets a side stream."""
+    """Return the violations of `work`, which is called with a side stream."""
     with imitated_cuda() as cuda:
         work(torch.cuda.Stream())
         return cuda.clocks.violations
@@ -62,7 +64,7 @@ def test_a_read_on_another_stream_must_wait_for_the_write(wait):
 def test_an_event_knows_of_what_was_queued_before_it_was_recorded_only():
     def work(side):
         x, y, done = torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE), torch.cuda.Event()
-        # not recorded yet: there is nothing to wait for
+        # not recorded yet, so there is nothing to wait for
         side.wait_event(done)
         with torch.cuda.stream(side):
             x.sum()
@@ -93,7 +95,7 @@ def test_a_write_must_wait_for_reads_of_the_same_elements_only():
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_what_a_thread_has_waited_for_others_know_by_its_future(tells):
+def test_a_future_passes_on_what_its_thread_has_waited_for(tells):
     def work(side):
         done, x = Future(), torch.ones(4, device=DEVICE)
 
@@ -124,7 +126,7 @@ def test_threads_that_use_one_stream_have_an_order(joins):
 
         thread = Thread(target=write, name="W")
         thread.start()
-        # this is not an order that the two threads know of
+        # polling does not order the two threads
         while not done.clock and thread.is_alive():
             pass
         if joins:
@@ -144,7 +146,7 @@ def test_threads_that_use_one_stream_have_an_order(joins):
 
 
 @pytest.mark.parametrize("tells", [True, False])
-def test_memory_used_on_another_stream_is_not_freed_untold(tells):
+def test_memory_used_on_another_stream_is_not_freed_unrecorded(tells):
     def work(side):
         x = torch.ones(4, device=DEVICE)
         side.wait_stream(torch.cuda.current_stream())
@@ -177,7 +179,7 @@ def test_pinned_memory_is_not_written_while_it_is_copied(waits):
 
 
 def messages(work):
-    """Return the violations of `work`, which gets a transport."""
+    """Return the violations of `work`, which is called with a transport."""
     with imitated_cuda() as cuda:
         work(GroupTransport(GROUP, StreamNccl(cuda)))
         return cuda.clocks.violations
@@ -205,7 +207,7 @@ def test_what_is_sent_is_written_after_the_wait(writes_early):
     def work(transport):
         x = torch.ones(4, device=DEVICE)
         pending = transport.exchange([Packet(1, Payload.KV, x)], [], False)
-        # reading it is allowed
+        # reading the tensor is allowed
         x.sum()
         if writes_early:
             x.zero_()

@@ -1,4 +1,6 @@
-"""Instructions that synchronise or run beside the warp that issues them: barriers, fences, copies, matrix products."""
+"""Instructions that synchronize, or that run concurrently with the issuing warp: barriers, fences, copies, matrix
+products.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,12 @@ from .tensor_core import ROWS, Descriptor, Product
 if TYPE_CHECKING:
     from .machine import Warp
 
-# the size of an mbarrier
+# bytes of shared memory per mbarrier
 _BARRIER_BYTES = 8
 
 
 def named_barrier(instruction: Instruction) -> Run:
-    """Compile bar.sync number, threads; without a count, all threads of the program."""
+    """Compile bar.sync with a barrier number and a thread count. The default count is all threads of the program."""
     number, *count = (constant(operand) for operand in instruction.operands)
 
     def run(warp: Warp, mask: Mask) -> Wait:
@@ -45,7 +47,7 @@ def named_barrier(instruction: Instruction) -> Run:
 
 
 def proxy_fence(instruction: Instruction) -> Run:
-    """Compile fence.proxy.async: products and bulk copies may use the warp's earlier writes."""
+    """Compile fence.proxy.async, after which products and bulk copies may use the warp's earlier writes."""
 
     def run(warp: Warp, mask: Mask) -> object:
         warp.program.shared.fence(warp.number)
@@ -67,7 +69,7 @@ def _on_barriers(instruction: Instruction, place: int, act: Callable[[Warp, MBar
 
 
 def init_barrier(instruction: Instruction) -> Run:
-    """Compile mbarrier.init address, arrivals."""
+    """Compile mbarrier.init with an address and an arrival count."""
     address, count = addresses_of(instruction.operands[0]), constant(instruction.operands[1])
 
     def run(warp: Warp, mask: Mask) -> None:
@@ -83,7 +85,7 @@ def init_barrier(instruction: Instruction) -> Run:
 
 
 def end_barrier(instruction: Instruction) -> Run:
-    """Compile mbarrier.inval, after which the barrier's bytes are free."""
+    """Compile mbarrier.inval, which frees the barrier's bytes."""
 
     def act(warp: Warp, barrier: MBarrier) -> None:
         del warp.program.barriers[barrier.address]
@@ -100,13 +102,13 @@ def arrive(instruction: Instruction) -> Run:
 
 
 def arrive_expecting(instruction: Instruction) -> Run:
-    """Compile an arrival of every active lane after more bytes are expected."""
+    """Compile an arrival of every active lane that first adds to the bytes expected."""
     size = constant(instruction.operands[2])
     return _on_barriers(instruction, 1, lambda warp, barrier: barrier.arrive(size))
 
 
 def wait_for_barrier(instruction: Instruction) -> Run:
-    """Compile try_wait, which a program repeats until it holds: the warp goes on when the phase is over."""
+    """Compile try_wait, which a program repeats until it returns true. The warp continues when the phase is over."""
     target, place, parity_ = instruction.operands
     assert isinstance(target, Register)
     address, parity = addresses_of(place), reader(parity_, "b32")
@@ -121,7 +123,7 @@ def wait_for_barrier(instruction: Instruction) -> Run:
 
 
 def copy_in(instruction: Instruction) -> Run:
-    """Compile a copy of a tensor map's box to shared memory, which counts its bytes on an mbarrier when it lands."""
+    """Compile a copy of a tensor map's box to shared memory. When it lands, it counts its bytes on an mbarrier."""
     target, source, signal = instruction.operands
     assert isinstance(source, Address)
     to, map_at, signal_at = addresses_of(target), reader(source.base, "b64"), addresses_of(signal)
@@ -159,7 +161,9 @@ def _start_landing(warp: Warp, to: int, map_at: int, coordinates: tuple[int, int
 
 
 def add_out(instruction: Instruction) -> Run:
-    """Compile an addition of a tile of shared memory to a box of a tensor map. Shared memory is read at the wait for the copy."""
+    """Compile the addition of a shared-memory tile to a box of a tensor map. Shared memory is read at the wait for the
+    copy.
+    """
     target, source = instruction.operands
     assert isinstance(target, Address)
     map_at, start = reader(target.base, "b64"), addresses_of(source)
@@ -185,7 +189,9 @@ def add_out(instruction: Instruction) -> Run:
 
 
 def copy_words(instruction: Instruction) -> Run:
-    """Compile cp.async: a few bytes per lane to shared memory, zeros past the given number. They land at the wait."""
+    """Compile cp.async, which copies a few bytes per lane to shared memory and fills the rest with zeros. The copy
+    lands at the wait.
+    """
     target, source, size_, count_ = instruction.operands
     to, origin, size, count = addresses_of(target), addresses_of(source), constant(size_), reader(count_, "b32")
 
@@ -203,19 +209,23 @@ def copy_words(instruction: Instruction) -> Run:
 
 
 def commit_copies(instruction: Instruction) -> Run:
-    """Compile the end of a group: of bulk copies out of shared memory, or of cp.async into it."""
+    """Compile the end of a group of copies, either bulk copies out of shared memory or cp.async into it."""
     bulk = ".bulk" in instruction.opcode
     return lambda warp, mask: (warp.stores if bulk else warp.loads).commit()
 
 
 def wait_for_copies(instruction: Instruction) -> Run:
-    """Compile a wait until at most this many groups are left."""
+    """Compile a wait until at most `allowed` groups are left."""
     bulk, allowed = ".bulk" in instruction.opcode, constant(instruction.operands[0])
     return lambda warp, mask: (warp.stores if bulk else warp.loads).wait(allowed)
 
 
 def product(instruction: Instruction) -> Run:
-    """Compile wgmma.mma_async: results, left, right, whether to add, two signs, and which operands in memory are transposed."""
+    """Compile wgmma.mma_async.
+
+    Its operands are results, left, right, whether to accumulate, two signs, and whether each operand in memory is
+    transposed.
+    """
     results, left, right, adds_, *rest = instruction.operands
     shape, *kinds = instruction.opcode.split(".")[4:]
     in_memory = isinstance(left, Register)

@@ -1,4 +1,6 @@
-"""Barriers of a program: mbarriers, which count arrivals and bytes in phases, and named ones, which count threads."""
+"""The barriers of a program: mbarriers, which count arrivals and bytes per phase, and named barriers, which count
+threads.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ from dataclasses import dataclass, field
 from .errors import BarrierError
 from .memory import SHARED_BASE
 
-# the most bytes that the count of an mbarrier can hold
+# the largest byte count of an mbarrier
 _MOST_BYTES = (1 << 20) - 1
 
 
 @dataclass
 class MBarrier:
-    """One mbarrier: the arrivals and bytes that its phase still waits for, and the number of the phase."""
+    """An mbarrier: the arrivals and bytes that its current phase still waits for, and the phase's number."""
 
     address: int
     count: int
@@ -25,7 +27,7 @@ class MBarrier:
         self.pending = self.count
 
     def arrive(self, expected_bytes: int = 0) -> None:
-        """Count one arrival, after adding the bytes that the phase must wait for."""
+        """Add `expected_bytes` to the bytes that the phase waits for, then count one arrival."""
         if not self.pending:
             raise BarrierError(f"{self} gets more arrivals than its {self.count}")
         self._add(expected_bytes)
@@ -38,7 +40,7 @@ class MBarrier:
         self._flip()
 
     def passed(self, parity: int) -> bool:
-        """Return whether the phase of this parity, the one before the present phase, is over."""
+        """Return whether the phase with this parity is over, given that it is the current or the previous phase."""
         return self.phase % 2 != parity
 
     def _add(self, size: int) -> None:
@@ -60,7 +62,7 @@ class MBarrier:
 
 @dataclass
 class NamedBarrier:
-    """One of the sixteen barriers of bar.sync: the warps that have arrived, and how often all have passed."""
+    """One of the sixteen barriers of bar.sync: the warps that have arrived, and how often all warps have passed."""
 
     number: int
     warps: int = 0
@@ -68,7 +70,7 @@ class NamedBarrier:
     passes: int = 0
 
     def arrive(self, warp: int, warps: int) -> int:
-        """Count the arrival of a warp, one of `warps`. Return the number of the pass that it waits for."""
+        """Count the arrival of a warp, one of `warps`. Return the number of the pass that the warp waits for."""
         if self.arrived and self.warps != warps:
             raise BarrierError(f"barrier {self.number} is used by {self.warps} and by {warps} warps at a time")
         if warp in self.arrived:

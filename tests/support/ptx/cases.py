@@ -1,4 +1,4 @@
-"""Small calls of the kernels, the same in the process that compiles them and in the one that interprets them."""
+"""Small calls of the kernels, identical in the process that compiles them and in the process that interprets them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ CPU = torch.device("cpu")
 class Case(NamedTuple):
     """A call: its kernels and its shape."""
 
-    # "forward", "merge" (the forward into earlier results), "backward" or "split" (the backward of plain Triton)
+    # "forward", "merge" (the forward kernel, merging into earlier results), "backward" or "split" (plain Triton's
+    # backward kernels)
     kernels: str
     dtype: str = "bfloat16"
     dim: int = 64
     heads: int = 2
     kv_heads: int = 1
     modifiers: bool = False
-    # some tiles of queries and keys need no mask, some do, and some pass the tensors' ends
+    # some tiles of queries and keys need no mask, some do, and some extend past the tensors' ends
     tokens: int = 340
-    # lengths of packed documents, if there are several
+    # lengths of packed documents, or empty for one sequence
     documents: tuple[int, ...] = ()
-    # the GPU's; if they are few, programs of the forward take several tiles
+    # the GPU's number of multiprocessors; if it is small, a program of the forward kernel processes several tiles
     multiprocessors: int = 132
 
     def __str__(self) -> str:
@@ -44,31 +45,31 @@ class Case(NamedTuple):
 
     @property
     def score(self) -> ScoreMod:
-        """The modifiers of scores."""
+        """The score modifiers."""
         if not self.modifiers:
             return ScoreMod(0.25)
         return ScoreMod(0.25, 3.0, torch.arange(1, self.heads + 1, dtype=torch.float32) / 64)
 
     @property
     def mask(self) -> Mask:
-        """A causal mask: tiles at the diagonal need it and others do not. Documents meet inside of tiles."""
+        """A causal mask, which tiles on the diagonal need and others do not. Document boundaries lie inside tiles."""
         return Mask.documents(list(self.documents)) if self.documents else Mask.causal(self.tokens)
 
     def inputs(self) -> Inputs:
-        """Return queries, keys, values and dO, rounded to the call's precision."""
+        """Return queries, keys, values and dO, rounded to the call's dtype."""
         inputs = random_inputs(self.tokens, self.heads, self.kv_heads, self.dim)
         return Inputs(*(x.to(getattr(torch, self.dtype)) for x in inputs))
 
 
 class Call(NamedTuple):
-    """The launches of a case, in order, and the tensors that they fill."""
+    """The launches of a case in order, and the tensors they fill."""
 
     launches: list[TritonLaunch]
     results: dict[str, torch.Tensor]
 
 
 def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = None) -> Call:
-    """Return the forward call. into: o and lse to merge into; otherwise they are NaN before."""
+    """Return the forward call. into: o and lse to merge into; by default both are filled with NaN before the call."""
     q, k, v, _ = case.inputs()
     nothing = (
         torch.full((case.tokens, case.heads, case.dim), torch.nan),
@@ -76,14 +77,14 @@ def forward_call(case: Case, into: tuple[torch.Tensor, torch.Tensor] | None = No
     )
     o, lse = into or nothing
     schedule = gluon_attention.prepare(_cells(case), _requirements(case))
-    # use at most this many programs, however unevenly tiles are spread over them
+    # launch at most this many programs, however unevenly the tiles are spread over them
     schedule = schedule._replace(programs=min(len(schedule.forward.order) * case.heads, case.multiprocessors))
     launch = gluon_attention.forward_launch(q, k, v, o, lse, schedule, case.score, merge=case.kernels == "merge")
     return Call([launch], {"o": o, "lse": lse})
 
 
 def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
-    """Return the backward call for lse and rowsum(dO * O) in single precision. All gradients are added to zeros."""
+    """Return the backward call for lse and rowsum(dO * O), both float32. All gradients accumulate into zeros."""
     q, k, v, do = case.inputs()
     grads = tuple(torch.zeros(x.shape) for x in (q, k, v))
     inputs = do, q, k, v, lse.contiguous(), delta.contiguous(), grads
@@ -91,7 +92,7 @@ def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
         schedule = gluon_attention.prepare(_cells(case), _requirements(case))
         launches = gluon_attention.backward_launch(*inputs, schedule, case.score, accumulate=True)
     else:
-        # as on the GPU, where the tensor-memory accelerator fetches tiles
+        # pretend to run on Hopper, where TMA fetches tiles
         tiles = triton_attention.tiles_for(_requirements(case), HOPPER)
         work = triton_attention.prepare_tiles(_cells(case), tiles, 132)
         with mock.patch.object(triton_attention, "compute_capability", lambda device: HOPPER):
@@ -100,7 +101,7 @@ def backward_call(case: Case, lse: torch.Tensor, delta: torch.Tensor) -> Call:
 
 
 def any_call(case: Case) -> Call:
-    """Return the call with numbers that do not matter, to compile it."""
+    """Return a call with arbitrary numbers, for compilation."""
     row_numbers = torch.zeros(case.tokens, case.heads), torch.zeros(case.tokens, case.heads)
     if case.kernels == "forward":
         return forward_call(case)

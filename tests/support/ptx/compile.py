@@ -1,8 +1,8 @@
-"""Compiles the launches of a case for Hopper, in a process of its own: the tests' process interprets Triton.
+"""Compiles the launches of a case for Hopper, in a separate process because the tests' process interprets Triton.
 
     python -m ptx.compile '["forward", "bfloat16", 64, 2, 1, false]'
 
-prints a line of JSON with one compiled kernel for every launch.
+prints a line of JSON with one compiled kernel per launch.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ ROOT = Path(__file__).parents[3]
 
 
 class Compiled(NamedTuple):
-    """A compiled kernel, and what Triton's launcher needs to know about it."""
+    """A compiled kernel and everything Triton's launcher needs to know about it."""
 
     ptx: str
     # bytes of shared memory
     shared: int
-    # types of the arguments by name; "constexpr" for those that are compiled in
+    # argument types by name; "constexpr" for arguments that are compiled in
     signature: dict[str, str]
     # metadata of the tensor maps, in order
     maps: list[dict[str, Any]]
-    # properties of the arguments: values that were compiled in, and which arguments are multiples of 16
+    # properties of the arguments: the values compiled in, and the names of arguments that are multiples of 16
     constants: dict[str, Any]
     divisible: list[str]
 
 
 def compiled(case: Case, triton: Path | None = None) -> list[Compiled]:
-    """Return the compiled launches of a case. triton: the folder of another version of Triton than the environment's."""
-    # lengths, masks and the grid are data: other values need no compilation
+    """Return the compiled launches of a case. triton: a folder with a Triton version other than the environment's."""
+    # lengths, masks and the grid are data, so other values need no compilation
     data = {name: Case._field_defaults[name] for name in ("tokens", "documents", "multiprocessors")}
     return _compiled(case._replace(**data), triton)
 
@@ -58,7 +58,7 @@ def _compiled(case: Case, triton: Path | None) -> list[Compiled]:
 
 
 def main() -> None:
-    """Compile the case that the command line gives."""
+    """Compile the case given on the command line."""
     launches = any_call(Case(*json.loads(sys.argv[1]))).launches
     out = [_compile(launch) for launch in launches]
     sys.stdout.write(json.dumps(out))

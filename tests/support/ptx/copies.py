@@ -1,4 +1,4 @@
-"""The tensor-memory accelerator: maps of matrices in global memory, and boxes of them in shared memory."""
+"""The Tensor Memory Accelerator (TMA): maps of matrices in global memory, and copies of their boxes in shared memory."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .errors import OutOfBoundsError, TensorMapError
 from .memory import GlobalMemory
 from .tensor_core import swizzled
 
-# widths of cuTensorMapEncodeTiled's swizzles, by their number in the metadata
+# widths in bytes of cuTensorMapEncodeTiled's swizzles, by their number in the metadata
 _SWIZZLE_WIDTHS = (0, 32, 64, 128)
 _FLOAT32 = 7
 
 
 class Box(NamedTuple):
-    """A box of a matrix: the places of its bytes in shared memory, and which of them exist in global memory."""
+    """A box of a matrix: the addresses of its bytes in shared memory, and which of its elements exist in global memory."""
 
     # (rows, bytes) addresses in shared memory
     shared: np.ndarray
-    # (rows, numbers)
+    # (rows, columns) bool: the element lies inside the matrix
     exists: np.ndarray
-    # addresses of those that exist
+    # global addresses of the elements that exist
     addresses: np.ndarray
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A matrix in global memory as a tensor map describes it; shapes in numbers, rows first."""
+    """A matrix in global memory as described by a tensor map. Shapes count elements, rows first."""
 
     address: int
     shape: tuple[int, int]
@@ -62,11 +62,11 @@ class TensorMap:
 
     @property
     def bytes(self) -> int:
-        """Bytes of a box, including those past the matrix's edges."""
+        """Bytes of a box, including those outside the matrix."""
         return self.box[0] * self.box[1] * self.element_size
 
     def at(self, target: int, coordinates: tuple[int, int]) -> Box:
-        """Return the box that begins at (column, row) coordinates, for a tile at this address of shared memory."""
+        """Return the box at `coordinates` (column, row) for a tile at address `target` in shared memory."""
         if target % 128:
             raise OutOfBoundsError("a tile in shared memory is not aligned to 128 bytes")
         rows, columns = self.box
@@ -78,13 +78,13 @@ class TensorMap:
         return Box(swizzled(linear, self.swizzle), exists, addresses[exists])
 
     def load(self, box: Box, memory: GlobalMemory) -> np.ndarray:
-        """Return the (rows, bytes) of a box, with zeros past the matrix's edges."""
+        """Return the (rows, bytes) of a box, with zeros outside the matrix."""
         out = np.zeros((*box.exists.shape, self.element_size), np.uint8)
         out[box.exists] = memory.bytes[memory.places(box.addresses, self.element_size)]
         return out.reshape(box.shared.shape)
 
     def add(self, box: Box, data: np.ndarray, memory: GlobalMemory) -> None:
-        """Add (rows, bytes) to a box, without those past the matrix's edges."""
+        """Add (rows, bytes) to a box, ignoring elements outside the matrix."""
         if self.element_type != _FLOAT32:
             raise TensorMapError("only single precision is added")
         values = np.ascontiguousarray(data).view(np.float32)[box.exists]
@@ -94,7 +94,7 @@ class TensorMap:
 
 
 class Landing(NamedTuple):
-    """A copy under way into shared memory, and the action when it lands."""
+    """A copy in flight into shared memory, and the action to run when it lands."""
 
     land: Callable[[], None]
     text: str
@@ -102,22 +102,22 @@ class Landing(NamedTuple):
 
 @dataclass
 class CopyQueue:
-    """Copies of a warp in groups: the actions of a wait for a group."""
+    """A warp's copies in groups. Each copy is the action that a wait for its group runs."""
 
     uncommitted: list[Callable[[], None]] = field(default_factory=list)
     groups: list[list[Callable[[], None]]] = field(default_factory=list)
 
     def commit(self) -> None:
-        """Close a group."""
+        """Close the current group."""
         self.groups.append(self.uncommitted)
         self.uncommitted = []
 
     def wait(self, allowed: int) -> None:
-        """Finish all groups but the last few."""
+        """Finish all groups except the last `allowed`."""
         while len(self.groups) > allowed:
             for finish in self.groups.pop(0):
                 finish()
 
     def busy(self) -> bool:
-        """Return whether a copy has not been waited for."""
+        """Return whether some copy has not been waited for."""
         return bool(self.uncommitted or any(self.groups))

@@ -1,40 +1,40 @@
-"""Errors of a program, each with a name."""
+"""Errors that a program can cause, one class per kind."""
 
 
 class MachineError(Exception):
-    """A program did what the hardware forbids or leaves undefined."""
+    """The program did something that the hardware forbids or leaves undefined."""
 
 
 class UnknownOperationError(MachineError):
-    """An instruction, or a variant of one, that the interpreter does not know."""
+    """An instruction, or a variant of one, that the interpreter does not support."""
 
 
 class DeadlockError(MachineError):
-    """No warp can go on and no copy is under way."""
+    """No warp can continue and no copy is in flight."""
 
 
 class EndlessLoopError(MachineError):
-    """A warp runs far longer than any tile needs."""
+    """A warp ran far longer than any tile needs."""
 
 
 class OutOfBoundsError(MachineError):
-    """An address outside of every tensor, of shared memory, or not aligned for its access."""
+    """An address outside all tensors or outside shared memory, or an address misaligned for its access."""
 
 
 class MissingProxyFenceError(MachineError):
-    """The asynchronous proxy touches shared memory that was written without a fence.proxy.async after it."""
+    """The asynchronous proxy accessed shared memory that was written without a subsequent fence.proxy.async."""
 
 
 class SharedMemoryRaceError(MachineError):
-    """Shared memory is read while a copy lands in it, or written while a product or copy may still read it."""
+    """Shared memory was read while a copy was landing in it, or written while a product or copy could still read it."""
 
 
 class RegisterRaceError(MachineError):
-    """A register of a matrix product is used before the wait for the product, or reaches it without wgmma.fence."""
+    """A register of a matrix product was used before the wait for the product, or passed to it without wgmma.fence."""
 
 
 class BarrierError(MachineError):
-    """A barrier is used in a way that its definition does not allow."""
+    """A barrier was used in a way that its definition does not allow."""
 
 
 class TensorMapError(MachineError):

@@ -1,7 +1,7 @@
-"""Arithmetic of 32 lanes: the effect of one instruction on the registers of a warp.
+"""Arithmetic of 32 lanes: the effect of one instruction on a warp's registers.
 
-Integers wrap, shifts by the width or more give zero or the sign, division truncates. Single precision rounds once, like
-the hardware (fma goes through double precision, which differs in the last bit in a few cases).
+Integers wrap around. Shifts by the width or more give zero, or the sign. Division truncates. Single precision rounds
+once, like the hardware, except that fma is computed in double precision, which in rare cases changes the last bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .machine import Warp
 
 LANES = 32
-# lanes that take part; None for all of them
+# the lanes that take part, or None for all lanes
 Mask = np.ndarray | None
 Run = Callable[["Warp", Mask], Any]
 
@@ -32,7 +32,7 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 def reader(operand: Operand, kind: str) -> Callable[[Warp], Any]:
-    """Return a function that gets an operand's value in all lanes (or one value for all), as this kind of number."""
+    """Return a function that reads an operand as type `kind`, in all lanes or as one value for all lanes."""
     if isinstance(operand, Register):
         number = operand.number
         return lambda warp: warp.registers[kind][number]
@@ -54,17 +54,17 @@ def reader(operand: Operand, kind: str) -> Callable[[Warp], Any]:
 
 
 def write(warp: Warp, mask: Mask, target: Register, kind: str, value: Any) -> None:
-    """Put a value into a register in the lanes of a mask."""
+    """Write a value to a register in the lanes of a mask."""
     np.copyto(warp.registers[kind][target.number], value, where=True if mask is None else mask)
 
 
 def flushed(x: Any) -> Any:
-    """Replace numbers too small to be normal by zero of their sign."""
+    """Replace subnormal numbers by zero with the same sign."""
     return np.where(np.abs(x) < _SMALLEST_NORMAL, np.copysign(np.float32(0), x), x)
 
 
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """Round single precision to the nearest bfloat16, ties to even. Return its bits."""
+    """Round single precision to the nearest bfloat16, ties to even. Return the bits as uint16."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
@@ -77,7 +77,7 @@ def _fused(a: Any, b: Any, c: Any) -> Any:
 def _divided(a: Any, b: Any) -> Any:
     a, b = np.int64(a), np.int64(b)
     quotient = np.abs(a) // np.maximum(np.abs(b), 1)
-    # the result of a division by zero is not defined
+    # the result of a division by zero is undefined
     return np.where(b == 0, -1, np.sign(a) * np.sign(b) * quotient)
 
 
@@ -93,7 +93,7 @@ def _shift_right(a: Any, count: Any) -> Any:
 
 
 def _extract(a: Any, first: Any, length: Any) -> Any:
-    """Return some bits of a number; of a signed one, with the highest of them as sign."""
+    """Return the bits [first, first + length) of a number. For a signed type, the highest of them is the sign."""
     first, length = np.int64(first), np.int64(length)
     field = (np.int64(a) >> first) & ((np.int64(1) << length) - 1)
     if a.dtype.kind == "i":
@@ -106,7 +106,7 @@ def _high(a: Any, b: Any) -> Any:
     return (np.int64(a) * np.int64(b)) >> np.int64(32)
 
 
-# by name without its kind: the function, and the kinds of sources that differ from the instruction's
+# maps a name without its type to the function and to the types of those sources that differ from the instruction's type
 _OPERATIONS: dict[str, tuple[Callable[..., Any], dict[int, str]]] = {
     "mov": (lambda a: a, {}),
     "add": (lambda a, b: a + b, {}),
@@ -126,7 +126,7 @@ _OPERATIONS: dict[str, tuple[Callable[..., Any], dict[int, str]]] = {
     "shl": (_shift_left, {1: "u32"}),
     "shr": (_shift_right, {1: "u32"}),
     "bfe": (_extract, {1: "u32", 2: "u32"}),
-    # of a number and NaN, the number
+    # min and max of a number and NaN return the number
     "min": (np.fmin, {}),
     "max": (np.fmax, {}),
     "fma.rn": (_fused, {}),
@@ -149,7 +149,7 @@ _HALVES: dict[str, Callable[[Any], np.ndarray]] = {
 
 
 def arithmetic(instruction: Instruction) -> Run | None:
-    """Compile an arithmetic instruction. Return None for others."""
+    """Compile an arithmetic instruction. Return None for any other instruction."""
     *stem, kind = instruction.opcode.split(".")
     name = ".".join(stem)
     if stem[:1] == ["cvt"]:

@@ -1,4 +1,4 @@
-"""A launch of the project bound to its compiled kernel, and run in the interpreter."""
+"""Binds a launch of the project to its compiled kernel and runs it in the interpreter."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def interpret(
     seed: int = 0,
     fenced_barriers: bool = True,
 ) -> list[list[int]]:
-    """Run some programs of a launch, by default all, one after the other; results go to the launch's tensors.
+    """Run some programs of a launch one after another, by default all. Results are written to the launch's tensors.
 
-    Return, for each program, its warpgroups in the order in which they began products that add to nothing.
-    seed: of the order in which warps run and copies land. fenced_barriers: see `LoadedKernel`.
+    Return, for each program, its warpgroups in the order in which they issued products without an accumulator input.
+    seed: seeds the order in which warps run and copies land. fenced_barriers: see `LoadedKernel`.
     """
     _refuse_other_arguments(launch, kernel)
     parsed = parse(kernel.ptx)
     memory = GlobalMemory(list(_tensors(launch)))
     values = list(_parameters(launch, kernel, memory))
-    # pointers to scratch memory that these kernels do not have
+    # these kernels have no scratch memory, so pass null pointers for it
     values += [0] * (len(parsed.parameters) - len(values))
     parameters = {parameter.name: value for parameter, value in zip(parsed.parameters, values, strict=True)}
     loaded = LoadedKernel(parsed, prepare(parsed), parameters, memory, kernel.shared, fenced_barriers)
@@ -49,7 +49,7 @@ def interpret(
 
 
 def _refuse_other_arguments(launch: TritonLaunch, kernel: Compiled) -> None:
-    """Raise if the kernel was compiled for arguments of other values."""
+    """Raise ValueError if the kernel was compiled for other argument values."""
     for name, wanted in kernel.constants.items():
         if launch.arguments[name] != wanted:
             raise ValueError(f"the kernel was compiled for {name} = {wanted}, not {launch.arguments[name]}")

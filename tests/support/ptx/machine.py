@@ -1,7 +1,7 @@
-"""One program: its warps, their divergence, and a scheduler that lets them run as far apart as their barriers allow.
+"""One program: its warps, their divergence, and a scheduler that lets warps run as far apart as their barriers allow.
 
-A warp runs until it waits, or synchronises in any way. Then a seeded random choice decides which warp is next and which
-copy lands. Some warps are much faster than others.
+A warp runs until it waits or synchronizes. A seeded random choice then decides which warp runs next and which copy
+lands. Some warps are much faster than others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .tensor_core import ProductQueue
 
 # far more than any tile needs
 _MOST_INSTRUCTIONS = 2_000_000
-# addresses of parameters, as such and in the generic space
+# base addresses of parameters, in the parameter space and in the generic space
 _PARAMETERS, _GENERIC_PARAMETERS = 0x100, 1 << 44
 _SHARED_SYMBOL = "global_smem"
 _VIEWS = {"pred": ("pred",), "b16": ("u16", "s16"), "b32": ("u32", "s32", "f32"), "b64": ("u64", "s64")}
@@ -40,23 +40,23 @@ _LANE = np.arange(LANES)
 
 
 class Step(NamedTuple):
-    """An instruction made ready to run."""
+    """An instruction prepared to run."""
 
     instruction: Instruction
     run: Run | None
-    # the target of a branch, otherwise None
+    # the index of a branch's target step, otherwise None
     target: int | None
-    # 32-bit registers that it names, and those it writes
+    # the 32-bit registers that the instruction names, and those it writes
     uses: frozenset[int]
     writes: frozenset[int]
-    # whether all lanes must take part
+    # True if all lanes must take part
     collective: bool
-    # whether it is a matrix product, whose queue watches its registers
+    # True for a matrix product, whose queue checks its registers
     product: bool
 
 
 def prepare(kernel: Kernel) -> list[Step]:
-    """Prepare all instructions of a kernel. Raise an error that names an unknown one."""
+    """Prepare all instructions of a kernel. Raise UnknownOperationError for an unsupported one."""
     return [_step(kernel, instruction) for instruction in kernel.instructions]
 
 
@@ -68,7 +68,7 @@ def _step(kernel: Kernel, instruction: Instruction) -> Step:
         return Step(instruction, None, kernel.labels[label.name], frozenset(), frozenset(), False, False)
     if opcode == "brx.idx":
         return Step(instruction, _indexed_branch(kernel, instruction), None, _words(operands), frozenset(), True, False)
-    # an instruction whose first operand is an address stores
+    # an instruction whose first operand is an address is a store, which writes no register
     results = () if operands and isinstance(operands[0], Address) else operands[:1]
     uses, writes = _words(operands), _words(results)
     collective = ".aligned" in opcode or opcode.startswith(("bar", "shfl", "elect", "ret"))
@@ -80,7 +80,7 @@ def _step(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _indexed_branch(kernel: Kernel, instruction: Instruction) -> Run:
-    """Compile brx.idx: go on at a label of a list, by its number."""
+    """Compile brx.idx, which branches to the label at an index in a list."""
     number, table = instruction.operands
     assert isinstance(table, Symbol)
     labels = kernel.instructions[kernel.labels[table.name]].operands
@@ -91,30 +91,30 @@ def _indexed_branch(kernel: Kernel, instruction: Instruction) -> Run:
         which = same_in_all(read(warp))
         if which >= len(targets):
             raise MachineError(f"number {which} of {len(targets)} labels")
-        # the warp goes on at the next step
+        # the scheduler adds 1 to `at` after each instruction
         warp.at = targets[which] - 1
 
     return run
 
 
 def _words(operands: tuple[Operand, ...]) -> frozenset[int]:
-    """Return the numbers of the 32-bit registers among operands."""
+    """Return the numbers of the 32-bit registers among the operands."""
     return frozenset(register.number for register in registers_of(operands) if register.width == "b32")
 
 
 class Warp:
-    """32 lanes: their registers, where they are, and what they wait for."""
+    """A warp of 32 lanes: their registers, their positions, and what they wait for."""
 
     def __init__(self, program: Program, number: int, widths: dict[str, int]):
         self.program, self.number = program, number
-        # registers that were never written are NaN
+        # registers are initialized to NaN
         files = {width: np.full((count, LANES), ~DTYPES[width](0)) for width, count in widths.items()}
         self.registers: dict[str, np.ndarray] = {
             kind: files[width].view(DTYPES[kind]) for width, kinds in _VIEWS.items() for kind in kinds
         }
         self.registers |= {width: files[width] for width in ("b16", "b32", "b64")}
         self.at = 0
-        # lanes that are at `at`, None for all; the others and where they are
+        # the lanes at step `at` (None means all lanes), and the other lanes with their steps
         self.active: Mask = None
         self.elsewhere: list[tuple[int, np.ndarray]] = []
         self.wait: Wait | None = None
@@ -137,11 +137,11 @@ class Warp:
         return values[name]
 
     def ready(self) -> bool:
-        """Return whether the warp can go on."""
+        """Return whether the warp can continue."""
         return not self.ended and (self.wait is None or self.wait.ready())
 
     def branch(self, taken: np.ndarray, target: int) -> None:
-        """Send some of the active lanes to `target`, and the others on."""
+        """Move the `taken` lanes to `target` and the other active lanes to the next step."""
         stay = ~taken if self.active is None else self.active & ~taken
         if not stay.any():
             self.at = target
@@ -152,7 +152,7 @@ class Warp:
             self._pick()
 
     def converge(self) -> None:
-        """Put the present lanes back among the others, and go on with the lanes that are furthest behind."""
+        """Move the active lanes to `elsewhere`, and continue with the lanes that are furthest behind."""
         assert self.active is not None
         self.elsewhere.append((self.at, self.active))
         self._pick()
@@ -166,15 +166,17 @@ class Warp:
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel made ready to run on the tensors of a launch. Parameters by name: integers (bits of floats) or tensor maps."""
+    """A kernel prepared to run on the tensors of a launch. parameters: integers (a float's bits) or tensor maps, by
+    name.
+    """
 
     kernel: Kernel
     steps: list[Step]
     parameters: dict[str, int | TensorMap]
     memory: GlobalMemory
-    # bytes
+    # shared memory per program, in bytes
     shared_size: int
-    # whether an mbarrier must be made known to the asynchronous proxy by a fence before a bulk copy counts bytes on it
+    # True if a fence must make an mbarrier visible to the asynchronous proxy before a bulk copy counts bytes on it
     fenced_barriers: bool = True
 
 
@@ -188,9 +190,9 @@ class Program:
         self.shared = SharedMemory(loaded.shared_size)
         self.barriers: dict[int, MBarrier] = {}
         self.named = {i: NamedBarrier(i) for i in range(16)}
-        # bulk copies into shared memory that have not landed
+        # bulk copies into shared memory that have not landed yet
         self.landings: list[Landing] = []
-        # warpgroups in the order in which their first warps began products that add to nothing
+        # warpgroups in the order in which their first warps issued products without an accumulator input
         self.begun: list[int] = []
         self.addresses = {name: _PARAMETERS + 256 * i for i, name in enumerate(parameters)}
         self.maps = {
@@ -200,11 +202,11 @@ class Program:
         }
         self.warps = [Warp(self, i, kernel.widths) for i in range(kernel.warps)]
         self.chance = random.Random(f"{seed} {number}")
-        # the chance that a copy lands while a warp could go on, and which copy lands: the newest, the oldest, or any
+        # the probability that a copy lands while a warp could run, and which copy lands: the newest, the oldest or any
         self.eagerness, self.lands = self.chance.choice([0.0, 0.02, 0.3]), self.chance.choice([-1, 0, None])
-        # the lane that elect.sync picks: any, but always the same
+        # the lane that elect.sync picks: an arbitrary lane, but always the same one
         self.leader = self.chance.randrange(LANES)
-        # whether whole warpgroups or single warps run far apart
+        # sometimes whole warpgroups run far apart, sometimes single warps do
         size = self.chance.choice([1, 4])
         for first in range(0, kernel.warps, size):
             speed = self.chance.choice([1, 1, 20])
@@ -216,7 +218,7 @@ class Program:
         return SHARED_BASE if name == _SHARED_SYMBOL else self.addresses[name]
 
     def generic_address(self, address: np.ndarray) -> np.ndarray:
-        """Return the generic address of a parameter's address."""
+        """Convert a parameter's address to a generic address."""
         return address + np.uint64(_GENERIC_PARAMETERS)
 
     def map(self, address: int) -> TensorMap:
@@ -226,13 +228,13 @@ class Program:
         return self.maps[address]
 
     def barrier(self, address: int) -> MBarrier:
-        """Return the mbarrier at an address of shared memory."""
+        """Return the mbarrier at an address in shared memory."""
         if address not in self.barriers:
             raise BarrierError(f"there is no mbarrier at byte {address - SHARED_BASE} of shared memory")
         return self.barriers[address]
 
     def run(self) -> None:
-        """Run all warps to their ends."""
+        """Run all warps to completion."""
         with np.errstate(all="ignore"):
             while not all(warp.ended for warp in self.warps):
                 able = [warp for warp in self.warps if warp.ready()]
@@ -247,7 +249,7 @@ class Program:
             self._finish()
 
     def _waiting(self) -> list[str]:
-        """Return which warps wait where, and for what."""
+        """Describe which warps wait, where, and for what."""
         warps: dict[str, list[str]] = {}
         for warp in self.warps:
             if warp.wait is not None and not warp.ended:
@@ -256,7 +258,7 @@ class Program:
         return [f"at {place}: warp {', '.join(numbers)}" for place, numbers in warps.items()]
 
     def _finish(self) -> None:
-        """Check what must be true when a program has ended."""
+        """Raise SharedMemoryRaceError if the ended program has not waited for all of its products and copies."""
         for warp in self.warps:
             if warp.products.groups or warp.products.uncommitted:
                 raise SharedMemoryRaceError(f"warp {warp.number} ended with products that it never waited for")
@@ -269,7 +271,7 @@ class Program:
                 raise BarrierError(f"the program ended while {barrier} counts bytes that do not balance")
 
     def _advance(self, warp: Warp) -> None:
-        """Run a warp until it synchronises."""
+        """Run a warp until it synchronizes."""
         warp.wait = None
         outcome: Any = None
         while outcome is None:
@@ -289,7 +291,7 @@ class Program:
         return self.steps[warp.at]
 
     def _execute(self, warp: Warp, step: Step) -> Any:
-        """Run one instruction. Return its wait, if any."""
+        """Run one instruction. Return its outcome, such as a wait, or None."""
         warp.steps += 1
         if warp.steps > _MOST_INSTRUCTIONS:
             raise EndlessLoopError(f"{_MOST_INSTRUCTIONS:,} instructions and no end")

@@ -1,4 +1,4 @@
-"""Memory of a program: shared memory with checks of every access, and global memory with bounds."""
+"""The memory of a program: shared memory in which every access is checked, and global memory with bounds checks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from .errors import MissingProxyFenceError, OutOfBoundsError, SharedMemoryRaceError
 
-# the first kilobyte of a program's shared memory is the system's on Hopper
+# on Hopper the system reserves the first kilobyte of a program's shared memory
 SHARED_BASE = 1024
 _GLOBAL_BASE = 1 << 40
-# bytes between two tensors, so that an access past the end of one does not reach another
+# bytes between two tensors, so that an access past one tensor's end does not reach another
 _GAP = 1 << 12
 _ALIGNMENT = 256
 
 
 class SharedMemory:
-    """Bytes by address. Bytes that were never written are all ones, which is NaN in every floating-point type.
+    """Bytes by address. Bytes never written are all ones, which is NaN in every floating-point type.
 
-    Every byte knows whether a copy is landing in it, which warp wrote it without a fence for the asynchronous proxy, and
-    how many products, copies and barriers need it as it is.
+    For every byte it records whether a copy is landing in it, which warp wrote it without a fence for the asynchronous
+    proxy, and how many products, copies and barriers rely on it being unchanged.
     """
 
     def __init__(self, size: int):
@@ -32,7 +32,7 @@ class SharedMemory:
         self.users = np.zeros(self.end, np.uint16)
 
     def read(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Return (lanes, size) bytes, by ordinary loads."""
+        """Return (lanes, size) bytes read by ordinary loads."""
         places = self._places(addresses, size)
         self._refuse_landing(places, "read")
         return self.bytes[places]
@@ -46,22 +46,22 @@ class SharedMemory:
         self.unfenced[places] = warp + 1
 
     def fence(self, warp: int) -> None:
-        """Let products and bulk copies see the warp's earlier writes: fence.proxy.async."""
+        """Make the warp's earlier writes visible to products and bulk copies (fence.proxy.async)."""
         self.unfenced[self.unfenced == warp + 1] = 0
 
     def take(self, places: np.ndarray) -> None:
-        """Begin to read these bytes by a product or bulk copy. They must not be written until `release`."""
+        """Start a product's or bulk copy's read of these bytes. They must not be written until `release`."""
         self._refuse_outside(places)
         self._refuse_landing(places, "read by a product or copy")
         self._refuse_unfenced(places)
         self.users[places] += 1
 
     def release(self, places: np.ndarray) -> None:
-        """End a reading of these bytes."""
+        """End a read of these bytes."""
         self.users[places] -= 1
 
     def expect(self, places: np.ndarray, bulk: bool = True) -> None:
-        """Begin to write these bytes by a copy. They must not be used until `land`. Only bulk copies need a fence before."""
+        """Start a copy into these bytes. They must not be used until `land`. Only bulk copies need a fence before."""
         self._refuse_outside(places)
         self._refuse_landing(places, "written by a second copy")
         self._refuse_users(places, "written by a copy")
@@ -71,13 +71,15 @@ class SharedMemory:
         self.landing[places] = True
 
     def land(self, places: np.ndarray, data: np.ndarray, warp: int | None = None) -> None:
-        """End a copy. warp: it counts as that warp's ordinary store."""
+        """End a copy. warp: the warp whose ordinary store the copy counts as, or None."""
         self.bytes[places] = data
         self.landing[places] = False
         self.unfenced[places] = 0 if warp is None else warp + 1
 
     def refuse_unfenced(self, address: int, size: int) -> None:
-        """Raise if the asynchronous proxy is about to use an object that was written without a fence."""
+        """Raise MissingProxyFenceError if an object that the asynchronous proxy is about to use was written without a
+        fence.
+        """
         self._refuse_unfenced(np.arange(address, address + size))
 
     def _places(self, addresses: np.ndarray, size: int) -> np.ndarray:
@@ -122,7 +124,7 @@ class _Region(NamedTuple):
 
 
 class GlobalMemory:
-    """All tensors of a launch, by made-up addresses."""
+    """All tensors of a launch, at artificial addresses."""
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.regions: dict[int, _Region] = {}
@@ -130,7 +132,7 @@ class GlobalMemory:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self.regions:
-                # as far from a multiple of the alignment as the tensor really is: the compiler relied on it
+                # keep the tensor's real offset from a multiple of the alignment, because the compiler relied on it
                 begin = end + _GAP + storage.data_ptr() % _ALIGNMENT
                 self.regions[storage.data_ptr()] = _Region(begin, storage)
                 end = -(-(begin + storage.nbytes()) // _ALIGNMENT) * _ALIGNMENT
@@ -147,12 +149,14 @@ class GlobalMemory:
         return self.regions[storage.data_ptr()].begin + int(tensor.storage_offset()) * tensor.element_size()
 
     def write_back(self) -> None:
-        """Write the program's memory back into the tensors."""
+        """Copy the program's memory back to the tensors."""
         for region in self.regions.values():
             _as_numpy(region.storage)[:] = self._part(region)
 
     def places(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Return the places of (..., size) bytes in `bytes`. All of each address's bytes must be in one tensor, and aligned."""
+        """Return the indices in `bytes` of (..., size) bytes. The bytes at each address must be aligned and lie in one
+        tensor.
+        """
         addresses = np.asarray(addresses, np.int64)
         region = np.searchsorted(self.begins, addresses, "right") - 1
         outside = (region < 0) | (addresses + size > self.ends[region])
@@ -170,5 +174,5 @@ class GlobalMemory:
 
 
 def _as_numpy(storage: torch.UntypedStorage) -> np.ndarray:
-    """Return the bytes of a storage, shared with it."""
+    """Return the bytes of a storage as an array that shares its memory."""
     return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()

@@ -1,4 +1,6 @@
-"""Operands of instructions (addresses, registers, constants), and the answers of instructions to the scheduler."""
+"""Operands of instructions (addresses, registers, constants), and the outcomes that instructions return to the
+scheduler.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,13 @@ if TYPE_CHECKING:
 
 
 class Wait(NamedTuple):
-    """A wait of a warp: whether it is over, and its description."""
+    """A warp's wait: a function that returns whether it is over, and one that describes it."""
 
     ready: Callable[[], bool]
     describe: Callable[[], str]
 
 
-# the warp ends; the warp goes on, but others may run first
+# EXIT: the warp ends. PAUSE: the warp continues, but others may run first
 EXIT, PAUSE = object(), object()
 LANE_NUMBERS = np.arange(LANES)
 
@@ -33,7 +35,7 @@ def active_lanes(mask: Mask) -> np.ndarray:
 
 
 def addresses_of(operand: Operand) -> Callable[[Warp], np.ndarray]:
-    """Return a function that gets the address that each lane forms."""
+    """Return a function that computes each lane's address."""
     assert isinstance(operand, Address)
     kind = operand.base.width if isinstance(operand.base, Register) else "b32"
     base, offset = reader(operand.base, kind), operand.offset
@@ -45,7 +47,7 @@ def addresses_of(operand: Operand) -> Callable[[Warp], np.ndarray]:
 
 
 def same_in_all(values: Any, mask: Mask = None) -> int:
-    """Return the value that all active lanes have."""
+    """Return the value of all active lanes. Raise MachineError if they differ."""
     values = np.broadcast_to(values, LANES)[active_lanes(mask)]
     if (values != values[0]).any():
         raise MachineError("the lanes of the warp do not agree on an operand that must be the same in all")
@@ -53,17 +55,17 @@ def same_in_all(values: Any, mask: Mask = None) -> int:
 
 
 def parts_of(operand: Operand) -> tuple[Operand, ...]:
-    """Return the operands in braces, or the operand alone."""
+    """Return the operands in braces, or the single operand."""
     return operand.parts if isinstance(operand, Vector) else (operand,)
 
 
 def register_numbers(operand: Operand) -> tuple[int, ...]:
-    """Return the numbers of registers in braces."""
+    """Return the numbers of the registers in braces."""
     return tuple(part.number for part in parts_of(operand) if isinstance(part, Register))
 
 
 def constant(operand: Operand) -> int:
-    """Return the value of an operand that must be a number in the text."""
+    """Return the value of an operand that must be an immediate."""
     if not isinstance(operand, Immediate):
         raise UnknownOperationError("a constant is expected here")
     return operand.bits

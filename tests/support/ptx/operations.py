@@ -1,4 +1,4 @@
-"""Every instruction that is not arithmetic, by its name. Those for memory and for moves between lanes are here."""
+"""All non-arithmetic instructions by name. Memory accesses and moves between lanes are compiled here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def operation(instruction: Instruction) -> Run:
     """Compile an instruction that is not arithmetic."""
-    # in a cluster of one program both names of shared memory mean the program's own
+    # a cluster has one program, so both names of shared memory mean the program's own
     opcode = instruction.opcode.replace("::cta", "").replace("::cluster", "")
     for name, build in _BUILDERS.items():
         if opcode == name or (name.endswith(".") and opcode.startswith(name)):
@@ -57,11 +57,11 @@ def _load_parameter(instruction: Instruction) -> Run:
 
 
 def _element(opcode: str) -> np.dtype:
-    """Return the type of one element that a load or store moves."""
+    """Return the dtype of one element moved by a load or store."""
     kind = opcode.rpartition(".")[2]
     if kind[0] not in "bus" or kind[1:] not in ("8", "16", "32", "64"):
         raise UnknownOperationError(f"the instruction {opcode}")
-    # a signed number is widened in its register
+    # a signed number is sign-extended in its register
     return np.dtype(f"{'i' if kind[0] == 's' else 'u'}{int(kind[1:]) // 8}")
 
 
@@ -102,7 +102,7 @@ def _store(instruction: Instruction) -> Run:
 
 
 def _store_matrices(instruction: Instruction) -> Run:
-    """Compile stmatrix: four matrices of 8 x 8; lane 8 i + r has the address of row r of the i-th."""
+    """Compile stmatrix, which stores four 8 x 8 matrices. Lane 8 i + r holds the address of row r of matrix i."""
     target, source = instruction.operands
     address, registers = addresses_of(target), list(register_numbers(source))
 
@@ -114,7 +114,9 @@ def _store_matrices(instruction: Instruction) -> Run:
 
 
 def _shuffle(instruction: Instruction) -> Run:
-    """Compile a shuffle: a lane gets the number of lane `which` (idx), or of the lane that differs in these bits (bfly)."""
+    """Compile a shuffle. Each lane reads from lane `which` (idx), or from the lane whose number differs in the bits of
+    `which` (bfly).
+    """
     target, source, which, clamp, members = instruction.operands
     if (constant(clamp), constant(members)) != (31, -1):
         raise UnknownOperationError("a shuffle in parts of a warp")
@@ -136,7 +138,7 @@ def _elect(instruction: Instruction) -> Run:
     return run
 
 
-# by opcode, or by its beginning if the key ends in a dot
+# keyed by opcode, or by its prefix if the key ends in a dot
 _BUILDERS: dict[str, Callable[[Instruction], Run]] = {
     "ret": _exit,
     # a list of labels for brx.idx
@@ -152,7 +154,7 @@ _BUILDERS: dict[str, Callable[[Instruction], Run]] = {
     "shfl.sync.bfly.b32": _shuffle,
     "shfl.sync.idx.b32": _shuffle,
     "elect.sync": _elect,
-    # the lanes of a warp run in step
+    # the lanes of a warp run in lock step
     "bar.warp.sync": _nothing,
     "bar.sync": asynchronous.named_barrier,
     "barrier.sync": asynchronous.named_barrier,

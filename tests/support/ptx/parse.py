@@ -1,4 +1,4 @@
-"""PTX text of one kernel as a list of instructions with numbered registers."""
+"""Parses the PTX text of one kernel into a list of instructions with numbered registers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import NamedTuple, TypeAlias
 
 
 class Register(NamedTuple):
-    """A register: its width (pred, b16, b32, b64) and its number among those."""
+    """A register: its width (pred, b16, b32 or b64) and its number among the registers of that width."""
 
     width: str
     number: int
 
 
 class Immediate(NamedTuple):
-    """A constant; floating-point constants are given by their bits."""
+    """A constant. Floating-point constants are given as bits."""
 
     bits: int
 
@@ -34,7 +34,7 @@ class Special(NamedTuple):
 
 
 class Address(NamedTuple):
-    """[base + offset], or [tensor map, {coordinates}]."""
+    """A memory operand: [base + offset], or [tensor map, {coordinates}]."""
 
     base: Register | Symbol | Immediate
     offset: int = 0
@@ -42,7 +42,7 @@ class Address(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """{a, b, ...}"""
+    """A list of operands in braces: {a, b, ...}."""
 
     parts: tuple[Operand, ...]
 
@@ -52,7 +52,7 @@ Operand: TypeAlias = "Register | Immediate | Symbol | Special | Address | Vector
 
 @dataclass
 class Instruction:
-    """One instruction. A discarded result (_) is None among its operands; `guard` is the predicate before it."""
+    """One instruction. A discarded result (_) is None among its operands. guard: the predicate before the opcode."""
 
     opcode: str
     operands: tuple[Operand, ...]
@@ -62,13 +62,13 @@ class Instruction:
     text: str
 
     def where(self) -> str:
-        """Return the line and the beginning of the instruction, for messages."""
+        """Return the line number and the start of the instruction's text, for messages."""
         short = self.text if len(self.text) < 100 else self.text[:97] + "..."
         return f"line {self.line} ({short})"
 
 
 def registers_of(operands: tuple[Operand, ...]) -> Iterator[Register]:
-    """Yield all registers that operands name."""
+    """Yield all registers that occur in the operands."""
     waiting = list(operands)
     while waiting:
         operand = waiting.pop()
@@ -89,24 +89,26 @@ class Parameter(NamedTuple):
 
 @dataclass
 class Kernel:
-    """A kernel as parsed. `labels` give the instruction that follows them; `widths` count registers."""
+    """A parsed kernel. labels: the index of the instruction after each label. widths: the number of registers of each
+    width.
+    """
 
     name: str
     parameters: list[Parameter]
     instructions: list[Instruction]
     labels: dict[str, int]
     widths: dict[str, int]
-    # warps of a program
+    # warps per program
     warps: int
 
 
 @dataclass
 class _Scope:
-    """The names between two braces."""
+    """The names declared between two braces."""
 
     number: int
     registers: dict[str, Register] = field(default_factory=dict)
-    # prefix of numbered registers, such as %r, to their width and first number
+    # maps a prefix of numbered registers, such as %r, to their width and first number
     prefixes: dict[str, tuple[str, int]] = field(default_factory=dict)
     labels: set[str] = field(default_factory=set)
 
@@ -115,7 +117,7 @@ _ENTRY = re.compile(r"\.visible\s+\.entry\s+([\w$]+)\s*\((.*?)\)\s*(.*?)\{", re.
 _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)*?\.align\s+\d+\s+)?([\w$]+)(?:\[(\d+)\])?"
 )
-# where a statement begins
+# the start of a statement
 _BEGIN = re.compile(r"\S")
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
 _STATEMENT = re.compile(r"[^;]*;")
@@ -124,8 +126,8 @@ _SIZES = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4, "s32": 4}
 
 
 def parse(text: str) -> Kernel:
-    """Parse the only kernel of a PTX file."""
-    # remove source lines and comments; line breaks stay, for line numbers
+    """Parse a PTX file that contains one kernel."""
+    # remove source lines and comments, but keep line breaks for the line numbers
     text = re.sub(r"//[^\n]*|^\s*\.(?:loc|file)\b[^\n]*", "", text, flags=re.M)
     entry = _ENTRY.search(text)
     if entry is None:
@@ -140,7 +142,7 @@ def parse(text: str) -> Kernel:
 
 
 class _Parser:
-    """A parser of statements, from the opening brace of a body to its closing one."""
+    """A parser for the statements between the braces of a kernel's body."""
 
     def __init__(self, text: str, start: int):
         self.text, self.start = text, start
@@ -151,7 +153,7 @@ class _Parser:
         self.scope_count = 1
 
     def kernel(self, name: str, parameters: list[Parameter], warps: int) -> Kernel:
-        """Parse the kernel whose body begins here."""
+        """Parse the kernel whose body starts at `self.start`."""
         at, line = self.start, self.text.count("\n", 0, self.start) + 1
         while self.scopes:
             begin = _BEGIN.search(self.text, at)
@@ -162,7 +164,7 @@ class _Parser:
         return Kernel(name, parameters, self.instructions, self.labels, self.widths, warps)
 
     def _statement(self, at: int, line: int) -> int:
-        """Read one statement. Return where it ends."""
+        """Parse one statement. Return the position after it."""
         if self.text[at] == "{":
             self.scopes.append(_Scope(self.scope_count))
             self.scope_count += 1
@@ -203,7 +205,7 @@ class _Parser:
         self.instructions.append(Instruction(opcode, operands, register, bool(negated), line, body))
 
     def _operand(self, text: str) -> list[Operand]:
-        """Return the operand; two for a|b."""
+        """Return the operand in a list, or two operands for a|b."""
         if text.startswith("["):
             return [self._address(text[1:-1].strip())]
         if text.startswith("{"):
@@ -252,7 +254,7 @@ class _Parser:
 
 
 def _split(text: str) -> list[str]:
-    """Split at commas that are in no bracket."""
+    """Split at commas outside brackets."""
     parts, depth, begin = [], 0, 0
     for i, letter in enumerate(text):
         depth += (letter in "[{") - (letter in "]}")

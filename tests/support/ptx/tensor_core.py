@@ -1,7 +1,7 @@
-"""Matrix products of a warpgroup (wgmma): descriptors of shared memory, swizzles, fragments in registers, late reads.
+"""Matrix products of a warpgroup (wgmma): descriptors of shared memory, swizzles, register fragments, late reads.
 
-Every warp computes its own 16 of the 64 rows. A product reads its operands at the wait, the latest moment allowed; until
-then its registers and its bytes of shared memory must not change.
+Each warp computes 16 of the 64 rows. A product reads its operands at the wait, which is the latest moment allowed.
+Until then its registers and its bytes of shared memory must not change.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from .memory import SharedMemory
 
 ROWS = 16
-# depth of one instruction in 16-bit numbers
+# depth of one instruction in 16-bit elements
 DEPTH = 16
 _LANE = np.arange(32)
 
 
 class Descriptor(NamedTuple):
-    """The instruction's description of a matrix in shared memory; offsets in bytes, `width` of the swizzle or 0."""
+    """An instruction's descriptor of a matrix in shared memory. Offsets are in bytes. width: bytes of the swizzle, or 0
+    without one.
+    """
 
     start: int
     leading: int
@@ -34,14 +36,18 @@ class Descriptor(NamedTuple):
 
     @staticmethod
     def decode(bits: int) -> Descriptor:
-        """Decode the fields of 64 bits (PTX ISA, "Matrix descriptor format"); addresses and offsets count 16 bytes."""
+        """Decode a 64-bit descriptor (PTX ISA, "Matrix descriptor format"), whose addresses and offsets count units of
+        16 bytes.
+        """
         if bits >> 49 & 7:
             raise UnknownOperationError("a matrix descriptor with a base offset")
         start, leading, stride = (16 * (bits >> shift & 0x3FFF) for shift in (0, 16, 32))
         return Descriptor(start, leading, stride, (0, 128, 64, 32)[bits >> 62])
 
     def places(self, size: int, first: int, transposed: bool) -> np.ndarray:
-        """Return (size, DEPTH) addresses of the numbers of rows [first, first + size). transposed: rows lie side by side."""
+        """Return the (size, DEPTH) addresses of the elements in rows [first, first + size). transposed: consecutive
+        rows are adjacent in memory.
+        """
         row, k = np.arange(first, first + size)[:, None], np.arange(DEPTH)[None, :]
         if transposed:
             if not self.width:
@@ -56,12 +62,14 @@ class Descriptor(NamedTuple):
 
 
 def swizzled(address: np.ndarray, width: int) -> np.ndarray:
-    """Return where a byte of a swizzled tile lies: the number of its row, modulo 8, moves its piece of 16 bytes."""
+    """Return the address of a byte in a swizzled tile. The row number modulo 8 is XORed into the number of its 16-byte
+    chunk.
+    """
     return address ^ (address >> 3 & max(width - 16, 0))
 
 
 def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Convert 16-bit numbers (bf16 or f16) to single precision."""
+    """Convert 16-bit elements (bf16 or f16) to single precision."""
     if kind == "bf16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return bits.view(np.float16).astype(np.float32)
@@ -69,29 +77,29 @@ def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
 
 @dataclass
 class Product:
-    """One instruction under way, of one warp. Operands are registers (left only) or addresses in shared memory."""
+    """One warp's product in flight. Operands are registers (left operand only) or addresses in shared memory."""
 
     accumulators: tuple[int, ...]
     left: tuple[int, ...] | np.ndarray
     right: np.ndarray
     kind: str
-    # whether it adds to the accumulators
+    # True if the product is added to the accumulators
     adds: bool
-    # both signs multiplied
+    # the product of both operands' signs
     sign: float
 
     def registers(self) -> frozenset[int]:
-        """Return the registers that it reads and does not write."""
+        """Return the registers that the product reads but does not write."""
         return frozenset(self.left) if isinstance(self.left, tuple) else frozenset()
 
     def places(self) -> np.ndarray:
-        """Return all bytes of shared memory that it reads."""
+        """Return the addresses of all bytes of shared memory that the product reads."""
         parts = [self.right] if isinstance(self.left, tuple) else [self.left, self.right]
         first = np.concatenate([part.ravel() for part in parts])
         return np.concatenate([first, first + 1])
 
     def compute(self, warp: Warp, shared: SharedMemory) -> None:
-        """Read, multiply, write the accumulators."""
+        """Read the operands, multiply them and write the accumulators."""
         memory = shared.bytes.view(np.uint16)
         right = numbers(memory[self.right >> 1], self.kind)
         if isinstance(self.left, tuple):
@@ -107,13 +115,13 @@ class Product:
 
 
 def _accumulator_places(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (count, 32) row and column that a lane holds in each of its accumulators."""
+    """Return two (count, 32) arrays: the row and the column that each lane holds in each of its accumulators."""
     i = np.arange(count)[:, None]
     return _LANE // 4 + i // 2 % 2 * 8, i // 4 * 8 + _LANE % 4 * 2 + i % 2
 
 
 def _from_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
-    """Return the (16, 16) numbers that four registers of each lane hold, two in each."""
+    """Return the (16, 16) elements in four registers per lane, two elements per register."""
     i = np.arange(4)[:, None]
     row, k = _LANE // 4 + i % 2 * 8, _LANE % 4 * 2 + i // 2 * 8
     out = np.empty((ROWS, DEPTH), np.uint16)
@@ -124,18 +132,18 @@ def _from_fragment(registers: np.ndarray, kind: str) -> np.ndarray:
 
 @dataclass
 class ProductQueue:
-    """The products of a warp that it has not waited for, and which registers they need."""
+    """A warp's products that it has not waited for, and the registers they need."""
 
     uncommitted: list[Product] = field(default_factory=list)
     groups: deque[list[Product]] = field(default_factory=deque)
     results: set[int] = field(default_factory=set)
     operands: set[int] = field(default_factory=set)
-    # registers that other instructions read or wrote, and those they wrote, since the last wgmma.fence
+    # registers read or written by other instructions since the last wgmma.fence, and the subset written
     touched: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
 
     def start(self, product: Product, shared: SharedMemory) -> None:
-        """Issue a product."""
+        """Issue a product. Raise RegisterRaceError if another product or instruction is still using its registers."""
         needed = product.registers().union(product.accumulators)
         if late := (self.touched & set(product.accumulators)) | (self.written & product.registers()):
             raise RegisterRaceError(f"{_names(late)} of a product is used elsewhere after the last wgmma.fence")
@@ -150,17 +158,17 @@ class ProductQueue:
         self.operands |= product.registers()
 
     def fence(self) -> None:
-        """Let products use all registers as they are now: wgmma.fence."""
+        """Let products use all registers with their current values (wgmma.fence)."""
         self.touched.clear()
         self.written.clear()
 
     def commit(self) -> None:
-        """Close a group of products: wgmma.commit_group."""
+        """Close a group of products (wgmma.commit_group)."""
         self.groups.append(self.uncommitted)
         self.uncommitted = []
 
     def wait(self, allowed: int, warp: Warp, shared: SharedMemory) -> None:
-        """Compute until at most `allowed` groups are left: wgmma.wait_group."""
+        """Compute groups until at most `allowed` are left (wgmma.wait_group)."""
         while len(self.groups) > allowed:
             for product in self.groups.popleft():
                 product.compute(warp, shared)
@@ -169,7 +177,7 @@ class ProductQueue:
         self.operands = {number for product in self._all() for number in product.registers()}
 
     def pass_by(self, uses: frozenset[int], writes: frozenset[int]) -> None:
-        """Note that another instruction uses registers. Raise if a product needs them."""
+        """Note that another instruction uses registers. Raise RegisterRaceError if a product in flight needs them."""
         self.touched |= uses
         self.written |= writes
         if early := uses & self.results:

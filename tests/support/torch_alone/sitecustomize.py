@@ -1,4 +1,4 @@
-"""Loaded through PYTHONPATH: only torch, Triton and their requirements can be imported, as on a machine lent for an hour."""
+"""Loaded through PYTHONPATH: only torch, Triton and their requirements can be imported, as on a freshly rented machine."""
 
 import sys
 from importlib.abc import MetaPathFinder
@@ -8,7 +8,7 @@ from re import match
 
 
 def _needed(names: set[str]) -> set[str]:
-    """Return the names of these packages and of all that they need, without extras."""
+    """Return the names of these packages and of all their dependencies, without extras."""
     all_names: set[str] = set()
     while names:
         all_names |= names

@@ -1,4 +1,4 @@
-"""Losses by position and corpus equal those of a loop over tokens, on any ranks and layout."""
+"""Losses by position and corpus match a loop over tokens, on any number of ranks and any layout."""
 
 import pickle
 from dataclasses import asdict
@@ -60,7 +60,7 @@ def test_buckets_are_powers_of_two_and_hold_every_token_once(context):
     assert losses.reduce().loss is None and losses.reduce().tokens == 0
 
 
-def test_positions_beyond_the_context_and_losses_that_are_no_numbers_are_told():
+def test_positions_beyond_the_context_and_nan_losses_are_reported():
     losses = LossByPosition(4)
     losses.add(torch.tensor([1.0, 2, float("nan"), float("inf")]), torch.zeros(4), torch.tensor([3, 900, 1, 0]))
     table = losses.reduce()
@@ -80,7 +80,7 @@ def planned(folder):
     return small_plan(folder, corpora, packs=4), corpora
 
 
-def test_local_batches_say_of_which_corpus_each_token_is(tmp_path):
+def test_local_batches_give_the_corpus_of_each_token(tmp_path):
     plan, corpora = planned(tmp_path)
     loader = PackLoader(plan, corpora, rank=0, size=1, corpus_ids=True)
     again = pickle.loads(pickle.dumps(loader))
@@ -104,7 +104,7 @@ def test_local_batches_say_of_which_corpus_each_token_is(tmp_path):
 def _on_ranks(rank, folder, layout):
     plan, corpora = planned_again(folder)
     model = build(torch.float64)
-    # the corpora's token ids are below this vocabulary size
+    # all token ids of the corpora are within this vocabulary
     model.resize_token_embeddings(50_000, mean_resizing=False)
     losses = LossByPosition(64, [source.name for source in plan.sources])
     with da.ContextParallel(strategy="ring", layout=layout, pad_to=8) as cp, torch.no_grad():

@@ -1,4 +1,6 @@
-"""The records of a run's steps: JSON lines, TensorBoard, Weights & Biases; and the sources of a step's seconds and FLOPs."""
+"""Records of a run's steps in JSON lines, TensorBoard and Weights & Biases, and where a step's seconds and FLOPs come
+from.
+"""
 
 import json
 import sys
@@ -77,7 +79,7 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     assert "memory_allocated" not in tags["scalars"]
     assert [event.value for event in events.Scalars("tokens_per_second")] == [400, 400]
     assert [event.value for event in events.Scalars("skipped")] == [0, 1]
-    # a gradient without a finite number has no histogram
+    # a gradient without finite numbers has no histogram
     assert set(tags["histograms"]) == {"weights/weight", "weights/bias", "gradients/weight"}
     assert set(tags["images"]) == {
         "score matrix of the first plan",
@@ -86,17 +88,17 @@ def test_json_lines_and_tensorboard_hold_everything(run, capsys):
     }
     shown = capsys.readouterr().out
     assert "step 1/3  loss 2.500  400 tokens/s" in shown and "s left; not applied: the loss is nan.\n" in shown
-    # training has losses by position, too, which go to the files only
+    # training losses by position exist as well, but are written only to files
     assert shown.count("evaluation loss") == 1 and "step 2/3  evaluation loss 3.500  of 8 held-out tokens\n" in shown
 
 
-def test_evaluations_are_json_lines_where_all_is(run, capsys):
+def test_evaluations_are_json_lines_if_all_output_is(run, capsys):
     with MetricsReporter(run, 3, json_lines=True, visible=True) as reporter:
         reporter.report_losses(2, table())
     assert json.loads(capsys.readouterr().out) == {"step": 2, "evaluation_loss": 3.5, "evaluation_tokens": 8}
 
 
-def test_of_a_step_that_was_done_again_the_last_counts(run):
+def test_the_last_row_of_a_repeated_step_counts(run):
     for step, loss in ((1, 3.0), (2, 2.0), (3, 9.0), (2, 1.0)):
         run.append(run.metrics_file, StepMetrics(step, loss, 1.0, 1, 1.0).as_dict())
     assert [(step.step, step.loss) for step in run.metrics()] == [(1, 3.0), (2, 1.0), (3, 9.0)]
@@ -123,7 +125,7 @@ def test_weights_and_biases_gets_the_same(run, monkeypatch):
     ]["configuration"]
 
 
-def test_a_missing_package_is_one_sentence_and_other_ranks_do_nothing(run, monkeypatch):
+def test_a_missing_package_gives_one_sentence_and_other_ranks_do_nothing(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with (
         pytest.raises(DistattnError, match="train.wandb: 'mine', but the package wandb is not installed; pip install"),
@@ -162,7 +164,7 @@ def _waited(rank):
         clock, out = StepClock(torch.device("cpu"), cp.messages), []
         for batches in clock.steps(cp.steps([micro_batch([40])] * 3)):
             if rank == 1 and len(out) == 2:
-                # ranks have compared the plans of a new shape
+                # by now the ranks have agreed on the plans of a new shape
                 time.sleep(5.0)
             losses = [pytorch.local_loss(model, batch) for batch in batches]
             losses[0].backward()
@@ -171,14 +173,14 @@ def _waited(rank):
     return out
 
 
-def test_waiting_for_a_slow_rank_is_told_by_the_one_that_waits():
+def test_the_waiting_rank_reports_the_time_spent_on_a_slow_rank():
     (*_, first), _ = run_on_ranks(2, _waited)
-    # rank 1 slept for five
+    # rank 1 slept for five seconds
     assert first > 0.1
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "experts"])
-def test_flops_are_those_that_pytorch_counts(kind):
+def test_flops_match_pytorchs_count(kind):
     sizes = dict(
         hidden_size=32,
         intermediate_size=48,
@@ -196,7 +198,7 @@ def test_flops_are_those_that_pytorch_counts(kind):
     flops, tokens = ModelFlops.of_model(model), 24
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(tokens)[None], use_cache=False)
-    # forward; eager attention computes the whole square; angles of rotary embeddings are a product of matrices, too
+    # forward only; eager attention computes the full square, and rotary angles are a matrix product as well
     ((_, width),) = flops.layers
     matrices, square = 2 * flops.parameters * tokens, 2 * width * tokens**2
     rotary = 2 * tokens * 4

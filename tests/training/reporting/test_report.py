@@ -1,4 +1,4 @@
-"""The page of a run, in a real browser where there is one."""
+"""The page of a run, checked in a real browser if one is installed."""
 
 import json
 import re
@@ -44,11 +44,11 @@ def run(tmp_path):
 
 def page_of(run, checked, attempts=()):
     write_report(run, configuration.load(run.config_file), checked, attempts)
-    # cells have the names of their columns, for narrow pages
+    # strip the column names that cells carry for narrow pages
     return re.sub(r' data-name="[^"]*"', "", run.report_file.read_text())
 
 
-def test_it_is_offline_and_says_the_run_in_numbers(run):
+def test_the_page_is_offline_and_gives_the_runs_numbers(run):
     page = page_of(run, CHECKED)
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page) and "&lt;run&gt;" in page and "<run>" not in page
     for text in ("<b>3.000</b>", "from 5.500", "<b>2,000</b>", "2 steps agree with plain transformers", "5.0e-07"):
@@ -60,7 +60,7 @@ def test_it_is_offline_and_says_the_run_in_numbers(run):
     assert "differ from plain transformers" in page_of(run, {**CHECKED, "passed": False})
 
 
-# a user's actions, and the page's texts after them
+# a user's actions, and the page's text after each
 SCRIPT = """
   const canvas = document.querySelector("canvas"), box = canvas.getBoundingClientRect(), tip = canvas.nextElementSibling;
   const point = x => canvas.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + x, clientY: box.top + 90}));
@@ -91,7 +91,7 @@ def test_a_person_points_zooms_and_chooses(run, tmp_path, width):
 
 
 def month(run, steps=12_000):
-    """Write a long run with everything that a page shows: evaluations, losses by corpus, refused steps and a restart."""
+    """Write a long run with everything a page can show: evaluations, losses by corpus, refused steps and a restart."""
     run.metrics_file.unlink()
     rows = []
     for number in range(1, steps + 1):
@@ -116,7 +116,7 @@ def month(run, steps=12_000):
     run.append(run.events_file, {"step": 6500, "kind": "restart", "text": "resumed from <step-6400>"})
 
 
-def test_a_long_run_shows_what_became_of_it(run):
+def test_a_long_run_shows_how_it_went(run):
     month(run)
     page = page_of(run, None)
     assert len(page) < 1_500_000
@@ -141,8 +141,8 @@ def test_a_long_run_shows_what_became_of_it(run):
     assert page.count('<svg class="chart"') == 2 and "step 1,000" in page and "step 6,000" not in page
 
 
-def test_kills_restarts_and_both_numbers_of_ranks_are_told(run):
-    # the second time after it was killed, the third after it was given more ranks, and these were killed before a save
+def test_kills_restarts_and_both_numbers_of_ranks_are_shown(run):
+    # the second start follows a kill, the third changes to more ranks, and those are killed before a save
     for step, ranks, before in ((2, 2, 4), (2, 2, 4), (3, 3, 2), (3, 2, 2)):
         facts = {"ranks": ranks, "saved_on": before}
         run.append(run.events_file, {"step": step, "kind": "resumed", "text": "Resumed from <step>.", **facts})
@@ -157,7 +157,7 @@ def test_kills_restarts_and_both_numbers_of_ranks_are_told(run):
     assert "1970-01-01 00:00:00 UTC</td><td>61 s</td><td>rank 1 was killed by SIGKILL: &lt;forward&gt;</td>" in page
     assert "<td>2</td><td>-</td><td>-</td><td>ended with its launcher</td>" in page
     assert '<span class="soft">restarts</span><b>2</b>' in page
-    # a run that began once and ended well shows no attempts
+    # a run that started once and ended well shows no attempts
     assert "Starts and ends" not in page_of(run, None, attempts[2:]) and "Starts and ends" not in page_of(run, None)
     assert "Starts and ends" in page_of(run, None, attempts[:1])
 

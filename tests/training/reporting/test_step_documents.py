@@ -1,4 +1,4 @@
-"""documents.jsonl: the rows of any step are found without reading the file, and those of the last attempt count."""
+"""documents.jsonl: any step's rows are found without reading the whole file, and those of the last attempt count."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def without_begin(rows):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_last_attempt_that_trained_a_step_counts(tmp_path, seed):
-    """Let attempts end anywhere, also within a row, and begin at any step that was trained, or the one after."""
+    """Let attempts end anywhere, even within a row, and start at any step that was trained or at the one after."""
     rng, path, expected, end = random.Random(seed), tmp_path / "documents.jsonl", {}, 0
     for attempt in range(rng.randrange(1, 6)):
         begin = rng.randrange(end + 1)
@@ -39,7 +39,7 @@ def test_the_last_attempt_that_trained_a_step_counts(tmp_path, seed):
             append_documents(path, rows)
             expected[step] = rows
         if rng.random() < 0.5:
-            # killed while the last row of a step was written
+            # imitate a kill during the write of a step's last row
             cut = rng.randrange(1, 60)
             os.truncate(path, path.stat().st_size - cut)
             expected[end - 1] = None
@@ -59,7 +59,7 @@ def test_a_long_file_is_not_read(tmp_path, monkeypatch):
     for step in (0, 1, 7_777, 19_999):
         sizes.clear()
         assert {row["step"] for row in documents_of_step(path, step)} == {step}
-        # two or three parts of 4 KiB for each halving of 20 MB
+        # two or three reads of 4 KiB per halving of 20 MB
         assert sum(sizes) < 50 * 4096 < path.stat().st_size / 50
     sizes.clear()
     append_documents(path, rows_of(20_000, 0, rng))
@@ -77,7 +77,7 @@ def test_a_file_that_is_being_written_is_read(tmp_path):
         documents_of_step(path, 5)
 
 
-def test_what_is_not_there_or_no_row_is_named(tmp_path):
+def test_missing_files_and_rows_and_invalid_rows_are_named(tmp_path):
     path = tmp_path / "documents.jsonl"
     with pytest.raises(DistattnError, match=r"documents.jsonl: cannot be read: No such file .* a run that has begun"):
         documents_of_step(path, 0)

@@ -1,4 +1,4 @@
-"""The numerics watch: the steps it refuses, the tensor that a second run of the step blames, and the evidence it keeps."""
+"""The numerics watch: the steps it refuses, the tensor that a second run of the step blames, and the evidence it saves."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def falling(step, scatter):
 
 
 def heavy_tailed(scatter):
-    """Return a gradient norm that varies by a factor, and rarely by three."""
+    """Return a log-normal gradient norm around 0.5 that rarely changes by more than a factor of three."""
     return 0.5 * math.exp(scatter.gauss(0, 0.35))
 
 
@@ -43,7 +43,7 @@ def test_a_long_run_without_faults_is_left_alone():
 
 @pytest.mark.parametrize("at", [0, 1, 500, 5000])
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
-def test_what_is_not_finite_is_refused_at_any_step_and_does_not_count_as_usual(at, value):
+def test_non_finite_steps_are_refused_at_any_step_and_do_not_become_usual(at, value):
     scatter, watch = random.Random(2), watch_of()
     for step in range(at):
         watch.judge(step, falling(step, scatter), heavy_tailed(scatter))
@@ -85,7 +85,7 @@ def test_a_new_level_becomes_usual_and_a_constant_curve_has_no_spikes_of_roundin
     ("steps", "loss", "norm"), [(1, 100.0, 150.0), (4, 60.0, 30.0), (20, 20.0, 12.0), (127, 16.0, 9.0)]
 )
 def test_spikes_are_refused_from_the_first_steps_on(steps, loss, norm):
-    """Check that the limit falls as more steps are known, while the curves of a new run stay under it."""
+    """Check that the limit falls as more steps are seen, while the curves of a new run stay below it."""
     for value, reason in (((loss, 0.5), "the loss is "), ((9.0, norm), "the gradient norm is ")):
         scatter, watch = random.Random(5), watch_of()
         for step in range(steps):
@@ -105,7 +105,7 @@ def test_refused_steps_in_a_row_are_a_streak_that_says_how_it_ended():
     assert second.streak.reason == "the loss is nan." and watch.streak == second.streak
     last = watch.judge(22, 2.0, 1.0)
     assert last.applies and last.recovered and last.streak == second.streak and watch.streak is None
-    # a level that becomes usual is no recovery
+    # reaching a new usual level is not a recovery
     verdicts = [watch.judge(step, 9.0, 1.0) for step in range(23, 40)]
     ended = next(verdict for verdict in verdicts if verdict.applies)
     assert ended.streak.count == verdicts.index(ended) > 1 and not ended.recovered
@@ -132,7 +132,7 @@ def test_a_step_that_is_bad_again_after_going_back_is_left_out():
     # the loop goes back to its checkpoint
     watch.load_state_dict(saved)
     assert watch.judge(6, 1, 1).applies and watch.judge(7, NAN, 1).action == "skip"
-    # another process begins with what it wrote last
+    # another process starts with the last state it wrote
     other = watch_of(action="rollback")
     other.load_state_dict(watch.state_dict())
     assert other.judge(7, NAN, 1).action == "skip" and other.judge(8, NAN, 1).action == "rollback"
@@ -155,16 +155,16 @@ def test_a_run_of_nothing_but_bad_steps_stops():
         (dict(evidence=0), "evidence: at least 1, not 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, sentence):
+def test_impossible_settings_are_refused(settings, sentence):
     with pytest.raises(DistattnError, match=sentence):
         WatchSettings(**settings)
 
 
-# ---- a model on ranks that share attention, and planted faults
+# ---- a model on ranks that share attention, with planted faults
 
 
 def some(value, count):
-    """Change the first `count` numbers of an output."""
+    """Return a hook that sets the first `count` elements of an output to `value`."""
 
     def spoil(out):
         first = torch.arange(out.numel()).view(out.shape) < count
@@ -174,11 +174,11 @@ def some(value, count):
 
 
 def bad_backward(out):
-    """Make one number of an output's gradient infinite."""
+    """Make one element of an output's gradient infinite."""
     return ChangedGradient.apply(out, lambda gradient: with_number(gradient, 5, math.inf))
 
 
-# for each fault: the rank and the module, the change of its output, the calls in which it happens
+# for each fault: the rank, the module, the change of its output, and the calls in which it happens
 FAULTS = {
     "mlp": (3, "model.layers.1.mlp", some(NAN, 17), (1, 3)),
     "key": (2, "model.layers.0.self_attn.k_proj", some(math.inf, 1), None),
@@ -251,7 +251,7 @@ def test_the_first_tensor_its_rank_and_micro_batch_are_named(findings):
         assert finding is not None and reason, kind
     text = {kind: finding[1] for kind, (_, finding) in findings.items()}
     assert text["mlp"] == ("model.layers.1.mlp output, rank 3, micro-batch 1: 17 of 256 values are not finite.")
-    # rank 2's keys have gone round the ring
+    # rank 2's keys have travelled around the ring
     assert text["key"] == (
         "model.layers.0.self_attn.k_proj output, rank 2, micro-batch 0: 1 of 112 values is not finite."
     )
@@ -262,20 +262,20 @@ def test_the_first_tensor_its_rank_and_micro_batch_are_named(findings):
     assert text["loss"] == "loss, rank 2, micro-batch 1: 1 of 1 value is not finite."
 
 
-def test_a_fault_that_does_not_repeat_is_said_to_be_one(findings):
+def test_a_fault_that_does_not_repeat_is_reported_as_such(findings):
     reason, finding = findings["once"]
     assert reason == "the loss is nan."
     assert finding[:2] == ("clean", "all values are finite in a second run: the fault did not repeat.")
 
 
-def test_of_a_finite_spike_the_output_that_stands_out_is_named(findings):
+def test_the_output_that_stands_out_is_named_for_a_finite_spike(findings):
     reason, (kind, text, ranks, micro_batch) = findings["large"]
     assert "median absolute deviations" in reason
     assert (kind, ranks, micro_batch) == ("large", (2,), 1), text
     assert "the largest output compared with others is that of model.layers.1.mlp, rank 2, micro-batch 1" in text
 
 
-def test_evidence_says_which_documents_tokens_and_weights_it_was(findings, evidence):
+def test_evidence_contains_the_documents_tokens_and_weights(findings, evidence):
     folders = sorted((evidence / "evidence").iterdir())
     assert len(folders) == len(findings)
     kinds = list(findings)
@@ -290,10 +290,10 @@ def test_evidence_says_which_documents_tokens_and_weights_it_was(findings, evide
                 for number in range(2):
                     assert tokens[f"{number}.labels"].shape == tokens[f"{number}.input_ids"].shape
                     ids[number] += tokens[f"{number}.input_ids"][0].tolist()
-        # the ranks' tokens together are the micro-batches'
+        # all ranks' tokens together are those of the micro-batches
         for got, lengths in zip(ids, STEPS[0], strict=True):
             assert sorted(i for i in got if i) == sorted(i for i in micro_batch(lengths)["input_ids"][0].tolist() if i)
-    # the weights were the same in all steps except the one in which a weight was spoilt
+    # the weights were the same in all steps except the one in which a weight was corrupted
     digests = {folder: [(folder / f"weights-{rank}.json").read_text() for rank in range(4)] for folder in folders}
     usual = digests[evidence / "evidence" / "step-8"]
     others = {folder.name for folder, texts in digests.items() if texts != usual}

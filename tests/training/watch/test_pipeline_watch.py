@@ -1,4 +1,6 @@
-"""With stages of a pipeline the watch and the replay check name the first tensor, its layer in the whole model, and the rank."""
+"""With pipeline stages, the watch and the replay check name the first wrong tensor, its layer in the full model, and
+the rank.
+"""
 
 import math
 import os
@@ -27,7 +29,7 @@ from distattn.training.engines.engine import PipelineStage, open_engine  # noqa:
 from distattn.training.watch.numerics_watch import NumericsWatch, WatchSettings  # noqa: E402
 from distattn.training.watch.replay_check import ReplayCheck  # noqa: E402
 
-# ranks 0 and 1 have layers 0 and 1, ranks 2 and 3 layers 2 and 3; each pair splits documents
+# ranks 0 and 1 have layers 0 and 1, ranks 2 and 3 have layers 2 and 3, and each pair splits documents
 CONFIG = Config(
     data=DataConfig(context_length=2048, max_document_tokens=1000),
     model=ModelConfig(num_layers=4, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48),
@@ -45,20 +47,20 @@ CONFIG = Config(
 
 
 def _forward(value):
-    """Change one number of a linear layer's output, which comes with a bias."""
+    """Return a hook that changes one element of a linear layer's output, which is returned with a bias."""
     return lambda out: (with_number(out[0], 3, value), *out[1:])
 
 
 def _backward(value):
-    """Change one number of the gradient of a linear layer's output."""
+    """Return a hook that changes one element of the gradient of a linear layer's output."""
     return lambda out: (ChangedGradient.apply(out[0], lambda gradient: with_number(gradient, 5, value)), *out[1:])
 
 
-# the rank and the module, as its stage counts layers, and the change of its output
+# (rank, module with its layer as numbered on its stage, change of its output)
 FAULTS = {
     "first stage": (1, "decoder.layers.1.mlp.linear_fc2", _forward),
     "second stage": (2, "decoder.layers.0.mlp.linear_fc2", _forward),
-    # the second stage goes backward first
+    # the second stage runs its backward pass first
     "second stage backward": (3, "decoder.layers.1.mlp.linear_fc2", _backward),
     "first stage backward": (0, "decoder.layers.0.mlp.linear_fc2", _backward),
 }
@@ -95,7 +97,7 @@ def _found(rank: int, folder: str) -> dict[str, str]:
         fault = None
         if name in FAULTS and FAULTS[name][0] == rank:
             _, module, spoil = FAULTS[name]
-            # the second of the two compared runs
+            # change only the second of the two compared runs
             in_calls = None if kind == "find" else (1,)
             fault = change_output(
                 engine.model.get_submodule(module), spoil(math.nan if kind == "find" else 7.0), in_calls

@@ -1,4 +1,6 @@
-"""Updates that destroy the weights: good checkpoints stay, rollbacks go far enough, a refused streak is reported once."""
+"""Updates that destroy the weights: good checkpoints stay, rollbacks go back far enough, and a refused streak is
+reported once.
+"""
 
 import dataclasses
 import errno
@@ -45,7 +47,7 @@ def config(texts, tmp_path) -> Config:
 
 
 def _train(rank: int, folder: Path, config: Config, ruined: tuple[int, ...] = (), factor: float = float("nan")) -> None:
-    """Train. The updates of these numbers, counted from 1 over rollbacks, multiply the weights by a factor."""
+    """Train. ruined: the updates, counted from 1 across rollbacks, that multiply the weights by `factor`."""
     update, done = Fsdp2Engine.update, []
 
     def ruin(self, rate):
@@ -71,18 +73,19 @@ def verdicts(run: RunFolder) -> dict[int, str]:
     return {checkpoint.step: checkpoint.verdict.kind for checkpoint in list_checkpoints(run.checkpoints)}
 
 
-def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config, capsys, monkeypatch):
+def test_a_destroyed_run_keeps_its_good_checkpoints_and_continues_from_them(config, capsys, monkeypatch):
     # another test covers the page
     monkeypatch.setattr(finishing, "write_report", lambda *args: None)
     finish_run = finishing.finish_run
     run = trained(config, (6,))
-    # the sixth update destroyed the weights, which were saved before a step could show it; nothing was saved then but the end
+    # the sixth update destroyed the weights, which were saved before any step could show it. After that only the final
+    # save was made
     assert verdicts(run) == {5: GOOD, 6: REFUSED, STEPS: REFUSED}
     checkpoints = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run.checkpoints)}
     assert "step 7, computed from it, was refused: the loss is nan" in checkpoints[6].verdict.text
     assert "saved after refused steps, from 7 on" in checkpoints[STEPS].verdict.text and checkpoints[5].verdict.kept
     assert checkpoints[STEPS].manifest.facts["loss"] == "nan" and float(checkpoints[5].manifest.facts["loss"]) < 7
-    # the first refused step is examined and reported, and then the whole streak
+    # the first refused step is examined and reported, followed by the whole streak
     refused = [event["text"] for event in run.events() if event["kind"] == "refused"]
     assert len(refused) == 2 and refused[0].startswith("the loss is nan. In a second run: ")
     assert "the update of step 6 made weight model.embed_tokens.weight of rank 0 infinite or NaN" in refused[0]
@@ -93,7 +96,7 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
     printed = capsys.readouterr().err
     assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in printed
     assert f"distattn resume {run.folder} --step 5 continues" in printed
-    # a resumed run takes the newest good checkpoint
+    # a resumed run loads the newest good checkpoint
     trained(config, run=run)
     assert [event["text"] for event in run.events() if event["kind"] == "resumed"] == ["Resumed from step-00000005."]
     steps = run.metrics()
@@ -106,7 +109,7 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_goes_on_from_them(config
 def test_steps_that_a_run_with_fewer_steps_has_abandoned_are_not_reported(config, capsys, monkeypatch):
     reported = []
     monkeypatch.setattr(finishing, "write_report", lambda *args: None)
-    # `distattn resume --step 1 --train.steps 2` on a run of four steps, whose last ones were destroyed
+    # `distattn resume --step 1 --train.steps 2` on a run of four steps, the last of which were destroyed
     config = dataclasses.replace(config, train=TrainConfig(steps=2))
     run = RunFolder.create(config)
     for step, loss in ((1, 3.0), (2, 2.5), (3, math.nan), (4, math.nan), (2, 2.0)):
@@ -127,7 +130,7 @@ def test_a_rollback_goes_further_back_where_the_first_step_is_bad_again(config, 
     other = trained(dataclasses.replace(config, run=RunConfig(folder=str(tmp_path / "other"), seed=3)))
     losses = [[(step.step, step.loss, step.skipped) for step in run_.metrics()] for run_ in (run, other)]
     assert losses[0] == losses[1] and not any(skipped for *_, skipped in losses[0])
-    # no checkpoint is kept for the refused step any more, which the run has passed
+    # no checkpoint is kept for the refused step any more, because the run has passed it
     assert verdicts(run) == {STEPS - 1: GOOD, STEPS: UNTESTED}
 
 
@@ -146,7 +149,7 @@ def test_a_new_level_is_taken_as_usual_but_the_checkpoint_from_before_stays(conf
 
 
 def _train_and_fail_to_save(rank: int, folder: Path, config: Config, failing: int) -> None:
-    """Train. The save after this step fails as on a full disk."""
+    """Train. The save after step `failing` fails as on a full disk."""
     new_unfinished = checkpoints.new_unfinished
 
     def refuse(place, step):
@@ -172,7 +175,7 @@ def test_a_run_does_not_take_an_older_checkpoint_of_its_last_step_for_its_own(co
 
 
 def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> list[str]:
-    """Train runs whose first, second, ... update destroys the weights, and that are asked to stop then. Return their messages."""
+    """Train runs whose first, second, ... update destroys the weights and asks the run to stop. Return their messages."""
     update, messages = Fsdp2Engine.update, []
     for ruined, run in enumerate(runs, 1):
         done = []
@@ -190,17 +193,17 @@ def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> li
         with pytest.raises(RunStopped) as stopped:
             train(run, config, True, torch.device("cpu"))
         messages.append(str(stopped.value))
-    # the first run goes on from bad weights
+    # the first run continues from bad weights
     with pytest.raises(RunStopped):
         train(runs[0], config, True, torch.device("cpu"))
     return messages
 
 
-def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(config, capfd):
+def test_a_run_stopped_amid_refused_steps_says_where_it_will_continue(config, capfd):
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1, keep_last=9))
     runs = [new_run(config) for _ in range(2)]
     ((first, second),) = run_on_ranks(1, _train_until_stopped, runs, config)
-    # if all are in doubt, the newest is taken, with a message
+    # if all checkpoints are in doubt, the newest is loaded, with a message
     assert verdicts(runs[0]) == {1: REFUSED, 2: REFUSED, 3: REFUSED}
     assert first.startswith("stopped after step 2,") and first.endswith("distattn resume goes on from there.")
     doubt = "refused: it was saved after refused steps, from 2 on: the loss is nan"
@@ -215,16 +218,16 @@ def test_a_run_that_is_stopped_amid_refused_steps_says_from_where_it_goes_on(con
 
 
 def _train_with_a_bad_step(rank: int, run: RunFolder, config: Config, bad: int, stops: bool, flips: bool) -> str:
-    """Train. The loss of this step, counted from 1, is NaN once. Return the message if the run is asked to stop then.
+    """Train. The loss of step `bad`, counted from 1, is NaN once. Return the message if the run is asked to stop then.
 
-    flips: whether a bit of the state flips in the step that follows.
+    flips: flip a bit of the state in the following step.
     """
     backward, update, updates, steps = Fsdp2Engine.backward, Fsdp2Engine.update, [], []
 
     def spoil(self, *args):
         losses = backward(self, *args)
         steps.append(None)
-        # the watch computes the bad step a second time
+        # the watch computes the bad step twice
         if flips and len(steps) == bad + 2:
             weight = next(part for kind, _, part in self.state_tensors() if kind == "weight")
             weight.view(torch.uint8).view(-1)[0] ^= 1
@@ -268,7 +271,7 @@ def test_a_stop_amid_one_refused_step_loses_nothing(config, tmp_path):
     # no later step could test the last one
     run, _ = with_a_bad_step(config, tmp_path / "last", STEPS)
     assert verdicts(run) == {4: GOOD, 8: GOOD, STEPS: REFUSED}
-    # one refused step does not discredit the checkpoint that it was computed from
+    # one refused step does not discredit the checkpoint it was computed from
     run, message = with_a_bad_step(config, tmp_path / "saved before", 5, stops=True)
     assert message.endswith("distattn resume goes on from there.") and verdicts(run) == {4: UNTESTED, 5: UNTESTED}
 
@@ -301,7 +304,7 @@ def test_a_checkpoint_that_a_step_refuses_is_not_kept_as_the_newest_good_one(tmp
 
 
 def _train_and_count(rank: int, run: RunFolder, config: Config) -> list[int]:
-    """Train. Return the steps that `status` counts in the forward pass of each step."""
+    """Train. Return the number of steps that `status` counts during each step's forward pass."""
     backward, counted = Fsdp2Engine.backward, []
 
     def count(self, *args):
@@ -313,7 +316,7 @@ def _train_and_count(rank: int, run: RunFolder, config: Config) -> list[int]:
     return counted
 
 
-def test_status_counts_from_the_checkpoint_that_a_run_goes_on_from(config):
+def test_status_counts_from_the_checkpoint_that_a_run_continues_from(config):
     config = dataclasses.replace(
         config, train=TrainConfig(steps=4), checkpoint=CheckpointConfig(every_steps=1, keep_last=9)
     )

@@ -1,4 +1,4 @@
-"""The replay check: an ulp that one rank adds once is found, and that rank is named although messages spread it."""
+"""The replay check: an ulp added once by one rank is found, and that rank is named although messages spread the error."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_a_digest_sees_every_bit_and_where_rows_are(dtype):
             other.view(size)[place] ^= 1 << bit
             assert bits_digest(other) != digest
     assert bits_digest(x[torch.tensor([1, 0, 2])]) != digest
-    # bits, not values: two kinds of zero, and one NaN
+    # bits count, not values: the two zeros differ, and equal NaNs match
     assert bits_digest(torch.zeros(2).to(dtype)) != bits_digest((-torch.zeros(2)).to(dtype))
     nan = torch.full((4,), float("nan")).to(dtype)
     assert bits_digest(nan) == bits_digest(nan.clone())
@@ -37,7 +37,7 @@ def test_a_digest_sees_every_bit_and_where_rows_are(dtype):
 
 
 def an_ulp(out):
-    """Replace one number of an output by the next larger one."""
+    """Replace one element of an output by the next larger number."""
     other = out.detach().clone()
     other.view(-1)[3] = torch.nextafter(other.view(-1)[3], torch.tensor(torch.inf))
     return out + (other - out.detach())
@@ -48,7 +48,10 @@ def ulp_in_backward(out):
 
 
 def bad_kernel(rank, which):
-    """Make this rank's CPU kernel compute an ulp too much in call `which`, or in no call for None. Return a reset."""
+    """Make this process's CPU kernel add an ulp in call `which`, a (direction, number).
+
+    Return a function that restores the kernel and returns the calls made.
+    """
     calls, right = [], (cpu.forward, cpu.backward)
 
     def wrong(name, function):
@@ -72,7 +75,7 @@ def bad_kernel(rank, which):
 
 
 def _kernel_checked(rank, settings, which):
-    """Return the finding if rank 1 computes a wrong result for another rank, in the second run."""
+    """Return the finding if rank 1 computes a wrong result for another rank in the second run."""
     model = build(torch.float32)
     pytorch.shard_parameters(model, init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)))
     with da.ContextParallel(kernel="cpu", **settings) as cp:
@@ -91,7 +94,7 @@ def _kernel_checked(rank, settings, which):
     return difference and (difference.ranks, difference.computed_in, difference.tensor)
 
 
-# rank, module, the change of its output, the run in which it happens
+# (rank, module, change of its output, run in which it happens)
 FAULTS = [
     (2, "model.layers.0.self_attn.k_proj", an_ulp, 1),
     (1, "model.layers.1.mlp", an_ulp, 0),
@@ -129,7 +132,7 @@ def _checked(rank, settings):
             out.append(difference and (difference.ranks, difference.computed_in, difference.text))
             if fault is not None:
                 fault.remove()
-        # the gradients of the second run are those of a step without a check
+        # the second run leaves the gradients of a step without a check
         checked = parameters_to_vector([pytorch.full_tensor(p.grad) for p in model.parameters()])
         model.zero_grad()
         run()
@@ -164,13 +167,13 @@ def test_the_rank_that_computes_another_result_is_named(settings):
 @pytest.mark.parametrize(
     ("settings", "which", "module", "sentence"),
     [
-        # the second call is for another rank's keys or queries, whose gradients or results are sent
+        # the second call uses another rank's keys or queries, and sends back their gradients or results
         (dict(strategy="ring", layout="zigzag"), ("backward", 1), "model.layers.1.self_attn", "message dKV to rank"),
         ({**CAD, "context_parallel_size": 1}, ("forward", 1), "model.layers.0.self_attn", "message O to rank"),
     ],
     ids=["ring", "cad"],
 )
-def test_who_computes_attention_wrongly_for_another_rank_is_named_not_the_other(settings, which, module, sentence):
+def test_a_rank_that_computes_wrong_attention_for_another_is_named_and_not_the_other(settings, which, module, sentence):
     results = run_on_ranks(4, _kernel_checked, settings, which)
     ranks, computed_in, tensor = results[0]
     assert results == [results[0]] * 4
@@ -178,7 +181,7 @@ def test_who_computes_attention_wrongly_for_another_rank_is_named_not_the_other(
     assert sentence in tensor
 
 
-def test_random_numbers_are_no_fault_but_a_program_that_differs_everywhere_is_told():
+def test_random_numbers_are_not_a_fault_but_a_program_that_differs_everywhere_is_reported():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
     x, check = torch.ones(8, 4), ReplayCheck(model, 1)
     torch.manual_seed(7)
@@ -195,7 +198,7 @@ def test_random_numbers_are_no_fault_but_a_program_that_differs_everywhere_is_to
 def test_compiled_blocks_are_checked_from_outside():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     model[1].compile(backend="aot_eager")
-    # a first run outside of the check, and the second run of the check
+    # call 0 is outside the check, and call 2 is the check's second run
     change_output(model[0], an_ulp, (2,))
     x = torch.ones(3, 4)
     model(x)

@@ -26,12 +26,12 @@ STEPS = 6
 
 
 def events_of(run):
-    """Return the events of a run without slow ranks: ranks of a busy machine are slow."""
+    """Return a run's events except health reports, since ranks on a busy machine may be slow."""
     return [event for event in run.events() if event["kind"] != "health"]
 
 
 def flip(tensor: torch.Tensor, bit: int = 0, at: int = -1) -> None:
-    """Change one bit of one number of a tensor, as a defective memory does: PyTorch does not notice."""
+    """Change one bit of one element of a tensor, as defective memory would, without PyTorch noticing."""
     byte, shift = divmod(bit, 8)
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()
     flat.view(torch.uint8).reshape(-1)[at * tensor.element_size() + byte] ^= 1 << shift
@@ -59,7 +59,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
     assert len(names) == 3 * 4 + 1
     for name, (_, _, tensor) in zip(names, state_tensors(model.named_parameters(), optimizer), strict=True):
         if name == "counts of updates":
-            # a copy of counts that are not contiguous
+            # this tensor is a copy, because the counts are not contiguous. Change one of the originals
             tensor = optimizer.state[model[0].bias]["step"]
         for bit in (0, 8 * tensor.element_size() - 1):
             flip(tensor, bit)
@@ -80,7 +80,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
     assert digest.compare(1) is None
 
 
-def test_a_rank_that_is_damaged_again_and_again_is_told_apart_from_chance():
+def test_repeated_damage_on_one_rank_is_distinguished_from_chance():
     model, optimizer = trained_model(torch.float32)
     digest = StateDigest(lambda: state_tensors(model.named_parameters(), optimizer))
     repeats = []
@@ -97,7 +97,7 @@ def test_the_update_that_made_a_weight_grow_is_named():
     assert growth.largest() is None
     for step in range(9):
         with torch.no_grad():
-            # biases that begin at zero may become anything
+            # biases that start at zero may become anything
             model[1].bias.fill_(float(step))
             if step == 3:
                 model[0].weight.mul_(2000)
@@ -119,11 +119,11 @@ def test_the_update_that_made_a_weight_grow_is_named():
 
 
 def _told(rank: int) -> list[bool]:
-    """Return the changes that ranks share, while they send other messages."""
+    """Return the changes that ranks share while they send other messages."""
     import torch.distributed as dist
 
     digest = StateDigest(lambda: [("weight", "w", torch.ones(2))], dist.group.WORLD)
-    # nothing was taken, so nothing is sent: other ranks need not call it
+    # no digest was taken, so nothing is sent, and other ranks need not call it
     changes = [digest.share(False)()] if rank == 0 else []
     digest.take("an update")
     other = torch.zeros(1)
@@ -131,14 +131,14 @@ def _told(rank: int) -> list[bool]:
         if rank == 1:
             dist.recv(other, 0)
         told = digest.share(changed)
-        # the other rank has not begun its exchange
+        # the other rank has not started its exchange
         if rank == 0:
             dist.send(other, 1)
         changes.append(told())
     return changes
 
 
-def test_ranks_are_told_of_a_change_while_they_send_other_things():
+def test_ranks_learn_of_a_change_while_they_send_other_messages():
     assert run_on_ranks(2, _told) == [[False, False, True], [False, True]]
 
 
@@ -168,7 +168,7 @@ ENGINES = {
 
 
 def _compared(rank: int, config: Config) -> tuple[list[str], list[tuple]]:
-    """Return the names of all digested tensors, and the damage found after one flipped bit in each."""
+    """Return the names of all digested tensors, and the damage found after flipping one bit in each."""
     import small
     import torch.distributed as dist
 
@@ -198,7 +198,7 @@ def _compared(rank: int, config: Config) -> tuple[list[str], list[tuple]]:
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_engines_digest_all_that_an_update_changes(texts, tmp_path, engine):
+def test_engines_digest_everything_that_an_update_changes(texts, tmp_path, engine):
     name, others = ENGINES[engine]
     pytest.importorskip({"fsdp2": "torch", "deepspeed": "deepspeed", "megatron": "megatron.core"}[name])
     config = config_of(name, texts, tmp_path / "run", **others)
@@ -217,7 +217,7 @@ def test_engines_digest_all_that_an_update_changes(texts, tmp_path, engine):
 
 
 def _train_with_flips(rank: int, folder: Path, config: Config, before: tuple[int, ...], kind: str = "weight") -> None:
-    """Train. A bit of rank 1's state flips before these updates, counted from 1 over rollbacks, after forward and backward."""
+    """Train. before: the updates, counted from 1 across rollbacks, before which a bit of rank 1's state flips."""
     if config.engine.name == "megatron":
         import megatron_on_cpu  # noqa: F401
     os.environ["LOCAL_RANK"] = str(rank)
@@ -259,7 +259,7 @@ def rows(run: RunFolder) -> list[tuple]:
 def test_a_run_with_a_flipped_bit_ends_as_one_without(texts, tmp_path):
     config = config_of("fsdp2", texts, tmp_path / "run")
     wanted = rows(trained(config, ()))
-    # before the fourth update, and in the one right after the fourth checkpoint was saved
+    # before the fourth update, and in the update right after the fourth checkpoint was saved
     run = trained(dataclasses.replace(config, run=RunConfig(str(tmp_path / "flipped"), 3)), (4, 7), "exp_avg_sq")
     assert rows(run) == wanted and len(wanted) == STEPS
     damaged = [event["text"] for event in events_of(run) if event["kind"] == "damaged state"]
@@ -267,7 +267,8 @@ def test_a_run_with_a_flipped_bit_ends_as_one_without(texts, tmp_path):
         "rank 1 on" in text and ": exp_avg_sq model.embed_tokens.weight" in text for text in damaged
     )
     assert "changed between the update of step 3 and the update of step 4" in damaged[0]
-    # the checkpoint of step 4 was copied while the bit flipped: it does not count, and the run goes back to the one before
+    # the checkpoint of step 4 was copied while the bit flipped, so it does not count, and the run goes back to the one
+    # before
     assert "changed between the update of step 4 and the update of step 5" in damaged[1]
     resumed = [event["text"] for event in events_of(run) if event["kind"] == "resumed"]
     assert resumed == ["Resumed from step-00000002."] * 2
@@ -319,7 +320,7 @@ def _error_of(rank: int, folder: Path, config: Config, before: tuple[int, ...]) 
 
 
 @pytest.mark.full
-def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts, tmp_path):
+def test_without_a_checkpoint_the_run_starts_over_and_repeated_damage_ends_it(texts, tmp_path):
     config = config_of("fsdp2", texts, tmp_path / "run")
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=-1))
     for settings, before, error, code, sentence in (
@@ -340,10 +341,10 @@ def test_without_a_checkpoint_the_run_begins_anew_and_what_repeats_ends_it(texts
             assert outcome[:2] == (error.__name__, code) and sentence in outcome[2], outcome
 
 
-def test_a_digest_every_so_many_steps_is_taken_before_every_save(texts, tmp_path):
+def test_periodic_digests_are_also_taken_before_every_save(texts, tmp_path):
     config = dataclasses.replace(config_of("fsdp2", texts, tmp_path / "run"), watch=WatchConfig(digest_every=100))
     run = trained(config, (4, 5))
-    # the first flip lies between updates that are not compared, the second within the save after step 4
+    # the first flip lies between updates that are not compared, the second during the save after step 4
     events = [(event["kind"], event["text"]) for event in events_of(run)]
     assert [kind for kind, _ in events] == ["damaged state", "resumed"]
     assert "between the update of step 4 and the update of step 5" in events[0][1]

@@ -14,6 +14,7 @@ from distattn.adapters import huggingface, pytorch
 from distattn.cluster.spec import ClusterSpec
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.ir.text_format import align_columns, with_common_unit
 from distattn.memory.accounting import (
     ATTENTION,
     FEED_FORWARD,
@@ -30,7 +31,6 @@ from distattn.memory.accounting import (
 from distattn.memory.settings import MemorySettings
 from distattn.models.build import meta_model
 from distattn.ops.executable import Executable, ExecutionKey
-from distattn.parallel.analysis.text_format import align_columns, with_common_unit
 from distattn.parallel.runtime.communication.transport import SingleRankTransport
 from distattn.parallel.runtime.lowering.lower import lower
 from distattn.training.config.plan_settings import PlanSettings
