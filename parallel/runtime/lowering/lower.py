@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from distattn.ir.intervals import Ints, lexicographic_argsort, merge_intervals, run_starts, sorted_unique
 from distattn.ir.plan import (
@@ -38,7 +39,7 @@ from distattn.parallel.runtime.lowering.memory import (
     rounded_arena_bytes,
 )
 from distattn.parallel.runtime.lowering.packed_messages import joined_messages, pack, uses_copies_of
-from distattn.parallel.runtime.lowering.row_bundles import Bundle, RowFormat, find_bundles
+from distattn.parallel.runtime.lowering.row_bundles import Bundle, RowFormat, find_bundles, result_parts
 from distattn.parallel.runtime.lowering.segment_launches import SegmentLaunches
 from distattn.parallel.runtime.lowering.staging import stage
 from distattn.parallel.runtime.lowering.state_program import lower_states
@@ -91,10 +92,14 @@ def lower(
     kept_places = place_kept(call, kept, forward.bundles)
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
-    turns = {}
-    for direction, steps, payload in (("forward", ahead, Payload.O), ("backward", back, Payload.dQ)):
-        if direction in finishes and (rows := turns_of_rows(call, steps, payload, tokens, unadded)) is not None:
-            turns[payload] = rows
+    turns: dict[Payload, Tensor] = {}
+    for direction, table, steps, payload in (
+        ("forward", plan.forward, ahead, Payload.O),
+        ("backward", plan.backward, back, Payload.dQ),
+    ):
+        if direction in finishes:
+            rows = turns_of_rows(call, table, rank, steps, payload, unadded)
+            turns |= {} if rows is None else {payload: rows}
     sizes = assign_places(call, ahead, forward.bundles), assign_places(call, back, backward.bundles)
     own_tensors = describe_own_tensors(call, tokens, unadded)
     sums = call.op.kind == "attention" and all(uses_copies_of(Payload.dO, step) for step in back)
@@ -136,7 +141,8 @@ class _TableLowering:
         tasks = select_rows(tasks, tasks["rank"] == rank)
         self.tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in ("step", "h0", "h1"))))
         # states are lowered separately, as they are not rows of tokens: see `state_program`
-        moves = select_rows(table.moves, ~np.isin(table.moves["payload"], STATE_PAYLOADS))
+        moves = {**table.moves, "part": result_parts(call, table)}
+        moves = select_rows(moves, ~np.isin(moves["payload"], STATE_PAYLOADS))
         self.outgoing = select_rows(moves, moves["src"] == rank)
         self.incoming = select_rows(moves, moves["dst"] == rank)
         # incoming buffers hold copies; outgoing buffers hold partial results
@@ -233,11 +239,11 @@ class _TableLowering:
     def _buffers(self, moves: Columns, payloads: tuple[Payload, ...], peer: str) -> list[BufferExtent]:
         """Return a buffer for each payload, step and head range. Its rows are sorted by peer, so that each message is a slice."""
         moves = select_rows(moves, np.isin(moves["payload"], payloads))
-        moves, first = _grouped(moves, ("payload", "step", "h0", "h1"), (peer, "t0"))
+        moves, first = _grouped(moves, ("payload", "step", "h0", "h1", "part"), (peer, "t0"))
         before = np.append(0, np.cumsum(moves["t1"] - moves["t0"]))
         extents = []
         for a, b in itertools.pairwise(first):
-            payload, *rest = (int(moves[name][a]) for name in ("payload", "step", "h0", "h1"))
+            payload, *rest = (int(moves[name][a]) for name in ("payload", "step", "h0", "h1", "part"))
             key = BufferKey(Payload(payload), *rest)
             extents.append(BufferExtent(key, moves["t0"][a:b], moves["t1"][a:b], before[a:b] - before[a]))
         return extents
@@ -251,7 +257,7 @@ class _TableLowering:
         """
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
-        columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1"))
+        columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1", "part"))
         names = [(rank, BufferKey(Payload(payload), *rest)) for rank, payload, *rest in zip(*columns, strict=True)]
         number = np.arange(num_rows(each))
         length = moves["t1"] - moves["t0"]

@@ -392,7 +392,15 @@ def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int,
     for wide, narrow in sorted(_sums(program, payloads)):
         most = max(most, now + narrow)
         now += narrow - wide
-    return summed, most
+    # sums of finished rows are freed before the others are converted
+    freed = sum(
+        _cells(program, payload, width) * getattr(torch, name).itemsize
+        for payload in payloads
+        if payload in program.turns
+        for width, name in own_result_fields(call, payload, program.unadded)
+        if width
+    )
+    return summed, max(0, most - freed)
 
 
 def _sums(program: Program, payloads: tuple[Payload, ...]) -> list[tuple[int, int]]:

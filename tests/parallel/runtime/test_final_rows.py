@@ -82,3 +82,10 @@ def test_no_pass_converts_what_launches_finish():
     assert forward.bytes["_to_copy"] == 0
     assert backward.bytes["_to_copy"] == 1.5 * 2 * tokens * 8 * row
     assert forward.peak <= forward.predicted_peak and backward.peak <= backward.predicted_peak
+
+
+def test_launches_finish_gradients_of_queries_only_where_their_conversion_takes_long():
+    # both the sums and the finished rows would be in memory
+    for lengths, finished in (([8192] * 8, {Payload.O, Payload.dQ}), ([65536], {Payload.O})):
+        plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, 8), strategy="ring", **SHAPE)
+        assert set(lower(plan, 3, lambda cells: cells, finishes=BOTH).turns) == finished
