@@ -1,7 +1,7 @@
-"""The long description of the package: README.md for an index page, where relative links lead nowhere.
+"""The package's long description: README.md for the page of a package index, where relative links lead nowhere.
 
-With a `Repository` in `[project.urls]` of pyproject.toml links and the picture become absolute; without one links become their
-text, and the picture is left out. Everything else of the package is in pyproject.toml.
+If `[project.urls]` in pyproject.toml has a `Repository`, links and the picture become absolute. Otherwise links become plain
+text, and the picture is left out. Everything else about the package is in pyproject.toml.
 """
 
 import re

@@ -171,7 +171,7 @@ def main() -> None:
     arguments, further = parser.parse_known_args()
     sys.stdout.write("| on | fault | noticed | next attempt | trains again |\n|---|---|---|---|---|\n")
     # the clusters' code is shared with the tests
-    sys.path.append(str(ROOT / "tests" / "support"))
+    sys.path += [str(ROOT / "tests" / "support"), str(ROOT / "tests" / "support" / "launching")]
     cells, imports = [], import_seconds()
     for name in arguments.on:
         # ranks of a cancelled job may still be writing

@@ -256,8 +256,7 @@ def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tu
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, dim, modifiers)
     cells = LaunchMask.from_mask(Mask.causal(TOKENS), HEADS, KV_HEADS)
     work = gluon_attention.prepare(cells, KernelRequirements(dtype, dim, dim, CPU))
-    finish = dict(merge=True, final=finished(o, dtype))
-    for epilogue, how in [*epilogues(), ("finish", finish)]:
+    for epilogue, how in epilogues():
         yield f"gluon forward {epilogue}", gluon_attention.forward_launch(q, k, v, o, lse, work, score, **how)
     yield (
         "gluon backward",

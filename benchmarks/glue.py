@@ -31,7 +31,7 @@ import distattn as da
 from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime.execution.buffers import Buffers
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support" / "gpus"))
 from meta_run import MetaBackend, Traffic, Watch, layer_call  # noqa: E402
 from waits import META  # noqa: E402
 

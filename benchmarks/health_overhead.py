@@ -24,8 +24,7 @@ import torch.distributed as dist
 
 from distattn.training.config import run_file as configuration
 from distattn.training.engines.engine import open_engine
-from distattn.training.health.collective_waits import count_waits
-from distattn.training.health.health_reports import HealthReport, HealthReports
+from distattn.training.health.health_reports import HealthReport, HealthReports, count_waits
 from distattn.training.reporting.metrics import MetricsReporter
 from distattn.training.run_folder import RunFolder
 from distattn.training.watch.state_digest import StateDigest

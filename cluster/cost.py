@@ -1,7 +1,7 @@
-"""Seconds that kernel launches, messages and copies take on a cluster. All other models of time are built from this one.
+"""The seconds that kernel launches, messages and copies take on a cluster. All other time models build on this one.
 
-Speeds of core attention are a table of measurements on full rectangles; other masks cost all the tiles that they touch.
-`distattn.parallel.tables.cost` is this model in whole numbers.
+The speed of core attention comes from a table of measurements on full rectangles; other masks cost all tiles that they touch.
+`distattn.parallel.tables.cost` is the same model in integers.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from distattn.ir.bands import Q0, Q1, areas, row_key_ranges
 from distattn.ir.intervals import Ints
 
 Numbers = np.ndarray
-# floating-point operations of one cell and one unit of (query dim + value dim): two products forward, five backward
+# floating-point operations per cell and unit of (query dim + value dim): two products forward, five backward
 _FLOPS = {"forward": 2.0, "backward": 5.0}
-# the time to begin and end a program, as a number of keys: 558 TFLOP/s at 1,024 keys against 701 at 32,768 (FlashAttention 3 on
+# the time to start and end a program, as a number of keys: 558 TFLOP/s at 1,024 keys against 701 at 32,768 (FlashAttention 3 on
 # an H100, see descriptions/h100.toml)
 _PROGRAM_OVERHEAD_KEYS = 1024 * (701 / 558 - 1)
-# speed of a recurrence's kernels, as a share of attention's speed on long sequences: Gated DeltaNet of flash-linear-attention
+# speed of a recurrence's kernels, as a fraction of attention's speed on long sequences: Gated DeltaNet of flash-linear-attention
 # takes 4.81 ms for 32K tokens and 64 heads of 128 x 128 on an H800 (its issue 691), where FlashAttention 3 reaches 701 TFLOP/s. A
 # pass that computes only states takes 0.58 of that. These are estimates from published numbers, not measured here
 _RECURRENCE_SPEED, _STATE_PASS = 42.9 / 701, 0.58
-# tokens of a chunk; inside a chunk a recurrence consists of matrix products
+# tokens in a chunk, within which a recurrence consists of matrix products
 _CHUNK = 64
 _MICRO, _GIGA, _TERA = 1e-6, 1e9, 1e12
 
 
 def flops_per_cell(direction: str, head_dim: int, v_head_dim: int) -> float:
-    """Return the floating-point operations of one allowed cell of one head."""
+    """Return the floating-point operations per allowed cell and head."""
     return _FLOPS[direction] * (head_dim + v_head_dim)
 
 
 def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries: Ints, keys: Ints) -> Numbers:
-    """Return the operations per second of a kernel on full rectangles of queries x keys, (M,).
+    """Return a kernel's operations per second on full rectangles of queries x keys, (M,).
 
-    The table is interpolated in the logarithms of both sides; a table of squares alone is read at the shorter side. Below the
-    first point of the table the speed falls because each row of tiles takes a fixed time (prologue and epilogue of a
-    program). A table of one length does not contain that time; then the loss of FlashAttention 3 on an H100 is used. Work is
+    The table is interpolated in the logarithms of both sides; a table with only squares is read at the shorter side. Below the
+    table's first point the speed falls, because each row of tiles takes a fixed time (the prologue and epilogue of a program). A
+    table with a single length does not show that time, so the overhead of FlashAttention 3 on an H100 is used instead. Work is
     counted in whole tiles, so no rectangle is slower than a tile.
     """
     queries, keys = (np.maximum(lengths, min(cluster.device.tile)) for lengths in (queries, keys))
@@ -59,13 +59,13 @@ def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries
     best = max(table.values())
     if len(table) == 1:
         return speed / (1.0 + _PROGRAM_OVERHEAD_KEYS / np.maximum(shorter, 1))
-    # the seconds that an operation at `speed` takes longer than at the best speed, spread over fewer keys
+    # below the table's first point, the extra time per operation grows in inverse proportion to the number of keys
     short = np.maximum(first / np.maximum(shorter, 1), 1.0)
     return 1.0 / (1.0 / best + (1.0 / speed - 1.0 / best) * short)
 
 
 def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) -> float:
-    """Return the operations of one token of one head of a recurrence: with the state, and with other tokens of the chunk."""
+    """Return a recurrence's floating-point operations per token and head, on the state and within the chunk."""
     forward = 4.0 * key_dim * v_head_dim + 2.0 * _CHUNK * (key_dim + v_head_dim)
     return forward * _FLOPS[direction] / _FLOPS["forward"]
 
@@ -73,10 +73,10 @@ def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) ->
 def recurrence_seconds(
     cluster: ClusterSpec, direction: str, key_dim: int, v_head_dim: int, tokens: Ints, heads: Ints, whole: np.ndarray
 ) -> Numbers:
-    """Estimate the seconds of recurrence tasks, (M,). whole: a task computes outputs or gradients, not only a state."""
+    """Estimate the time of recurrence tasks in seconds, (M,). whole: True for tasks that compute more than a state."""
     best = max(row.tflops for row in cluster.attention if row.direction == direction) * _TERA
     whole_flops = recurrence_flops_per_token(direction, key_dim, v_head_dim)
-    # a pass over states costs the same in both directions
+    # a pass that computes only states costs the same in both directions
     state_flops = recurrence_flops_per_token("forward", key_dim, v_head_dim) * _STATE_PASS
     return tokens * heads * np.where(whole, whole_flops, state_flops) / (best * _RECURRENCE_SPEED)
 
@@ -84,10 +84,10 @@ def recurrence_seconds(
 def expansion_seconds(
     cluster: ClusterSpec, direction: str, latent_dim: int, widths: int, tokens_x_heads: Ints, kept: bool = False
 ) -> Numbers:
-    """Estimate the seconds to expand latents to keys and values of `widths` numbers per head, (M,).
+    """Estimate the time to expand latents to keys and values of `widths` numbers per head, in seconds, (M,).
 
-    Matrix products run at attention's speed on long sequences. The backward pass has two, for the gradients of latents and of
-    weights, and a third one that expands the latents again, unless the keys and values are kept.
+    Matrix products run at attention's speed on long sequences. The backward pass has two, for the gradients of latents and
+    weights. Unless keys and values are kept, a third product expands the latents again.
     """
     best = max(row.tflops for row in cluster.attention if row.direction == "forward") * _TERA
     products = 1 if direction == "forward" else 2 if kept else 3
@@ -95,9 +95,9 @@ def expansion_seconds(
 
 
 def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:
-    """Return a row's fixed cost as a number of keys; it makes short documents slow.
+    """Return a row's fixed cost, which makes short documents slow, as a number of keys.
 
-    It is the overhead in speed(n) = best * n / (n + overhead), as the median over the squares n x n of the table.
+    It is the overhead in speed(n) = best * n / (n + overhead): the median over the table's squares n x n.
     """
     lengths = np.array(sorted({min(row.queries, row.keys) for row in cluster.attention if row.direction == direction}))
     speed = attention_speed(cluster, direction, head_dim, lengths, lengths)
@@ -108,10 +108,10 @@ def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:
 
 
 def padded_cells(bands: Ints, tile_rows: int, extra_keys: Ints | int | Numbers) -> Any:
-    """Return the cells that a kernel spends time on, for each tightened band (M, 10) and one head.
+    """Return the number of cells per head that a kernel spends time on, for each tightened band (M, 10).
 
-    Rows are rounded up to whole tiles of `tile_rows`, and each row costs `extra_keys` keys more than it has. If extra_keys are
-    whole numbers, so are the cells, and they are the same on every machine.
+    Rows are rounded up to a multiple of `tile_rows`, and each row costs `extra_keys` more keys than it has. If extra_keys are
+    integers, so are the results, and they are equal on every machine.
     """
     rows = np.maximum(bands[:, Q1] - bands[:, Q0], 0)
     padded_rows = -(-rows // tile_rows) * tile_rows
@@ -120,9 +120,9 @@ def padded_cells(bands: Ints, tile_rows: int, extra_keys: Ints | int | Numbers) 
 
 
 def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
-    """Return (cells of the tiles that each tightened band touches, keys of its widest row of tiles), both (M,).
+    """Return the cells in the tiles that each tightened band touches, and the keys in its widest row of tiles, both (M,).
 
-    A slanted edge moves by a tile's height within a row of tiles. That adds half a tile to every row, plus the part of the last
+    Within a row of tiles, a slanted edge moves by a tile's height. That adds half a tile to every row, plus the part of the last
     tile of keys that the row does not fill.
     """
     first_begin, first_end = row_key_ranges(bands, bands[:, Q0])
@@ -138,10 +138,10 @@ def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
 def launch_seconds(
     cluster: ClusterSpec, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
 ) -> tuple[Ints, Numbers]:
-    """Return (numbers of the kernel launches, seconds of each) for tasks that are grouped into launches.
+    """Return the numbers of kernel launches and the seconds that each takes, for tasks grouped into launches.
 
-    Per task: `cells` and `widest` row of its tiles, `heads`, `speed` in operations per second, and `group`, the number of its
-    launch. A launch runs at full speed, but takes at least as long as its longest program takes on one multiprocessor.
+    cells, widest: each task's results of `tiled_area`. speed: each task's operations per second. group: the number of each task's
+    launch. A launch runs at full speed, but takes at least as long as its longest program on one multiprocessor.
     """
     device = cluster.device
     launches, index = np.unique(group, return_inverse=True)
@@ -159,8 +159,8 @@ def copy_seconds(cluster: ClusterSpec, size: Numbers) -> Numbers:
 def message_seconds(cluster: ClusterSpec, src: Ints, dst: Ints, size: Numbers) -> Numbers:
     """Return the seconds until each message has arrived, if all are sent at the same time, (M,).
 
-    A device has one port for each direction of each of the two links (inside a node, between nodes), and its messages share the
-    port. All devices of a node share the port of a shared link. A message takes as long as the fuller of its two ports.
+    A device has one port per direction of each link (inside a node, between nodes), and its messages share the port. If a link is
+    shared, all devices of a node share a port. A message takes as long as the busier of its two ports.
     """
     ranks, devices = cluster.ranks, cluster.devices
     out = np.zeros(len(src))
@@ -172,7 +172,7 @@ def message_seconds(cluster: ClusterSpec, src: Ints, dst: Ints, size: Numbers) -
         ends = src[chosen] // port, dst[chosen] // port
         loads = [np.bincount(end, size[chosen], -(-ranks // port)) for end in ends]
         if link.shared and link is cluster.intra_node:
-            # one memory for both directions
+            # both directions use the same memory
             loads = [loads[0], loads[0]]
         fullest = np.maximum(loads[0][ends[0]], loads[1][ends[1]])
         out[chosen] = fullest / (link.gbs * _GIGA) + link.latency_us * _MICRO
@@ -180,7 +180,7 @@ def message_seconds(cluster: ClusterSpec, src: Ints, dst: Ints, size: Numbers) -
 
 
 def _bilinear(grid: Numbers, xs: Numbers, ys: Numbers, x: Numbers, y: Numbers) -> Numbers:
-    """Interpolate a grid bilinearly; points outside are moved to its border."""
+    """Interpolate a grid bilinearly; points outside are clamped to its border."""
     places = []
     for points, value in ((xs, x), (ys, y)):
         value = np.clip(value, points[0], points[-1])

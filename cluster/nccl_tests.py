@@ -1,8 +1,8 @@
 """Link speeds from the output of nccl-tests: its text table or its JSON (-J).
 
-nccl-tests' own factors (doc/PERFORMANCE.md there) turn a size and a time into the bytes that each rank's port carries: the
-bus bandwidth. A link is fitted as time = latency + bytes / bandwidth. The JSON contains the environment of the user who ran it;
-only sizes, times and the number of ranks are read.
+The factors in nccl-tests' doc/PERFORMANCE.md convert a size into the bytes that each rank's port carries, from which the bus
+bandwidth follows. A link is fitted as time = latency + bytes / bandwidth. The JSON contains the environment of the user who ran
+the test; only sizes, times and the number of ranks are read from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from distattn.cluster.spec import Link
 from distattn.ir.errors import DistattnError
 
-# bytes through a rank's port divided by the size that nccl-tests print, on n ranks
+# bytes through a rank's port on n ranks, divided by the size that nccl-tests prints
 FACTORS = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
@@ -31,17 +31,17 @@ _COMMAND = re.compile(r"(\w+?)_perf\b")
 
 @dataclass(frozen=True)
 class NcclTestRun:
-    """One run of nccl-tests: the test, the number of ranks, and (size in bytes, microseconds) of each row, out of place."""
+    """One run of nccl-tests. rows: (size in bytes, microseconds) of each out-of-place measurement."""
 
     test: str
     ranks: int
     rows: tuple[tuple[int, float], ...]
 
     def link(self) -> Link:
-        """Fit latency and bandwidth to these times, by the least relative squares over bytes on the port."""
+        """Fit a link's latency and bandwidth to the measured times by least squares of relative errors."""
         size = np.array([row[0] for row in self.rows]) * FACTORS[self.test](self.ranks)
         micro = np.array([row[1] for row in self.rows])
-        # relative errors, so that the noise of long messages does not decide the latency
+        # relative errors, so that the noise of long messages does not determine the latency
         left = np.stack([np.ones(len(size)), size], 1) / micro[:, None]
         (latency, per_byte), *_ = np.linalg.lstsq(left, np.ones(len(size)), rcond=None)
         if per_byte <= 0:
@@ -52,7 +52,7 @@ class NcclTestRun:
 
 
 def read(path: str | Path, test: str | None = None) -> NcclTestRun:
-    """Parse a file of either kind. test: the name of the test, for a file without it. Raises DistattnError."""
+    """Read a text or JSON file. test: the test's name, for files without it. Raise DistattnError for other files."""
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -87,7 +87,7 @@ def commands(ranks_on_node: int, nodes: int = 1) -> list[str]:
 
 def _parse_text(text: str) -> tuple[str, int, list[tuple[int, float]]]:
     name, ranks, rows = "", 0, []
-    # older tables have one column less
+    # older tables have one column fewer
     time = 5
     for line in text.splitlines():
         columns = line.split()

@@ -1,7 +1,8 @@
 """A cluster in numbers: nodes, devices, links and kernel throughput, read from a TOML file.
 
-`load("h200-8x8")` is 8 nodes of 8 devices of the shipped description `h200`; `load("mine.toml")` or `load("mine.toml", 4, 8)`
-reads a file such as `distattn calibrate` writes. Every number of a shipped file has its source next to it.
+`load("h200-8x8")` returns 8 nodes with 8 devices each of the shipped description `h200`. `load("mine.toml")` reads a file such
+as `distattn calibrate` writes, and `load("mine.toml", 32)` uses only 32 of its devices. In a shipped file, every number has its
+source next to it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from distattn.ir.intervals import Ints
 from distattn.ir.limits import Check, Number, OneOf, SettingProblem, nested_problems
 from distattn.ir.toml_records import TomlFile, parse_record, raise_problems
 
-# pydantic and tomli_w are imported only to read and write files: kernels are checked where only torch and Triton are installed
+# pydantic and tomli_w are imported only to read and write files, because kernel checks run with only torch and Triton installed
 if TYPE_CHECKING:
     from pydantic import ConfigDict
 
@@ -39,7 +40,7 @@ def _tile_problem(sides: tuple[int, int]) -> str | None:
 
 @dataclass(frozen=True)
 class Device:
-    """One device, in numbers that were measured or published."""
+    """One device, described by measured or published numbers."""
 
     __pydantic_config__ = _STRICT
 
@@ -47,15 +48,15 @@ class Device:
     memory_gb: Annotated[float, _POSITIVE]
     # dense bf16, from the manufacturer's data sheet
     peak_tflops: Annotated[float, _POSITIVE]
-    # reached in large matrix products
+    # achieved in large matrix products
     gemm_tflops: Annotated[float, _POSITIVE]
-    # 10^9 bytes per second that are read and written
+    # 10^9 bytes copied per second
     copy_gbs: Annotated[float, _POSITIVE]
     # streaming multiprocessors, each of which runs one program of a kernel at a time
     num_sms: Annotated[int, _POSITIVE]
     # sides of the kernels' tiles (query rows, keys); kernels compute whole tiles
     tile: Annotated[tuple[int, int], Check(_tile_problem)]
-    # microseconds from the end of a kernel to the beginning of the next one, and for each task of a launch
+    # microseconds from the end of a kernel to the start of the next one, and for each task in a launch
     launch_us: Annotated[float, Number(ge=0)]
     task_us: Annotated[float, Number(ge=0)]
     # microseconds the host needs to issue one step
@@ -64,7 +65,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """A link of each device, or with `shared` of a whole node: 10^9 bytes per second in one direction, and the latency."""
+    """The link of each device, or of a whole node if `shared`. gbs: 10^9 bytes per second in one direction."""
 
     __pydantic_config__ = _STRICT
 
@@ -77,7 +78,7 @@ class Link:
 class KernelThroughput:
     """The speed of a core-attention kernel on a full mask of queries x keys.
 
-    A forward pass counts 4 x cells x heads x head dim operations, a backward pass 10 x.
+    A forward pass counts 4 x cells x heads x head dim operations, a backward pass 10 x cells x heads x head dim.
     """
 
     __pydantic_config__ = _STRICT
@@ -91,7 +92,7 @@ class KernelThroughput:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """A cluster of `nodes` nodes with `devices` devices each, in numbers. Rank r is on node r // devices."""
+    """A cluster of `nodes` nodes with `devices` devices each, and its speeds. Rank r is on node r // devices."""
 
     __pydantic_config__ = _STRICT
 
@@ -105,7 +106,7 @@ class ClusterSpec:
 
     @property
     def topology(self) -> Cluster:
-        """The numbers of nodes and devices only, which say which ranks share a node."""
+        """The numbers of nodes and devices, which determine which ranks share a node."""
         return Cluster(self.nodes, self.devices)
 
     @property
@@ -129,7 +130,7 @@ AnyCluster = Cluster | ClusterSpec
 
 
 def shipped_names() -> list[str]:
-    """Return the names of the clusters that come with distattn, without their sizes."""
+    """Return the names of the clusters shipped with distattn, without sizes."""
     folder = resources.files("distattn.cluster") / "descriptions"
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
@@ -148,8 +149,8 @@ def resolve_cluster(cluster: Any) -> AnyCluster | None:
 def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
     """Load a cluster by name (`h200-8x8`: nodes x devices) or by the path of its TOML file.
 
-    ranks: use only that many devices, equally many on each node. Raises DistattnError if there is no such cluster, or if the
-    file has impossible values.
+    ranks: use only this many devices, the same number on each node. Raise DistattnError if there is no such cluster, or if the
+    file has invalid values.
     """
     matched = _NAME.fullmatch(str(name))
     if matched and matched["kind"] in shipped_names():
@@ -166,7 +167,7 @@ def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
 
 @cache
 def _load_shipped(kind: str) -> ClusterSpec:
-    """Return a shipped cluster. Tests check these files with pydantic, which strategies must not need."""
+    """Return a shipped cluster without checks. Tests check these files with pydantic, which strategies must not need."""
     content = tomllib.loads((resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text("utf-8"))
     content["device"] = _record(Device, content["device"] | {"tile": tuple(content["device"]["tile"])})
     content |= {name: _record(Link, content[name]) for name in ("intra_node", "inter_node")}
@@ -175,13 +176,13 @@ def _load_shipped(kind: str) -> ClusterSpec:
 
 
 def _record(kind: type[Record], values: dict[str, Any]) -> Record:
-    """Return a dataclass of these values; whole numbers become floats in fields of type float."""
+    """Return a dataclass with these values; integers become floats in fields of type float."""
     types = kind.__annotations__
     return kind(**{name: float(value) if "float" in types[name] else value for name, value in values.items()})
 
 
 def with_ranks(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
-    """Return the cluster with one device for each of `ranks` ranks, equally many on each of its nodes."""
+    """Return the part of a cluster with one device per rank, the same number on each node."""
     if ranks > cluster.ranks:
         raise DistattnError(
             f"{ranks} ranks need more devices than {cluster.name} has: {cluster.nodes} nodes x {cluster.devices}."
@@ -204,7 +205,7 @@ def _sized(cluster: ClusterSpec, name: str, nodes: int, devices: int) -> Cluster
 
 
 def _table_problems(cluster: ClusterSpec) -> Iterator[SettingProblem]:
-    """Yield the problems of the table of speeds as a whole."""
+    """Yield the problems of the table of kernel speeds as a whole."""
     for direction, head_dim in sorted({(row.direction, row.head_dim) for row in cluster.attention}):
         points = {
             (row.queries, row.keys)

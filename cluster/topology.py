@@ -15,7 +15,7 @@ _MOST = 1 << 20
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` machines of `devices` ranks each; rank r is on node r // devices."""
+    """A cluster of `nodes` machines with `devices` ranks each; rank r is on node r // devices."""
 
     nodes: int
     devices: int

@@ -102,7 +102,7 @@ _HOME = {
     "verify": "distattn.parallel.analysis.verify",
 }
 _RENAMED = {"RecurrentRun": "RecurrentSpan", "recurrent_run": "recurrent_span"}
-# modules that documents and examples import, and that have moved
+# old and new names of moved modules that documentation and examples import
 _MOVED = {
     "data.byte_corpus": "data.files.text",
     "data.indexed_file": "data.files.indexed_file",

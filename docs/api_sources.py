@@ -1,6 +1,6 @@
-"""A hook of mkdocs: copies the package to build/docs-sources, where the API reference is read from.
+"""An mkdocs hook that copies the package to build/docs-sources, where mkdocstrings reads the API reference.
 
-Griffe, which reads docstrings for mkdocstrings, finds no modules in folders without `__init__.py`.
+The copy has an `__init__.py` in each folder, because Griffe, which reads docstrings for mkdocstrings, finds no modules otherwise.
 """
 
 import shutil
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_startup(**_: Any) -> None:
-    """Called by mkdocs before plugins look for the folder."""
+    """Copy the package. mkdocs calls this before plugins look for the folder."""
     target = ROOT / "build" / "docs-sources" / "distattn"
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(ROOT / "distattn", target, ignore=lambda _, names: {"__pycache__"} & set(names))

@@ -1,7 +1,7 @@
-"""Draw the pictures of docs/strategies.md from plans: python docs/draw_strategies.py writes them again.
+"""Draw the pictures in docs/strategies.md from plans. Run `python docs/draw_strategies.py` to write them again.
 
-Each step of the forward pass is a column: which rank sends to which, and below it the score matrix, whose cells have the colour
-of the rank that computes them.
+Each step of the forward pass is a column: arrows show which ranks send to which, and in the score matrix below them each cell has
+the colour of the rank that computes it.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,9 @@ from distattn.parallel.analysis.score_matrix import legible_colours, task_outlin
 FOLDER = Path(__file__).parent / "strategies"
 RANKS, TOKENS = 4, 32
 COLOURS = ["#" + "".join(f"{round(255 * part):02x}" for part in colour) for colour in legible_colours("turbo", RANKS)]
-# in CSS pixels: a column, its score matrix, the ranks above it, and the strip that shows who owns a token
+# in CSS pixels: the width of a column, the side of its matrix, where ranks and matrix begin, the width of the owners' strip
 WIDTH, SIDE, RANKS_AT, MATRIX_AT, STRIP = 196, 160, 66, 132, 6
-# the picture has its own background, since pages and readers have any colour
+# the picture has its own background, because pages may have any colour
 STYLE = """
 svg { background: #fff; color: #1c2530; font: 13px system-ui, sans-serif; }
 text { fill: currentColor; } .soft { opacity: .8; } .arrow { fill: none; stroke: currentColor; stroke-width: 1.2; }
@@ -28,10 +28,10 @@ text { fill: currentColor; } .soft { opacity: .8; } .arrow { fill: none; stroke:
 
 
 def plans() -> dict[str, Plan]:
-    """Return a small plan for each picture, by its name."""
+    """Return a small plan for each picture, by the picture's name."""
     causal, zigzag = da.Mask.causal(TOKENS), da.Layout.zigzag([TOKENS], RANKS)
     shape = dict(head_dim=8, dtype="float32")
-    # every rank has documents of its own: rank 0 one long document, rank 3 eight short ones
+    # each rank has its own documents: rank 0 one long document, rank 3 eight short ones
     lengths = [64, 32, 32, *[16] * 4, *[8] * 8]
     per_rank = da.Layout.contiguous([sum(lengths)], RANKS)
     return {
@@ -43,14 +43,14 @@ def plans() -> dict[str, Plan]:
 
 
 def drawings() -> dict[str, str]:
-    """Return the SVG of each picture, by its name."""
+    """Return the SVG of each picture, by the picture's name."""
     return {name: draw(plan) for name, plan in plans().items()}
 
 
 def draw(plan: Plan) -> str:
     """Return a plan's forward pass as an SVG."""
     steps = plan.forward.steps
-    # two heads stand side by side
+    # two heads are drawn side by side
     rows = SIDE / 2 + 8 if plan.call.heads == 2 else SIDE + 30
     width, height = 18 + WIDTH * steps, MATRIX_AT + rows
     columns = "".join(
@@ -67,12 +67,12 @@ def draw(plan: Plan) -> str:
 
 
 def column(plan: Plan, step: int) -> str:
-    """Return one step: its title, its moves, and the score matrix of each range of heads that a rank computes alone."""
+    """Return one step as SVG: its title, its moves, and the score matrix of each head."""
     moves = select_rows(plan.forward.moves, plan.forward.moves["step"] == step)
     names = ", ".join(Payload(payload).name for payload in np.unique(moves["payload"])) or "nothing"
     pairs = sorted({(int(src), int(dst)) for src, dst in zip(moves["src"], moves["dst"], strict=True)})
     heads = plan.call.heads
-    # heads that different ranks compute get a matrix each
+    # with several heads, two matrices are drawn per row
     across = 2 if heads > 1 else 1
     side = (SIDE - 22 * (across - 1)) / across
     matrices = "".join(
@@ -84,7 +84,7 @@ def column(plan: Plan, step: int) -> str:
 
 
 def arrows(pairs: list[tuple[int, int]]) -> str:
-    """Return the ranks in a row, and an arrow for each (source, destination): above to the right, below to the left."""
+    """Return as SVG a row of ranks with an arrow per (source, destination): to the right above, to the left below."""
     at = [20 + rank * (SIDE - 40) / (RANKS - 1) for rank in range(RANKS)]
     out = []
     for src, dst in pairs:
@@ -103,7 +103,7 @@ def arrows(pairs: list[tuple[int, int]]) -> str:
 
 
 def matrix(plan: Plan, step: int, head: int, side: float) -> str:
-    """Return the score matrix of a head: cells of this step in their rank's colour, those of steps before it faintly."""
+    """Return a head's score matrix as SVG: this step's cells in their rank's colour, those of earlier steps faintly."""
     scale = side / plan.call.mask.n
     tasks = plan.forward.tasks
     tasks = select_rows(tasks, (tasks["h0"] <= head) & (head < tasks["h1"]) & (tasks["step"] <= step))
@@ -120,7 +120,7 @@ def matrix(plan: Plan, step: int, head: int, side: float) -> str:
 
 
 def owners(plan: Plan, scale: float) -> Iterator[str]:
-    """Yield the strip at the left of a matrix that has the colour of the rank that owns each query."""
+    """Yield the SVG strip to the left of a matrix, which shows each query in the colour of the rank that owns it."""
     layout = plan.call.layout
     for rank in range(RANKS):
         tokens = layout.tokens(rank)

@@ -1,14 +1,14 @@
-"""A hook of mkdocs: the navigation stands beside the page in windows of 1,100 pixels, where the theme wants 1,220."""
+"""An mkdocs hook that shows the navigation next to the page from 1,100 pixels on; the theme requires 1,220."""
 
 from pathlib import Path
 from typing import Any
 
-# widths in the theme's files, and those that take their place
+# widths in the theme's files, and their replacements
 _WIDTHS = {"76.25em": "68.75em", "76.234375em": "68.734375em"}
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Change the width at which the built site shows its navigation. Raise RuntimeError where the theme has another one."""
+    """Change the width from which the built site shows its navigation. Raise RuntimeError if the theme uses other widths."""
     assets, seen_widths = Path(config["site_dir"], "assets"), set()
     for file in [*assets.rglob("*.css"), *assets.rglob("*.js")]:
         text = file.read_text("utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,15 +9,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from distattn.checkpoints.checkpoint_folder import (
-    Checkpoint,
-    find_checkpoints,
-    sizes_are_right,
-    verify_checkpoint,
-)
+from distattn.checkpoints.checkpoint_folder import Checkpoint, find_checkpoints, sizes_are_right, verify_checkpoint
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.ir.text_format import readable_bytes
-from distattn.launch.command_line import CommandParser, ResultConsole
+from distattn.launch.command_line import CommandParser, ResultConsole, run_subcommand
 from distattn.launch.data.progress import ProgressReporter
 from distattn.training.reporting.json_lines import json_text
 
@@ -57,8 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
     if command in _OF_MODELS:
         # import these modules only here: they need torch, whose import takes seconds
-        code: int = importlib.import_module(f"distattn.launch.ckpt.{_OF_MODELS[command]}").main(rest)
-        return code
+        return run_subcommand(f"distattn.launch.ckpt.{_OF_MODELS[command]}", rest)
     if not arguments or {"-h", "--help"} & set(arguments):
         sys.stdout.write(USAGE)
         return 0 if arguments else 2

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 from distattn.launch.stop_signals import CommandStopped, end_now, stop_on_signals
 
 _USAGE = """usage: distattn COMMAND ...
@@ -81,13 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code
     except DistattnError as error:
         for line in str(error).splitlines():
-            sys.stderr.write(f"distattn: {line}\n")
+            print_message(line)
         return error.exit_code
     except CommandStopped as stop:
-        sys.stderr.write(f"distattn: {stop}\n")
+        print_message(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("distattn: stopped.\n")
+        print_message("stopped.")
         return 130
     except BrokenPipeError:
         # the reader, such as head, closed the pipe; flushing buffered output at exit must not raise again
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"distattn: {where}{error.strerror or error}.\n")
+        print_message(f"{where}{error.strerror or error}.")
         return DistattnError.exit_code
 
 

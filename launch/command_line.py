@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,18 @@ def check_options(
             )
 
 
+def run_subcommand(module: str, arguments: Sequence[str]) -> int:
+    """Run the function `main` of a module, or print the module's USAGE if asked for help. Return the exit code.
+
+    Without arguments the usage is printed, too, and the exit code is 2.
+    """
+    subcommand = importlib.import_module(module)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(subcommand.USAGE)
+        return 0 if arguments else 2
+    return int(subcommand.main(arguments))
+
+
 class ResultConsole(Console):
     """Console for results. Raises BrokenPipeError if the reader has closed the pipe, where rich would exit with code 1."""
 
@@ -93,11 +106,6 @@ def print_to_stderr(line: str) -> None:
     """Print a line to stderr and flush it. stdout is for results only."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
-
-
-def print_message(text: str) -> None:
-    """Print a launcher's message to the user on stderr."""
-    print_to_stderr(f"distattn: {text}")
 
 
 def finish_command(folder: object) -> str:

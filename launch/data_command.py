@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 
 from distattn.ir.errors import DistattnError
+from distattn.launch.command_line import run_subcommand
 
 USAGE = """usage: distattn data COMMAND ...
 
@@ -35,4 +35,4 @@ def main(arguments: Sequence[str]) -> int:
     if command not in _COMMANDS:
         commands = f"{', '.join(_COMMANDS[:-1])} and {_COMMANDS[-1]}"
         raise DistattnError(f"data: there is no command {command!r}; there are {commands}. See distattn data --help.")
-    return int(importlib.import_module(f"distattn.launch.data.{command}").main(rest))
+    return run_subcommand(f"distattn.launch.data.{command}", rest)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.launch.node_needs import node_needs
 from distattn.launch.start_run import change_config
 from distattn.training.config.checks import problems_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from distattn.checkpoints.checkpoint_folder import by_preference, list_checkpoints, preferred_step
 from distattn.ir.errors import DistattnError
-from distattn.ir.text_format import plural
+from distattn.ir.text_format import plural, print_message
 from distattn.launch.attempts import Attempts
 from distattn.launch.command_line import finish_command, print_line
 from distattn.launch.stop_signals import CommandStopped, end_now, stop_on_signals, stopped
@@ -50,7 +50,7 @@ def finish_run(run: RunFolder, config: Config, report_progress: Callable[[str], 
     if not math.isfinite(steps[-1].loss):
         failures.append(f"the loss of the last step, {steps[-1].step:,}, is {steps[-1].loss}: {_way_back(run, steps)}")
     for failure in failures:
-        sys.stderr.write(f"distattn: {failure}\n")
+        print_message(failure)
     return 1 if failures else 0
 
 
@@ -133,11 +133,8 @@ def main(folder: str) -> int:
         # a preflight alone has no steps to report
         with stop_on_signals():
             return 0 if config.preflight.action == "only" else finish_run(run, config, print_line, False)
-    except CommandStopped as stop:
-        sys.stderr.write(f"distattn: {stop}\n")
-        return stop.exit_code
-    except DistattnError as error:
-        sys.stderr.write(f"distattn: {error}\n")
+    except (CommandStopped, DistattnError) as error:
+        print_message(str(error))
         return error.exit_code
 
 

@@ -13,16 +13,10 @@ from pathlib import Path
 
 from distattn.data.files.text import find_files
 from distattn.ir.errors import DistattnError
-from distattn.ir.text_format import plural, readable_bytes
+from distattn.ir.text_format import plural, print_message, readable_bytes
 from distattn.kernels.registry import AUTO, CPU_KERNELS
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
-from distattn.launch.command_line import (
-    CommandParser,
-    array_words,
-    no_progress,
-    print_line,
-    print_message,
-)
+from distattn.launch.command_line import CommandParser, array_words, no_progress, print_line
 from distattn.launch.elastic_run import node_counts
 from distattn.launch.ranks.machine_limits import (
     check_device_holds_state,
@@ -342,8 +336,6 @@ def _print_logs(run: RunFolder, rank: int | None) -> int:
     texts = [file.read_text("utf-8", "replace") for file in files]
     if not any(texts):
         names = " and ".join(str(file) for file in files)
-        sys.stderr.write(
-            f"distattn: {names}: empty, nothing was printed yet; distattn launch status shows what the ranks do.\n"
-        )
+        print_message(f"{names}: empty, nothing was printed yet; distattn launch status shows what the ranks do.")
     sys.stdout.write("".join(texts))
     return 0

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 from distattn.checkpoints.checkpoint_folder import preferred_step
 from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.ir.errors import RunStopped
+from distattn.ir.text_format import print_message
 from distattn.launch.attempt_end import AttemptEnd
 from distattn.launch.attempts import Attempts
-from distattn.launch.command_line import print_message
 from distattn.training.run_folder import RunFolder
 
 _STOPPED = RunStopped.exit_code
@@ -47,6 +47,14 @@ class Outcome(NamedTuple):
     again: bool = False
 
 
+def ask_to_stop(run: RunFolder, signal_name: str) -> None:
+    """Ask the ranks to save and end. Print a message if that fails."""
+    try:
+        run.ask_to_stop(signal_name)
+    except OSError as error:
+        print_message(f"the ranks cannot be asked to stop: {error}; the run continues from its newest checkpoint.")
+
+
 class NodeAttempts:
     """Runs attempts until the run has ended, can only continue on other nodes, or cannot continue.
 
@@ -62,10 +70,7 @@ class NodeAttempts:
     def stop(self, number: int, frame: FrameType | None = None) -> None:
         """Ask the ranks to save and end. This is a signal handler."""
         self._signal = signal.Signals(number).name
-        try:
-            self._run.ask_to_stop(self._signal)
-        except OSError as error:
-            print_message(f"the ranks cannot be asked to stop: {error}; the run continues from its newest checkpoint.")
+        ask_to_stop(self._run, self._signal)
 
     def run(self) -> Outcome:
         """Run attempt after attempt. Raises DistattnError if the run's folder is missing or replaced before an attempt."""

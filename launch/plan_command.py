@@ -15,8 +15,9 @@ from rich.text import Text
 from distattn.cluster import spec as describe
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import LAYOUTS
+from distattn.ir.text_format import print_message
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
-from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_message, print_to_stderr
+from distattn.launch.command_line import CommandParser, ResultConsole, no_progress, print_to_stderr
 from distattn.parallel.analysis.timeline import Timeline
 from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.make_plan import STRATEGIES

@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
-from distattn.launch.command_line import check_options, no_progress, print_message
+from distattn.launch.command_line import check_options, no_progress
 from distattn.launch.ranks.machine_limits import check_run_fits
 from distattn.launch.run_locally import run_ranks_and_finish
 from distattn.launch.start_run import preflight_alone, start_run

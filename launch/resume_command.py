@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
-from distattn.launch.command_line import check_options, print_message
+from distattn.launch.command_line import check_options
 from distattn.launch.finish_run import report_finished
 from distattn.launch.run_locally import resume_locally
 from distattn.training.config import run_file as configuration

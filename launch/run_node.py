@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 from distattn.launch.attempts import Attempts
-from distattn.launch.command_line import print_message
+from distattn.launch.node_attempts import ask_to_stop
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ranks.rank import set_allocator
 from distattn.launch.stop_signals import CommandStopped, stop_on_signals, stopped
@@ -38,7 +39,7 @@ def main(folder: str, address: str, *place: str) -> int:
         # remove requests of the previous attempt; a launcher that records attempts does so itself, and may have made a new one
         run.forget_requests()
     # to end a step or a container, a scheduler sends SIGTERM and, seconds later, SIGKILL: save in between
-    signal.signal(signal.SIGTERM, lambda *_: _ask_to_stop(run))
+    signal.signal(signal.SIGTERM, lambda *_: ask_to_stop(run, "SIGTERM"))
     # import torch only after setting the handler: the import takes seconds, and the signal may arrive meanwhile
     from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
     from distattn.launch.ranks.local import Node
@@ -62,7 +63,7 @@ def main(folder: str, address: str, *place: str) -> int:
         print_message(f"node {number}: {stop}")
         return stop.exit_code
     except DistattnError as error:
-        sys.stderr.write(f"distattn: {error}\n")
+        print_message(str(error))
         return error.exit_code
     if trouble is not None:
         blamed = sorted({culprit.rank // per_node for culprit in trouble.culprits})
@@ -80,13 +81,6 @@ def check_places(run: RunFolder, config: Config, nodes: int) -> None:
             f"{run.config_file}: the run has {ranks} ranks, {per_node} a node, but this job has {nodes} nodes: set "
             "parallel.ranks and parallel.devices_per_node there to the job's numbers."
         )
-
-
-def _ask_to_stop(run: RunFolder) -> None:
-    try:
-        run.ask_to_stop("SIGTERM")
-    except OSError as error:
-        print_message(f"the ranks cannot be asked to stop: {error}; the run continues from its newest checkpoint.")
 
 
 if __name__ == "__main__":

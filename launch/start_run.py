@@ -13,8 +13,7 @@ from distattn.checkpoints.checkpoint_folder import check_step, preferred_step, s
 from distattn.checkpoints.run_lock import RunLock
 from distattn.cluster.spec import resolve_cluster
 from distattn.ir.errors import DistattnError
-from distattn.ir.text_format import readable_bytes
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message, readable_bytes
 from distattn.parallel.analysis.explain import explain
 from distattn.training.config import run_file as configuration
 from distattn.training.config.plan_settings import PlanSettings
@@ -22,15 +21,7 @@ from distattn.training.config.run_file import Config
 from distattn.training.held_out import check_held_out
 from distattn.training.job_secret import write_secret
 from distattn.training.proposal import Proposal
-from distattn.training.run_data import (
-    RunData,
-    find_text,
-    first_packs,
-    open_data,
-    pack_config,
-    plan_longer,
-    write_text,
-)
+from distattn.training.run_data import RunData, find_text, first_packs, open_data, pack_config, plan_longer, write_text
 from distattn.training.run_facts import check_steps_left
 from distattn.training.run_folder import RunFolder
 
@@ -84,11 +75,7 @@ def preflight_alone(config: Config) -> Config:
 
 
 def resume_run(
-    run: RunFolder,
-    config: Config,
-    report_progress: Callable[[str], None],
-    proposal: Proposal,
-    step: int | None = None,
+    run: RunFolder, config: Config, report_progress: Callable[[str], None], proposal: Proposal, step: int | None = None
 ) -> None:
     """Prepare a run's folder for continuing the run, and write the launcher's proposal if anything has to change.
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 from distattn.launch.command_keys import refuse_keys_that_do_nothing
-from distattn.launch.command_line import check_options, print_message
+from distattn.launch.command_line import check_options
 from distattn.launch.run_locally import run_locally
 from distattn.launch.start_run import preflight_alone
 from distattn.training.config import run_file as configuration

@@ -6,9 +6,9 @@
     engine.backward(local_loss(engine, cp.shard(batch)))
     engine.step()
 
-DeepSpeed's divisor of gradients depends on the ZeRO stage, the number of sequence-parallel ranks and of micro-batches;
-`loss_scale` measures it. Pass `mpu` and not `mesh_param` (or data_parallel_size and sequence_parallel_size in the
-configuration): with those DeepSpeed 0.19 does not reduce over sequence-parallel ranks in stages 0 and 1.
+DeepSpeed's divisor of gradients depends on the ZeRO stage and on the numbers of sequence-parallel ranks and micro-batches, so
+`loss_scale` measures it. Pass `mpu` rather than `mesh_param` (or data_parallel_size and sequence_parallel_size in the
+configuration): with those, DeepSpeed 0.19 does not reduce over sequence-parallel ranks in stages 0 and 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from distattn.parallel.runtime.communication.communicator import new_group
 class SequenceGroups:
     """The `mpu` of `deepspeed.initialize`: the ranks that split a sequence, and the ranks over which ZeRO shards and reduces.
 
-    cp: ranks that hold the same batch split its sequences; its loss group contains all ranks.
+    cp: a `ContextParallel` whose loss group contains all ranks. Ranks that hold the same batch split its sequences.
     """
 
     def __init__(self, cp: ContextParallel):
@@ -58,14 +58,14 @@ class SequenceGroups:
         self._alone = new_group([dist.get_rank()])
 
     def initialize_sequence_parallel(self, size: int) -> None:
-        """Check the size. DeepSpeed only looks whether this method exists; the groups are those of the `ContextParallel`."""
+        """Check the size. DeepSpeed only tests that this method exists; the groups come from the `ContextParallel`."""
         if size != self.get_sequence_parallel_world_size():
             raise DistattnError(
                 f"sequences are split over {self.get_sequence_parallel_world_size()} ranks, not {size}."
             )
 
     def get_sequence_parallel_group(self) -> dist.ProcessGroup:
-        """Return the ranks that split a sequence."""
+        """Return the group of ranks that split a sequence."""
         return self._split  # type: ignore[no-any-return]
 
     def get_sequence_parallel_world_size(self) -> int:
@@ -73,11 +73,11 @@ class SequenceGroups:
         return dist.get_world_size(self._split)
 
     def get_sequence_parallel_rank(self) -> int:
-        """Return this rank's number among those that split a sequence."""
+        """Return this rank's index among those that split a sequence."""
         return dist.get_rank(self._split)
 
     def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
-        """Return all ranks that share the parameters."""
+        """Return the group of all ranks, which share the parameters."""
         return self._all  # type: ignore[no-any-return]
 
     def get_sequence_data_parallel_world_size(self) -> int:
@@ -85,36 +85,36 @@ class SequenceGroups:
         return dist.get_world_size(self._all)
 
     def get_sequence_data_parallel_rank(self) -> int:
-        """Return this rank's number among all ranks."""
+        """Return this rank's index among all ranks."""
         return dist.get_rank(self._all)
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """Return a group of this rank alone: there is no tensor parallelism."""
+        """Return a group of this rank alone, since there is no tensor parallelism."""
         return self._alone
 
     def get_model_parallel_rank(self) -> int:
-        """Return 0: there is no tensor parallelism."""
+        """Return 0, since there is no tensor parallelism."""
         return 0
 
     def get_model_parallel_world_size(self) -> int:
-        """Return 1: there is no tensor parallelism."""
+        """Return 1, since there is no tensor parallelism."""
         return 1
 
 
 def set_data_parallel_size(engine: Any, size: int) -> None:
-    """Set the sample counts of an engine that was made without `SequenceGroups`: its reports count `size` shares of data.
+    """Set the sample counts of an engine created without `SequenceGroups`. size: the number of data-parallel replicas.
 
-    Without this DeepSpeed counts every rank as one with its own samples. Gradients do not depend on it.
+    Otherwise DeepSpeed assumes that every rank has its own samples. This affects reports, not gradients.
     """
     samples = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * size
     engine._config.train_batch_size = engine.tput_timer.batch_size = samples
 
 
 class ProbeTarget:
-    """A DeepSpeed engine, for `ContextParallel.loss_scale` to probe between two steps, not in the middle of accumulation.
+    """A DeepSpeed engine for `ContextParallel.loss_scale` to probe between two steps, not during gradient accumulation.
 
-    output_layer: the linear layer that makes logits, by default the one that transformers names. scale_wrt_gas: as you pass it
-    to `engine.backward`.
+    scale_wrt_gas: the value that you pass to `engine.backward`. forward: computes logits from a batch, by default by calling
+    the engine. output_layer: the linear layer that computes logits, by default the one that transformers names.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class ProbeTarget:
         self.micro_batches_per_step = engine.gradient_accumulation_steps() if scale_wrt_gas else None
 
     def layer(self) -> torch.nn.Module:
-        """Return the output layer, or another layer if it is frozen."""
+        """Return the output layer, or another trained layer if it is frozen."""
         return trained_layer(self.engine.module, self._output())
 
     def vocab_rows(self) -> int:
-        """Return the rows of the whole vocabulary, even if the weight is partitioned."""
+        """Return the number of rows of the whole vocabulary, even if the weight is partitioned."""
         weight: Any = self._output().weight
         return getattr(weight, "ds_shape", weight.shape)[0]
 
@@ -156,12 +156,12 @@ class ProbeTarget:
         return x
 
     def gradient(self) -> Tensor:
-        """Return the gradient of the layer's weight, without the loss scale of fp16."""
+        """Return the gradient of the layer's weight, divided by the fp16 loss scale."""
         weight: Any = self.layer().weight
         return full_tensor(safe_get_full_grad(weight)) / (getattr(self.engine.optimizer, "loss_scale", None) or 1.0)
 
     def parameters(self) -> list[ProbedParameter]:
-        """Return all parameters of the model. Parameters that stage 3 partitions are empty: each number exists once."""
+        """Return all of the model's parameters. Those that stage 3 partitions are empty, since ranks hold different parts."""
         scale = getattr(self.engine.optimizer, "loss_scale", None) or 1.0
 
         def gradient_of(parameter: Any) -> Tensor | None:
@@ -172,7 +172,7 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Restore gradients and the optimizer's state of them afterwards. Raises DistattnError in the middle of a step."""
+        """Restore gradients and the optimizer's gradient state on exit. Raises DistattnError in the middle of a step."""
         engine, optimizer = self.engine, self.engine.optimizer
         steps = engine.gradient_accumulation_steps()
         if engine.micro_steps % steps:
@@ -190,7 +190,7 @@ class ProbeTarget:
             finally:
                 optimizer.zero_grad()
                 engine.zero_grad()
-                # ZeRO adds to these until it takes a step
+                # ZeRO accumulates into these until it takes a step
                 if micro_step is not None:
                     optimizer.averaged_gradients.clear()
                     optimizer.averaged_gradients.update(averaged)

@@ -4,10 +4,10 @@
     trainer = ContextParallelTrainer(model=model, args=args, train_dataset=..., data_collator=..., context_parallel=cp)
     trainer.train()
 
-Ranks that split a sequence get the same batches. The collator makes micro-batches in the form that `ContextParallel.shard` takes,
-and gets the unchanged columns of the dataset. Evaluation splits sequences, too, if only the loss is needed; with
-`compute_metrics`, and in `predict`, each process has whole sequences. Leave `ParallelismConfig` out: its cp and sp are those of
-accelerate.
+Ranks that split a sequence get the same batches. The collator receives the dataset's unchanged columns and returns micro-batches
+in the form that `ContextParallel.shard` takes. Evaluation also splits sequences if only the loss is needed. With
+`compute_metrics`, and in `predict`, each process has whole sequences. Leave out `ParallelismConfig`, since its cp and sp are
+accelerate's own.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from distattn.ir.errors import DistattnError
 class ContextParallelTrainer(Trainer):
     """A `Trainer` whose batches are split by a `ContextParallel`. The model must have attn_implementation="distattn".
 
-    The loss is the sum over tokens / valid tokens of all ranks and micro-batches of a step.
+    The loss is the sum of token losses divided by the number of valid tokens, over all ranks and micro-batches of a step.
     """
 
     def __init__(self, *arguments: Any, context_parallel: ContextParallel, **named: Any):
         print_refusals_once()
         super().__init__(*arguments, **named)
         self.context_parallel = context_parallel
-        # transformers' documented flag: compute_loss scales the loss for gradient accumulation itself
+        # a documented flag of transformers: compute_loss itself scales the loss for gradient accumulation
         self.loss_is_scaled_for_ga = True
         self._probed: Any = None
-        # the loader of the current epoch, and its steps, which are sharded a step ahead
+        # the current epoch's iterator, and its steps, which are sharded one step ahead
         self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
-        # the loader whose batches are split in evaluation; for the last such evaluation the loss and the number of labels of each
-        # step, and the prefix of its metrics
+        # the loader whose batches evaluation splits; for the last such evaluation, each step's loss and number of labels, and the
+        # prefix of the metrics
         self._split: Any = None
         self._evaluated: list[tuple[float, int]] | None = None
         self._evaluated_as = ""
@@ -75,7 +75,7 @@ class ContextParallelTrainer(Trainer):
                 )
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return a loader of the training set: replicas have different rows, ranks that split a sequence the same batches."""
+        """Return a loader of the training set. Replicas get different rows; ranks that split a sequence get the same batches."""
         if self.train_dataset is None:
             raise DistattnError("training needs a train_dataset.")
         args: Any = self.args
@@ -89,7 +89,7 @@ class ContextParallelTrainer(Trainer):
         return self._shared_loader(dataset, seed, self._train_batch_size, sampler, args.dataloader_drop_last)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return the same for evaluation if only the loss is needed; with metrics each process has its own batches."""
+        """Return such a loader for evaluation if only the loss is needed. With metrics, each process gets its own batches."""
         if self.compute_metrics is not None:
             return super().get_eval_dataloader(eval_dataset)
         chosen: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -100,7 +100,7 @@ class ContextParallelTrainer(Trainer):
         return self._split
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Return the rows of the data set in a step: ranks that split a sequence have the same rows, which count once."""
+        """Return the number of dataset rows per step. Rows shared by the ranks that split a sequence count once."""
         return self._train_batch_size * args.gradient_accumulation_steps * self.context_parallel.data_parallel_size
 
     def _shared_loader(
@@ -135,7 +135,7 @@ class ContextParallelTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Return the micro-batches of a step, split; their losses are scaled by the labels of all of them."""
+        """Return this rank's parts of a step's micro-batches. Their losses are scaled by the step's number of labels."""
         if self._probed is not self.model_wrapped:
             self._probed = self.model_wrapped
             self.context_parallel.loss_scale(self._probe_target())
@@ -145,14 +145,14 @@ class ContextParallelTrainer(Trainer):
         return next(self._epoch[1], []), None
 
     def _micro_batches(self, epoch_iterator: Iterator[Any]) -> Iterator[list[Any]]:
-        """Yield the batches of an epoch by step; the last step may have fewer, as the Trainer counts them."""
+        """Yield the batches of each step in an epoch. The last step may have fewer, which is how the Trainer counts steps."""
         while whole := list(islice(epoch_iterator, self.args.gradient_accumulation_steps)):
             yield whole
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute this rank's share for a split batch; for a whole batch (evaluation) transformers' own loss."""
+        """Compute this rank's share of the loss for a split batch, or transformers' own loss for a whole one (evaluation)."""
         if "context_parallel" not in inputs:
             if isinstance(inputs.get("labels"), torch.Tensor):
                 inputs = {**inputs, "labels": int64_labels(inputs["labels"])}
@@ -162,13 +162,13 @@ class ContextParallelTrainer(Trainer):
         return local_loss(model, inputs)
 
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **named: Any) -> Any:
-        """Evaluate split sequences by their mean loss over all labels, whole sequences without context parallelism."""
+        """Evaluate split sequences by their mean loss over all labels, and whole sequences without context parallelism."""
         evaluated: list[tuple[float, int]] | None = [] if dataloader is self._split else None
         self._evaluated, self._evaluated_as = evaluated, named.get("metric_key_prefix", "eval")
         with nullcontext() if evaluated is not None else single_process_attention(self.model):
             done = super().evaluation_loop(dataloader, *arguments, **named)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # accelerate would not wrap a model in DDP that it has prepared for evaluation, and ranks would train different models
+            # accelerate would not wrap a model in DDP that it prepared for evaluation, so ranks would train different models
             self.model._is_accelerate_prepared = self.model_wrapped is not self.model  # type: ignore[union-attr]
         labels = sum(labels for _, labels in evaluated or ())
         if evaluated and labels and done.metrics:
@@ -177,14 +177,14 @@ class ContextParallelTrainer(Trainer):
         return done
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record metrics. Correct the steps per second of split evaluations: the Trainer counts each step on every rank."""
+        """Record metrics. Correct the steps per second of split evaluations, which the Trainer counts once per rank."""
         name, seconds = f"{self._evaluated_as}_steps_per_second", logs.get(f"{self._evaluated_as}_runtime")
         if self._evaluated and seconds and name in logs:
             logs[name] = round(len(self._evaluated) / seconds, 3)
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        """Return only the loss for a split batch, over the batches of all ranks."""
+        """Return only the loss of a split batch, averaged over all ranks' batches."""
         if self._evaluated is None:
             return super().prediction_step(model, inputs, *arguments, **named)
         cp = self.context_parallel
@@ -196,7 +196,7 @@ class ContextParallelTrainer(Trainer):
         return torch.tensor(mean, device=loss.device), None, None
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of all ranks, each once, without padding."""
+        """Count all ranks' tokens, each once, without padding."""
         ids = inputs["input_ids"][:, : inputs["context_parallel"].own_tokens]
         super()._track_num_input_tokens({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
@@ -204,7 +204,7 @@ class ContextParallelTrainer(Trainer):
         if self.is_deepspeed_enabled:
             from distattn.adapters import deepspeed
 
-            # accelerate has made the engine without `SequenceGroups`
+            # accelerate created the engine without `SequenceGroups`
             deepspeed.set_data_parallel_size(self.model_wrapped, self.context_parallel.data_parallel_size)
             return deepspeed.ProbeTarget(self.model_wrapped, scale_wrt_gas=False)
         model: Any = self.model
@@ -212,7 +212,7 @@ class ContextParallelTrainer(Trainer):
 
 
 def _copied_batch(collate: Callable[[Any], Any], rows: Any) -> Any:
-    """Collate rows and copy the tensors: the collator may reuse them for the next batch while accelerate holds this one."""
+    """Collate rows and copy the tensors, since the collator may reuse them for the next batch while accelerate holds this one."""
     batch = collate(rows)
     if not isinstance(batch, Mapping):
         return batch

@@ -5,9 +5,9 @@
     batch = cp.shard(batch)
     logits = model(**inputs(batch)).logits
 
-It uses transformers' public registries of attention and mask functions. Recurrent layers and convolutions have no registry:
-functions that hybrid models call are replaced (see `huggingface_recurrent`). Models with their own attention classes refuse the
-name (see `huggingface_masks`). For a `Trainer` see `distattn.adapters.hf_trainer`.
+This uses transformers' public registries of attention and mask functions. Recurrent layers and convolutions have no registry, so
+the functions that hybrid models call are replaced (see `huggingface_recurrent`). Models with their own attention classes refuse
+the implementation (see `huggingface_masks`). For a `Trainer`, see `distattn.adapters.hf_trainer`.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -38,7 +38,7 @@ from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
 from distattn.ir.renamed import renamed_attributes
 
-# kinds of layers in configurations that are computed: attention, and layers that read no other tokens
+# the supported kinds of layers in configurations: attention, and layers that read no other tokens
 _COMPUTED = ("full_attention", "sliding_attention", "mlp", "moe")
 __getattr__ = renamed_attributes(__name__, {"relayout_recurrent_runs": "relayout_recurrent_spans"})
 
@@ -56,7 +56,7 @@ def register() -> None:
 def single_process_attention(model: Any) -> Iterator[None]:
     """Let a transformers model attend to whole batches in this process while the context is open, to evaluate or `generate`.
 
-    With activation checkpointing run backward passes inside, too: they recompute the attention.
+    With activation checkpointing, run backward passes inside the context, too, since they recompute attention.
     """
     # transformers' sdpa has no soft cap
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
@@ -85,8 +85,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it: query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E).
 
-    softcap, s_aux (H,), a sink logit per head, and sliding_window are as Gemma 2, gpt-oss and Mistral pass them. Raises
-    DistattnError for everything else that layers may ask for.
+    softcap, s_aux (a sink logit per head, (H,)) and sliding_window are as Gemma 2, gpt-oss and Mistral pass them. Raises
+    DistattnError for anything else that a layer requests.
     """
     layer = getattr(module, "layer_idx", None)
     where = "" if layer is None else f"layer {layer}: "
@@ -126,7 +126,7 @@ def attention_forward(
     if has_latents(module):
         inputs = module, context_parallel, query, key, value
         return latent_attention(*inputs, scaling, window=sliding_window, layer=layer, softcap=softcap, sink=s_aux), None
-    # squeeze costs nothing in the backward pass, indexing row 0 would cost a copy
+    # squeeze is free in the backward pass, whereas indexing row 0 would cost a copy
     q_THD, k_TKD = query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1)
     v_TKE = value.squeeze(0).transpose(0, 1)
     out_THE = context_parallel.attention(
@@ -144,10 +144,10 @@ def mask_pattern(
     config: Any = None,
     **kwargs: Any,
 ) -> MaskPattern:
-    """Return a pattern in place of a mask: the plan has the mask, causal inside each document, maybe with a window.
+    """Return a pattern instead of a mask, since the plan has the mask: causal in each document, possibly with a window.
 
-    transformers marks windows and chunks by local_size, masks of users and multimodal models by use_vmap or an outer
-    `or_mask`; it wraps its causal function in an `and_mask` for windows, and if positions restart, as in packed documents.
+    transformers marks windows and chunks by local_size, and masks of users and multimodal models by use_vmap or an outer
+    `or_mask`. It wraps its causal function in an `and_mask` for windows, and when positions restart, as in packed documents.
     Raises DistattnError for other masks.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
@@ -165,12 +165,12 @@ def mask_pattern(
 
 
 def has_recurrence_or_convolution(config: Any) -> bool:
-    """Return whether a model has layers that read other tokens by a recurrence or a convolution."""
+    """Return whether a model has layers that read other tokens through a recurrence or a convolution."""
     return any(kind in MIXING for kind in getattr(config, "layer_types", None) or ())
 
 
 def check_config(config: Any) -> None:
-    """Raise DistattnError for a setting of a model that would give wrong results on sharded sequences."""
+    """Raise DistattnError if a setting of the model would give wrong results on sharded sequences."""
     for number, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind in MIXING:
             check_mixing_layer(number, config)

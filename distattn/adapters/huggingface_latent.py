@@ -1,10 +1,10 @@
-"""Hugging Face transformers: latent attention (DeepSeek's MLA) that sends latents between ranks in place of keys and values.
+"""Hugging Face transformers: latent attention (DeepSeek's MLA) that sends latents between ranks instead of keys and values.
 
     attend_by_latents(model)
 
-Without that call such models are computed like any others: each rank expands the latents of its tokens, and keys and values of
-all heads move. Attention layers of transformers expand latents in a method, `expand_kv`. It is replaced on the layers of this one
-model by a function that returns the latents unchanged; `attention_forward` passes them to the plan together with the weight.
+Without that call, such models are computed like any others: each rank expands its tokens' latents, and the keys and values of
+all heads are sent. transformers' attention layers expand latents in a method, `expand_kv`. On the layers of this one model, it is
+replaced by a function that returns the latents unchanged. `attention_forward` passes them to the plan together with the weight.
 """
 
 # T tokens on this rank, H heads, N key dim without the rotary part, R rotary dim, L latent dim, E value head dim
@@ -22,15 +22,16 @@ from torch.distributed.tensor import DTensor
 from distattn.adapters.huggingface_modules import model_folder
 from distattn.ir.errors import DistattnError
 
-# transformers' folders of models whose layers pass the result of expand_kv unchanged to their attention function; all are tested
+# folders of transformers models whose layers pass the result of expand_kv unchanged to their attention function; all are tested
 MODELS = ("bailing_hybrid", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_linear")
 
 
 def attend_by_latents(model: torch.nn.Module) -> None:
-    """Let the latent attention of a transformers model send latents, R + L numbers per token, and expand them at the receiver.
+    """Make a transformers model's latent attention send latents, R + L numbers per token, and expand them at the receiver.
 
-    A rank expands the latents of all tokens that it attends to, and again in the backward pass. Call this before the model is
-    compiled. Raises DistattnError for a model without such layers, or if their up-projections are not plain linear layers (LoRA).
+    A rank expands the latents of all tokens that it attends to, and does so again in the backward pass. Call this before the
+    model is compiled. Raises DistattnError if the model has no such layers, or if their up-projections are not plain linear
+    layers (LoRA).
     """
     folder = model_folder(type(model).__module__)
     layers = [layer for layer in model.modules() if hasattr(layer, "expand_kv")]
@@ -40,13 +41,13 @@ def attend_by_latents(model: torch.nn.Module) -> None:
         )
     for layer in layers:
         _up_projection(layer)
-        # set it in __dict__, without torch.nn.Module's bookkeeping: it is neither a parameter nor a child
+        # set it in __dict__ to bypass torch.nn.Module's bookkeeping, since it is neither a parameter nor a submodule
         layer.__dict__["expand_kv"] = _keep_latents
 
 
 @contextmanager
 def latents_expanded(model: torch.nn.Module) -> Iterator[None]:
-    """Let the model's layers expand their latents themselves while the context is open, for transformers' own attention."""
+    """Let the model's layers expand latents themselves while the context is open, as transformers' own attention needs."""
     layers = [layer for layer in model.modules() if has_latents(layer)]
     for layer in layers:
         del layer.__dict__["expand_kv"]
@@ -58,7 +59,7 @@ def latents_expanded(model: torch.nn.Module) -> Iterator[None]:
 
 
 def has_latents(layer: torch.nn.Module) -> bool:
-    """Return whether an attention layer passes latents and rotary keys to its attention function as keys and values."""
+    """Return whether an attention layer passes latents and rotary keys to its attention function instead of keys and values."""
     return getattr(layer, "expand_kv", None) is _keep_latents
 
 
@@ -77,7 +78,7 @@ def latent_attention(
 ) -> Tensor:
     """Compute latent attention: query (1, H, T, N + R), latent (1, 1, T, L), rope (1, 1, T, R) -> (1, T, H, E).
 
-    batch: has the methods of `LocalBatch`.
+    batch: an object with the methods of `LocalBatch`.
     """
     if softcap or sink is not None:
         raise DistattnError("latent attention with a soft cap or sinks is not computed; leave attend_by_latents out.")

@@ -1,8 +1,8 @@
 """Hugging Face transformers: Mamba models without attention, which do not pass keyword arguments on to their layers.
 
 The layers of `huggingface_recurrent` find the batch among the keyword arguments of the model's call. `Mamba2ForCausalLM` passes
-only the mask on to the `Mamba2Model` inside it. So the batch takes the place of the mask for this one step: it is part of the
-call, and different models, threads and repeated layers do not share it.
+only the mask on to the `Mamba2Model` inside it, so the batch replaces the mask for this one step. Since the batch is part of the
+call, different models, threads and repeated layers do not share it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from distattn.adapters.huggingface_recurrent import check_mixing_layer
 from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
 
-# transformers' folders of such models, and how the names of their classes begin
+# transformers' folders of such models, and the prefixes of their class names
 _ALONE = {"falcon_mamba": "FalconMamba", "mamba": "Mamba", "mamba2": "Mamba2"}
 
 
 def pass_batches_to_layers(module: ModuleType) -> None:
-    """Change language models without attention to pass a sharded batch on to their layers, or to refuse it (Mamba-1).
+    """Make language models without attention pass a sharded batch on to their layers, or refuse it (Mamba-1).
 
-    module: one of transformers' modules of models, see `huggingface_modules.patch_model_modules`.
+    module: one of transformers' modeling modules; see `huggingface_modules.patch_model_modules`.
     """
     begin = _ALONE.get(model_folder(module.__name__))
     if begin is not None:

@@ -1,4 +1,4 @@
-"""The object that transformers models get in place of a mask, and refusals of models that do not call an attention function."""
+"""The object that transformers models get instead of a mask, and the refusal of models that call no attention function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distattn.ir.errors import DistattnError
 
 # the name of the attention implementation
 NAME = "distattn"
-# the suffix of dicts in modules of models, from names of implementations to attention classes
+# the suffix of the dicts in modeling modules that map implementation names to attention classes
 _CLASSES = "_CLASSES"
 
 
@@ -27,7 +27,7 @@ def _refuse_operator(self: Any, *operands: Any) -> Any:
 
 
 class MaskPattern:
-    """A stand-in for a model's mask, which layers get. window: the number of last tokens that the mask allows, None for all.
+    """A stand-in for the mask that a model passes to its layers. window: the number of last tokens allowed, None for all.
 
     Using it as a tensor raises DistattnError.
     """
@@ -60,9 +60,9 @@ for _name in (
 
 
 def refuse_attention_classes(module: ModuleType) -> None:
-    """Let models that choose an attention class by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse ours.
+    """Make models that choose an attention class by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse ours.
 
-    module: one of transformers' modules of models, see `huggingface_modules.patch_model_modules`.
+    module: one of transformers' modeling modules; see `huggingface_modules.patch_model_modules`.
     """
     for name, classes in vars(module).items():
         if name.endswith(_CLASSES) and isinstance(classes, dict) and "eager" in classes:

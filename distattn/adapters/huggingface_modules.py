@@ -1,4 +1,4 @@
-"""Change transformers' modules of models: at once if they are imported already, otherwise when they are imported."""
+"""Patch transformers' modeling modules: at once if they are already imported, otherwise on import."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 _MODELS = "transformers.models."
-# models of transformers, one folder each
+# the modules that define models; each model has a folder
 _MODELING = ".modeling_"
 
 Change = Callable[[ModuleType], None]
 
 
 def patch_model_modules(change: Change) -> None:
-    """Call `change` once with every module that has models (`transformers.models.llama.modeling_llama`).
+    """Call `change` once with every modeling module, such as `transformers.models.llama.modeling_llama`.
 
-    Modules that are imported already are changed at once, others when they are imported. A repeated change does nothing.
+    Modules already imported are changed at once, others when they are imported. Passing the same change again does nothing.
     """
     finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
     if finder is None:
@@ -32,7 +32,7 @@ def patch_model_modules(change: Change) -> None:
 
 
 def model_folder(module: str) -> str:
-    """Return the folder of a module below transformers/models, such as "llama"; "" for modules elsewhere."""
+    """Return a module's folder below transformers/models, such as "llama", or "" for modules elsewhere."""
     return module.removeprefix(_MODELS).split(".")[0] if module.startswith(_MODELS) else ""
 
 
@@ -41,7 +41,7 @@ def _has_models(name: str) -> bool:
 
 
 class _Finder:
-    """A finder of transformers' models that uses Python's own finder, and changes the modules when they are imported."""
+    """An import finder for transformers' models. It delegates to Python's finder and changes modules as they are imported."""
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
@@ -49,11 +49,11 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`."""
+        """Find the spec of a modeling module. See `importlib.abc.MetaPathFinder.find_spec`."""
         if not _has_models(name):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        # do not change modules of other loaders (zip files, compiled modules)
+        # leave modules from other loaders unchanged (zip files, compiled modules)
         if spec is not None and spec.origin is not None and type(spec.loader) is importlib.machinery.SourceFileLoader:
             spec.loader = _Loader(name, spec.origin, self.changes)
         return spec

@@ -1,9 +1,9 @@
 """Hugging Face transformers: compute recurrent layers and short convolutions by the batch's plans.
 
 Transformers' hybrid models call a few functions of their module (`causal_conv1d_fn`, `torch_chunk_gated_delta_rule`, ...), each
-with the keyword arguments of the model's call. `replace_functions` replaces them by ours, which compute by the plans of a sharded
-batch among the arguments; without one they call the replaced function. To add a model, enter it in `MODELS`; to add a kind of
-layer, enter its function in `_FUNCTIONS`.
+with the keyword arguments of the model's call. `replace_functions` replaces them with ours. If the arguments contain a sharded
+batch, ours compute by its plans; otherwise they call the original function. To add a model, enter it in `MODELS`. To add a kind
+of layer, enter its function in `_FUNCTIONS`.
 """
 
 # T tokens on this rank, C channels, W taps, H heads of values, G heads of queries and keys, K key dim, V value dim
@@ -52,7 +52,7 @@ _LEAST = "5.23"
 
 
 def check_mixing_layer(number: int, config: Any) -> None:
-    """Raise DistattnError if a model's layer of this number, whose kind is in `MIXING`, is not computed here."""
+    """Raise DistattnError if the model's layer `number`, whose kind is in `MIXING`, is not supported here."""
     layer = f"layer {number} is a {config.layer_types[number]} layer, which mixes tokens outside of attention"
     if (folder := model_folder(type(config).__module__)) not in MODELS:
         of_mamba_1 = " by the selective scan of Mamba-1, which decays every channel by itself and is no op here"
@@ -65,9 +65,9 @@ def check_mixing_layer(number: int, config: Any) -> None:
 
 
 def replace_functions(module: ModuleType) -> None:
-    """Let the recurrent layers of a module of `MODELS` compute by the plans of sharded batches.
+    """Make the recurrent layers in a module of `MODELS` compute by the plans of sharded batches.
 
-    module: one of transformers' modules of models, see `huggingface_modules.patch_model_modules`.
+    module: one of transformers' modeling modules; see `huggingface_modules.patch_model_modules`.
     """
     if model_folder(module.__name__) not in MODELS:
         return
@@ -116,7 +116,7 @@ def _delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **named: Any,
 ) -> tuple[Tensor, None]:
-    """Compute a delta rule, (1, T, H, V), and return no state.
+    """Compute a delta rule (1, T, H, V). The final state is not returned.
 
     query, key: (1, T, G, K). value: (1, T, H, V). g: (1, T, H) or (1, T, H, K). beta: (1, T, H).
     """
@@ -147,7 +147,7 @@ def _state_space(
 ) -> Tensor:
     """Compute Mamba-2: hidden_states (1, T, H, V), dt (1, T, H), A, D and dt_bias (H,), B and C (1, T, G, K) -> (1, T, H, V).
 
-    Time steps and the result are fp32 (fp64 for fp64), as in mamba-ssm's kernels.
+    Time steps and the result are fp32 (fp64 for fp64 inputs), as in mamba-ssm's kernels.
     """
     _refuse_states(initial_states, return_final_states)
     if z is not None:
@@ -161,7 +161,7 @@ def _state_space(
 
 
 def _not_fused(batch: LocalBatch, *arguments: Any, **named: Any) -> None:
-    """Return None in place of the fused kernel: the layer then calls the convolution and the scan separately."""
+    """Return None instead of the fused kernel's result, so that the layer calls the convolution and the scan separately."""
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

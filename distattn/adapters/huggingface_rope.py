@@ -1,8 +1,8 @@
 """Rotary embeddings of transformers whose frequencies depend on the longest position: dynamic NTK and longrope.
 
-transformers takes the largest position of a call. Under context parallelism a rank has only some of a pack's positions, so ranks
-would compute different frequencies. Here every rank uses the last position of the pack's longest document, like one process that
-has the whole pack. Frequencies depend on the pack alone, while transformers keeps those of the longest call so far.
+transformers uses the largest position in a call. Under context parallelism, a rank has only some of a pack's positions, so ranks
+would compute different frequencies. Here every rank uses the last position of the pack's longest document, as one process with
+the whole pack would. Frequencies depend on the pack alone, whereas transformers keeps those of the longest call so far.
 """
 
 # T tokens on this rank
@@ -19,23 +19,23 @@ from distattn.ir.errors import DistattnError
 
 DYNAMIC, LONGROPE = "dynamic", "longrope"
 BY_LENGTH = (DYNAMIC, LONGROPE)
-# set for attention layers by a model whose rotary embeddings know the pack's longest document
+# a keyword argument that tells attention layers that rotary embeddings know the pack's longest document
 KNOWS_PACK = "rope_knows_pack"
 
 
 def rope_by_length(config: Any) -> str:
-    """Return the RoPE type of a transformers configuration if its frequencies depend on the length, otherwise ""."""
+    """Return a transformers configuration's RoPE type if its frequencies depend on the length, otherwise ""."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
     return kind if kind in BY_LENGTH else ""
 
 
 def scale_rope_by_pack(model: torch.nn.Module) -> None:
-    """Let a transformers model compute dynamic RoPE or longrope by the longest document of a sharded pack, equally on all ranks.
+    """Make a transformers model scale dynamic RoPE or longrope by a sharded pack's longest document, equally on all ranks.
 
-    Call this once, before the first forward pass; it does nothing for models of other RoPE types. Whole batches, without
+    Call this once, before the first forward pass. It does nothing for models with other RoPE types. Whole batches, without
     context_parallel, are scaled by their own longest position. Raises DistattnError if the model's rotary embeddings are not
-    modules like those of transformers.
+    modules like transformers' own.
     """
     kind = rope_by_length(model.config)
     if not kind:
@@ -46,7 +46,7 @@ def scale_rope_by_pack(model: torch.nn.Module) -> None:
             f"{type(model).__name__} has {kind} RoPE, but no module that computes it like transformers' own models; use linear, "
             "yarn or llama3 scaling."
         )
-    # the longest document of the current call; 0 for whole batches
+    # the length of the longest document in the current call; 0 for whole batches
     longest = [0]
 
     def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -61,7 +61,7 @@ def scale_rope_by_pack(model: torch.nn.Module) -> None:
 
     def append(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        # positions on the meta device, where bytes are counted, have no values to compare
+        # positions on the meta device, which is used to count bytes, have no values to compare
         rotary.rope_type = "default" if positions.is_meta else kind
         if kind == DYNAMIC:
             # transformers would keep the frequencies of an earlier, longer call
@@ -85,7 +85,7 @@ def scale_rope_by_pack(model: torch.nn.Module) -> None:
 
 
 def check_rope(config: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise DistattnError if the model of a layer needs `scale_rope_by_pack`. arguments: of the layer's call."""
+    """Raise DistattnError if a layer's model needs `scale_rope_by_pack`. arguments: the keyword arguments of the layer's call."""
     kind = rope_by_length(config)
     if kind and not arguments.get(KNOWS_PACK):
         raise DistattnError(

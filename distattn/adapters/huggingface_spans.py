@@ -1,10 +1,10 @@
-"""Hugging Face transformers: change the layout around spans of recurrent layers, by public forward hooks of decoder layers.
+"""Hugging Face transformers: change the layout around spans of recurrent layers with public forward hooks on decoder layers.
 
-Hooks are called outside of checkpointed layers: transformers and `memory.checkpoint_layers` checkpoint the inside of a layer. So
-rows move once, and the kept input of a layer has the layout in which the layer is computed.
+Hooks run outside the checkpointed region, since transformers and `memory.checkpoint_layers` checkpoint the inside of a layer. So
+rows move only once, and a layer's saved input has the layout in which the layer is computed.
 """
 
-# T tokens of this rank, C channels
+# T tokens on this rank, C channels
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from distattn.batch.recurrent_span import RecurrentSpan, recurrent_span
 from distattn.ir.errors import DistattnError
 
 _RECURRENT = "linear_attention"
-# a layer of attention and a recurrence side by side
+# a layer that runs attention and a recurrence side by side
 _WITH_ATTENTION = "hybrid"
-# kinds of layers that work in any layout, such as those between recurrent layers
+# kinds of layers that work in any layout, so a span may contain them
 _BY_TOKEN = ("mlp", "moe")
-# an op, and the names in configurations of its value heads, query and key heads, key dim and value dim
+# each op, and the configuration's names for its value heads, query/key heads, key dim and value dim
 _SHAPES = (
     (
         "gated_delta_rule",
@@ -36,21 +36,21 @@ _SHAPES = (
     ("ssd", ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")),
     ("ssd", ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")),
 )
-# models whose configurations have none of these sizes, and the op of their recurrent layers
+# models whose configurations lack these sizes, and the op of their recurrent layers
 _OPS_OF_OTHERS = {"mamba2": "ssd", "zamba2": "ssd"}
-# arguments that decoders pass to all layers, and only attention reads: recurrent layers have no positions
+# arguments that decoders pass to all layers but only attention reads, since recurrent layers use no positions
 _POSITIONS = ("position_ids", "position_embeddings")
-# outputs of each layer or router that decoders may return; the caller expects their rows in the model's layout
+# options that return every layer's or router's output, whose rows the caller expects in the model's layout
 _RETURNED = ("output_hidden_states", "output_router_logits")
 
 
 def relayout_recurrent_spans(model: Any) -> list[Any]:
-    """Move tokens to contiguous slices for spans of recurrent layers if that is faster on the batch's `cluster`.
+    """Move tokens to contiguous slices for spans of recurrent layers where that is faster on the batch's `cluster`.
 
-    model: a transformers model; call this once, before it is sharded or compiled. `distattn.recurrent_span` chooses for each
-    batch and span: without a described cluster rows stay. They also stay if hidden states or router logits are to be returned, if
-    layers get other tensors of tokens, and in models whose configuration has no shape of their states. Return handles with
-    `remove()`, an empty list for a model without such spans. Other hooks on layers inside a span see its rows.
+    Call this once, before the transformers model is sharded or compiled. `distattn.recurrent_span` decides for each batch and
+    span. Rows stay in place without a cluster description, if hidden states or router logits are to be returned, if layers get
+    other per-token tensors, and in models whose configuration does not give the shape of their states. Return handles with
+    `remove()`, or an empty list for a model without such spans. Other hooks on layers inside a span see the moved rows.
     """
     decoder = unwrapped(model).get_decoder()
     shape = recurrence_shape(decoder.config)
@@ -69,7 +69,7 @@ def relayout_recurrent_spans(model: Any) -> list[Any]:
 
 
 def find_spans(kinds: Sequence[str]) -> list[range]:
-    """Return the numbers of layers of each span: from a recurrent layer to the last one after it without attention between."""
+    """Return each span's layer numbers, from a recurrent layer to the last one that follows without attention in between."""
     spans: list[range] = []
     begin: int | None = None
     for number, kind in enumerate([*kinds, ""]):
@@ -82,7 +82,7 @@ def find_spans(kinds: Sequence[str]) -> list[range]:
 
 
 def recurrence_shape(config: Any) -> dict[str, Any] | None:
-    """Return op, heads, kv_heads, head_dim and v_head_dim of a configuration's recurrent layers; None if they are unknown."""
+    """Return op, heads, kv_heads, head_dim and v_head_dim of a configuration's recurrent layers, or None if unknown."""
     if _RECURRENT not in (getattr(config, "layer_types", None) or ()):
         return None
     check_mixing_layer(list(config.layer_types).index(_RECURRENT), config)
@@ -94,7 +94,7 @@ def recurrence_shape(config: Any) -> dict[str, Any] | None:
 
 
 def recurrent_op(config: Any) -> str | None:
-    """Return the op of a configuration's recurrent layers; None without such layers, and for unknown ones."""
+    """Return the op of a configuration's recurrent layers, or None if it has no such layers or their op is unknown."""
     kinds = getattr(config, "layer_types", None) or ()
     if _RECURRENT not in kinds and _WITH_ATTENTION not in kinds:
         return None
@@ -102,12 +102,12 @@ def recurrent_op(config: Any) -> str | None:
 
 
 def _op_and_sizes(config: Any) -> tuple[str | None, tuple[str, ...]]:
-    """Return the op whose sizes a configuration has, and the names of these sizes there."""
+    """Return the op whose sizes a configuration has, and the configuration's names for these sizes."""
     return next(((op, names) for op, names in _SHAPES if all(hasattr(config, name) for name in names)), (None, ()))
 
 
 class _Returned:
-    """A flag: the decoder has to return rows of its layers in this forward pass."""
+    """A flag that is set if the decoder has to return its layers' rows in this forward pass."""
 
     def __init__(self, config: Any):
         self._config, self.any = config, False
@@ -122,7 +122,7 @@ class _Span:
 
     def __init__(self, name: str, shape: Mapping[str, Any], asked: _Returned):
         self._name, self._shape, self._asked = name, dict(shape), asked
-        # for the batch whose forward pass is between the first layer and the last; None if rows stay
+        # the span of the batch that is between the first and last layer; None if its rows stay in place
         self._span: RecurrentSpan | None = None
 
     @torch.compiler.disable
@@ -143,7 +143,7 @@ class _Span:
 
     @torch.compiler.disable
     def within(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Replace the batch and the positions before each other layer."""
+        """Replace the batch and the positions before each of the remaining layers."""
         if self._span is None:
             return None
         if not _hidden_states_only(args, kwargs):
@@ -165,12 +165,12 @@ class _Span:
 
 
 def _within(span: RecurrentSpan, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a layer's arguments in a span. Without positions a layer that reads them fails, and does not compute wrongly."""
+    """Return a layer's arguments inside a span, without positions, so that a layer that reads them fails visibly."""
     return {**kwargs, **{name: None for name in _POSITIONS if name in kwargs}, "context_parallel": span.batch}
 
 
 def _hidden_states_only(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a layer gets only hidden states (1, T, C), the batch, positions, and values that are not tensors."""
+    """Return whether a layer gets only hidden states (1, T, C), the batch, positions, and non-tensor values."""
     others = (value for name, value in kwargs.items() if name not in (*_POSITIONS, "context_parallel"))
     plain = (type(None), bool, int, float, str, MaskPattern)
     return len(args) == 1 and isinstance(args[0], Tensor) and all(isinstance(value, plain) for value in others)

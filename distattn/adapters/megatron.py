@@ -3,10 +3,10 @@
     spec = replace_core_attention(get_gpt_layer_local_spec(normalization="RMSNorm"), strategy="ring")
     model = GPTModel(config, spec, ...)
 
-That alone computes all batches that Megatron's own loaders shard: sbhd rows in its zigzag order, thd packs in their
-per-document zigzag, per-batch groups. Batches that distattn shards may have any layout and any document lengths:
+That alone handles all batches sharded by Megatron's own loaders: sbhd rows in its zigzag order, thd packs in their
+per-document zigzag, and per-batch groups. Batches sharded by distattn may have any layout and any document lengths:
 
-    use_batch_positions(model)                        # rotary embeddings by the batch's positions
+    use_batch_positions(model)                        # rotary embeddings at the batch's positions
     forward_backward(forward_step_func=partial(forward_step, config=config), data_iterator=iter(batches), ...)
 """
 
@@ -44,19 +44,19 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
 _LOG = logging.getLogger("distattn")
-# core attentions that are replaced; others compute something else (sparse, linear)
+# the core attentions that can be replaced; others compute something else (sparse, linear)
 _STOCK = ("DotProductAttention", "TEDotProductAttention", "CoreAttention")
-# layers whose states and convolutions are split
+# recurrent layers whose states and convolutions can be split
 _RECURRENT = ("GatedDeltaNet", "MambaMixer")
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
 def replace_core_attention(spec: Any, **settings: Any) -> Any:
-    """Put distattn's core attention into the spec of a layer, or of every layer of a block or a Mamba stack; return the spec.
+    """Put distattn's core attention into the spec of a layer, or of all layers of a block or a Mamba stack. Return the spec.
 
-    The core attention of multi-latent attention is replaced, too. Gated DeltaNet and Mamba-2 layers become those of
-    `megatron_recurrent`, routers of experts that of `megatron_experts`. settings: fields of `AttentionConfig`, for batches that
-    Megatron's loaders shard; strategy="ring" by default.
+    The core attention of multi-latent attention is also replaced. Gated DeltaNet and Mamba-2 layers become those of
+    `megatron_recurrent`, and expert routers become that of `megatron_experts`. settings: fields of `AttentionConfig` for batches
+    sharded by Megatron's loaders; the default strategy is "ring".
     """
     batches = MegatronBatches({"strategy": "ring", **settings})
     for number, layer in enumerate(_layers_of(spec)):
@@ -64,7 +64,7 @@ def replace_core_attention(spec: Any, **settings: Any) -> Any:
         attention: Any = getattr(self_attention, "submodules", None)
         name = _name_of(getattr(attention, "core_attention", None) or self_attention)
         if name in _RECURRENT:
-            # import these layers only if they are used: Megatron's need Triton
+            # import these layers only if they are used, since Megatron's need Triton
             from distattn.adapters import megatron_recurrent
 
             self_attention.module = getattr(megatron_recurrent, name)
@@ -82,7 +82,7 @@ def replace_core_attention(spec: Any, **settings: Any) -> Any:
 
 
 def close(model: Any) -> None:
-    """End the threads and communicators of the core attention of a model, or of a list of its parts. All ranks call this."""
+    """End the threads and communicators of a model's core attention. All ranks call this. model: one model, or its chunks."""
     for part in model if isinstance(model, list) else [model]:
         for module in unwrapped(part).modules():
             if isinstance(batches := getattr(module, "batches", None), MegatronBatches):
@@ -90,7 +90,7 @@ def close(model: Any) -> None:
 
 
 def _layers_of(spec: Any) -> list[Any]:
-    """Return the specs of layers that mix tokens: of a block, of a Mamba stack, or of one layer."""
+    """Return the specs of the layers that mix tokens, from the spec of a block, a Mamba stack or a single layer."""
     if hasattr(spec, "layer_specs"):
         return list(spec.layer_specs)
     stack: Any = getattr(spec, "submodules", None)
@@ -105,7 +105,7 @@ def _name_of(spec: Any) -> str:
 
 
 class CoreAttention(MegatronModule):
-    """Megatron's core attention, computed by plan: q (T, B, H, D), k, v -> (T, B, H * E); thd: (T, H, D) -> (T, H * E)."""
+    """Megatron's core attention, computed by plan: q (T, B, H, D), k, v -> (T, B, H * E). For thd, (T, H, D) -> (T, H * E)."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class CoreAttention(MegatronModule):
         if config.softmax_type == "off-by-one":
             self.register_buffer("softmax_offset", torch.zeros(heads), persistent=False)
         elif config.softmax_type == "learnable":
-            # the name is that of Transformer Engine, so that checkpoints fit
+            # Transformer Engine uses this name, so checkpoints are compatible
             device = None if config.use_cpu_initialization else torch.cuda.current_device()
             self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, device=device, dtype=config.params_dtype))
             tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
@@ -172,17 +172,17 @@ class CoreAttention(MegatronModule):
             query, key, value = (x[:, None] for x in (query, key, value))
         batch = self.batches.batch(query.shape[:2], packed_seq_params, self.group)
         tokens, rows = query.shape[:2]
-        # rows end to end
+        # concatenate rows end to end
         flat = (x.transpose(0, 1).reshape(tokens * rows, *x.shape[2:]).contiguous() for x in (query, key, value))
         how = dict(window=self.window, layer=self.layer, sink=self.softmax_offset)
         o_THE = batch.attention(*flat, self.scale, **how)
         if packed:
-            # multi-latent attention leaves out the dim of rows for every pack, and puts it back for thd alone
+            # multi-latent attention drops the row dimension for every pack, but restores it only for thd
             return o_THE.flatten(1)[:, None] if isinstance(packed_seq_params, PackedShard) else o_THE.flatten(1)
         return o_THE.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
-        """Return the sinks, if they are learned."""
+        """Return the sinks as sharded tensors if they are learned, otherwise an empty dict."""
         if not isinstance(self.softmax_offset, torch.nn.Parameter):
             return {}
         sinks = {"softmax_offset": self.softmax_offset}
@@ -202,9 +202,9 @@ class CoreAttention(MegatronModule):
 
 
 class Rotary(torch.nn.Module):
-    """A model's rotary embedding at the positions of a sharded batch; unchanged for Megatron's own batches.
+    """A model's rotary embedding at the positions of a sharded batch. Megatron's own batches are unaffected.
 
-    without_rows: for multi-latent attention, whose queries of a pack have no dim of rows.
+    without_rows: True for multi-latent attention, whose queries have no row dimension in a pack.
     """
 
     def __init__(self, base: torch.nn.Module, without_rows: bool = False):
@@ -212,7 +212,7 @@ class Rotary(torch.nn.Module):
         self.base, self.without_rows = base, without_rows
 
     def get_rotary_seq_len(self, *arguments: Any, **named: Any) -> int:
-        """Return the sequence length for Megatron; for sharded batches the number also carries the batch's positions."""
+        """Return the sequence length for Megatron. For sharded batches, the returned int also carries the batch's positions."""
         packed = next((x for x in (*arguments, *named.values()) if isinstance(x, PackedShard)), None)
         if packed is None:
             return self.base.get_rotary_seq_len(*arguments, **named)  # type: ignore[operator,no-any-return]
@@ -222,7 +222,7 @@ class Rotary(torch.nn.Module):
         """Compute the angles of this rank's tokens, (T, 1, 1, D), or (T, 1, D) without rows."""
         if not isinstance(max_seq_len, _Positions):
             return self.base(max_seq_len, *arguments, **named)
-        # packed_seq: all positions in order, not in Megatron's zigzag
+        # packed_seq gives all positions in order, not in Megatron's zigzag
         computed = self.base(int(max_seq_len), packed_seq=True)
         angles, *scale = computed if isinstance(computed, tuple) else (computed,)
         local = angles[max_seq_len.of_tokens]
@@ -241,7 +241,7 @@ class _Positions(int):
 
 
 def use_batch_positions(model: Any) -> Any:
-    """Let a GPTModel take sharded batches in any layout; return it. Raises DistattnError if positions would be wrong."""
+    """Let a GPTModel take sharded batches in any layout, and return it. Raises DistattnError if positions would be wrong."""
     config = model.config
     latent = config.multi_latent_attention
     for fault, is_set in {
@@ -263,12 +263,15 @@ def use_batch_positions(model: Any) -> Any:
 
 
 def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) -> tuple[Tensor, Callable[..., Any]]:
-    """Run Megatron's `forward_step_func` for a sharded batch (bind config); the loss is the sum over tokens / valid tokens."""
+    """Run a forward step on a sharded batch. With config bound, this is a `forward_step_func` for Megatron's schedules.
+
+    The loss is the sum of token losses divided by the number of valid tokens.
+    """
     batch = next(batches)
     check_shard(batch, config)
     check_servers(batch)
     check_rotary(model)
-    # `loss_of` leaves out tokens without a label; Megatron has no label for them
+    # Megatron has no label that means "ignore": give these tokens label 0 here, and leave them out in `loss_of`
     labels = batch["labels"].clamp(min=0)
     packed = PackedShard.of(batch)
     named = dict(labels=labels, packed_seq_params=packed, padding_mask=padding_of(batch, config))
@@ -277,7 +280,7 @@ def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) 
 
 
 def loss_of(batch: Mapping[str, Any], config: Any, losses: Tensor) -> tuple[Any, ...]:
-    """Return the loss for Megatron's schedules: (sum, tokens, report) with calculate_per_token_loss, else (share, report)."""
+    """Return the loss for Megatron's schedules: (sum, tokens, report) if calculate_per_token_loss, otherwise (share, report)."""
     valid = (batch["labels"] != IGNORE_INDEX).flatten()
     total = losses.to(accumulation_dtype(losses.dtype)).flatten()[valid].sum()
     report = {"loss_sum": total.detach().clone(), "tokens": valid.sum()}
@@ -307,7 +310,7 @@ def check_servers(batch: Mapping[str, Any]) -> None:
 
 
 def check_rotary(model: Any) -> None:
-    """Raise DistattnError if rotary embeddings do not support sharded batches of distattn."""
+    """Raise DistattnError if the model's rotary embeddings do not support batches sharded by distattn."""
     rotaries = [getattr(module, "rotary_pos_emb", None) for module in unwrapped(model).modules()]
     if any(rotary is not None and not isinstance(rotary, Rotary) for rotary in rotaries):
         raise DistattnError(
@@ -318,7 +321,7 @@ def check_rotary(model: Any) -> None:
 class ProbeTarget:
     """Megatron's model chunks in its DistributedDataParallel, for `ContextParallel.loss_scale` to probe.
 
-    micro_batches: the number of micro-batches of a step; without calculate_per_token_loss Megatron divides by it.
+    micro_batches: the number of micro-batches in a step. Megatron divides by it unless calculate_per_token_loss is set.
     """
 
     def __init__(self, chunks: list[Any], micro_batches: int = 1):
@@ -330,15 +333,15 @@ class ProbeTarget:
             check_rotary(chunk)
 
     def layer(self) -> torch.nn.Module | None:
-        """Return the output layer on the last stage of a pipeline, None on others."""
+        """Return the output layer on the last pipeline stage, None on other stages."""
         return self._last.output_layer if self._last.post_process else None
 
     def vocab_rows(self) -> int:
-        """Return the rows of the vocabulary on a tensor-parallel rank."""
+        """Return the number of vocabulary rows on a tensor-parallel rank."""
         return self._last.vocab_size // self.config.tensor_model_parallel_size
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Run a step of Megatron's schedule, with the batch in the first micro-batch; the others count nothing."""
+        """Run a step of Megatron's schedule in which only the first micro-batch contributes to the loss."""
         check_servers(batch)
         number = iter(range(self.micro_batches))
 
@@ -365,13 +368,13 @@ class ProbeTarget:
         )
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Return the layer's input; with sequence parallelism gather it, as the layer does."""
+        """Return the layer's input. With sequence parallelism, gather it as the layer does."""
         if not self.config.sequence_parallel:
             return x
         return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
 
     def gradient(self) -> Tensor:
-        """Return the gradient of the output layer's weight, without the loss scale; gather a distributed optimizer's parts."""
+        """Return the output layer's weight gradient without the loss scale, gathered from a distributed optimizer's parts."""
         weight = self._last.output_layer.weight
         if weight is None:
             weight = self._last.shared_embedding_or_output_weight()
@@ -381,12 +384,12 @@ class ProbeTarget:
         """Return the factor by which Megatron has multiplied gradients."""
         scale = 1.0 if self.config.grad_scale_func is None else float(self.config.grad_scale_func(torch.ones(1)))
         if self.config.calculate_per_token_loss:
-            # each rank of the probe counts one token
+            # in the probe, each rank counts one token
             scale /= parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         return scale
 
     def parameters(self) -> list[ProbedParameter]:
-        """Return all parameters of this rank's stage. Tensor- and expert-parallel ranks hold different numbers."""
+        """Return all parameters of this rank's stage. Tensor- and expert-parallel ranks hold different values."""
         if self.config.gradient_accumulation_fusion and dist.get_rank() == 0:
             _LOG.warning(
                 "with gradient_accumulation_fusion Megatron adds gradients where the probe does not see them: only the output "
@@ -406,7 +409,7 @@ class ProbeTarget:
         return probed
 
     def _sums_of(self, probed: ProbedParameter) -> dict[str, Any]:
-        """Return fields of `ProbedParameter`: the ranks, in addition to the loss group, over which Megatron sums the gradient."""
+        """Return the `ProbedParameter` fields that say over which ranks, besides the loss group, Megatron sums a gradient."""
         parameter: Any = probed.held
         group: dict[str, Any] = {}
         if self.config.gradient_accumulation_fusion:
@@ -429,14 +432,14 @@ class ProbeTarget:
         return group | dict(further=tuple(further))
 
     def _gathered_gradient(self, weight: Any, gathered: dict[int, tuple[Any, Tensor]] | None = None) -> Tensor | None:
-        """Return the reduced gradient from Megatron's buffers; gather the parts of a distributed optimizer.
+        """Return the reduced gradient from Megatron's buffers, gathering the parts of a distributed optimizer.
 
-        gathered: the last bucket of each buffer, and its gradients. It is kept by buffer: ranks with other experts may read fewer
-        of their parameters, but all ranks have to gather equally often.
+        gathered: a cache of the last bucket of each buffer and its gradients. There is an entry per buffer because ranks with
+        other experts may read fewer of a buffer's parameters, but all ranks must gather equally often.
         """
         gathered = {} if gathered is None else gathered
         for chunk in self.chunks:
-            # a chunk without Megatron's wrapper has the method `buffers` of modules instead
+            # without Megatron's wrapper, `buffers` is the method of torch.nn.Module
             buffers = chunk.buffers if isinstance(getattr(chunk, "buffers", None), list) else []
             for buffer in (*buffers, *(chunk.expert_parallel_buffers if buffers else ())):
                 if weight not in buffer.param_index_map or not buffer.ddp_config.use_distributed_optimizer:
@@ -455,7 +458,7 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Put gradient buffers aside while the context is open, and restore them afterwards."""
+        """Set gradient buffers aside while the context is open, and restore them afterwards."""
         distributed = [chunk for chunk in self.chunks if hasattr(chunk, "zero_grad_buffer")]
         buffers = [buffer for chunk in distributed for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         before = [buffer.grad_data.clone() for buffer in buffers]

@@ -1,4 +1,4 @@
-"""Batches that Megatron's own loaders shard: rows and packs in its zigzag order, over the model's group or a batch's group."""
+"""Batches sharded by Megatron's own loaders: rows and packs in its zigzag order, over the model's or the batch's group."""
 
 # T tokens on this rank, B rows
 
@@ -26,29 +26,29 @@ from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.communication.communicator import timeout_of
 from distattn.parallel.runtime.communication.transport import Transport
 
-# the largest number of row shapes that are kept; batches of varying length have many
+# keep at most this many row shapes, since batches of varying length have many
 _MOST_ROWS = 64
-# settings that Megatron's loaders choose, or that only ContextParallel has
+# settings that Megatron's loaders determine, or that only ContextParallel supports
 _OF_DRIVER = {"layout", "layout_options", "document_mask", "data", "context_parallel_size", "loss_group"}
 _OF_DRIVER |= {"servers", "adaptive", "timeout"}
 
 
 @dataclass
 class PackedShard(PackedSeqParams):
-    """A sharded batch on its way through a model, in the place of Megatron's description of packs."""
+    """A sharded batch that is passed through a model as if it were Megatron's description of a pack."""
 
     batch: Any = None
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> PackedShard:
-        """Wrap a batch as sbhd with one row; only the batch has its documents."""
+        """Wrap a batch as sbhd with one row. Only the batch itself knows its documents."""
         return PackedShard(qkv_format="sbhd", batch=batch)
 
 
 class MegatronBatches:
-    """The plans for the inputs of layers; one object for all layers of a spec. settings: fields of `AttentionConfig`.
+    """The plans for layers' inputs, shared by all layers of a spec. settings: fields of `AttentionConfig`.
 
-    Megatron's loaders announce no batch before its first layer, so the ranks compare their plans there, once per batch.
+    Megatron's loaders do not announce a batch before its first layer, so ranks compare their plans there, once per batch.
     """
 
     def __init__(self, settings: Mapping[str, Any]):
@@ -65,7 +65,7 @@ class MegatronBatches:
         self._closed = False
 
     def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> LocalBatch:
-        """Return the batch of (T, B) tokens. packed: Megatron's PackedSeqParams, or the `PackedShard` of a sharded batch."""
+        """Return the batch of (T, B) tokens. packed: Megatron's PackedSeqParams, or a `PackedShard` for a sharded batch."""
         if isinstance(packed, PackedShard):
             sharded: LocalBatch = packed.batch["context_parallel"]
             return sharded
@@ -81,7 +81,7 @@ class MegatronBatches:
                     del self._rows[next(iter(self._rows))]
                 self._rows[key] = self._planner(group).batch((tokens * ranks,) * rows)
             return self._rows[key]
-        # the layers of one micro-batch follow each other; reading its lengths waits for the device, so do it once
+        # read the lengths once for all layers of a micro-batch, which run one after another: reading waits for the device
         if self._pack is None or self._pack[0] is not packed:
             ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
             edges = ends.tolist()
@@ -94,7 +94,7 @@ class MegatronBatches:
         return self._pack[1]
 
     def close(self) -> None:
-        """End threads and communicators. All ranks call this; a second call does nothing."""
+        """End the threads and communicators. All ranks call this. A second call does nothing."""
         self._closed = True
         self._rows.clear()
         self._pack = None
@@ -119,7 +119,7 @@ class MegatronBatches:
 
 
 class _GroupPlanner:
-    """A planner of batches over the ranks of one of Megatron's groups, which all run the same layers in the same order."""
+    """A planner of batches over one of Megatron's groups, whose ranks all run the same layers in the same order."""
 
     def __init__(self, config: AttentionConfig, group: dist.ProcessGroup):
         self._group, self.rank = group, dist.get_rank(group)
@@ -134,31 +134,31 @@ class _GroupPlanner:
             self._transports = MonitoredTransports(group, self._monitor, members)
 
     def batch(self, lengths: tuple[int, ...]) -> LocalBatch:
-        """Return the next batch, with documents of these lengths."""
+        """Return the next batch, which has documents of these lengths."""
         number = self._batches
         self._batches += 1
         return LocalBatch(self.planner, BatchKey(lengths), number, number % self.planner.config.verify_every == 0)
 
     def transport(self, device: torch.device) -> Transport:
-        """See `planner.Ranks`."""
+        """Return the transport for a device. See `planner.Ranks`."""
         return SINGLE_RANK if self._transports is None else self._transports.on(device)
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
-        """See `planner.Ranks`: all ranks run the layers themselves, so there is nothing to announce."""
+        """Announce nothing, since all ranks run the layers themselves. See `planner.Ranks`."""
 
     def agree(self, make: Callable[[], Planned]) -> Planned:
-        """See `planner.Ranks`."""
+        """Agree on a plan with the other ranks. See `planner.Ranks`."""
         return agree_on_plan(self._host, make)
 
     def gather(self, value: Any, label: str) -> list[Any]:
-        """See `planner.Ranks`."""
+        """Gather a value from all ranks. See `planner.Ranks`."""
         return [value] if self._host is None else self._host.all_gather(value, label)
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> None:
-        """See `planner.Ranks`: passes are not observed."""
+        """Return None, since passes are not observed. See `planner.Ranks`."""
 
     def close(self) -> None:
-        """End the host group, the communicators and the thread that sends heartbeats. A collective call."""
+        """End the host group, the communicators and the heartbeat thread. Collective."""
         self.planner.close()
         if self._host is not None and self._monitor is not None and self._transports is not None:
             self._host.close()
@@ -167,9 +167,9 @@ class _GroupPlanner:
 
 
 def _zigzags(lengths: tuple[int, ...], ranks: int) -> tuple[Mask, Layout]:
-    """Return a causal mask, and a layout in which rank r has chunks r and 2 * ranks - 1 - r of every document's 2 * ranks.
+    """Return a causal mask, and a layout that gives rank r chunks r and 2 * ranks - 1 - r of every document's 2 * ranks chunks.
 
-    Only padding sees the padding at a document's end, and outputs of padding have no loss.
+    Padding at a document's end is visible only to padding, whose outputs have no loss.
     """
     mask = Mask.documents(lengths)
     if ranks == 1:

@@ -1,8 +1,8 @@
-"""Megatron-core's router of experts with context parallelism: its losses count each real token once.
+"""Megatron-core's expert router with context parallelism: its losses count each real token once.
 
-Splitting sequences does not change the dispatch of tokens to experts, but it changes the router's losses: Megatron-core 0.16
-assumes that all ranks have equally many tokens, and with `calculate_per_token_loss` it weights a loss of all context-parallel
-ranks by the tokens of one.
+Splitting sequences does not change how tokens are dispatched to experts, but it changes the router's losses. Megatron-core 0.16
+assumes that all ranks have equally many tokens, and with `calculate_per_token_loss` it weights a loss over all context-parallel
+ranks by one rank's number of tokens.
 """
 
 # T tokens on this rank, X experts
@@ -27,8 +27,8 @@ class Router(TopKRouter):  # type: ignore[misc]
     own_tokens: int | Tensor = 0
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Route like Megatron's router, and count the tokens of logits (T, B, X) without padding."""
-        # Megatron's own count may be this rank's or that of all ranks, because it is summed over ranks in place
+        """Route like Megatron's router, and count the tokens in logits (T, B, X) without padding."""
+        # Megatron sums its own count over ranks in place, so it may be that of this rank or of all ranks
         self.own_tokens = logits.shape[:2].numel() if padding_mask is None else (~padding_mask).sum()
         routed: tuple[Tensor, Tensor] = super().routing(logits, padding_mask)
         return routed
@@ -43,9 +43,9 @@ class Router(TopKRouter):  # type: ignore[misc]
         reduce_group_has_dp: bool = False,
         valid_token_count: int | Tensor | None = None,
     ) -> Tensor:
-        """Add the loss like Megatron's router, but weight a rank's share by the number of tokens on all ranks."""
+        """Add the loss as Megatron's router does, but weight a rank's share by the number of tokens on all ranks."""
         if self.calculate_per_token_loss:
-            # each replica of the data has its own loss; their mean counts
+            # each data-parallel replica has its own loss, and the mean of these counts
             replicas = reduce_group.size() // self.tp_cp_group.size()
             valid_token_count = _sum_over(self.own_tokens, reduce_group, activation) / replicas
         attached: Tensor = super().attach_and_log_load_balancing_loss(
@@ -54,7 +54,7 @@ class Router(TopKRouter):  # type: ignore[misc]
         return attached
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Apply the z-loss like Megatron's router, but as a mean over the tokens of all ranks, not of ranks' means."""
+        """Apply the z-loss like Megatron's router, but as a mean over all ranks' tokens, not as a mean of the ranks' means."""
         coefficient = self.config.moe_z_loss_coeff
         if coefficient is None or not self.training or not torch.is_grad_enabled():
             return logits
@@ -70,12 +70,12 @@ class Router(TopKRouter):  # type: ignore[misc]
         return scaled
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Apply the bias like Megatron's router, whose padding mask does not have the shape of its map (T, X)."""
+        """Apply the bias like Megatron's router, whose padding mask does not fit the shape of its map (T, X)."""
         super()._apply_expert_bias(routing_map if padding_mask is None else routing_map & ~padding_mask[:, None])
 
 
 def replace_router(layer: Any) -> None:
-    """Replace Megatron's router in a layer's spec by ours."""
+    """Replace Megatron's router in a layer's spec with ours."""
     experts: Any = getattr(getattr(layer, "submodules", None), "mlp", None)
     submodules: Any = getattr(experts, "submodules", None)
     if getattr(submodules, "router", None) is TopKRouter:
@@ -83,7 +83,7 @@ def replace_router(layer: Any) -> None:
 
 
 def check_experts(model: torch.nn.Module, config: Any) -> None:
-    """Raise DistattnError if experts, or the losses of their routers, would depend on how a batch is split."""
+    """Raise DistattnError if experts or their routers' losses would depend on how a batch is split."""
     if config.num_moe_experts is None:
         return
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
@@ -105,7 +105,7 @@ def check_experts(model: torch.nn.Module, config: Any) -> None:
 
 
 def padding_of(batch: Mapping[str, Any], config: Any) -> Tensor | None:
-    """Return a mask of this rank's padding, (1, T); None for models without experts, which do not need it."""
+    """Return a mask (1, T) of this rank's padding, or None for models without experts, which do not need it."""
     if config.num_moe_experts is None:
         return None
     ids = batch["input_ids"]

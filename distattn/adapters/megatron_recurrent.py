@@ -1,8 +1,8 @@
 """Megatron-core's Gated DeltaNet and Mamba-2 layers with context parallelism: any layout and packed documents.
 
-Megatron-core 0.16 refuses packs in Gated DeltaNet, splits the heads of Mamba-2 over context-parallel ranks, and needs extra
-kernels for both (flash-linear-attention; mamba-ssm). Here parameters, their names, tensor parallelism and checkpoints are
-Megatron's; convolutions and recurrences are those of `LocalBatch`, with the heads of one tensor-parallel rank.
+Megatron-core 0.16 refuses packs in Gated DeltaNet, splits Mamba-2's heads over context-parallel ranks, and needs extra kernels
+for both (flash-linear-attention and mamba-ssm). Here parameters, their names, tensor parallelism and checkpoints are Megatron's.
+Convolutions and recurrences are those of `LocalBatch`, on the heads of one tensor-parallel rank.
 `megatron.replace_core_attention` puts these layers into specs.
 """
 
@@ -28,9 +28,9 @@ from distattn.kernels.merge import accumulation_dtype
 
 
 class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
-    """Megatron's Gated DeltaNet, computed by plan. batches: those that Megatron's loaders shard.
+    """Megatron's Gated DeltaNet, computed by plan. batches: the plans for batches sharded by Megatron's loaders.
 
-    Raises DistattnError if tensor-parallel ranks would have parts of heads.
+    Raises DistattnError if a head would be split between tensor-parallel ranks.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
         inference_params: Any = None,
         **rotary: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute as Megatron's transformer layer calls it: hidden states (T, B, C) -> the same shape, and a bias."""
+        """Compute the layer as Megatron's transformer layer calls it: hidden states (T, B, C) -> the same shape, and a bias."""
         _refuse_inference(self, inference_context, inference_params)
         projected_TBX, _ = self.in_proj(hidden_states)
         flat, batch = _flat(self, projected_TBX, packed_seq_params)
@@ -87,7 +87,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
     def _norm(self, x_XV: Tensor) -> Tensor:
         """Apply Megatron's norm, and sum its weight's gradient over tensor-parallel ranks, which have different heads.
 
-        Megatron-core 0.16 sums it only with sequence parallelism, for which the norm marks its weight.
+        Megatron-core 0.16 sums this gradient only with sequence parallelism, for which the norm marks its weight.
         """
         weights = dict(self.out_norm.named_parameters())
         for name, weight in weights.items():
@@ -97,15 +97,15 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
         return normed
 
     def _key_heads(self, x_TX: Tensor) -> Tensor:
-        """Split into key heads (T, G, K), normalized to norm 1 if the layer does so."""
+        """Split into key heads (T, G, K), and normalize them if the layer does so."""
         x = x_TX.unflatten(-1, (-1, self.key_head_dim)).contiguous()
         return l2norm(x) if self.use_qk_l2norm else x
 
 
 class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
-    """Megatron's Mamba-2 mixer, computed by plan; each context-parallel rank has all heads of its tensor-parallel rank.
+    """Megatron's Mamba-2 mixer, computed by plan. Each context-parallel rank has all heads of its tensor-parallel rank.
 
-    batches: those that Megatron's loaders shard.
+    batches: the plans for batches sharded by Megatron's loaders.
     """
 
     def __init__(self, *arguments: Any, batches: MegatronBatches, pg_collection: Any, **named: Any):
@@ -123,7 +123,7 @@ class MambaMixer(MegatronMambaMixer):  # type: ignore[misc]
         inference_params: Any = None,
         packed_seq_params: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute as Megatron's Mamba layer calls it: hidden states (T, B, C) -> the same shape, and a bias."""
+        """Compute the mixer as Megatron's Mamba layer calls it: hidden states (T, B, C) -> the same shape, and a bias."""
         _refuse_inference(self, inference_context, inference_params)
         projected_TBX, _ = self.in_proj(hidden_states)
         flat, batch = _flat(self, projected_TBX, packed_seq_params)
@@ -152,13 +152,13 @@ class _OneRank:
 
 
 def _flat(layer: Any, x_TBX: Tensor, packed_seq_params: Any) -> tuple[Tensor, LocalBatch]:
-    """Return rows end to end, (T * B, X), and their batch."""
+    """Return the rows concatenated end to end, (T * B, X), and their batch."""
     batch = layer.batches.batch(tuple(x_TBX.shape[:2]), packed_seq_params, layer.pg_collection.cp)
     return x_TBX.transpose(0, 1).flatten(0, 1), batch
 
 
 def _rows(x_THV: Tensor, like_TBX: Tensor) -> Tensor:
-    """Return (T, B, H * V) from rows that lie end to end."""
+    """Return (T, B, H * V) from rows concatenated end to end."""
     tokens, rows = like_TBX.shape[:2]
     return x_THV.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
 

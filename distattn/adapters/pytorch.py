@@ -36,20 +36,20 @@ from distattn.memory.tiled_loss import LogitChange, TiledLoss
 from distattn.ops.current_micro_batch import current_micro_batch
 from distattn.parallel.attention_config import AttentionConfig
 
-# kinds of layers in transformers' configurations that read other tokens by a recurrence or a convolution
+# kinds of layers in transformers' configurations that read other tokens through a recurrence or a convolution
 MIXING = ("linear_attention", "conv", "hybrid")
-# usual names of the layer that makes logits in users' models
+# common names for the layer that computes logits in users' models
 _OUTPUT_LAYERS = ("lm_head", "head", "output", "unembedding")
 
 
 def context_parallel(
     mesh: DeviceMesh, dim: str = "cp", *, config: AttentionConfig | None = None, **settings: Any
 ) -> ContextParallel:
-    """Make a `ContextParallel` over a mesh of data- and context-parallel ranks; the loss is over the whole mesh.
+    """Create a `ContextParallel` over a mesh of data- and context-parallel ranks. The loss is over the whole mesh.
 
-    config, settings: those of `ContextParallel`. With replicated data the ranks along `dim` split a batch. With data="per_rank"
-    attention is shared over the whole mesh; the ranks along `dim`, its last one, hold the same batch; without such a dim each
-    rank has its own.
+    config, settings: those of `ContextParallel`. With replicated data, the ranks along `dim` split a batch. With data="per_rank",
+    attention is shared over the whole mesh. The ranks along `dim`, which must be the last dimension, hold the same batch; without
+    such a dimension, each rank has its own batch.
     """
     names = mesh.mesh_dim_names or ()
     all_ranks = gradient_mesh(mesh).get_group()
@@ -67,7 +67,7 @@ def context_parallel(
 
 
 def gradient_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Return the mesh as one dim, over which `fully_shard` has to shard parameters and reduce gradients."""
+    """Return the mesh flattened to the one dimension over which `fully_shard` must shard parameters and reduce gradients."""
     return mesh if mesh.ndim == 1 else mesh._flatten("_".join(mesh.mesh_dim_names or ()))
 
 
@@ -79,9 +79,9 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Compute logits (1, T, V) of a sharded batch for a loss, with a transformers model or your own.
 
-    Your model gets those of input_ids, position_ids (both (1, T)) and context_parallel that its forward names, and must name the
-    last. It returns logits, or an object with `logits`. Raises DistattnError if it takes no context_parallel, and if a model with
-    a router loss is trained, which is not in the logits.
+    Your model gets whichever of input_ids, position_ids (both (1, T)) and context_parallel its forward names. It must name
+    context_parallel, and return logits or an object with `logits`. Raises DistattnError if it takes no context_parallel, or if a
+    model with a router loss is trained, since the logits do not contain that loss.
     """
     out = _output(model, batch)
     if torch.is_grad_enabled() and getattr(out, "aux_loss", None) is not None:
@@ -93,7 +93,7 @@ def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def logits_of(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Compute the same logits for evaluation and probes, where a router loss does not matter."""
+    """Compute the same logits as `forward`, for evaluation and probes, where a router loss does not matter."""
     return _logits(_output(model, batch))
 
 
@@ -123,7 +123,7 @@ def _output(model: torch.nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def _accepted(model: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a model's forward names; all arguments if it takes any."""
+    """Return the arguments that a model's forward names, or all of them if it takes any keyword argument."""
     names = inspect.signature(model.forward).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values()):
         return arguments
@@ -145,9 +145,9 @@ def local_loss(
 
     A mixture-of-experts model of transformers has a router loss with `output_router_logits` in its config (see `router_loss`).
 
-    loss: computes it over tiles of tokens, so that the logits of all tokens never exist at once, and calls on_token_losses with
-    each token's cross-entropy (T,), detached, and the batch. Raises DistattnError for a model whose output layer is unknown or
-    not linear, or that changes logits in a way that a tiled loss does not support.
+    loss: if given, compute the loss over tiles of tokens, so that the logits of all tokens never exist at once, and call
+    on_token_losses with each token's cross-entropy (T,), detached, and the batch. Raises DistattnError if the model's output
+    layer is unknown or not linear, or if the model changes logits in a way that a tiled loss does not support.
     """
     if loss is None:
         out = _output(model, batch)
@@ -166,7 +166,7 @@ def local_loss(
 
 
 def with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Add this rank's share of the router loss, if the model's output has one, to its token losses (see `router_loss`)."""
+    """Add this rank's share of the router loss (see `router_loss`) to its token losses if the model's output has one."""
     share = router_loss(unwrapped(model), output, batch)
     if share is not None and current_micro_batch() is not None:
         raise DistattnError(
@@ -176,7 +176,7 @@ def with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: M
 
 
 def logit_change(model: torch.nn.Module) -> LogitChange:
-    """Return a transformers model's change of logits after its output layer, from its configuration."""
+    """Return how a transformers model changes logits after its output layer, according to its configuration."""
     config = getattr(model, "config", None)
     scale = getattr(config, "logit_scale", None) or 1.0
     # Granite divides by its logits_scaling
@@ -185,14 +185,14 @@ def logit_change(model: torch.nn.Module) -> LogitChange:
 
 
 def loss_of(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Compute the same loss from logits (1, T, V)."""
+    """Compute this rank's share of the loss from logits (1, T, V), without any router loss."""
     logits_TV = logits.flatten(0, -2)
     logits_and_labels = logits_TV.to(accumulation_dtype(logits_TV.dtype)), int64_labels(batch["labels"]).flatten()
     return F.cross_entropy(*logits_and_labels, ignore_index=IGNORE_INDEX, reduction="sum") * batch["loss_scale"]
 
 
 def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Apply `fully_shard` to every layer of a transformers model, and to the rest, over the whole mesh. Gradients are summed."""
+    """Apply `fully_shard` over the whole mesh to each layer of a transformers model and to the rest. Gradients are summed."""
     flat = gradient_mesh(mesh)
     for layer in model.get_decoder().layers:  # type: ignore[operator]
         fully_shard(layer, mesh=flat)
@@ -201,23 +201,23 @@ def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 
 
 def sum_fsdp_gradients(model: torch.nn.Module) -> None:
-    """Let FSDP2 sum gradients over ranks; by default it averages them, and losses must be multiplied by the number of ranks.
+    """Let FSDP2 sum gradients over ranks. By default it averages them, and losses must be multiplied by the number of ranks.
 
-    The norms of transformers' models round gradients to float32 even in a float64 model. A gradient times 3 is not rounded like
-    one times 2, so with averages the float64 curves of 3 ranks and of 2 would differ by 1e-8.
+    The norms in transformers' models round gradients to float32 even in a float64 model. A gradient times 3 is not rounded like
+    one times 2, so with averaging, the float64 curves of 3 ranks and of 2 would differ by 1e-8.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # by default FSDP2 asks the backend to multiply while it sums, which gloo cannot
+            # by default, FSDP2 asks the backend to multiply while it sums, which gloo cannot do
             module.set_force_sum_reduction_for_comms(True)
 
 
 class ProbeTarget:
-    """Your own training loop, for `ContextParallel.loss_scale` to probe between steps, with FSDP2's synchronization on.
+    """Your own training loop for `ContextParallel.loss_scale` to probe between steps, with FSDP2's synchronization on.
 
-    forward: batch to logits, by default the call of a transformers model. reduce: your reduction of gradients after backward,
-    nothing by default. output_layer: the linear layer that makes logits, by default the one that transformers names.
+    forward: computes logits from a batch, by default by calling a transformers model. reduce: reduces gradients after backward;
+    nothing by default. output_layer: the linear layer that computes logits, by default the one that transformers names.
     """
 
     def __init__(
@@ -233,16 +233,16 @@ class ProbeTarget:
         self._output_layer = output_layer
 
     def layer(self) -> torch.nn.Module:
-        """Return the output layer, or another layer if it is frozen."""
+        """Return the output layer, or another trained layer if it is frozen."""
         return trained_layer(self.model, self._output())
 
     def vocab_rows(self) -> int:
-        """Return the rows of the whole vocabulary: a DTensor's shape is global."""
+        """Return the number of rows of the whole vocabulary (a DTensor's shape is global)."""
         weight: Any = self._output().weight
         return weight.shape[0]
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Run forward, backward and reduction as in the loop."""
+        """Run the forward pass, the backward pass and the reduction as the training loop does."""
         loss_of(self._forward(batch)).backward()
         if self._reduce is not None:
             self._reduce()
@@ -252,7 +252,7 @@ class ProbeTarget:
         return x
 
     def gradient(self) -> Tensor:
-        """Return the whole gradient of the layer's weight, sharded or not."""
+        """Return the full gradient of the layer's weight, sharded or not."""
         weight: Any = self.layer().weight
         return full_tensor(weight.grad)
 
@@ -262,11 +262,11 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Put gradients aside while the context is open. Raises DistattnError if FSDP2 holds some that cannot be put aside."""
+        """Set gradients aside while the context is open. Raises DistattnError if FSDP2 holds some that cannot be set aside."""
         for module in self.model.modules():
             _check_synchronized(module)
             if isinstance(module, FSDPModule):
-                # after an evaluation the root's parameters are still gathered, and are not those that get gradients
+                # after an evaluation, the root's parameters are still gathered and are not those that get gradients
                 module.reshard()
         with gradients_aside(self.model):
             yield
@@ -285,9 +285,9 @@ def unwrapped(model: Any) -> Any:
 
 
 def output_layer_of(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the layer that makes logits: the one that transformers names, or a linear layer with a usual name.
+    """Return the layer that computes logits: the one that transformers names, or a linear layer with a common name.
 
-    Raises DistattnError without such a layer.
+    Raises DistattnError if there is no such layer.
     """
     find = getattr(model, "get_output_embeddings", None)
     layer = find() if find is not None else None
@@ -299,7 +299,7 @@ def output_layer_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def trained_layer(model: torch.nn.Module, output_layer: Any) -> torch.nn.Module:
-    """Return the output layer if it is trained, else the last linear layer that is trained (LoRA)."""
+    """Return the output layer if it is trained, otherwise the last trained linear layer (LoRA)."""
     trained = [
         module for module in model.modules() if isinstance(module, torch.nn.Linear) and module.weight.requires_grad
     ]
@@ -313,15 +313,18 @@ def trained_layer(model: torch.nn.Module, output_layer: Any) -> torch.nn.Module:
 
 
 def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -> list[ProbedParameter]:
-    """Return all parameters of a model for `GradientProbeTarget.parameters`. gradient_of: the reduced gradient, or its part."""
+    """Return all parameters of a model for `GradientProbeTarget.parameters`.
+
+    gradient_of: returns a parameter's reduced gradient, or this rank's part of it.
+    """
     inner = unwrapped(model)
-    # FSDP2 computes with a different tensor than the optimizer's
+    # FSDP2 computes with a different tensor from the optimizer's
     of_tensor: dict[int, Any] = {}
     for module in inner.modules():
         for group in _fsdp_groups(module):
             for sharded in group.fsdp_params:
                 of_tensor[id(sharded.sharded_param)] = sharded
-                # after a forward pass the gathered parameter may still be the module's
+                # after a forward pass, the module may still hold the gathered parameter
                 of_tensor[id(getattr(sharded, "_unsharded_param", sharded))] = sharded
     probed = []
     for name, parameter in inner.named_parameters():
@@ -347,7 +350,7 @@ def _no_leaf() -> None:
 
 
 def _fsdp_groups(module: Any) -> list[Any]:
-    """Return FSDP2's groups of parameters of one module; a group is gathered together."""
+    """Return one module's FSDP2 parameter groups. The parameters of a group are gathered together."""
     if not isinstance(module, FSDPModule):
         return []
     state: Any = module._get_fsdp_state()
@@ -369,7 +372,7 @@ def _check_synchronized(module: Any) -> None:
 
 
 def full_tensor(gradient: Tensor | None) -> Tensor:
-    """Return a gradient as a plain tensor; all ranks call this."""
+    """Return the full gradient as a plain tensor. All ranks call this."""
     if gradient is None:
         raise DistattnError("the probed layer has no gradient after backward: keep gradients until they are reduced.")
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
@@ -377,7 +380,7 @@ def full_tensor(gradient: Tensor | None) -> Tensor:
 
 @contextmanager
 def gradients_aside(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model's gradients aside while the context is open; restore gradients and buffers afterwards."""
+    """Set a model's gradients aside while the context is open. Restore gradients and buffers afterwards."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for parameter, _ in gradients:

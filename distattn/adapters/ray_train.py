@@ -1,4 +1,4 @@
-"""Ray Train's `TorchTrainer`: checkpoints of a group of workers in the run's storage path, reported to Ray Train.
+"""Ray Train's `TorchTrainer`: a worker group's checkpoints in the run's storage path, reported to Ray Train.
 
     def loop(config):
         checkpoints = RunCheckpoints()
@@ -10,10 +10,10 @@
 
     TorchTrainer(loop, run_config=RunConfig(storage_path=..., failure_config=FailureConfig(max_failures=3)), ...).fit()
 
-`ContextParallel` and `distattn.adapters.pytorch` need nothing from Ray: Ray Train makes the process group. Each worker writes its
-own shards into the storage path, so nothing is gathered or copied. Ray Train gets the path of the checkpoint, and removes
-checkpoints by its `CheckpointConfig`. A run continues from the newest whole checkpoint there, which may be newer than the last
-one that was reported to Ray Train's controller when a worker was killed.
+`ContextParallel` and `distattn.adapters.pytorch` need nothing from Ray, since Ray Train creates the process group. Each worker
+writes its own shards into the storage path, so nothing is gathered or copied. Ray Train gets the checkpoint's path, and removes
+checkpoints according to its `CheckpointConfig`. A run continues from the newest complete checkpoint there. After a worker was
+killed, that checkpoint may be newer than the last one reported to Ray Train's controller.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from distattn.checkpoints.checkpoint_folder import checkpoint_name
 from distattn.checkpoints.checkpoints import Checkpoints
 from distattn.checkpoints.retention import KeepRule
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 
 # Ray Train removes checkpoints by its own rule
 _KEEP_ALL = KeepRule(last=sys.maxsize)
 
 
 class RunCheckpoints:
-    """The checkpoints of a Ray Train run. All workers make, use and close it together, inside the training function.
+    """The checkpoints of a Ray Train run. All workers create, use and close them together, inside the training function.
 
-    facts: texts that are saved with every checkpoint and must be equal when it is loaded, such as the name of the data. Raises
-    DistattnError if workers cannot mount the storage path.
+    facts: texts that are saved with every checkpoint and must be the same when it is loaded, such as the dataset's name. Raises
+    DistattnError if the storage path is not a mounted file system.
     """
 
     def __init__(self, facts: Mapping[str, str] | None = None):
@@ -53,21 +54,21 @@ class RunCheckpoints:
         self._facts = dict(facts or {})
         self._folder = Path(storage.experiment_fs_path, "checkpoints")
         self._checkpoints = Checkpoints(
-            self._folder, group=dist.group.WORLD, facts=self._facts, keep=_KEEP_ALL, warn=_warn
+            self._folder, group=dist.group.WORLD, facts=self._facts, keep=_KEEP_ALL, warn=print_message
         )
 
     def load(self, state: dict[str, Any]) -> int:
-        """Load the newest whole checkpoint into a state, in place; return its step, 0 without a checkpoint. Collective.
+        """Load the newest complete checkpoint into `state`, in place. Return its step, or 0 without a checkpoint. Collective.
 
-        Raises DistattnError if the checkpoint has other facts.
+        Raises DistattnError if the checkpoint's facts differ.
         """
         loaded = self._checkpoints.load_newest(state, required=self._facts)
         return 0 if loaded is None else loaded.step
 
     def report(self, step: int, state: dict[str, Any], metrics: Mapping[str, Any]) -> None:
-        """Save a state after `step` training steps, and report it with its metrics to Ray Train. Collective.
+        """Save the state after `step` training steps, and report it with its metrics to Ray Train. Collective.
 
-        Return when the checkpoint is whole, so that Ray Train only knows checkpoints that can be loaded. Raises the errors of
+        This returns once the checkpoint is complete, so Ray Train knows only checkpoints that can be loaded. Raises the errors of
         `Checkpoints.save`. If a checkpoint could not be written, for example to a full disk, only its metrics are reported.
         """
         self._checkpoints.save(step, state)
@@ -76,16 +77,9 @@ class RunCheckpoints:
         is_root = dist.get_rank() == 0
         kept = train.Checkpoint.from_directory(place) if is_root and place.exists() else None
         train.report(
-            {"step": step, **metrics},
-            checkpoint=kept,
-            checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD,
+            {"step": step, **metrics}, checkpoint=kept, checkpoint_upload_mode=train.CheckpointUploadMode.NO_UPLOAD
         )
 
     def close(self) -> None:
-        """End the thread that writes."""
+        """End the writer thread."""
         self._checkpoints.close()
-
-
-def _warn(text: str) -> None:
-    sys.stderr.write(f"distattn: {text}\n")
-    sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Computations around a batch's recurrence that recurrent layers of several trainers share."""
+"""Computations around a batch's recurrence, shared by the recurrent layers of several trainers."""
 
 # T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim
 
@@ -15,26 +15,19 @@ _NORM_EPSILON = 1e-6
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """Divide x by its L2 norm along the last dim, in its dtype, for queries and keys of delta rules."""
+    """Divide x by its L2 norm along the last dimension, for queries and keys of delta rules. The result has x's dtype."""
     wide = x.to(accumulation_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _NORM_EPSILON)).to(x.dtype)
 
 
 def ssd_scan(
-    batch: LocalBatch,
-    x_THV: Tensor,
-    dt_TH: Tensor,
-    a_H: Tensor,
-    k_TGK: Tensor,
-    q_TGK: Tensor,
-    skip_H1: Tensor | None,
+    batch: LocalBatch, x_THV: Tensor, dt_TH: Tensor, a_H: Tensor, k_TGK: Tensor, q_TGK: Tensor, skip_H1: Tensor | None
 ) -> Tensor:
-    """Compute Mamba-2's SSD scan with time steps and skip, (T, H, V) in the accumulation dtype, like mamba-ssm's kernels.
+    """Compute Mamba-2's SSD scan with time steps and skip. Returns (T, H, V) in the accumulation dtype, like mamba-ssm's kernels.
 
-    The layer's convolution and gate are not included.
-
-    dt_TH: time steps, a_H: their factors to decays, both in the accumulation dtype. k_TGK and q_TGK are called B and C in
-    mamba-ssm. skip_H1: (H, 1) or (H, V), the factor of x in the result.
+    The layer's convolution and gate are not included. dt_TH: time steps. a_H: the factors that turn time steps into the
+    logarithms of decays. Both have the accumulation dtype. k_TGK and q_TGK are called B and C in mamba-ssm. skip_H1: the factor
+    of x in the result, (H, 1) or (H, V).
     """
     wide = accumulation_dtype(x_THV.dtype)
     v_THV = (x_THV.to(wide) * dt_TH[..., None]).to(x_THV.dtype)

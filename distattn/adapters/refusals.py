@@ -1,4 +1,4 @@
-"""Print refusals in a script of several ranks as one sentence, instead of a traceback on every rank."""
+"""Print a refusal in a multi-rank script as one sentence instead of as a traceback on every rank."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch.distributed as dist
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communication.collective_calls import ask_store, default_store
 
-# a rank ends even if the store does not answer
+# wait at most this long, so that a rank ends even if the store does not answer
 _STORE_SECONDS = 5.0
 
 
 def print_refusals_once() -> None:
-    """Let the first rank that meets it print a DistattnError that ends the script, as one sentence.
+    """Let only the first rank that raises an uncaught DistattnError print it, as one sentence.
 
-    The script then ends with the error's exit code. Other exceptions are printed as before. Does nothing on a single rank.
+    The script then exits with the error's exit code. Other exceptions are printed as before. On a single rank, this does nothing.
     """
     installed = getattr(sys.excepthook, "func", None) is _print_exception
     if dist.is_initialized() and dist.get_world_size() > 1 and not installed:
@@ -48,7 +48,7 @@ def _rank() -> int:
 
 
 def _is_first(sentence: str) -> bool:
-    """Return whether no other rank has printed this sentence; True if the ranks' store does not answer."""
+    """Return whether no other rank has printed this sentence yet. Return True if the ranks' store does not answer."""
     if not dist.is_initialized():
         return True
     key = "distattn/refusal/" + hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()

@@ -1,8 +1,8 @@
 """The load-balancing loss of mixture-of-experts models, over the tokens of all ranks.
 
 Fedus, Zoph, Shazeer 2021, arXiv 2101.03961, as transformers computes it from a model's `router_logits` (`output_router_logits`):
-E sum_e f_e p_e, with f_e the share of tokens that go to expert e and p_e its mean probability, both over all layers. It is a
-product of two means, so those of one rank's tokens do not add up to it.
+E sum_e f_e p_e, where f_e is the fraction of tokens routed to expert e and p_e its mean probability, both over all layers. The
+loss is a product of two means, so the losses of single ranks' tokens do not add up to it.
 """
 
 # T tokens on this rank, E experts
@@ -21,19 +21,19 @@ from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.loss_sums import sum_over_loss_group
 from distattn.ir.errors import DistattnError
 
-# names in transformers' causal language models of the number of experts, the number of a token's experts, and the loss's weight
+# attributes of transformers' causal language models: the number of experts, of experts per token, and the loss's weight
 _NAMES = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 
 
 def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """Compute this rank's share of the router loss, with the weight of the model's configuration; None for models without one.
+    """Compute this rank's share of the router loss, weighted as in the model's configuration. Return None without a router loss.
 
-    output: the model's output for a sharded batch. Shares and means are over the tokens of the micro-batch on all ranks of the
-    loss group, without padding; micro-batches of a step are weighted by their labels. The results add up over ranks like token
-    losses, and have the batch's loss scale. A collective call of the loss group. Raises DistattnError if the model has no number
-    of experts or no weight of its loss, or if the batch is one of a pipeline.
+    output: the model's output for a sharded batch. Fractions and mean probabilities are over the micro-batch's tokens on all
+    ranks of the loss group, without padding. Micro-batches of a step are weighted by their label counts. The results add up over
+    ranks like token losses, and include the batch's loss scale. This is a collective call of the loss group. Raises DistattnError
+    if the model does not give its number of experts or its loss's weight, or if the batch belongs to a pipeline.
     """
-    # transformers' models with a router loss have computed it for this rank's tokens
+    # a transformers model with a router loss has already computed it for this rank's tokens alone
     if getattr(output, "aux_loss", None) is None:
         return None
     experts, chosen, weight = _settings(model)
@@ -53,9 +53,9 @@ def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -
 
 
 def router_loss_of_tokens(model: torch.nn.Module, router_logits: Sequence[Tensor]) -> Tensor:
-    """Compute the same loss of these tokens alone, (T, E) of each layer, as in one process.
+    """Compute the router loss of these tokens alone, as in one process. router_logits: (T, E) for each layer.
 
-    Raises DistattnError as `router_loss` does for the model.
+    Raises DistattnError if the model does not give its number of experts or its loss's weight.
     """
     experts, chosen, weight = _settings(model)
     counts_E, probabilities_E = _sums_of_tokens(router_logits, experts, chosen)
@@ -64,7 +64,7 @@ def router_loss_of_tokens(model: torch.nn.Module, router_logits: Sequence[Tensor
 
 
 def _settings(model: torch.nn.Module) -> tuple[int, int, float]:
-    """Return the number of experts, the number of a token's experts, and the weight of the loss."""
+    """Return the number of experts, the number of experts per token, and the weight of the loss."""
     if missing := [name for name in _NAMES if not hasattr(model, name)]:
         raise DistattnError(
             f"the router loss of {type(model).__name__} is not computed, because the model has no {missing[0]}; set "
@@ -75,7 +75,7 @@ def _settings(model: torch.nn.Module) -> tuple[int, int, float]:
 
 
 def _sums_of_tokens(router_logits: Sequence[Tensor], experts: int, chosen: int) -> tuple[Tensor, Tensor]:
-    """Return the number of tokens of each expert (E,), and the sums of their probabilities (E,), over all layers."""
+    """Return each expert's number of tokens (E,) and the sum of its probabilities (E,), over all layers."""
     device = router_logits[0].device
     counts_E = torch.zeros(experts, dtype=torch.float64, device=device)
     probabilities_E = torch.zeros(experts, device=device)

@@ -1,4 +1,4 @@
-"""Results that a thread computes together with other ranks, and the heartbeat of the thread that waits for them."""
+"""Futures of results that a thread computes together with other ranks. Waits for them appear in the heartbeat."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Result = TypeVar("Result")
 
 
 class AwaitedResult(Future[Result]):
-    """A future whose thread may have to wait for other ranks. While a thread waits for the future, its heartbeat says so."""
+    """A future whose computing thread may wait for other ranks. Waiting threads report this in their heartbeat."""
 
     def __init__(self, thread: int):
-        """Begin without a result. thread: the ident of the thread that computes it."""
+        """Create the future without a result. thread: the ident of the thread that computes it."""
         super().__init__()
         self._thread = thread
 
     def result(self, timeout: float | None = None) -> Result:
-        """Return the result like any future."""
+        """Return the result. Until then the heartbeat shows what the computing thread waits for."""
         with contextlib.nullcontext() if self.done() else awaiting_thread(self._thread):
             return super().result(timeout)

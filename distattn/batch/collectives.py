@@ -1,7 +1,7 @@
-"""Collectives on the host: a gloo communicator next to a process group, for values that ranks exchange about batches.
+"""Host-side collectives: a gloo communicator alongside a process group, for values that ranks exchange about batches.
 
-It is used from one thread at a time, next to the trainer's messages, and every wait ends within the time-out with a
-DistattnError that names the missing ranks (see `health`).
+It is used by one thread at a time, and independent of the trainer's messages. A wait for a missing rank ends within the
+time-out with a DistattnError that names the rank (see `health`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from distattn.parallel.runtime.communication.communicator import all_gather_obje
 from distattn.parallel.runtime.communication.sealed_values import seal, unseal
 from distattn.supervision.heartbeats import thread_activity
 
-# a control message, padded: gloo's receiver must know the size beforehand
+# control messages are padded to this size, because gloo's receiver must know it in advance
 _MESSAGE_BYTES = 2048
-# unfinished messages to one rank after which the sender waits for the oldest
+# with this many unfinished messages to one rank, the sender waits for the oldest
 _MAX_IN_FLIGHT = 64
 _FOREVER = timedelta(days=30)
 
 
 class HostGroup:
-    """Host-side communication of the ranks of a process group, in its rank order."""
+    """Host-side communication between ranks of a process group, in the order of `members`."""
 
     def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor, idles: bool = False):
         """Open the communicator.
 
-        members: ranks of the default group; name: the same on all of them, and different from other groups' names. idles:
-        messages may take long, and that is no error as long as their sender lives.
+        members: ranks of the default group. name: equal on all of them, and different from other groups' names. idles: messages
+        may be rare; a long wait is not an error while the sender is alive.
         """
         self.members, self._monitor = list(members), monitor
         self.rank, self.ranks = self.members.index(monitor.rank), len(self.members)
@@ -50,32 +50,32 @@ class HostGroup:
         self._in_flight: dict[int, deque[tuple[Any, torch.Tensor]]] = {}
 
     def all_gather(self, value: Any, activity: str) -> list[Any]:
-        """Gather every rank's value, by rank; values are pickled. activity: of the ranks, for the error about a missing one."""
+        """Gather a picklable value from every rank; return them by rank. activity: describes this call in errors."""
         self._monitor.enter(activity)
         with thread_activity(activity, waits=True, key=activity):
             return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), activity))
 
     def send(self, message: Any, destination: int) -> None:
-        """Send a small picklable message. Return at once unless many to that rank are unfinished."""
+        """Send a small picklable message. Return at once unless many messages to that rank are unfinished."""
         data = seal(message)
         if len(data) > _MESSAGE_BYTES - 4:
             raise ValueError(f"a control message of {len(data)} bytes; at most {_MESSAGE_BYTES - 4} fit.")
         padded = len(data).to_bytes(4, "little") + data.ljust(_MESSAGE_BYTES - 4, b"\0")
         tensor = torch.frombuffer(bytearray(padded), dtype=torch.uint8)
         pending = self._in_flight.setdefault(destination, deque())
-        # in order; gloo reports that a send is done only to a waiting caller, so wait for the oldest
+        # sends finish in order, and gloo reports this only to a waiting caller, so wait for the oldest
         while len(pending) >= _MAX_IN_FLIGHT:
             self._wait_oldest(pending)
         pending.append((self._guarded(lambda: self._gloo.send([tensor], destination, 0), "sending"), tensor))
 
     def receive(self, source: int, activity: str) -> Any:
-        """Return the next message of a rank; `source` is always the same.
+        """Return the next message from rank `source`, which is the same in all calls.
 
-        Raise LostRankError once that or another rank is lost.
+        Raise LostRankError once any rank is lost.
         """
         if self._received is None:
             self._received = queue.SimpleQueue()
-            # while gloo's own wait runs, the sender could not be checked
+            # receive on a thread, because the sender cannot be checked during gloo's own wait
             arguments = self._gloo, source, self._received
             threading.Thread(target=_receive_all, args=arguments, daemon=True, name="distattn-control").start()
         silent_since = time.monotonic()
@@ -100,13 +100,13 @@ class HostGroup:
         return self._guarded(result, activity)
 
     def flush(self) -> None:
-        """Wait until every message that was sent has left."""
+        """Wait until all messages have been sent."""
         for pending in self._in_flight.values():
             while pending:
                 self._wait_oldest(pending)
 
     def close(self) -> None:
-        """End the communicator; unfinished messages are given up."""
+        """Close the communicator; unfinished messages are dropped."""
         self._in_flight.clear()
         self._gloo = None
 
@@ -119,7 +119,7 @@ class HostGroup:
 
 
 def _receive_all(gloo: Any, source: int, received: queue.SimpleQueue[Any]) -> None:
-    """Receive messages of a rank until the connection ends; its error is the last item."""
+    """Receive messages from a rank until the connection ends, and put its error after the last message."""
     while True:
         tensor = torch.empty(_MESSAGE_BYTES, dtype=torch.uint8)
         try:

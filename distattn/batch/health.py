@@ -1,11 +1,11 @@
-"""Find the rank that has stopped answering: after a failure, every rank is asked for a sign of life.
+"""Find the rank that has stopped answering: after a failure, every rank is asked whether it is alive.
 
-A broken connection or a time-out names a neighbour at best, and when one rank is lost the others disconnect one after another. So
-every rank has a thread that looks regularly for a question in the job's store, and answers it with the rank's progress. A rank
-that waits in vain asks, and names the ranks that do not answer (killed, stopped, unreachable), or else those with less progress
-than its own (still in their own code). The first verdict is the verdict of all ranks.
+A broken connection or a time-out names a neighbour at best, and once one rank is lost, the others disconnect one after another.
+Therefore each rank has a thread that regularly checks the job's store for a question, and answers with the rank's progress. A
+rank whose wait fails asks such a question. It blames the ranks that do not answer (killed, stopped, unreachable), or, if all
+answer, those that have made less progress (still in their own code). The first verdict is the verdict of all ranks.
 
-Without a failure nothing is written to the store.
+Without a failure, nothing is written to the store.
 """
 
 from __future__ import annotations
@@ -21,37 +21,38 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from distattn.ir.errors import LostRankError, named_ranks
+from distattn.ir.errors import LostRankError, first_line, named_ranks
 from distattn.parallel.runtime.communication.collective_calls import ask_store, default_store
 
 Result = TypeVar("Result")
-# seconds between two looks for a question
+# seconds between two checks for a question
 _POLL = 0.5
-# share of the time-out that is reserved for asking and answering; the most and the fewest seconds for it
+# fraction of the time-out reserved for questions and answers; its maximum and minimum in seconds
 _ASKING_SHARE, _MOST_ASKING, _LEAST_ASKING = 0.25, 15.0, 2.0
 
 
 class Verdict(NamedTuple):
-    """Reason why the ranks have given up. text: for users. peers: the ranks to blame; empty if they are unknown."""
+    """The reason why the ranks have given up. text: a message for users. peers: the ranks to blame; empty if unknown."""
 
     text: str
     peers: tuple[int, ...] = ()
 
     @classmethod
     def from_json(cls, text: bytes) -> Verdict:
-        """Read a verdict from the store."""
+        """Parse a verdict that was read from the store."""
         sentence, peers = json.loads(text)
         return cls(sentence, tuple(peers))
 
     def error(self) -> LostRankError:
-        """Return the error of the ranks that give up."""
+        """Return the error that ranks raise when they give up."""
         return LostRankError(self.text, self.peers)
 
 
 class HealthMonitor:
-    """Monitor of the signs of life of some ranks of the job (numbered as in the default group). name: unique, the same on all.
+    """A monitor that finds out which ranks of a job are alive. ranks: numbered as in the default group.
 
-    Waits of this process last `wait_timeout`, so that they end within `timeout` together with the questions that follow.
+    name: unique, and equal on all ranks. Waits in this process last at most `wait_timeout`, so that a wait and the questions that
+    follow it end within `timeout`.
     """
 
     def __init__(self, name: str, rank: int, ranks: Sequence[int], timeout: timedelta):
@@ -59,7 +60,7 @@ class HealthMonitor:
         seconds = timeout.total_seconds()
         self.asking = min(max(_ASKING_SHARE * seconds, min(_LEAST_ASKING, seconds / 2)), _MOST_ASKING)
         self.wait_timeout = timedelta(seconds=seconds - self.asking)
-        # how often this rank has begun each kind of collective work
+        # how often this rank has started each kind of collective work
         self._begun: Counter[str] = Counter()
         self._verdict: Verdict | None = None
         self._name = name
@@ -71,24 +72,24 @@ class HealthMonitor:
         self._thread.start()
 
     def enter(self, activity: str) -> None:
-        """Note that this rank begins an activity that all ranks do together and equally often."""
+        """Record that this rank starts an activity that all ranks run together and equally often."""
         self._begun[activity] += 1
 
     def guarded(self, work: Callable[[], Result], activity: str, members: Sequence[int]) -> Result:
-        """Return the result of `work`. If communication fails, raise LostRankError naming the rank that is to blame.
+        """Return the result of `work`. If communication fails, raise LostRankError naming the rank to blame.
 
         members: the ranks that take part.
         """
         try:
             return work()
         except torch.OutOfMemoryError:
-            # a fault of this rank, not of a message
+            # running out of memory is this rank's own fault, not a failure of communication
             raise
         except (RuntimeError, TimeoutError, LostRankError) as error:
             raise self._explained(error, activity, members) from None
 
     def _explained(self, error: Exception, activity: str, members: Sequence[int]) -> LostRankError:
-        """Return the verdict about missing ranks. Unless it is known, ask all ranks, and wait a while for their answers."""
+        """Return the verdict as an error. If there is no verdict yet, ask all ranks, and wait a while for their answers."""
         with self._lock:
             if self._verdict is None:
                 verdict = self._with_store(lambda: self._ask(error, activity, members))
@@ -97,7 +98,7 @@ class HealthMonitor:
                     or self._verdict
                     or Verdict(
                         "the process that holds the job's store (rank 0, or the launcher) stopped answering: "
-                        f"{_first_line(error)}."
+                        f"{first_line(error)}."
                     )
                 )
             return self._verdict.error()
@@ -106,7 +107,7 @@ class HealthMonitor:
         return ask_store(work, self.asking + 8 * _POLL)
 
     def check_alive(self, rank: int, activity: str) -> None:
-        """Ask whether a rank that has been silent for long still lives. Raise LostRankError if a rank does not."""
+        """Ask a rank that has long been silent whether it is alive. Raise LostRankError if it does not answer."""
         error = TimeoutError(f"nothing came of rank {rank} within {self.wait_timeout.total_seconds():.0f} s")
         with self._lock:
             if self._verdict is None and self._with_store(lambda: rank in self._answers()):
@@ -124,22 +125,22 @@ class HealthMonitor:
             raise self._verdict.error()
 
     def report(self, reason: str) -> None:
-        """Report to the other ranks that this rank leaves, and why; errors name the first one to leave."""
+        """Tell the other ranks that this rank is leaving, and why. Their errors name the first rank that left."""
         self._with_store(lambda: self._judge(Verdict(f"rank {self.rank} has left: {reason}", (self.rank,))))
 
     def close(self) -> None:
-        """End the thread. Later questions of others are not answered."""
+        """Stop the thread. Later questions are not answered."""
         if self._verdict is None and not self._closed.is_set():
             self._with_store(lambda: self._store.set(f"closed/{self.rank}", "1"))
         self._closed.set()
         self._thread.join(timeout=2 * _POLL)
 
     def _open_store(self) -> dist.Store:
-        # a separate connection: other threads may block theirs
+        # a separate connection, because other threads may block theirs
         return dist.PrefixStore(f"distattn/health/{self._name}", default_store().clone())  # type: ignore[attr-defined]
 
     def _answer(self, store: dist.Store) -> None:
-        """Answer questions, and remember the verdict so that it survives the process that holds the store. Runs in the thread."""
+        """Answer questions, and copy the verdict in case the process that holds the store ends. Runs on the thread."""
         answered = 0
         try:
             while not self._closed.wait(_POLL):
@@ -152,7 +153,7 @@ class HealthMonitor:
                     self._verdict = Verdict.from_json(store.get("verdict"))
                     store.set(f"seen/{self.rank}", "1")
         except RuntimeError:
-            # the store is gone with its process: threads that wait for it notice that themselves
+            # the process that holds the store is gone; threads that use the store notice that themselves
             return
 
     def _ask(self, error: Exception, activity: str, members: Sequence[int]) -> Verdict:
@@ -161,7 +162,7 @@ class HealthMonitor:
         return self._judge(self._named(self._answers(), error, activity, members))
 
     def _answers(self) -> dict[int, Any]:
-        """Ask all ranks, and wait a while for answers: for each living rank, how often it has begun each activity."""
+        """Ask all ranks, and wait a while. Return how often each rank that answered has started each activity."""
         question = self._store.add("questions", 1)
         answers: dict[int, Any] = {}
         ends = time.monotonic() + self.asking
@@ -179,12 +180,12 @@ class HealthMonitor:
         closed = [rank for rank in silent if self._store.check([f"closed/{rank}"])]
         gone = [rank for rank in silent if rank not in closed]
         if gone:
-            text = f"{named_ranks(gone)} stopped answering: killed, stopped or unreachable ({_first_line(error)})"
+            text = f"{named_ranks(gone)} stopped answering: killed, stopped or unreachable ({first_line(error)})"
             return Verdict(text, tuple(gone))
         if closed:
             text = f"{named_ranks(closed)} closed its ContextParallel while others still need it."
             return Verdict(text, tuple(closed))
-        # the ranks with least progress: others may wait for them
+        # blame the ranks with the least progress, because others may be waiting for them
         least = min(answers[rank].get(activity, 0) for rank in members)
         if least < self._begun[activity]:
             late_ranks = [rank for rank in members if answers[rank].get(activity, 0) == least]
@@ -193,22 +194,18 @@ class HealthMonitor:
                 "(in its data loader or training loop, or it has left the loop).",
                 tuple(late_ranks),
             )
-        text = f"all ranks live, but {activity} failed on rank {self.rank}: {_first_line(error)}"
+        text = f"all ranks live, but {activity} failed on rank {self.rank}: {first_line(error)}"
         return Verdict(text, (self.rank,))
 
     def _judge(self, verdict: Verdict) -> Verdict:
-        """Make this the verdict unless there is one; return the verdict, once the others know it."""
+        """Make this the verdict unless there is one. Give the other ranks time to read the verdict, and return it."""
         first = Verdict.from_json(self._store.compare_set("verdict", "", json.dumps(verdict)))
         self._verdict = first
         self._store.set(f"seen/{self.rank}", "1")
-        # the process that holds the store must not end it before the others have read this
+        # the process that holds the store must not end before the others have read this
         ends = time.monotonic() + 3 * _POLL
         while time.monotonic() < ends:
             if all(self._store.check([f"seen/{rank}"]) for rank in self.ranks):
                 break
             time.sleep(0.05)
         return first
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Layers whose attention is planned differently from the rest of their model, such as windows next to full attention."""
+"""Layers whose attention is planned differently from the rest of their model, such as sliding windows among full attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("window", "full")
 
 
 class LayerOverride(NamedTuple):
-    """Plan of some layers. layout: the layout in which they work, if it is not the model's."""
+    """Settings for planning some layers differently. layout: the name of their layout, if it is not the model's."""
 
     strategy: str
     backward: str | None = None
@@ -26,7 +26,7 @@ class LayerOverride(NamedTuple):
 
     @staticmethod
     def of(name: object, fields: Mapping[str, Any]) -> LayerOverride:
-        """Make an override from a mapping of these fields. Raise DistattnError for other fields."""
+        """Make an override from a mapping of its fields. Raise DistattnError for unknown fields. name: the layers, for errors."""
         if not isinstance(fields, Mapping):
             raise DistattnError(f'layers {name!r} need a mapping, {{"strategy": ...}}, not {fields!r}.')
         if unknown := fields.keys() - set(LayerOverride._fields):
@@ -43,25 +43,25 @@ class LayerOverride(NamedTuple):
         return LayerOverride(**{**fields, **as_items})
 
     def working_layout(self, mask: Mask, layout: Layout) -> Layout | None:
-        """Return the layout in which these layers work on a batch; None if it is the batch's own."""
+        """Return the layout in which these layers process a batch; None if it is the batch's own."""
         if self.layout is None:
             return None
         return make_layout(self.layout, layout.lengths, layout.ranks, mask, **dict(self.layout_options))
 
 
 class LayerOverrides:
-    """Overrides by a layer's number (0, 1, ...) or kind: "window", or "full" for layers without one."""
+    """Overrides by a layer's number (0, 1, ...) or kind: "window", or "full" for layers without a window."""
 
     def __init__(self, overrides: Mapping[int | str, Mapping[str, Any]] | None = None):
         for name in overrides or {}:
             if not (name in KINDS or (type(name) is int and name >= 0)):
                 raise DistattnError(f"layers are named by number or as {' or '.join(KINDS)}, not {name!r}.")
         self._overrides = {name: LayerOverride.of(name, way) for name, way in (overrides or {}).items()}
-        # numbers that no layer has had yet
+        # numbers that no layer has used yet
         self.unused = {name for name in self._overrides if isinstance(name, int)}
 
     def of(self, layer: int | None, window: int | None) -> LayerOverride | None:
-        """Return the override of a layer with that number and window; None if it is planned like the others."""
+        """Return the override of a layer with this number and window; None if it is planned like the other layers."""
         if not self._overrides:
             return None
         if layer is None and any(isinstance(name, int) for name in self._overrides):

@@ -22,10 +22,7 @@ from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op, latent_op, o
 from distattn.ir.plan import Plan
 from distattn.ops.attention import attention, autocast_inputs, score_modifiers
 from distattn.ops.convolution import causal_conv1d, token_shift
-from distattn.ops.executable import (
-    EXECUTABLES,
-    Executable,
-)
+from distattn.ops.executable import EXECUTABLES, Executable
 from distattn.ops.latent import latent_attention
 from distattn.ops.prefix_softmax import prefix_softmax
 from distattn.ops.recurrence import recurrence
@@ -36,10 +33,9 @@ from distattn.supervision.heartbeats import set_layer
 
 
 class BatchAttention(Protocol):
-    """Batch that attention layers get: one per rank and micro-batch, or an emulated one.
+    """The batch that attention layers receive: one per rank and micro-batch, or an emulated one.
 
-    longest_document: tokens of the longest document of the micro-batch that this rank has a part of, on any rank; 0 if it is
-    unknown.
+    longest_document: the length in tokens of the longest document in the micro-batch that this rank shares; 0 if unknown.
     """
 
     longest_document: int = 0
@@ -55,21 +51,22 @@ class BatchAttention(Protocol):
         layer: int | None = None,
         **modifiers: Any,
     ) -> Tensor:
-        """Compute `distattn.attention` of this rank's tokens (T, heads, dim)."""
+        """Compute `distattn.attention` for this rank's tokens (T, heads, dim)."""
         ...
 
     def check_positions(self, positions: Tensor) -> None:
-        """Refuse positions (1, T) that a model has made itself, if the right ones are known."""
+        """Raise DistattnError for wrong positions (1, T), if the right ones are known."""
 
 
 class LocalBatch(BatchAttention):
-    """The packed axis of one batch, for attention layers. It travels with the batch.
+    """One batch, with the operations that layers run on this rank's tokens. The model passes it to its layers.
 
-    positions: of this rank's tokens (1, T), if models are to be checked. stands_in: this rank has no such micro-batch, but
-    padding in its place. layout: the name of the layout of its rows, if it is not that of the batch. used: a layer has called
-    an operation; mixed: a layer has called a recurrence or a convolution. number: of the batch, in the run. proven: its plans
-    are proven before they run. relaid_spans: by shape, number and width of spans of recurrent layers, whether their rows move
-    (see `recurrent_span`). block: the ranks that have this batch; by default all ranks, with all documents.
+    positions: the positions (1, T) of this rank's tokens, None if models are not checked. stands_in: True if this rank has only
+    padding in place of a micro-batch. layout: the name of the rows' layout, if it is not the batch's. used: True once a layer has
+    called an operation. mixed: True once a layer has called a recurrence or a convolution. number: the batch's number in the run.
+    proven: True if plans are proven before they run. relaid_spans: whether the rows of a span of recurrent layers move, by shape,
+    number of layers and width (see `recurrent_span`). block: the ranks with this batch, and its documents; by default all
+    ranks and documents.
     """
 
     positions: Tensor | None = None
@@ -85,11 +82,11 @@ class LocalBatch(BatchAttention):
         self._plans: dict[AttentionShape, Plan] = {}
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
         self._ahead: dict[tuple[AttentionShape, torch.device], AwaitedResult[Planned]] = {}
-        # executables of attention and rows of padding, by the shapes and settings of a layer's call
+        # attention's executable and number of padding rows, by the shapes and settings of a layer's call
         self._calls: dict[tuple[Any, ...], tuple[Executable, int]] = {}
         self._checked: Tensor | None = None
 
-    # plans are looked up, and maybe made: only layers before and after it are compiled
+    # excluded from torch.compile, because it looks up plans and may make them
     @torch.compiler.disable
     def attention(
         self,
@@ -102,7 +99,7 @@ class LocalBatch(BatchAttention):
         layer: int | None = None,
         **modifiers: Any,
     ) -> Tensor:
-        """Compute `distattn.attention` of this rank's tokens (T, heads, dim), by the plan for these shapes.
+        """Compute `distattn.attention` for this rank's tokens (T, heads, dim), with the plan for these shapes.
 
         window: each token sees the last `window` tokens of its document, including itself. layer: the layer's number in the
         model.
@@ -123,7 +120,7 @@ class LocalBatch(BatchAttention):
         set_layer(layer)
         if not padding:
             return attention(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers)
-        # padding attends to nothing, but other ranks may need the help of a rank with only padding
+        # padding attends to nothing, but a rank with only padding may compute tasks of other ranks
         rows = slice(executable.program.tokens)
         output = attention(q_THD[rows], k_TKD[rows], v_TKE[rows], executable, scale=scale, **modifiers)
         if isinstance(output, tuple):
@@ -145,19 +142,20 @@ class LocalBatch(BatchAttention):
         initial_state: Tensor | None = None,
         return_final_state: bool = False,
     ) -> Any:
-        """Compute `distattn.recurrence` of this rank's tokens, by the plan for this op ("gated_delta_rule", ...) and shapes.
+        """Compute `distattn.recurrence` for this rank's tokens, with the plan for these shapes and this op.
 
-        initial_state: (M, H, K, V) of `documents`, on every rank that has this batch; 0 by default. Its gradient is this rank's
-        share, to be summed over ranks like any parameter's. With return_final_state also return the states after all documents,
-        (M, H, K, V) in fp32 (fp64), the same on every rank that has this batch, wherever documents end: they may be a later
-        batch's initial states. Gradients go through both; those of final states are added over ranks, in a collective call of the
-        backward pass, so all of these ranks use them, or none.
+        op: an op or its name ("gated_delta_rule", ...). initial_state: (M, H, K, V), a state for each of the M `documents`, on
+        every rank that has this batch; 0 by default. Its gradient is this rank's share, to be summed over ranks like any
+        parameter's. With return_final_state also return the states after all documents, (M, H, K, V) in fp32 (fp64 for fp64).
+        They are equal on all ranks that have this batch, wherever documents end, and can be a later batch's initial states.
+        Both states are differentiable. The backward pass sums the gradients of final states over these ranks in a collective
+        call, so either all of them use final states or none.
         """
         self.used = self.mixed = True
         q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
         shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op_of(op))
         executable = self.executable(shape, q_TGK.device)
-        # a decay per head has no tokens
+        # a decay per head has no token axis
         of_heads = g if g is not None and g.dim() == 1 else None
 
         states = self._states_in(initial_state)
@@ -171,9 +169,9 @@ class LocalBatch(BatchAttention):
 
     @torch.compiler.disable
     def prefix_softmax(self, weights_THL: Tensor, logits_THL: Tensor, v_THV: Tensor) -> Tensor:
-        """Compute `distattn.prefix_softmax` of this rank's tokens: Latte, Aaren, Efficient Attention over the preceding tokens.
+        """Compute `distattn.prefix_softmax` for this rank's tokens: Latte, Aaren or causal Efficient Attention.
 
-        weights, logits: (T, H, L) of L latents per head; v: (T, H, V). Every document of the batch begins without a state.
+        weights, logits: (T, H, L), with L latents per head. v: (T, H, V). Every document begins without a state.
         """
         self.used = self.mixed = True
         (v_THV,) = autocast_inputs(v_THV)
@@ -195,9 +193,9 @@ class LocalBatch(BatchAttention):
         window: int | None = None,
         layer: int | None = None,
     ) -> Tensor:
-        """Compute `distattn.latent_attention` of this rank's tokens, by attention's strategy.
+        """Compute `distattn.latent_attention` for this rank's tokens, with attention's strategy.
 
-        window, layer: as in `attention`.
+        window, layer: see `attention`.
         """
         self.used = True
         q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
@@ -222,11 +220,11 @@ class LocalBatch(BatchAttention):
         initial_state: Tensor | None = None,
         return_final_state: bool = False,
     ) -> Any:
-        """Compute `distattn.causal_conv1d` of this rank's tokens (T, C), by the plan for filters (C, W), or (C, C / G, W) of G
-        groups.
+        """Compute `distattn.causal_conv1d` for this rank's tokens (T, C).
 
-        initial_state: (M, C, W - 1), the inputs before each of `documents`. With return_final_state also return the last W - 1
-        inputs of each, in x's dtype. Their ranks and gradients are as in `recurrence`.
+        weight: filters (C, W), or (C, C / G, W) with G groups. initial_state: (M, C, W - 1), the inputs before each of the M
+        `documents`. With return_final_state also return the last W - 1 inputs of each document, in x's dtype. `recurrence` says
+        which ranks have these states, and how their gradients are summed.
         """
         self.used = self.mixed = True
         (x_TC,) = autocast_inputs(x_TC)
@@ -250,10 +248,10 @@ class LocalBatch(BatchAttention):
 
     @torch.compiler.disable
     def token_shift(self, x_T: Tensor, distance: int = 1, *, fill: int = 0) -> Tensor:
-        """Return the token `distance` before each of this rank's tokens (T, ...), inside documents; after it if negative.
+        """Return the token `distance` before each of this rank's tokens (T, ...) in its document; a later one if negative.
 
-        Token shift and value shift: `token_shift(x)`. Labels of k tokens further ahead (multi-token prediction):
-        `token_shift(labels, -k, fill=-100)`. See `distattn.token_shift`.
+        `token_shift(x)` is token shift or value shift. `token_shift(labels, -k, fill=-100)` returns labels k tokens further
+        ahead (multi-token prediction). See `distattn.token_shift`.
         """
         self.used = True
         dtype = str(x_T.dtype)[6:] if x_T.is_floating_point() else "float64"
@@ -263,7 +261,7 @@ class LocalBatch(BatchAttention):
 
     @property
     def block(self) -> BatchBlock:
-        """The ranks that have this batch, and its documents on the axis."""
+        """The ranks with this batch, and the range of its documents on the axis."""
         if self._block is None:
             layout = self.planner.lay_out(self.key.documents)[1]
             self._block = BatchBlock(range(layout.ranks), range(len(layout.lengths)))
@@ -271,24 +269,24 @@ class LocalBatch(BatchAttention):
 
     @property
     def documents(self) -> tuple[int, ...]:
-        """Tokens of each document of this rank's batch, in its order, on every rank that has it; none if it stands in."""
+        """The document lengths of this rank's batch, in order, on each rank with the batch; empty if it stands in."""
         lengths, numbers = self.planner.lay_out(self.key.documents)[1].lengths, self.block.documents
         return () if self.stands_in else tuple(lengths[numbers.start : numbers.stop])
 
     @property
     def tokens(self) -> int:
-        """The number N of tokens of all ranks together."""
+        """The number N of tokens on all ranks together."""
         return self.planner.layout_of(self.key, None).n
 
     @property
     def own_tokens(self) -> int:
-        """The number of this rank's tokens that belong to a document; the others are padding."""
+        """The number of this rank's tokens that belong to a document; the rest are padding."""
         layout = self.planner.layout_of(self.key, self.layout)
         return 0 if self.stands_in else len(layout.tokens(self.planner.ranks.rank))
 
     @torch.compiler.disable
     def check_positions(self, positions: Tensor) -> None:
-        """Refuse positions (1, T) that a model has made itself: rotary embeddings would be those of other tokens."""
+        """Raise DistattnError for positions (1, T) other than those of this rank's tokens, such as a model's own count."""
         right_positions = self.positions
         if right_positions is None or positions is right_positions or positions is self._checked:
             return
@@ -311,8 +309,8 @@ class LocalBatch(BatchAttention):
     ) -> Any:
         """Apply `compute` to tensors of this rank's tokens without padding, and pad its result with `fill`.
 
-        compute: returns a tensor by token, or that and states of documents, which are returned as they are. layer: its number
-        in the model, for descriptions of messages.
+        compute: returns a tensor with a row per token, or a tuple of that and the states of documents, which are not padded.
+        layer: the layer's number in the model, for descriptions of messages.
         """
         set_layer(layer)
         padding, tokens = self._padding(executable, by_token[0]), executable.program.tokens
@@ -324,14 +322,13 @@ class LocalBatch(BatchAttention):
         return (out, *states) if states else out
 
     def _padding(self, executable: Executable, x: Tensor | None) -> int:
-        """Return how many rows of a tensor pad this rank's tokens; 0 for a tensor of other rows."""
+        """Return the number of padding rows in a tensor of this rank's tokens; 0 for other tensors."""
         tokens = executable.program.tokens
         padding = padded(tokens, self.planner.config.pad_to) - tokens
         return padding if x is not None and len(x) == tokens + padding else 0
 
     def _states_in(self, states_M: Tensor | None) -> Tensor | None:
-        """Extend states of this batch's documents to all documents of the axis; this rank does not read those of other
-        batches."""
+        """Pad states of this batch's documents to all documents on the axis; this rank does not read the added ones."""
         if states_M is None:
             return None
         if not isinstance(states_M, Tensor) or not states_M.dim() or len(states_M) != len(self.documents):
@@ -347,7 +344,10 @@ class LocalBatch(BatchAttention):
         return F.pad(states_M, (0, 0) * (states_M.dim() - 1) + (first, later)) if first or later else states_M
 
     def _states_out(self, output: Any) -> Any:
-        """Return an output as it is; or it and the states of this batch's documents, from this rank's share of all documents'."""
+        """Return an output without states unchanged; otherwise complete the states of this batch's documents.
+
+        output: a tensor, or a tuple of a tensor and this rank's share of the states of all documents.
+        """
         if not isinstance(output, tuple):
             return output
         out, share = output
@@ -359,12 +359,12 @@ class LocalBatch(BatchAttention):
         return out, all_reduce_sum(batch_states, ranks, rank, self.planner.ranks.transport(batch_states.device))
 
     def plan(self, *shape: Any) -> Plan:
-        """Return the plan of this batch for the fields of an `AttentionShape`; layers of equal shape share it."""
+        """Return this batch's plan for the fields of an `AttentionShape`; layers of equal shape share a plan."""
         shape_of_call = AttentionShape(*shape)
         return self._plans.get(shape_of_call) or self.planner.plan_of(self.key, shape_of_call)
 
     def row_moves(self, layout: str, device: torch.device) -> RowMoves:
-        """Return the moves of this rank's rows to another layout of the batch, by its name; they are copied to a device once."""
+        """Return the moves of this rank's rows to the layout named `layout`, as tensors on a device. Results are cached."""
         key = layout, device
         if key not in self._row_moves:
             home, there = self.planner.layout_of(self.key, None), self.planner.layout_of(self.key, layout)
@@ -372,10 +372,10 @@ class LocalBatch(BatchAttention):
         return self._row_moves[key]
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
-        """Return the executable of this batch for one shape.
+        """Return this batch's executable for a shape.
 
-        A shape that an earlier batch had was planned and agreed on ahead. A shape that is new in the run is planned now, and all
-        ranks that share attention compare their plans, once.
+        A shape that an earlier batch had was planned and agreed on ahead of time. A shape new to the run is planned now, and all
+        ranks that share attention compare their plans once.
         """
         asked = shape, device
         if asked not in self._executables:
@@ -391,13 +391,13 @@ class LocalBatch(BatchAttention):
                         f"servers compute attention only, and layers of {shape.op.name} are planned on ranks without tokens; "
                         "leave servers out."
                     )
-                # speeds are measured on kernels of attention
+                # speeds are measured on attention kernels only
                 observer = None
             self._executables[asked] = Executable(program, key, ranks.transport(device), observer)
         return self._executables[asked]
 
     def plan_ahead(self, shapes: Sequence[tuple[AttentionShape, torch.device]]) -> list[AwaitedResult[Planned]]:
-        """Expect these shapes: return futures that the planning thread, which calls this, fulfils."""
+        """Return a future of the plan for each shape. The caller, the planning thread, must set their results."""
         self._ahead = {key: AwaitedResult(threading.get_ident()) for key in shapes}
         return list(self._ahead.values())
 
@@ -411,16 +411,16 @@ class LocalBatch(BatchAttention):
 
 
 class RelaidBatch(LocalBatch):
-    """A batch whose rows are in another layout. Its plans are made and cached with the batch's own."""
+    """A batch whose rows are in another layout. The original batch makes and caches its plans."""
 
     def __init__(self, batch: LocalBatch, layout: str):
-        """Change the layout of a batch's rows. layout: by name, over the batch's documents."""
+        """Create a version of `batch` whose rows are in the layout named `layout`."""
         super().__init__(batch.planner, batch.key, batch.number, batch.proven, batch._block)
         self.stands_in, self.layout, self._batch = batch.stands_in, layout, batch
 
     @property
     def block(self) -> BatchBlock:
-        """See `LocalBatch`. Raise DistattnError if tokens of a block's documents may be on other ranks."""
+        """The ranks with this batch. Raises DistattnError if the layout may move its tokens to other ranks."""
         block, ranks = super().block, self.planner.lay_out(self.key.documents)[1].ranks
         if len(block.ranks) < ranks:
             raise DistattnError(
@@ -430,22 +430,22 @@ class RelaidBatch(LocalBatch):
         return block
 
     def plan(self, *shape: Any) -> Plan:
-        """See `LocalBatch.plan`; the plan is for the layout of the rows."""
+        """Return the plan for the layout of these rows. See `LocalBatch.plan`."""
         return self._batch.plan(*AttentionShape(*shape)._replace(layout=self.layout))
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
-        """See `LocalBatch.executable`."""
+        """Return the executable for the layout of these rows. See `LocalBatch.executable`."""
         self._batch.used = self._batch.mixed = True
         return self._batch.executable(shape._replace(layout=self.layout), device)
 
 
 def _padded(x: Tensor, padding: int, fill: int = 0) -> Tensor:
-    """Return a tensor with rows of `fill` behind its own."""
+    """Append rows of `fill` to a tensor."""
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding), value=fill)
 
 
 def _stays_at_owners(plan: Plan) -> bool:
-    """Return whether ranks without tokens have no part in a plan."""
+    """Return True if only ranks with tokens take part in a plan."""
     owners = np.flatnonzero(plan.call.layout.shard_sizes())
     tables = plan.forward, plan.backward
     ranks = [column for table in tables for column in (table.tasks["rank"], table.moves["src"], table.moves["dst"])]

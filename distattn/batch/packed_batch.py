@@ -1,4 +1,4 @@
-"""Batches from data loaders, and the part of a batch that a rank gets."""
+"""Batches from data loaders, and each rank's part of a batch."""
 
 # N tokens on the axis, T tokens on this rank
 
@@ -24,10 +24,10 @@ KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids
 
 
 class Batch(Protocol):
-    """A micro-batch as a driver needs it: its facts, and a rank's part of it.
+    """A micro-batch as a driver needs it: facts about it, and each rank's part of it.
 
-    lengths: tokens of each document. valid_labels: number of tokens with a label. digest: equal on ranks with the same batch.
-    tensors: those that their maker may still be filling on a GPU. device: of a rank's part.
+    lengths: the length of each document in tokens. valid_labels: the number of tokens with a label. digest: equal on ranks with
+    the same batch. tensors: tensors that the loader may still be filling on a GPU. device: the device of a rank's part.
     """
 
     @property
@@ -46,16 +46,15 @@ class Batch(Protocol):
     def tensors(self) -> tuple[Tensor, ...]: ...
 
     def read_ahead(self, layout: Layout, rank: int) -> None:
-        """Prepare to read the part of this rank, which will ask for it soon. Called on another thread than `local_shard`."""
+        """Prepare to read a rank's part before `local_shard` asks for it. Called on a different thread."""
 
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
-        """Return `input_ids`, `labels` and `position_ids` (1, T) of a rank, padded to a multiple, also for a rank without
-        tokens."""
+        """Return a rank's `input_ids`, `labels` and `position_ids` (1, T), padded to a positive multiple of `pad_to`."""
         ...
 
 
 class BatchFacts(NamedTuple):
-    """Facts about a micro-batch before it is read: tokens of each document, a digest, and the number of tokens with a label."""
+    """Facts about a micro-batch before it is read: document lengths, a digest, and the number of tokens with a label."""
 
     lengths: tuple[int, ...]
     digest: str
@@ -63,9 +62,9 @@ class BatchFacts(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-    """A batch with its rows end to end: token ids and labels (each token's successor, or -100), (N,).
+    """A batch with its rows laid end to end: token ids and labels (each token's successor, or -100), both (N,).
 
-    lengths: tokens of each document, in order; they add up to N.
+    lengths: the length of each document in tokens, in order; they add up to N.
     """
 
     ids_N: Tensor
@@ -74,15 +73,15 @@ class PackedBatch(NamedTuple):
 
     @staticmethod
     def of(batch: Mapping[str, Any]) -> PackedBatch:
-        """Build the batch from a mapping as `ContextParallel.shard` takes it. Raise DistattnError if the mapping is invalid.
+        """Build a batch from a mapping that `ContextParallel.shard` accepts. Raise DistattnError if the mapping is invalid.
 
-        No tensor of the mapping is kept: a loader may fill the same tensors, or the arrays below them, with its next batch.
+        Tensors are copied, because a loader may fill the same tensors, or the arrays underneath, with its next batch.
         """
         _check_keys(batch)
         present = {name: value for name, value in batch.items() if value is not None}
         if {"labels", "shift_labels"} <= present.keys():
             raise DistattnError("batch has labels and shift_labels; give one of them.")
-        # a copy, because PyTorch's tensor versions do not count what numpy writes into shared memory
+        # a copy, because PyTorch's tensor versions do not count NumPy's writes to shared memory
         ids = _whole_numbers(batch, "input_ids").to(torch.int64, copy=True)
         if not ids.numel():
             raise DistattnError(f"input_ids {tuple(ids.shape)} has no tokens.")
@@ -134,16 +133,17 @@ class PackedBatch(NamedTuple):
         """Return at once: the batch is in memory."""
 
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
-        """Return `input_ids`, `labels` and `position_ids` (1, T) of a rank, padded to a multiple, also for a rank without
-        tokens."""
+        """Return a rank's `input_ids`, `labels` and `position_ids` (1, T), padded to a positive multiple of `pad_to`."""
         tokens = layout.tokens(rank)
         index = _on_device(tokens, self.ids_N.device)
         return local_tensors(self.ids_N[index], self.labels_N[index], layout, tokens, pad_to)
 
 
 def micro_batches_of(step: Any) -> list[Batch] | None:
-    """Return the micro-batches of a loader's step: mappings as for `ContextParallel.shard`, or batches; None after the last
-    step."""
+    """Return the micro-batches of a loader's step; None after the last step.
+
+    step: a mapping that `ContextParallel.shard` accepts, or a list of such mappings and batches.
+    """
     if step is None:
         return None
     if not isinstance(step, (Mapping, list, tuple)):
@@ -153,9 +153,9 @@ def micro_batches_of(step: Any) -> list[Batch] | None:
 
 
 def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad_to: int) -> dict[str, Tensor]:
-    """Return `input_ids`, `labels` and `position_ids` (1, T) of these tokens of a layout, padded to a multiple.
+    """Return `input_ids`, `labels` and `position_ids` (1, T) of tokens of a layout, padded to a multiple of `pad_to`.
 
-    ids, labels: (T,).
+    ids, labels: (T,), for these tokens.
     """
     positions = _on_device(layout.positions_of(tokens), ids.device)
     padding = padded(len(tokens), pad_to) - len(tokens)
@@ -166,7 +166,7 @@ def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad
 
 
 def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
-    """Return a tensor of the batch. Raise DistattnError if it is no tensor, or has no whole numbers."""
+    """Return the batch's tensor `name`. Raise DistattnError if it is not a tensor of integers."""
     value = batch[name]
     if not isinstance(value, Tensor):
         raise DistattnError(f"{name} is a {type(value).__name__}; a tensor is needed.")
@@ -177,7 +177,7 @@ def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
 
 
 def int64_labels(labels: Tensor, name: str = "labels") -> Tensor:
-    """Return labels as int64, without a copy if they are. Raise DistattnError for dtypes that cannot hold -100."""
+    """Return labels as int64, copied only if necessary. Raise DistattnError for dtypes that cannot hold -100."""
     dtype = str(labels.dtype)[6:]
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DistattnError(f"{name} is {dtype}; whole numbers are needed, such as int64.")
@@ -206,7 +206,7 @@ def _check_keys(batch: Any) -> None:
 
 
 def _shifted(labels_N: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Return each token's successor; the last token of a document has none."""
+    """Return the label of each token's successor; IGNORE_INDEX for the last token of a document."""
     out = torch.full_like(labels_N, IGNORE_INDEX)
     out[:-1] = labels_N[1:]
     out[copy_to_device(labels_N.device, torch.tensor(lengths).cumsum(0) - 1)] = IGNORE_INDEX
@@ -214,17 +214,17 @@ def _shifted(labels_N: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 def _on_device(numbers: Ints, device: torch.device) -> Tensor:
-    """Return whole numbers as a tensor on a device."""
+    """Return a NumPy array of integers as a tensor on a device."""
     return copy_to_device(device, torch.from_numpy(numbers))
 
 
 def padded(tokens: int, pad_to: int) -> int:
-    """Round a number of tokens up to a multiple, at least one multiple, because models refuse empty batches."""
+    """Round a number of tokens up to a positive multiple of `pad_to`, because models refuse empty batches."""
     return max(-(-tokens // pad_to), 1) * pad_to
 
 
 def _documents(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor | None, tuple[int, ...]]:
-    """Return which tokens are kept (None: all), and the lengths of documents among them."""
+    """Return a mask of the tokens to keep (None for all), and the lengths of their documents."""
     padding = batch.get("attention_mask")
     if padding is not None:
         _check_padding(padding, ids)
@@ -263,7 +263,7 @@ def _check_padding(mask: Tensor, ids: Tensor) -> None:
 
 def _unpadded(mask: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     kept = mask == 1
-    # a row's kept tokens are contiguous: the row rises at most once, counting its begin
+    # a row's kept tokens are contiguous if the mask rises at most once, counting the row's start
     rises = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
     if bool((rises > 1).any()):
         row = int((rises > 1).nonzero()[0])

@@ -1,4 +1,4 @@
-"""Plans of batches, made ahead on a thread, so that a batch's attention layers find their executables."""
+"""Plans of batches, made ahead on a thread so that attention layers find their executables ready."""
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
@@ -23,12 +23,7 @@ from distattn.ir.op import ATTENTION, CONVOLUTION, TOKEN_SHIFT, Op
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import AUTO, candidate_kernels
 from distattn.kernels.trials import Trial
-from distattn.ops.executable import (
-    ExecutionKey,
-    PassObserver,
-    checked_program,
-    kernel_requirements,
-)
+from distattn.ops.executable import ExecutionKey, PassObserver, checked_program, kernel_requirements
 from distattn.ops.kernel_choice import common_kernel_ranking, first_supported, local_kernel_trials, may_choose_kernel
 from distattn.ops.latent import latent_kernel
 from distattn.parallel.attention_config import AttentionConfig
@@ -40,20 +35,20 @@ from distattn.parallel.runtime.communication.transport import Transport
 if TYPE_CHECKING:
     from distattn.batch.local_batch import LocalBatch
 
-# steps whose plans are not made ahead if a kernel could not be used: ranks compare their trials again then
+# steps in which ranks compare their trials again, so shapes with an unusable kernel are not planned ahead
 _COMPARED_AT = (8, 64)
-# convolutions and token shifts receive few tokens, which stay for the backward pass
+# convolutions and token shifts receive few tokens, which are kept for the backward pass
 _GATHERED = LayerOverride("allgather", "keep")
 
 
 class AttentionShape(NamedTuple):
-    """Requirements of one attention layer, in addition to the batch.
+    """The properties of one layer that its plan and kernel depend on, besides the batch.
 
-    window: for attention, each token sees the last `window` tokens, including itself. override: how this layer is planned
-    differently from others. modifiers: of its scores ("softcap", "alibi_slopes"), which some kernels do not compute. op: for
-    a recurrence heads are those of values, kv_heads those of queries and keys. layout: the name of the layout of this layer's
-    rows, if not the batch's. taps: of a convolution's filters. shift_distance: of a token shift, from the token that is read
-    to the one that reads it.
+    heads, kv_heads: for a recurrence, the value heads, and the query and key heads. window: for attention, each token sees
+    the last `window` tokens, including itself. override: how to plan this layer, if not like the others. modifiers: changes to
+    its scores ("softcap", "alibi_slopes"), which some kernels do not support. layout: the name of the layout of this layer's
+    rows, if not the batch's. taps: the length of a convolution's filters. shift_distance: the distance of a token shift, from the
+    token read to the token that reads it.
     """
 
     heads: int
@@ -83,51 +78,50 @@ class AttentionShape(NamedTuple):
 
 
 class BatchKey(NamedTuple):
-    """Key of a batch for its planner: documents, in the form that the planner's `lay_out` takes, and options of this batch
-    only."""
+    """A batch's key in the planner. documents: the argument of `Planner.lay_out`. options: strategy options for this batch."""
 
     documents: Hashable
     options: tuple[tuple[str, Any], ...] = ()
 
 
 class Planned(NamedTuple):
-    """A plan, and the key of this rank's program of it."""
+    """A plan, and the key of this rank's program."""
 
     plan: Plan
     key: ExecutionKey
 
 
 class PlanningRanks(Protocol):
-    """Interface of the ranks that share attention: how they agree on a plan, and how its messages travel."""
+    """The interface to the ranks that share attention: how they agree on a plan, and how messages travel."""
 
     rank: int
 
     def transport(self, device: torch.device) -> Transport:
-        """Return the transport of messages between such devices. The first call for a device is collective."""
+        """Return the transport for messages between devices of this type. The first call for a type is collective."""
         ...
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
-        """Prepare for a batch's first plan of a shape that is new in the run; all ranks call this."""
+        """Prepare for planning a batch for a shape new to the run. All ranks call this."""
 
     def agree(self, make: Callable[[], Planned]) -> Planned:
-        """Plan a batch for a shape that is new in the run, by `make`, and compare the plan with the other ranks'.
+        """Make a plan for a shape new to the run with `make`, and compare it with the other ranks' plans.
 
         A collective call. If one rank's plan differs or is refused, all raise DistattnError.
         """
 
     def gather(self, value: Any, activity: str) -> list[Any]:
-        """Gather a value of every rank, by rank. A collective call. activity: of the ranks, for the error about a missing one."""
+        """Gather a value from every rank; return them by rank. A collective call. activity: describes the call in errors."""
         ...
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
-        """Return the observer of the passes of a batch, or None."""
+        """Return the observer of a batch's passes, or None."""
 
 
 class Planner:
-    """Planner of batches over some ranks; it caches their plans.
+    """A planner of batches over some ranks, with a cache of plans.
 
-    lay_out: returns mask and layout of a batch's documents. Equal documents, as in batches of fixed length, are planned once.
-    is_one_block: all ranks have the same batch.
+    lay_out: returns the mask and the layout of a batch's documents. Equal documents, as in batches of fixed length, are planned
+    once. is_one_block: True if all ranks have the same batch.
     """
 
     def __init__(
@@ -138,28 +132,28 @@ class Planner:
         is_one_block: bool = True,
     ):
         self.config, self.ranks, self._is_one_block = config, ranks, is_one_block
-        # whole numbers are sent as float64, whatever the dtype of gradients
+        # integers are sent as float64, regardless of the dtype for gradients
         self._whole_numbers = replace(config, comm_dtype=None)
         self.overrides = LayerOverrides(config.layers)
-        # fixed-length batches repeat the same documents; packed ones never do
+        # fixed-length batches repeat the same documents; packed batches never do
         self.lay_out = lru_cache(maxsize=8)(lay_out)
         self.plan = lru_cache(maxsize=8)(self._plan)
         self._shapes: dict[tuple[AttentionShape, torch.device], None] = {}
         # correct kernels, fastest first, by the key of their trials
         self._ranked: dict[tuple[AttentionShape, str], list[str]] = {}
-        # number of comparisons of trials by all ranks
+        # how often all ranks have compared their trials, by the key of the trials
         self._comparisons: Counter[tuple[AttentionShape, str]] = Counter()
         self._lock = threading.Lock()
 
     def register_shape(self, shape: AttentionShape, device: torch.device) -> None:
-        """Plan later batches for this shape ahead of time."""
+        """Register a shape, so that later batches are planned for it ahead of time."""
         with self._lock:
             self._shapes[shape, device] = None
 
     def registered_shapes(self, step: int = 0) -> tuple[tuple[AttentionShape, torch.device], ...]:
-        """Return the shapes that layers have asked for so far, to plan a step ahead. May be called on any thread.
+        """Return the shapes requested by layers so far, to plan them a step ahead. May be called on any thread.
 
-        In a few steps, leave out shapes for which a kernel could not be used: layers ask for them, and kernels are tried again.
+        In a few steps, shapes with an unusable kernel are left out, so that layers request them and kernels are tried again.
         """
         with self._lock:
             shapes = tuple(self._shapes)
@@ -168,9 +162,9 @@ class Planner:
         return tuple((shape, device) for shape, device in shapes if not self._may_find_more(shape, device))
 
     def planned(self, batch: BatchKey, shape: AttentionShape, device: torch.device, proven: bool) -> Planned:
-        """Plan, prove and lower: return the plan of a batch, with this rank's program made. May be called on any thread."""
+        """Plan a batch, prove the plan if `proven`, and lower it to this rank's program. May be called on any thread."""
         config, plan = self.config, self.plan_of(batch, shape)
-        # the configured kernel is one of attention
+        # the configured kernel is an attention kernel
         kernel = config.kernel if shape.op.is_softmax else None
         if shape.op.kind == "latent_attention" and kernel in (None, AUTO):
             kernel = latent_kernel(plan.call, device)
@@ -181,19 +175,17 @@ class Planner:
         return Planned(plan, key)
 
     def plan_of(self, batch: BatchKey, shape: AttentionShape) -> Plan:
-        """Return the plan of a batch for a shape. Modifiers of scores concern the kernel, not the plan."""
+        """Return the plan of a batch for a shape. Score modifiers affect the kernel, not the plan."""
         return self.plan(batch, shape._replace(modifiers=()))
 
     def try_kernels(self, batch: BatchKey, shape: AttentionShape, device: torch.device) -> None:
-        """Find the correct kernels for calls of such a shape by trial, unless one is configured. All ranks call it for a new
-        shape.
+        """Find the correct kernels for a shape by trial, unless a kernel is configured. All ranks call this for a new shape.
 
-                If it is called again for such a shape, and a kernel could not be used, ranks compare their trials again, a few
-                times: a trial that ran out of memory may succeed by then. Raise DistattnError on all ranks if no kernel is
-                correct.
+        If a kernel was unusable, later calls for the shape compare the ranks' trials again, a few times: a trial that ran out of
+        memory may succeed by then. Raise DistattnError on all ranks if no kernel is correct.
         """
         trial = self._trial_of(shape, device)
-        # the configured kernel is one of attention
+        # the configured kernel is an attention kernel
         is_asked_for = shape.op == ATTENTION and self.config.kernel not in (None, AUTO)
         if is_asked_for or not may_choose_kernel(shape.op):
             return
@@ -201,7 +193,7 @@ class Planner:
             return
         trials: dict[str, Trial] = {}
         plan = broken = None
-        # the comparison of plans reports a refused plan to all ranks
+        # if the plan is refused, the comparison of plans reports that to all ranks
         with suppress(DistattnError):
             plan = self.plan_of(batch, shape)
         if plan is not None:
@@ -210,20 +202,20 @@ class Planner:
                     plan, self.ranks.rank, kernel_requirements(plan.call, device, shape.modifiers)
                 )
             except DistattnError as error:
-                # the other ranks wait for this rank's trials, even if they failed
+                # the other ranks wait for this rank's trials even if they failed
                 broken = error
         ranked = common_kernel_ranking(
             trials, device, lambda value: self.ranks.gather(value, "the trial of kernels"), shape.op
         )
         if broken is not None:
             raise broken
-        # without a launch no rank has tried anything: another batch will
+        # if no rank had a launch to try kernels on, a later batch may have one
         if ranked:
             self._ranked[trial] = ranked
             self._comparisons[trial] += 1
 
     def _may_find_more(self, shape: AttentionShape, device: torch.device) -> bool:
-        """Return whether a kernel could not be used in a few comparisons of all ranks so far; equal on all ranks."""
+        """Return True if a kernel was unusable in the few comparisons made so far; equal on all ranks."""
         trial = self._trial_of(shape, device)
         ranked = self._ranked.get(trial)
         if ranked is None or self._comparisons[trial] > len(_COMPARED_AT):
@@ -231,16 +223,16 @@ class Planner:
         return len(ranked) < len(candidate_kernels(device, shape.op))
 
     def _trial_of(self, shape: AttentionShape, device: torch.device) -> tuple[AttentionShape, str]:
-        """Return the key of trials of kernels: windows, filters and shifts of all sizes share one.
+        """Return the key of a shape's kernel trials; windows, filters and shifts of all sizes share a key.
 
-        Strategies have separate keys, since one computes while messages are in flight, and another does not.
+        Strategies have separate keys, because some compute while messages are in flight and others do not.
         """
         strategy = shape.override and LayerOverride(shape.override.strategy)
         one_size = shape._replace(window=shape.window and 1, taps=0, shift_distance=0)
         return one_size._replace(override=strategy, layout=None), device.type
 
     def layout_of(self, batch: BatchKey, name: str | None) -> Layout:
-        """Return the layout of a batch, or the one of that name over its documents."""
+        """Return a batch's own layout, or the layout named `name` over its documents."""
         mask, layout = self.lay_out(batch.documents)
         return layout if name is None else make_layout(name, layout.lengths, layout.ranks, mask)
 
@@ -260,7 +252,7 @@ class Planner:
             mask, override = Mask.documents(layout.lengths, (shape.taps - 1, 0)), _GATHERED
         elif op.is_recurrent:
             mask = Mask.documents(layout.lengths)
-            # only ranks that have the batch have states of its documents: tokens stay there
+            # only ranks with the batch hold its documents' states, so tokens stay on these ranks
             override = None if self._is_one_block else LayerOverride("scan")
         elif shape.window is not None:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))

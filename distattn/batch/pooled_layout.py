@@ -11,35 +11,30 @@ from distattn.ir.layout import Layout, make_layout
 from distattn.ir.mask import Mask
 from distattn.parallel.attention_config import AttentionConfig
 
-# the documents of each block of ranks that hold one batch together
+# the document lengths of each block of ranks that share a batch
 Documents = tuple[tuple[int, ...], ...]
 
 
 class BatchBlock(NamedTuple):
-    """The ranks, among those that share attention, that hold one batch together, and the numbers of its documents on the axis."""
+    """A block of ranks that hold the same batch, and the numbers of the batch's documents on the axis."""
 
     ranks: range
     documents: range
 
 
 class BlockLayouts:
-    """Layouts of batches over blocks of `block_ranks` ranks, end to end; ranks beyond the blocks own nothing.
+    """Layouts of batches over consecutive blocks of `block_ranks` ranks; ranks after the last block own nothing.
 
-    One block over all ranks is a batch that all ranks hold; blocks of one rank are ranks that each have their own batch.
+    With one block over all ranks, all ranks hold the same batch. With blocks of one rank, each rank has its own batch.
     """
 
-    def __init__(
-        self,
-        ranks: int,
-        block_ranks: int,
-        config: AttentionConfig,
-    ):
+    def __init__(self, ranks: int, block_ranks: int, config: AttentionConfig):
         self.ranks, self.block_ranks, self.is_one_block = ranks, block_ranks, block_ranks == ranks
         self._config = config
         self.of_block = lru_cache(maxsize=8)(self._of_block)
 
     def of_batch(self, documents: Documents) -> tuple[Mask, Layout]:
-        """Return mask and layout of all blocks' documents."""
+        """Return the mask and the layout of all blocks' documents."""
         if len(documents) == 1 and self.block_ranks == self.ranks:
             return Mask.documents(documents[0], self._config.document_mask), self.of_block(documents[0])
         lengths = [length for block in documents for length in block]
@@ -57,7 +52,7 @@ class BlockLayouts:
         )
 
     def block_of(self, rank: int, documents: Documents) -> BatchBlock:
-        """Return a rank's block, without documents if the rank is beyond the blocks."""
+        """Return a rank's block; it has no documents if the rank comes after the last block."""
         number = rank // self.block_ranks
         ranks, first = number * self.block_ranks, sum(map(len, documents[:number]))
         num_documents = sum(map(len, documents[number : number + 1]))

@@ -1,6 +1,6 @@
-"""A span of recurrent layers, for which tokens may move to another layout before the first and back after the last."""
+"""A span of recurrent layers, for which tokens may move to another layout before the first layer and back after the last."""
 
-# T tokens of this rank, U in the layout of the span, C channels
+# T tokens on this rank, U tokens on this rank in the span's layout, C channels
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from distattn.parallel.span_layout import SPAN_LAYOUT, relayout_is_faster, relay
 
 
 class RecurrentSpan:
-    """A span of recurrent layers: they take `batch` in place of the model's, and rows from `enter`; `leave` moves rows back.
+    """A span of recurrent layers, whose rows `enter` moves to its layout and `leave` moves back.
 
-    Everything between the two that works token by token (norms, projections, MLPs) needs no change. Positions are not moved:
-    recurrent layers have none.
+    Its layers take `batch` in place of the model's batch. Code between the two calls that works token by token (norms,
+    projections, MLPs) needs no change. Positions are not moved, because recurrent layers do not use them.
 
         span = da.recurrent_span(batch, "gated_delta_rule", layers=3, width=4096, heads=32, head_dim=128)
         x = span.enter(x)
@@ -35,16 +35,16 @@ class RecurrentSpan:
     """
 
     def __init__(self, batch: LocalBatch, layout: str | None):
-        """Make the batch of the span. layout: of the span, by name; None if rows stay."""
+        """Create a span over `batch`. layout: the name of its layout; None if rows stay."""
         self.batch = batch if layout is None else RelaidBatch(batch, layout)
         self._model, self._layout, self.is_relaid = batch, layout, layout is not None
 
     def enter(self, x_TC: Tensor) -> Tensor:
-        """Move rows (T, C) of the model to the span's rows (U, C), with gradients. A collective call of all ranks."""
+        """Move the model's rows (T, C) to the span's layout; return (U, C). Differentiable. A collective call."""
         return self._move(x_TC, inward=True)
 
     def leave(self, x_UC: Tensor) -> Tensor:
-        """Move rows back: the inverse of `enter`."""
+        """Move rows (U, C) back to the model's layout; return (T, C). The inverse of `enter`."""
         return self._move(x_UC, inward=False)
 
     @torch.compiler.disable
@@ -77,13 +77,13 @@ def recurrent_span(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
 ) -> RecurrentSpan:
-    """Return the span of `layers` consecutive recurrent layers, re-laid to contiguous slices if that is faster in simulation.
+    """Return a span of `layers` consecutive recurrent layers. Rows move to contiguous slices if that is faster in simulation.
 
-    width: channels of the hidden states that would move. heads are those of values, kv_heads (by default as many) those of
-    queries and keys. Rows stay if no cluster is described, because times are then unknown, and if a rank has no tokens. All
-    ranks come to the same result, once per batch. The choice compares two plans of such a layer, in the model's layout and in
-    the other, unless moving tokens takes longer than it could gain. device: of the rows; with it plans are made ahead for
-    later batches, on the planning thread, and a call that is new in the run is collective.
+    width: channels of the hidden states that would move. heads: value heads. kv_heads: query and key heads, by default the same
+    number. Rows stay if no cluster is described, because times are unknown in that case, or if a rank has no tokens. All ranks
+    make the same choice, once per batch: they compare two plans of such a layer, one in each layout, unless moving tokens takes
+    longer than it could save. device: the rows' device. If given, plans for later batches are made ahead on the planning
+    thread, and a call with new arguments is collective.
     """
     cluster, op = batch.planner.config.cluster, op_of(op)
     if not isinstance(cluster, ClusterSpec) or isinstance(batch, RelaidBatch):
@@ -106,6 +106,6 @@ def recurrent_span(
 
 def _plan(batch: LocalBatch, shape: AttentionShape, device: torch.device | str | None) -> Plan:
     if device is not None:
-        # later batches have it made ahead
+        # this registers the shape, so that later batches are planned ahead
         batch.executable(shape, with_device_index(device))
     return batch.plan(*shape)

@@ -1,7 +1,7 @@
-"""A folder of checkpoints: list them, verify them, choose one, and remove old ones. Needs no torch.
+"""A folder of checkpoints: list them, verify them, choose one, and remove old ones. This module does not need torch.
 
-A checkpoint is a folder `step-00000100` with the files of torch.distributed.checkpoint and a manifest. While it is written it is
-called `step-00000100.tmp-...`. It is renamed last, so a folder with the final name is complete unless it was damaged later.
+A checkpoint is a folder `step-00000100` with the files of torch.distributed.checkpoint and a manifest. While it is being written,
+it is called `step-00000100.tmp-...`. It is renamed last, so a folder with the final name is complete unless it was damaged later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 # a writer on another machine, whose process cannot be looked up, counts as dead after this time without a write
 WRITER_SILENCE_SECONDS = 3600.0
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
-# the name contains that of the writing process
+# the folder's name contains the writer's name
 _UNFINISHED = re.compile(r"step-\d{8,}\.tmp-([0-9a-f]{8}-\d+-\d+)-[0-9a-f]+")
 _OUTDATED = re.compile(r"step-\d{8,}\.removed-[0-9a-f]+")
 _REPLACED = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
@@ -35,7 +35,7 @@ _IN_RUN = "checkpoints"
 
 
 class CheckpointProblem(NamedTuple):
-    """A fault of a checkpoint. offset: the first byte that is affected in the file; None for the whole file. text: a sentence."""
+    """A fault in a checkpoint. offset: the first affected byte of the file, None for the whole file. text: a sentence."""
 
     file: str
     offset: int | None
@@ -46,9 +46,9 @@ class CheckpointProblem(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A folder with the name of a checkpoint. manifest: None if it cannot be trusted, for the reason in `problem`.
+    """A folder with a checkpoint's name. manifest: None if it cannot be trusted, for the reason in `problem`.
 
-    verdict: the verdict of training on it.
+    verdict: training's verdict on the checkpoint.
     """
 
     step: int
@@ -64,9 +64,9 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Return the checkpoints of a folder in the order of their saves; those without a manifest come last, by step.
+    """Return a folder's checkpoints in the order in which they were saved. Those without a manifest come last, by step.
 
-    Their files are not read. Return [] for a missing folder; raise DistattnError if the folder cannot be read.
+    Their data files are not read. Returns [] for a missing folder. Raises DistattnError if the folder cannot be read.
     """
     checkpoints = []
     for name in _names(folder):
@@ -82,20 +82,20 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints that have a manifest in the order in which a run tries them: newest first, doubtful ones last."""
+    """Return the checkpoints with a manifest in the order in which a run tries them: newest first, doubtful ones last."""
     with_manifest = [(c.verdict.is_doubtful, -c.manifest.serial, c) for c in checkpoints if c.manifest is not None]
     return [checkpoint for *_, checkpoint in sorted(with_manifest, key=lambda entry: entry[:2])]
 
 
 def preferred_step(folder: Path) -> int:
-    """Return the step of the checkpoint that a run tries first, or 0 without checkpoints. Raise as `list_checkpoints` does."""
+    """Return the step of the checkpoint that a run tries first, or 0 without checkpoints. Raises as `list_checkpoints` does."""
     return next((checkpoint.step for checkpoint in by_preference(list_checkpoints(folder))), 0)
 
 
 def set_aside_since(folder: Path, step: int) -> list[Checkpoint]:
-    """Return the checkpoints that were saved after that of a step and set aside for it, in the order of their saves.
+    """Return the checkpoints saved after that of `step` and set aside, in the order in which they were saved.
 
-    Raise DistattnError as `check_step` does.
+    Raises DistattnError as `check_step` does.
     """
     chosen, checkpoints = check_step(folder, step), list_checkpoints(folder)
     later = checkpoints[checkpoints.index(chosen) + 1 :]
@@ -103,9 +103,10 @@ def set_aside_since(folder: Path, step: int) -> list[Checkpoint]:
 
 
 def judge_checkpoint(folder: Path, step: int, kind: str, text: str = "") -> None:
-    """Write the verdict on the checkpoint of a step, if it exists. Raise OSError.
+    """Write a verdict on the checkpoint of `step`, if it exists. Raises OSError on failure.
 
-    folder: of all checkpoints. A kept checkpoint stays kept. A good one releases checkpoints that are kept for an earlier step.
+    folder: the folder of all checkpoints. A kept checkpoint stays kept. A good verdict releases checkpoints kept for an earlier
+    step.
     """
     checkpoint = folder / checkpoint_name(step)
     if checkpoint.is_dir():
@@ -115,13 +116,13 @@ def judge_checkpoint(folder: Path, step: int, kind: str, text: str = "") -> None
 
 
 def discard_checkpoint(folder: Path, step: int) -> None:
-    """Remove the checkpoint of a step, if it exists. Raise OSError. folder: of all checkpoints."""
+    """Remove the checkpoint of `step`, if it exists, from the folder of all checkpoints. Raises OSError on failure."""
     if (checkpoint := folder / checkpoint_name(step)).is_dir():
         remove_checkpoint(checkpoint)
 
 
 def keep_newest_good(folder: Path, refused: int) -> None:
-    """Keep the newest checkpoint with a good verdict until `release_kept`. Raise OSError.
+    """Keep the newest checkpoint with a good verdict until `release_kept` releases it. Raises OSError on failure.
 
     refused: the refused step, counted from 0.
     """
@@ -132,21 +133,21 @@ def keep_newest_good(folder: Path, refused: int) -> None:
 
 
 def release_kept(folder: Path, done: int) -> None:
-    """Let the keep rule decide again on checkpoints kept for one of the first `done` steps. Raise OSError."""
+    """Let the keep rule decide again on checkpoints kept for one of the first `done` steps. Raises OSError on failure."""
     for checkpoint in list_checkpoints(folder):
         if checkpoint.verdict.refused_step is not None and checkpoint.verdict.refused_step < done:
             checkpoint.verdict._replace(kept="", refused_step=None).write(checkpoint.folder)
 
 
 def keep_for_good(folder: Path, refused: int) -> None:
-    """Keep the checkpoints that are kept for a refused step, counted from 0, until a user removes them. Raise OSError."""
+    """Keep the checkpoints kept for a refused step (counted from 0) until a user removes them. Raises OSError on failure."""
     for checkpoint in list_checkpoints(folder):
         if checkpoint.verdict.refused_step == refused:
             checkpoint.verdict._replace(refused_step=None).write(checkpoint.folder)
 
 
 def check_step(folder: Path, step: int) -> Checkpoint:
-    """Return the checkpoint of a step. Raise DistattnError if no checkpoint of this step has a manifest."""
+    """Return the checkpoint of `step`. Raises DistattnError if no checkpoint of this step has a manifest."""
     by_step = {
         checkpoint.step: checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.manifest is not None
     }
@@ -161,17 +162,17 @@ def check_step(folder: Path, step: int) -> Checkpoint:
 
 @contextlib.contextmanager
 def choose_step(folder: Path, step: int) -> Iterator[None]:
-    """Make a run continue from the checkpoint of this step: set aside those that were saved later.
+    """Make a run continue from the checkpoint of this step by setting aside those saved later.
 
-    If the context's body raises, all verdicts are restored. If the process is killed, the next run continues from this step, or
-    as it would have without the choice, but from no other step. Raise DistattnError as `check_step` does, and if a verdict cannot
-    be written; then nothing is changed.
+    If the context's body raises, all verdicts are restored. If the process is killed, the next run continues either from this
+    step or as it would have without the choice. Raises DistattnError as `check_step` does, or if a verdict cannot be written, in
+    which case nothing is changed.
     """
     chosen = check_step(folder, step)
     with_manifest = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.manifest is not None]
     text = f"it was saved later than step {step:,}, from which a person went on"
     later_ones = with_manifest[with_manifest.index(chosen) + 1 :]
-    # the newest comes last: until it is set aside, runs continue from it, unless it is in doubt
+    # set the newest aside last: until then, runs continue from it unless it is doubtful
     verdicts = [(later, later.verdict._replace(kind=SET_ASIDE, text=text)) for later in later_ones]
     if chosen.verdict.is_doubtful:
         verdicts.insert(0, (chosen, chosen.verdict._replace(kind=UNTESTED, text="")))
@@ -179,7 +180,7 @@ def choose_step(folder: Path, step: int) -> Iterator[None]:
     changed: list[Checkpoint] = []
     try:
         try:
-            # a full disk is noticed here, before anything is changed
+            # detect a full disk here, before anything is changed
             for checkpoint, verdict in verdicts:
                 asides.append((checkpoint, verdict.write_aside(checkpoint.folder)))
             for checkpoint, aside in asides:
@@ -200,40 +201,40 @@ def choose_step(folder: Path, step: int) -> Iterator[None]:
 
 
 def _restore_verdict(checkpoint: Checkpoint) -> None:
-    """Write the verdict that a checkpoint had when it was listed; ignore errors of the disk."""
+    """Write back the verdict that a checkpoint had when it was listed, ignoring disk errors."""
     with contextlib.suppress(OSError):
         if checkpoint.verdict == CheckpointVerdict():
-            # without a file the checkpoint counts as untested
+            # without a verdict file, the checkpoint counts as untested
             (checkpoint.folder / VERDICT_FILE).unlink(missing_ok=True)
         else:
             checkpoint.verdict.write(checkpoint.folder)
 
 
 def find_checkpoints(path: Path) -> list[Checkpoint]:
-    """Return the checkpoints of a path that a user names: a run, a folder of checkpoints, or a single checkpoint.
+    """Return the checkpoints at a path that a user names: a run, a folder of checkpoints, or a single checkpoint.
 
-    The order is that of `list_checkpoints`. Raise DistattnError without any.
+    The order is that of `list_checkpoints`. Raises DistattnError if the path has no checkpoints.
     """
     if not path.is_dir():
         raise DistattnError(f"{path}: is no folder; name a run, a folder of checkpoints, or a checkpoint.")
     for folder in (path, path / _IN_RUN):
         if checkpoints := list_checkpoints(folder):
             return checkpoints
-    # a single checkpoint
+    # the path may be a single checkpoint
     single = [
         checkpoint for checkpoint in list_checkpoints(path.resolve().parent) if checkpoint.folder == path.resolve()
     ]
     if single:
         return single
     if (path / MANIFEST_FILE).exists():
-        # a copy with another name
+        # the path may be a copy of a checkpoint under another name
         manifest = Manifest.read(path)
         return [Checkpoint(manifest.step, path, manifest, "", CheckpointVerdict.read(path))]
     raise DistattnError(f"{path}: has no checkpoints; name a run, a folder of checkpoints, or a checkpoint.")
 
 
 def newest_good(folder: Path) -> Path | None:
-    """Read checkpoints from end to end; return the newest one whose files are all as written, None if there is no such one."""
+    """Read checkpoints from end to end, newest first. Return the first one whose files are all as written, or None."""
     for checkpoint in reversed(list_checkpoints(folder)):
         if checkpoint.manifest is not None and first_problem(checkpoint.folder, checkpoint.manifest) is None:
             return checkpoint.folder
@@ -241,9 +242,9 @@ def newest_good(folder: Path) -> Path | None:
 
 
 def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: None) -> list[CheckpointProblem]:
-    """Read a checkpoint from end to end; return all differences from what was written, and pickles that could run code.
+    """Read a checkpoint from end to end. Return all differences from what was written, and pickles that could run code.
 
-    report: called with numbers of bytes read.
+    report: called with the number of bytes of each block read.
     """
     match = _CHECKPOINT.fullmatch(folder.name)
     try:
@@ -272,7 +273,7 @@ def first_problem(folder: Path, manifest: Manifest, part: int = 0, parts: int = 
 def problems_of(
     folder: Path, manifest: Manifest, part: int = 0, parts: int = 1, report: Callable[[int], None] = lambda _: None
 ) -> Iterator[CheckpointProblem]:
-    """Yield the problems in part number `part` of `parts` equal parts of a checkpoint's blocks."""
+    """Yield the problems in part `part` of a checkpoint's blocks, which are divided into `parts` equal parts."""
     total = sum(len(file.blocks) for file in manifest.files)
     begin, end = total * part // parts, total * (part + 1) // parts
     before = 0
@@ -284,7 +285,7 @@ def problems_of(
 
 
 def sizes_are_right(checkpoint: Checkpoint) -> bool:
-    """Return whether the manifest is valid and every file has its size; the files' content is not read."""
+    """Return whether the manifest is valid and every file has the right size. The files' contents are not read."""
     if checkpoint.manifest is None:
         return False
     with contextlib.suppress(OSError):
@@ -293,7 +294,7 @@ def sizes_are_right(checkpoint: Checkpoint) -> bool:
 
 
 def new_unfinished(folder: Path, step: int) -> Path:
-    """Create the folder that a checkpoint is written into, with this process in its name. Raise OSError."""
+    """Create the folder to write a checkpoint into, with this process in its name. Raises OSError on failure."""
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{checkpoint_name(step)}.tmp-{writer_name()}-{secrets.token_hex(4)}"
     unfinished.mkdir()
@@ -301,16 +302,16 @@ def new_unfinished(folder: Path, step: int) -> Path:
 
 
 def commit(unfinished: Path, step: int) -> Path:
-    """Rename a written folder to its final name, and replace a checkpoint of that name. Return its path. Raise OSError.
+    """Rename a written folder to its final name, replacing any checkpoint of that name. Return its path.
 
-    All files must be on the disk; the name is on the disk when this returns.
+    All files must already be on disk. The name is on disk when this returns. Raises OSError on failure.
     """
     folder = unfinished.parent
     final = folder / checkpoint_name(step)
     synchronise_folder(str(unfinished / "."))
     replaced = None
     if final.exists():
-        # after a kill before the second rename, `clean_leftovers` gives the old folder its name back
+        # if this process is killed before the second rename, `clean_leftovers` restores the old folder's name
         replaced = final.with_name(f"{final.name}.replaced-{secrets.token_hex(4)}")
         final.rename(replaced)
     unfinished.rename(final)
@@ -321,21 +322,24 @@ def commit(unfinished: Path, step: int) -> Path:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint. Rename it first, so that a partly removed one is not taken for a damaged one. Raise OSError."""
+    """Remove a checkpoint. Rename it first, so that a partly removed one is not mistaken for a damaged one.
+
+    Raises OSError on failure.
+    """
     outdated = folder.with_name(f"{folder.name}.removed-{secrets.token_hex(4)}")
     folder.rename(outdated)
     shutil.rmtree(outdated)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder and its content; ignore errors."""
+    """Remove a folder and its contents, ignoring errors."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def clean_leftovers(folder: Path) -> list[str]:
-    """Remove the unfinished folders of dead writers, and restore a folder that was being replaced. Return the removed names.
+    """Remove dead writers' unfinished folders, and restore a folder that was being replaced. Return the removed names.
 
-    A writer on this machine is looked up; one elsewhere counts as dead once nothing in its folder has changed for
+    A writer on this machine is looked up. A writer elsewhere counts as dead once nothing in its folder has changed for
     WRITER_SILENCE_SECONDS. Folders that cannot be removed stay.
     """
     removed = []
@@ -363,7 +367,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _manifest_of(folder: Path, step: int) -> Manifest:
-    """Return the manifest of the checkpoint of a step. Raise DamagedDataError, also if it belongs to another step."""
+    """Return the manifest of a step's checkpoint. Raises DamagedDataError if it is unusable or belongs to another step."""
     manifest = Manifest.read(folder)
     if manifest.step != step:
         raise DamagedDataError(f"{folder / 'manifest.json'}: is that of step {manifest.step}, not of {folder.name}.")
@@ -392,7 +396,7 @@ def _problems_of_file(
 
 
 def _is_left(unfinished: Path, writer: str) -> bool:
-    """Return whether the process that wrote into a folder is dead."""
+    """Return whether the process that was writing into a folder is dead."""
     if (alive := writer_is_alive(writer)) is not None:
         return not alive
     try:

@@ -1,7 +1,7 @@
-"""Saving a training run's state in the background, and resuming from the newest complete checkpoint.
+"""Save a training run's state in the background, and resume from the newest complete checkpoint.
 
-The files are those of torch.distributed.checkpoint. A checkpoint is written into a folder with a temporary name, synchronised,
-described by a manifest with digests, and renamed last; only then does it count as a checkpoint (docs/checkpoints.md).
+The files are those of torch.distributed.checkpoint. A checkpoint is written into a folder with a temporary name, synced to disk,
+described by a manifest with digests, and renamed last. Only then does it count as a checkpoint (docs/checkpoints.md).
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from distattn.checkpoints.verdicts import REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 from distattn.supervision.heartbeats import activity, awaiting_thread, thread_activity
 
-# seconds of waiting for an earlier save that cause a warning
+# seconds of waiting for an earlier save that trigger a warning
 _LONG_WAIT = 1.0
-# seconds without a write of a checkpoint after which its rank counts as hung
+# a rank that is writing a checkpoint counts as hung after this many seconds without a write
 _WRITE_SECONDS = 120.0
 
 
 class Loaded(NamedTuple):
-    """The checkpoint that a state was loaded from. step: training steps done. facts: from its manifest.
+    """The checkpoint that a state was loaded from. step: training steps done. facts: those in its manifest.
 
-    doubt: its verdict if that is against it and no other checkpoint could be loaded, else "".
+    doubt: the verdict, if it is doubtful and no other checkpoint could be loaded, otherwise "".
     """
 
     step: int
@@ -76,7 +76,7 @@ class _Save:
 
 @dataclass
 class _Note:
-    """Work on the folder of checkpoints that waits until earlier saves are written. step: as for `Checkpoints.note`."""
+    """Work on the checkpoint folder that waits until earlier saves are written. step: see `Checkpoints.note`."""
 
     work: Callable[[Path], None]
     step: int | None
@@ -84,7 +84,7 @@ class _Note:
 
 
 class _Start(NamedTuple):
-    """Rank 0's answer before a rank writes. plan: None if it is the same as for the previous save."""
+    """Rank 0's answer before a rank writes. plan: None if it is unchanged since the previous save."""
 
     folder: Path
     serial: int
@@ -108,13 +108,13 @@ class _Candidate(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run. All ranks of a group create, use and close it together, each from one thread.
+    """The checkpoints of a run. All ranks of a group create, use and close this object together, each from one thread.
 
-    folder: the same on all ranks, on a file system that they share; the first save creates it. group: the ranks that save, of any
-    backend; None for one process. facts: digests and other texts by name for every manifest. keep: the rule of which checkpoints
-    stay. warn: called on rank 0 with a sentence about a failure after which the run continues, also from the writing thread.
+    folder: the same on all ranks, on a shared file system; the first save creates it. group: the ranks that save, with any
+    backend; None for one process. facts: digests and other texts, by name, for every manifest. keep: the rule that decides which
+    checkpoints stay. warn: called on rank 0, also by the writer thread, with a sentence about a failure that the run survives.
 
-    Creating it removes the unfinished folders of dead writers.
+    Creating this object removes the unfinished folders of dead writers.
     """
 
     def __init__(
@@ -130,29 +130,29 @@ class Checkpoints:
         self._exchange = RankExchange(group)
         self._is_root = self._exchange.rank == 0
         self._buffers = HostBuffers()
-        # of the last save that was begun: the state's signature, and this rank's plan
+        # for the last save begun: the state's signature, and this rank's plan
         self._signature: tuple[Any, ...] | None = None
         self._plan: SavePlan | None = None
-        # on rank 0: of all ranks
+        # on rank 0, for the same save: all ranks' plans, and DCP's metadata
         self._local_plans: list[SavePlan] = []
         self._metadata: Metadata | None = None
-        # when this object was created, and the earlier jobs' seconds: see `Manifest.seconds`
+        # when this object was created, and how long earlier jobs used the folder (see `Manifest.seconds`)
         self._began = time.monotonic()
         self._seconds_before: float | None = None
-        # the writing thread's error, and whether a permanent one was raised already
+        # the writer thread's error, and True once a permanent one has been raised
         self._error: DistattnError | None = None
         self._failure_reported = False
         self._last: _Save | None = None
-        # a hook on all optimizers while a save overlaps
+        # a hook on all optimizers while a save overlaps with training
         self._step_hook: RemovableHandle | None = None
         self._last_note: _Note | None = None
-        # on rank 0: steps whose last save failed; a checkpoint of such a step is from an earlier save
+        # on rank 0: steps whose last save failed, so any checkpoint of such a step is from an earlier save
         self._failed_steps: set[int] = set()
         self._queue: queue.SimpleQueue[_Save | _Note | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write_all, daemon=True, name="distattn-checkpoints")
         self._writer.start()
         if self._is_root:
-            # saving and loading report a folder that cannot be read
+            # ignore an unreadable folder here, since saving and loading report it
             with contextlib.suppress(DistattnError):
                 clean_leftovers(self._folder)
 
@@ -165,16 +165,16 @@ class Checkpoints:
         facts: Mapping[str, str] | None = None,
         verdict: CheckpointVerdict = CheckpointVerdict(),  # noqa: B008
     ) -> None:
-        """Save a state after `step` training steps; a thread writes it. Collective, and all ranks must save the same steps.
+        """Save the state after `step` training steps on a background thread. Collective: all ranks must save the same steps.
 
-        state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that makes them
-        (`HostBuffers.build_state`). Return once the tensors are copied to host memory; with `overlap` return at once, and no
-        tensor may change before `wait_staged` has returned. Steps of torch.optim's optimizers call it; any other code that
-        changes the state must call it first. facts: further ones for this save alone. verdict: an early verdict on the state.
+        state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that builds them
+        (`HostBuffers.build_state`). This returns once the tensors are copied to host memory. With `overlap` it returns at once,
+        and no tensor may change before `wait_staged` has returned. torch.optim's optimizers call that before each step; any other
+        code that changes the state must call it first. facts: additional facts for this save. verdict: an early verdict on it.
 
-        Wait for an earlier save that still runs, with a warning: skipping this one would need all ranks to agree at every save,
-        and a second copy of the state would need as much memory again. A full or unwritable disk causes one warning, and the
-        next save tries again. Raise LostRankError if another rank ended during the previous save, and DistattnError if the
+        If an earlier save is still running, wait for it and warn: skipping this save would require all ranks to agree at every
+        save, and a second copy of the state would take as much memory again. A full or unwritable disk causes one warning, and
+        the next save tries again. Raises LostRankError if another rank ended during the previous save, and DistattnError if the
         previous save failed for another reason.
         """
         self._wait_for_earlier(step)
@@ -187,11 +187,11 @@ class Checkpoints:
             self._step_hook = register_optimizer_step_pre_hook(lambda *_: self.wait_staged())
 
     def move_to(self, folder: Path) -> None:
-        """Use another folder from the next save on; rank 0's folder counts for all ranks."""
+        """Use another folder from the next save on. Rank 0's folder counts for all ranks."""
         self._folder = folder
 
     def wait_staged(self) -> None:
-        """Wait until the tensors of the last save are copied, and may change."""
+        """Wait until the last save's tensors have been copied and may change."""
         if self._last is not None:
             self._last.staged.wait()
         if self._step_hook is not None:
@@ -199,21 +199,21 @@ class Checkpoints:
             self._step_hook = None
 
     def note(self, work: Callable[[Path], None], step: int | None = None) -> None:
-        """Run `work`, such as `judge_checkpoint`, on rank 0 once the last save is written; then apply the keep rule.
+        """Run `work`, such as `judge_checkpoint`, on rank 0 once the last save is written, and then apply the keep rule.
 
-        step: of the checkpoint that the work is about; the work is skipped if the last save of that step failed. Not collective:
-        on other ranks it does nothing. An OSError becomes a warning.
+        step: the step of the checkpoint that the work concerns. The work is skipped if the last save of that step failed. Not
+        collective: on other ranks, this does nothing. An OSError becomes a warning.
         """
         if self._is_root:
             self._last_note = _Note(work, step)
             self._queue.put(self._last_note)
 
     def has_failed(self, step: int) -> bool:
-        """Return, on rank 0 after `wait` or `close`, whether the last save of a step failed."""
+        """Return whether the last save of a step failed. Valid on rank 0, after `wait` or `close`."""
         return step in self._failed_steps
 
     def wait(self) -> None:
-        """Wait until the last save is written, or has failed, and the work of `note` is done. Raise as `save` does."""
+        """Wait until the last save is written or has failed, and all work passed to `note` is done. Raises as `save` does."""
         if self._last is not None:
             self._wait_for_writer(self._last)
         if self._last_note is not None:
@@ -221,7 +221,7 @@ class Checkpoints:
         self._raise_error()
 
     def close(self) -> None:
-        """Wait for the last save and end the writing thread. Raise as `save` does, but no error that was raised before."""
+        """Wait for the last save and end the writer thread. Raises as `save` does, except for errors already raised."""
         self.wait_staged()
         self._queue.put(None)
         self._writer.join()
@@ -230,16 +230,16 @@ class Checkpoints:
             self._raise_error()
 
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
-        """Load the newest undamaged checkpoint into a state, in place as `dcp.load` does. Collective.
+        """Load the newest undamaged checkpoint into `state`, in place as `dcp.load` does. Collective.
 
-        Doubtful checkpoints are tried last; a warning says so if that passes over a newer one, or if a doubtful one is loaded.
-        Each rank reads a share of the checkpoint's blocks and compares their digests, before any pickle is read. A damaged
+        Doubtful checkpoints are tried last. A warning says so if that passes over a newer one, or if a doubtful one is loaded.
+        Each rank reads a share of the checkpoint's blocks and compares their digests before any pickle is read. A damaged
         checkpoint is passed over, with one warning that names the damage. If the newest one is undamaged, checkpoints that the
         rule does not keep are removed. required: facts that the checkpoint must have. The number of ranks and the sharding of
-        tensors may differ from those of the save.
+        tensors may differ from those at the save.
 
-        Return None if there is no checkpoint. Raise DamagedDataError if all checkpoints are damaged, DistattnError if a required
-        fact differs or the state does not fit.
+        Returns None if there is no checkpoint. Raises DamagedDataError if all checkpoints are damaged, and DistattnError if a
+        required fact differs or the state does not fit.
         """
         self.wait()
         tried: set[Path] = set()
@@ -253,7 +253,7 @@ class Checkpoints:
                 self._failed_steps.discard(candidate.manifest.step)
                 folder, doubt = candidate.folder, candidate.doubt
                 if not passed and self._is_root:
-                    # a job that was killed right after its last save has not removed them
+                    # a job killed right after its last save did not remove them
                     self._remove_old()
                 if (passed or doubt) and self._is_root:
                     how = f"all the same: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
@@ -265,7 +265,7 @@ class Checkpoints:
     # ---- loading
 
     def _next_candidate(self, tried: set[Path], passed: list[str]) -> _Candidate | None:
-        """Return the best untried checkpoint, the same on all ranks. passed: the problems of those that were tried."""
+        """Return the best untried checkpoint, the same on all ranks. passed: the problems of those already tried."""
 
         def choose(_: Sequence[None]) -> Sequence[_Candidate | None]:
             clean_leftovers(self._folder)
@@ -292,7 +292,7 @@ class Checkpoints:
         return candidate
 
     def _verify_and_read(self, candidate: _Candidate, state: dict[str, Any]) -> str | None:
-        """Verify and read a checkpoint; return its problem, or None. The same on all ranks."""
+        """Verify and read a checkpoint. Return its problem, or None. The result is the same on all ranks."""
         part, parts = self._exchange.rank, self._exchange.ranks
         problem: CheckpointProblem | None = self._decided(
             lambda: first_problem(candidate.folder, candidate.manifest, part, parts),
@@ -301,7 +301,7 @@ class Checkpoints:
         if problem is not None:
             return str(problem)
         try:
-            # every block is checked again as it is read, so no damage after the first check is loaded
+            # every block is checked again as it is read, so damage after the first check is not loaded
             self._exchange.decide(
                 lambda: read_state(candidate.folder, candidate.manifest.files, state), lambda _: [None] * parts
             )
@@ -330,7 +330,7 @@ class Checkpoints:
                 f"{checkpoint_name(step)} waited {waited:.1f} s until {checkpoint_name(self._last.step)} was written; "
                 "save less often, or write to a faster disk."
             )
-        # after the wait, so that all ranks raise in the same call
+        # raise only after the wait, so that all ranks raise in the same call
         self._raise_error()
 
     def _wait_for_writer(self, save: _Save) -> None:
@@ -341,7 +341,7 @@ class Checkpoints:
     def _raise_error(self) -> None:
         if self._error is not None:
             error = self._error
-            # a lost rank is permanent
+            # losing a rank is permanent
             if isinstance(error, LostRankError):
                 self._failure_reported = True
             else:
@@ -353,13 +353,13 @@ class Checkpoints:
             if isinstance(save, _Note):
                 self._do_note(save)
                 continue
-            # `_commit` removes it
+            # `_commit` removes the step again
             self._failed_steps.add(save.step)
             try:
                 with thread_activity(f"writing {checkpoint_name(save.step)}"):
                     self._write_or_report(save)
             except Exception as error:
-                # this thread must live, since other threads wait for it
+                # keep this thread alive, since other threads wait for it
                 self._error = RankFailure.of(error, self._exchange.rank).raised()
             finally:
                 save.staged.set()
@@ -391,7 +391,7 @@ class Checkpoints:
                 )
 
     def _write(self, save: _Save) -> None:
-        """Copy, plan, write, and commit on rank 0. Raise RankFailure, the same on all ranks."""
+        """Copy, plan and write on all ranks, and commit on rank 0. Raises the same RankFailure on all ranks."""
         start: _Start | None = None
         try:
             start = self._exchange.decide(lambda: self._stage(save), self._start)
@@ -399,16 +399,15 @@ class Checkpoints:
             self._plan, self._signature = start.plan or self._plan, save.state.signature
             folder, serial = start.folder, start.serial
             self._exchange.decide(
-                lambda: self._write_files(save.state, folder),
-                lambda parts: self._commit(save, folder, serial, parts),
+                lambda: self._write_files(save.state, folder), lambda parts: self._commit(save, folder, serial, parts)
             )
         finally:
             if self._is_root and start is not None:
-                # after the rename there is no such folder
+                # after the rename, this folder no longer exists
                 remove_folder(start.folder)
 
     def _stage(self, save: _Save) -> tuple[int, SavePlan | None]:
-        """Copy the tensors; return (step, DCP's plan of this rank's part, or None if it is that of the previous save)."""
+        """Copy the tensors. Return the step and DCP's plan for this rank, or None if the plan has not changed."""
         try:
             save.state.copy_tensors()
         finally:
@@ -443,21 +442,21 @@ class Checkpoints:
         return [_Start(folder, serial, plan) for plan in final]
 
     def _write_files(self, state: StagedState, folder: Path) -> _Written:
-        """Write this rank's part, synchronised with the disk. Raise OSError."""
+        """Write this rank's part and sync it to disk. Raises OSError on failure."""
         assert self._plan is not None
         writer, files = file_writer(folder)
         writer.set_up_storage_writer(self._is_root)
         try:
             results = writer.write_data(state.finish_plan(self._plan), state).wait()
         except Exception:
-            # torch.save replaces an OSError by an error of its own
+            # torch.save replaces an OSError with an error of its own
             if files.failure is not None:
                 raise files.failure from None
             raise
         return _Written(results, files.digests())
 
     def _commit(self, save: _Save, folder: Path, serial: int, parts: list[_Written]) -> Sequence[None]:
-        """Write metadata and manifest on rank 0 once all parts are on the disk, and rename the folder."""
+        """Write the metadata and manifest on rank 0 once all parts are on disk, and rename the folder."""
         assert self._metadata is not None
         writer, files = file_writer(folder)
         writer.finish(self._metadata, [part.results for part in parts])
@@ -479,7 +478,7 @@ class Checkpoints:
         return [None] * len(parts)
 
     def _remove_old(self) -> None:
-        """Remove checkpoints that the rule does not keep; warn of one that cannot be removed."""
+        """Remove checkpoints that the rule does not keep, and warn if one cannot be removed."""
         try:
             for old in self._keep.removable(list_checkpoints(self._folder)):
                 remove_checkpoint(old.folder)
@@ -488,7 +487,7 @@ class Checkpoints:
 
 
 def _check_facts(candidate: _Candidate, required: Mapping[str, str]) -> None:
-    """Raise DistattnError naming the first fact that differs; the same on all ranks."""
+    """Raise DistattnError naming the first fact that differs. All ranks raise the same error."""
     for name, wanted in required.items():
         actual = candidate.manifest.facts.get(name)
         if actual != wanted:

@@ -1,7 +1,7 @@
 """Files of torch.distributed.checkpoint (DCP), digested while they are written and checked while they are read.
 
-The format is DCP's: `dcp.load` reads the files, too, without the checks. DCP's metadata and plain values are pickles. `dcp.load`
-runs any code that they name; here they may name only what `pickled_names` lists.
+The format is DCP's, so `dcp.load` can read the files, too, but without the checks. DCP's metadata and plain values are pickles.
+`dcp.load` runs any code that they name. Here they may name only what `pickled_names` lists.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 
 class DigestingFileSystem(FileSystem):
-    """Writes new files and keeps their digests."""
+    """A file system that writes new files and keeps their digests."""
 
     def __init__(self) -> None:
         self._written: dict[str, DigestingFile] = {}
@@ -47,41 +47,44 @@ class DigestingFileSystem(FileSystem):
 
     @property
     def failure(self) -> OSError | None:
-        """The first file's error of writing; torch.save hides it behind an error of its own."""
+        """The first write error; torch.save hides it behind an error of its own."""
         return next((file.failure for file in self._written.values() if file.failure is not None), None)
 
     def digests(self) -> list[FileDigests]:
-        """Return the digests of all files that were written."""
+        """Return the digests of all files written."""
         return [file.digests(name) for name, file in sorted(self._written.items())]
 
 
 class CheckedFileSystem(FileSystem):
-    """Reads files whose digests are known."""
+    """A file system that reads files and checks them against known digests."""
 
     def __init__(self, files: Iterable[FileDigests]):
         self._expected = {file.name: file for file in files}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any, None, None]:
-        """Open a file for reading. Raise DistattnError for one that the manifest does not have."""
+        """Open a file for reading. Raises DistattnError if the manifest does not list the file."""
         assert mode == "rb", mode
         expected = self._expected.get(Path(path).name)
         if expected is None:
             raise DistattnError(f"{path}: is no file of this checkpoint.")
-        # not kept open: DCP opens each file once, for all that it reads from it
+        # do not keep it open: DCP opens each file once for everything that it reads from it
         with io.BufferedReader(CheckedFile(path, expected), BLOCK_BYTES) as file:
             yield file
 
 
 class CheckpointReader(FileSystemReader):
-    """DCP's reader of a folder; the metadata may name only DCP's own classes."""
+    """DCP's reader of a folder. The metadata may name only DCP's own classes."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self._file = folder / METADATA_FILE
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Return the metadata. Raise DamagedDataError if it names files elsewhere or what no checkpoint names; raise OSError."""
+        """Return the metadata. Raises DamagedDataError if it names files elsewhere or anything that no checkpoint needs.
+
+        Raises OSError if it cannot be read.
+        """
         with self.fs.create_stream(self._file, "rb") as opened:
             metadata = load_metadata(opened, self._file)
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -95,15 +98,15 @@ class CheckpointReader(FileSystemReader):
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
-    """DCP's planner, which unpickles values other than tensors only if they are plain."""
+    """DCP's load planner, which unpickles non-tensor values only if they are plain."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Load a value. Raise DamagedDataError if it names more than `pickled_names.VALUES`."""
+        """Load a value. Raises DamagedDataError if it names anything outside `pickled_names.VALUES`."""
         super().load_bytes(read_item, _repickled(value, f"the checkpoint's value {read_item.dest_index.fqn}"))
 
 
 def _repickled(value: io.BytesIO, label: str) -> io.BytesIO:
-    """Return a plain value pickled again by this process, since DCP's own planner unpickles anything."""
+    """Return a plain value, pickled anew by this process, since DCP's own planner unpickles anything."""
     repickled = io.BytesIO()
     try:
         check_value(Path(label), value)
@@ -118,7 +121,7 @@ def _repickled(value: io.BytesIO, label: str) -> io.BytesIO:
 
 
 def file_writer(folder: Path) -> tuple[FileSystemWriter, DigestingFileSystem]:
-    """Return a DCP writer into a folder, and the file system that digests its files. Files are synchronised with the disk."""
+    """Return a DCP writer for a folder, and the file system that digests its files. Files are synced to disk."""
     # the state to write is already in host memory
     writer = FileSystemWriter(folder, sync_files=True, per_thread_copy_ahead=0)
     writer.fs = files = DigestingFileSystem()
@@ -126,10 +129,10 @@ def file_writer(folder: Path) -> tuple[FileSystemWriter, DigestingFileSystem]:
 
 
 def read_state(folder: Path, files: Iterable[FileDigests], state: dict[str, Any]) -> None:
-    """Read this rank's part of a checkpoint into a state, in place, as `dcp.load` does. Not collective.
+    """Read this rank's part of a checkpoint into `state`, in place, as `dcp.load` does. Not collective.
 
-    Raise DamagedDataError if a file is not as written, OSError if one cannot be read, and DistattnError if the state has another
-    shape. Tensors that were read before the error have their new values.
+    Raises DamagedDataError if a file is not as written, OSError if one cannot be read, and DistattnError if the state has another
+    shape. Tensors read before the error keep their new values.
     """
     reader, planner = CheckpointReader(folder), PlainLoadPlanner()
     reader.fs = CheckedFileSystem(files)

@@ -1,4 +1,4 @@
-"""Files whose blocks are digested while they are written, and compared with the digests while they are read."""
+"""Files whose blocks are digested while they are written, and checked against the digests while they are read."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from distattn.checkpoints.manifest import BLOCK_BYTES, FileDigests
 from distattn.ir.errors import DamagedDataError
 from distattn.supervision.heartbeats import repeat_heartbeat
 
-# small writes are collected up to this size; larger ones go to the system at once
+# small writes are buffered up to this size; larger ones go to the operating system at once
 _BUFFER_BYTES = 1 << 20
 
 
 class DigestingFile(io.RawIOBase):
-    """A new file. The bytes are digested in memory, so a fault of the disk does not affect the digests."""
+    """A new file. Its bytes are digested in memory, so a disk fault does not affect the digests."""
 
     def __init__(self, path: os.PathLike[str] | str):
         self._file = open(path, "wb", buffering=_BUFFER_BYTES)  # noqa: SIM115
         self._block, self._filled = xxhash.xxh3_128(), 0
         self._digests: list[str] = []
         self._bytes = 0
-        # the first error of writing
+        # the first write error
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
@@ -32,7 +32,7 @@ class DigestingFile(io.RawIOBase):
         return True
 
     def write(self, content: Any) -> int:
-        """Append bytes. Raise OSError."""
+        """Append bytes. Raises OSError on failure."""
         view = memoryview(content).cast("B")
         offset = 0
         while offset < len(view):
@@ -56,7 +56,7 @@ class DigestingFile(io.RawIOBase):
         return self._bytes
 
     def flush(self) -> None:
-        """Write all buffered bytes to the system. Raise OSError."""
+        """Write all buffered bytes to the operating system. Raises OSError on failure."""
         if not self._file.closed:
             self._file.flush()
 
@@ -66,14 +66,14 @@ class DigestingFile(io.RawIOBase):
         return self._file.fileno()
 
     def close(self) -> None:
-        """Close the file. Raise OSError if buffered bytes cannot be written."""
+        """Close the file. Raises OSError if buffered bytes cannot be written."""
         try:
             self._file.close()
         finally:
             super().close()
 
     def digests(self, name: str) -> FileDigests:
-        """Return the digests of the file's content; call it after the last write."""
+        """Return the digests of the file's content. Call this after the last write."""
         if self._filled or not self._digests:
             self._end_block()
         return FileDigests(name, self._bytes, tuple(self._digests))
@@ -85,9 +85,9 @@ class DigestingFile(io.RawIOBase):
 
 
 class CheckedFile(io.RawIOBase):
-    """A file to be read: every block is compared with its digest before a byte of it is returned.
+    """A file for reading. Every block is compared with its digest before any byte of it is returned.
 
-    Opening raises OSError; reading raises OSError, and DamagedDataError naming the bytes that are not as written.
+    Opening may raise OSError. Reading may raise OSError, or DamagedDataError naming the bytes that are not as written.
     """
 
     def __init__(self, path: os.PathLike[str] | str, expected: FileDigests):
@@ -109,13 +109,13 @@ class CheckedFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move to a position; return it."""
+        """Move to a position and return it."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._expected.bytes}[whence]
         self._position = start + offset
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer up to the end of a block; return the number of bytes read, 0 at the end of the file."""
+        """Fill a buffer, at most to the end of a block. Return the number of bytes read, 0 at the end of the file."""
         block, start = divmod(self._position, BLOCK_BYTES)
         if self._position >= self._expected.bytes:
             return 0
@@ -135,7 +135,7 @@ class CheckedFile(io.RawIOBase):
 
 
 def read_block(descriptor: int, path: os.PathLike[str] | str, expected: FileDigests, block: int) -> bytes:
-    """Read a block of a file and compare it with its digest. Raise OSError, and DamagedDataError if it is not as written."""
+    """Read a block of a file. Raises DamagedDataError if it does not match its digest, and OSError if it cannot be read."""
     start = block * BLOCK_BYTES
     size = min(BLOCK_BYTES, expected.bytes - start)
     parts, missing = [], size

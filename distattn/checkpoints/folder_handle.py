@@ -9,15 +9,15 @@ from distattn.ir.errors import DistattnError
 
 
 class FolderHandle:
-    """A folder that this process keeps open, and recognises under another name. Use it as a context, or close it."""
+    """A folder that this process keeps open and recognises under another name. Use it as a context manager, or close it."""
 
     def __init__(self, path: Path):
-        """Open the folder. Raise OSError."""
+        """Open the folder. Raises OSError on failure."""
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def is_in_place(self) -> bool:
-        """Return whether the path still names this folder; True if the file system does not answer. Takes some microseconds."""
+        """Return whether the path still names this folder, or True if the file system does not answer. Takes microseconds."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
         except (FileNotFoundError, NotADirectoryError):
@@ -27,7 +27,7 @@ class FolderHandle:
             return True
 
     def where(self) -> Path | None:
-        """Return the folder's current path; None if it was deleted, or if another machine has moved it."""
+        """Return the folder's current path, or None if it was deleted or another machine moved it."""
         try:
             current = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
             return current if os.path.samestat(os.stat(current), os.fstat(self._descriptor)) else None
@@ -35,14 +35,14 @@ class FolderHandle:
             return None
 
     def what_happened(self) -> str:
-        """Describe what happened to a folder that is not in its place, as the beginning of a sentence."""
+        """Describe what happened to a folder that is no longer in place, as the start of a sentence."""
         current = self.where()
         return f"{self.path}: " + (
             f"was renamed to {current} meanwhile" if current else "was deleted meanwhile, or moved elsewhere"
         )
 
     def check(self) -> None:
-        """Raise DistattnError if the folder is not in its place."""
+        """Raise DistattnError if the folder is no longer in place."""
         if not self.is_in_place():
             current = self.where()
             remedy = f"distattn resume {current} goes on, or move it back" if current else "put it back"

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: manifest.json, the last file that is written into its folder.
+"""The manifest of a checkpoint: manifest.json, the last file written into its folder.
 
-It has the size of every other file, an xxh3-128 digest (github.com/Cyan4973/xxHash) of each block of each file, facts about the
-checkpoint, and a digest of its own content. A folder whose manifest is missing or does not match its files is no checkpoint.
+It contains the size of every other file, an xxh3-128 digest (github.com/Cyan4973/xxHash) of each block of each file, facts about
+the checkpoint, and a digest of its own content. A folder whose manifest is missing or does not match is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import xxhash
 from distattn.ir.errors import DamagedDataError
 
 MANIFEST_FILE = "manifest.json"
-# an error names the bytes of the damaged block; with this size the manifest of a checkpoint of 1 TB has 9 MB
+# errors name the bytes of the damaged block; with this block size, the manifest of a 1 TB checkpoint has 9 MB
 BLOCK_BYTES = 1 << 22
 FORMAT_VERSION = 1
 
 
 class FileDigests(NamedTuple):
-    """A file of a checkpoint: its name, its size in bytes, and the hexadecimal xxh3-128 of each block of BLOCK_BYTES.
+    """A file of a checkpoint: its name, its size in bytes, and the hexadecimal xxh3-128 digest of each block of BLOCK_BYTES.
 
     The last block may be shorter. An empty file has one block of 0 bytes.
     """
@@ -38,11 +38,11 @@ class FileDigests(NamedTuple):
 class Manifest:
     """The facts of a checkpoint.
 
-    serial: the number of the save in its folder; the order of serials differs from that of steps if a run went back. step:
-    training steps done. saved_at: ISO 8601, UTC, only for people, since clocks jump. world_size: number of ranks that saved.
-    torch: its version. facts: digests and other texts by name that identify the run's configuration, plan and corpora. files:
-    all files but the manifest. seconds: time for which jobs have used the folder so far, by a monotonic clock; None in manifests
-    of earlier versions.
+    serial: the number of the save in its folder; unlike the step, it also increases when a run goes back. step: training steps
+    done. saved_at: ISO 8601, UTC; only for people, since clocks jump. world_size: the number of ranks that saved. torch: its
+    version. facts: digests and other texts, by name, that identify the run's configuration, plan and corpora. files: all files
+    except the manifest. seconds: how long jobs have used the folder so far, by a monotonic clock; None in manifests of earlier
+    versions.
     """
 
     serial: int
@@ -56,11 +56,11 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """The size of all files but the manifest."""
+        """The total size of all files except the manifest."""
         return sum(file.bytes for file in self.files)
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json into a folder, and synchronise the file with the disk. Raise OSError."""
+        """Write manifest.json into a folder and sync it to disk. Raises OSError on failure."""
         content = {"version": FORMAT_VERSION, "block_bytes": BLOCK_BYTES} | asdict(self)
         content["files"] = [file._asdict() for file in self.files]
         with open(folder / MANIFEST_FILE, "w", encoding="utf-8") as opened:
@@ -71,7 +71,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Return the manifest of a checkpoint. Raise DamagedDataError if it is missing or was altered."""
+        """Return the manifest of a checkpoint. Raises DamagedDataError if it is missing or was altered."""
         file = folder / MANIFEST_FILE
         try:
             content: Any = json.loads(file.read_bytes())
@@ -100,6 +100,6 @@ class Manifest:
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:
-    """Return the xxh3-128 of the content without its digest, as JSON with sorted keys and without blanks."""
+    """Return the xxh3-128 digest of the content, without its digest field, as JSON with sorted keys and no blanks."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return str(xxhash.xxh3_128_hexdigest(text.encode()))

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import xxhash
 
-# environment variable with the name of a launcher's job; the processes of all its attempts have it, and no others
+# the environment variable with the name of a launcher's job; only the processes of the job's attempts have it
 JOB_VARIABLE = "DISTATTN_JOB"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process. host: its name; machine: identifies this boot of this machine or container.
+    """A process. host: its host name. machine: identifies this boot of this machine or container.
 
-    pid: within the machine; started: the time of its start, in clock ticks after the boot, since process ids are reused. job: the
-    job whose attempts follow one another: the number of a Slurm job, or a name from a launcher (JOB_VARIABLE), "" without one.
-    since: when it became the owner, ISO 8601, UTC. token: unique for this ownership.
+    pid: its id within the machine. started: when it started, in clock ticks after boot, since process ids are reused. job: the
+    Slurm job id, or the launcher's name for the job (JOB_VARIABLE), shared by all attempts of the job; "" without a job. since:
+    when it became the owner, ISO 8601, UTC. token: unique to this ownership.
     """
 
     host: str
@@ -38,7 +38,7 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """Return this process as an owner from now on."""
+        """Return this process as an owner whose ownership begins now."""
         since = datetime.now(UTC).isoformat(timespec="seconds")
         job = os.environ.get(JOB_VARIABLE) or os.environ.get("SLURM_JOB_ID", "")
         pid = os.getpid()
@@ -46,13 +46,13 @@ class Owner:
 
     @classmethod
     def read(cls, file: Path) -> Owner | None:
-        """Return the owner that a file names, or None."""
+        """Return the owner described in a file, or None if the file is missing or invalid."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             return cls(**json.loads(file.read_bytes()))
         return None
 
     def write(self, file: Path) -> None:
-        """Write this owner into a file atomically. Raise OSError."""
+        """Write this owner to a file atomically. Raises OSError on failure."""
         aside = file.with_name(f"{file.name}.{self.token}")
         try:
             aside.write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
@@ -63,14 +63,14 @@ class Owner:
             raise
 
     def is_alive(self) -> bool | None:
-        """Return whether the process still runs; None if it ran on another machine, or before a reboot of this one."""
+        """Return whether the process is still running, or None if it ran on another machine or before a reboot of this one."""
         if self.machine != _machine():
             return None
         return _started(self.pid) == self.started
 
     @property
     def writer_name(self) -> str:
-        """Return the name that the function `writer_name` returns in the owner's process."""
+        """The name that the function `writer_name` returns in the owner's process."""
         return f"{_digest(self.machine)}-{self.pid}-{self.started}"
 
     def __str__(self) -> str:
@@ -80,15 +80,15 @@ class Owner:
 
 
 def machine_digest() -> str:
-    """Return 8 hexadecimal digits, equal for ranks that share a boot, process ids and a network with its loopback.
+    """Return 8 hexadecimal digits that are equal for ranks with the same boot, process ids and network (hence loopback).
 
-    Pods of one host may see all its processes (hostPID), but have their own networks.
+    Pods on one host may see all of its processes (hostPID), but have their own networks.
     """
     return _digest(f"{_machine()} {os.readlink('/proc/self/ns/net')}")
 
 
 def writer_name() -> str:
-    """Return a name of this process for the name of a file, such as 1f3870be-4711-8236."""
+    """Return a name of this process for use in file names, such as 1f3870be-4711-8236."""
     pid = os.getpid()
     return f"{_digest(_machine())}-{pid}-{_started(pid)}"
 
@@ -98,7 +98,7 @@ def _digest(text: str) -> str:
 
 
 def writer_is_alive(name: str) -> bool | None:
-    """Return whether the process of a `writer_name` still runs; None if it ran on another machine, or before a reboot."""
+    """Return whether the process with this `writer_name` is still running, or None if it ran elsewhere or before a reboot."""
     machine, pid, started = name.split("-")
     if machine != _digest(_machine()):
         return None
@@ -106,22 +106,22 @@ def writer_is_alive(name: str) -> bool | None:
 
 
 def file_age(path: Path) -> float:
-    """Return the seconds since a file was changed, by the clock of its file system. Raise OSError."""
+    """Return the seconds since a file was changed, by its file system's clock. Raises OSError on failure."""
     with tempfile.TemporaryFile(dir=path.parent) as new_file:
         return os.fstat(new_file.fileno()).st_mtime - path.stat().st_mtime
 
 
 @cache
 def _machine() -> str:
-    """Return the boot id of this machine with the namespace of process ids, which containers have of their own."""
+    """Return this machine's boot id and its process-id namespace, since containers have namespaces of their own."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _started(pid: int) -> int:
-    """Return when a process was started, in clock ticks after the boot; 0 if there is no such process, or only a zombie."""
+    """Return when a process started, in clock ticks after boot, or 0 if there is no such process or it is a zombie."""
     try:
-        # the program's name, in brackets, may contain blanks
+        # the program's name, in parentheses, may contain spaces
         fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return 0

@@ -1,7 +1,7 @@
-"""The names that a checkpoint's pickles may contain: DCP's own classes and PyTorch's tensors, and no others. Needs no torch.
+"""The names that a checkpoint's pickles may contain: only DCP's own classes and PyTorch's tensors. It does not need torch.
 
 A pickle can name any function of any module, which is called when the pickle is read. Digests do not help, since the author of a
-checkpoint makes its digests, too. So this file lists the permitted names. `METADATA` is for DCP's `.metadata`; `VALUES` is for
+checkpoint also creates its digests. So this file lists the permitted names. `METADATA` is for DCP's `.metadata`. `VALUES` is for
 the tensors and plain values in the other files, and is a subset of what `torch.load(weights_only=True)` permits.
 """
 
@@ -30,11 +30,11 @@ METADATA = _OF_TORCH | {
     *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata")),
     *((f"{_DCP}.metadata", name) for name in ("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
-    # some versions of Python 3.11 pickle the members of an enumeration with it; see `_enumeration_member`
+    # some versions of Python 3.11 use it to pickle members of enumerations; see `_enumeration_member`
     ("builtins", "getattr"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
-    # classes of the folder's path; Python 3.13 has moved them
+    # the class of the folder's path, which Python 3.13 has moved
     *((module, "PosixPath") for module in ("pathlib", "pathlib._local")),
 }
 _STORAGES = ("Bool", "Byte", "Char", "Short", "Int", "Long", "BFloat16", "Half", "Float", "Double")
@@ -45,7 +45,7 @@ VALUES = _OF_TORCH | {
     *(("torch", f"{name}Storage") for name in (*_STORAGES, "ComplexFloat", "ComplexDouble")),
     ("collections", "OrderedDict"),
     ("collections", "Counter"),
-    # bytes in pickles of protocol 2
+    # needed for bytes in protocol-2 pickles
     ("_codecs", "encode"),
     ("builtins", "bytearray"),
     ("builtins", "set"),
@@ -53,7 +53,7 @@ VALUES = _OF_TORCH | {
 
 
 class ForeignPickle(NamedTuple):
-    """A pickle that is dangerous to read, or unreadable. offset: where it begins in its file. text: a sentence."""
+    """A pickle that is unreadable or dangerous to read. offset: where it starts in its file. text: a sentence."""
 
     file: str
     offset: int
@@ -61,7 +61,7 @@ class ForeignPickle(NamedTuple):
 
 
 def refusal(path: Path, module: str, name: str) -> DamagedDataError:
-    """Return the error for a pickle with a name that no checkpoint contains."""
+    """Return the error for a pickle with a name that no checkpoint needs."""
     return DamagedDataError(
         f"{path}: names {module}.{name}, which no checkpoint of PyTorch's does and which could run code; it was not unpickled: "
         "do not use this folder, and ask who made it."
@@ -69,14 +69,14 @@ def refusal(path: Path, module: str, name: str) -> DamagedDataError:
 
 
 def unreadable(path: Path) -> DamagedDataError:
-    """Return the error for bytes that are no pickle of a checkpoint."""
+    """Return the error for bytes that are not a checkpoint's pickle."""
     return DamagedDataError(f"{path}: cannot be read as a part of a checkpoint of PyTorch's; take another checkpoint.")
 
 
 def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
-    """Yield the pickles of a checkpoint that are unreadable, or have names that no checkpoint needs. Import none of the names.
+    """Yield a checkpoint's pickles that are unreadable or contain names that no checkpoint needs. No name is imported.
 
-    Yield nothing for a folder without DCP's `.metadata`. Raise OSError.
+    Yields nothing for a folder without DCP's `.metadata`. Raises OSError on failure.
     """
     path = folder / METADATA_FILE
     try:
@@ -102,7 +102,7 @@ def foreign_pickles(folder: Path) -> Iterator[ForeignPickle]:
 
 
 class _Item(NamedTuple):
-    """The place of a tensor or a value: its file, and its range of bytes in it."""
+    """The place of a tensor or a value: its file, and its byte range in the file."""
 
     file: str
     offset: int
@@ -117,14 +117,14 @@ def _place(info: Any) -> tuple[str, int, int]:
 
 
 def check_value(path: Path, part: Any) -> None:
-    """Raise DamagedDataError if a part that `torch.save` wrote has names outside `VALUES`. part: a file at its beginning.
+    """Raise DamagedDataError if a part written by `torch.save` contains names outside `VALUES`. part: a file at its start.
 
     `torch.load(weights_only=True)` alone is not enough, since other packages, such as Megatron-core, add names to its list.
     """
     try:
         with zipfile.ZipFile(part) as archive:
             pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    # zipfile raises these errors for bytes that are no archive
+    # zipfile raises these errors for bytes that are not an archive
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError):
         raise unreadable(path) from None
     if not pickles:
@@ -134,7 +134,7 @@ def check_value(path: Path, part: Any) -> None:
 
 
 class _Inert:
-    """A stand-in for everything that a pickle names: it accepts any arguments, and does nothing."""
+    """A stand-in for everything that a pickle names. It accepts any arguments and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Inert:
         return object.__new__(cls)
@@ -164,7 +164,7 @@ class _ListedUnpickler(pickle.Unpickler):
         self._path, self._names = path, names
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the object of a name. Raise DamagedDataError for a name that is not listed."""
+        """Return the object with this name. Raises DamagedDataError if the name is not listed."""
         if (module, name) not in self._names:
             raise refusal(self._path, module, name)
         if (module, name) == ("builtins", "getattr"):
@@ -174,32 +174,32 @@ class _ListedUnpickler(pickle.Unpickler):
 
 
 def _enumeration_member(enumeration: Any, name: Any) -> Any:
-    """Return the member of an enumeration that has this name. Raise ValueError if it is no enumeration."""
+    """Return an enumeration's member by name. Raises ValueError if `enumeration` is not an enumeration."""
     if not isinstance(enumeration, EnumType):
         raise ValueError("not an enumeration")
     return enumeration[name]
 
 
 class _InertUnpickler(_ListedUnpickler):
-    """An unpickler that replaces everything that is named by `_Inert`."""
+    """An unpickler that replaces every named object with `_Inert`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class that does nothing. Raise DamagedDataError for a name that is not listed."""
+        """Return a class that does nothing. Raises DamagedDataError if the name is not listed."""
         if (module, name) not in self._names:
             raise refusal(self._path, module, name)
         return _Inert
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return None: the tensors' elements are elsewhere."""
+        """Return None, since the tensors' elements are elsewhere."""
 
 
 def load_metadata(file: Any, path: Path) -> Any:
-    """Return DCP's metadata from an open file. Raise DamagedDataError if it is no pickle, or has names that are not listed."""
+    """Return DCP's metadata from an open file. Raises DamagedDataError if it is not a pickle or contains unlisted names."""
     return _load(_ListedUnpickler(file, path, METADATA), path)
 
 
 def _inert(path: Path, content: bytes, names: Collection[tuple[str, str]]) -> Any:
-    """Unpickle without importing any name. Raise DamagedDataError."""
+    """Unpickle without importing any name. Raises DamagedDataError for invalid bytes and unlisted names."""
     return _load(_InertUnpickler(io.BytesIO(content), path, names), path)
 
 
@@ -208,7 +208,7 @@ def _load(unpickler: pickle.Unpickler, path: Path) -> Any:
         return unpickler.load()
     except (DamagedDataError, OSError):
         raise
-    # bytes that are no pickle may raise almost any error
+    # bytes that are not a pickle may raise almost any error
     except Exception:
         raise unreadable(path) from None
 
@@ -228,7 +228,7 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move to a position; return it. Raise ValueError for one before the beginning."""
+        """Move to a position and return it. Raises ValueError for a position before the start."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
         if start + offset < 0:
             raise ValueError("before the beginning")
@@ -240,7 +240,7 @@ class _Part(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer; return the number of bytes read, 0 at the end of the part."""
+        """Fill a buffer. Return the number of bytes read, 0 at the end of the part."""
         bytes_left = max(self._length - self._position, 0)
         self._file.seek(self._offset + self._position)
         content = self._file.read(min(len(buffer), bytes_left))

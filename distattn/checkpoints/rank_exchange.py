@@ -1,7 +1,7 @@
-"""Messages between the ranks of a checkpoint: rank 0 of the group receives all results, decides, and answers each rank.
+"""Messages between the ranks that save or load a checkpoint: rank 0 receives all results, decides, and answers each rank.
 
-They go over separate connections, so that a thread can use them while the trainer communicates. If a rank fails, all ranks learn
-of it; if a rank ends, the others raise an error.
+They use connections of their own, so that a thread can exchange them while the trainer communicates. If a rank fails, all ranks
+learn of it. If a rank ends, the others raise an error.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from distattn.checkpoints.rank_sockets import RankConnection, connect_to_root
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 from distattn.supervision.heartbeats import thread_activity
 
-# seconds by which a rank may write its part later than others; a rank that has ended is noticed at once
+# seconds that a rank may take longer than others to write its part; a rank that has ended is noticed at once
 _SLOWEST_SECONDS = 1800.0
 Result = TypeVar("Result")
 
 
 class RankFailure(Exception):
-    """A failure of one rank, as all ranks raise it. kind: "files" (OSError), "damaged", "refused", "lost" or "error"."""
+    """A failure on one rank, raised on all ranks. kind: "files" (OSError), "damaged", "refused", "lost" or "error"."""
 
     def __init__(self, kind: str, rank: int, text: str):
         super().__init__(kind, rank, text)
@@ -29,7 +29,7 @@ class RankFailure(Exception):
 
     @classmethod
     def of(cls, error: Exception, rank: int) -> RankFailure:
-        """Return the failure that describes an error of this rank."""
+        """Return the failure that describes an error on this rank."""
         if isinstance(error, RankFailure):
             return error
         if isinstance(error, OSError):
@@ -42,7 +42,7 @@ class RankFailure(Exception):
         return cls("error", rank, f"{type(error).__name__}: {error}")
 
     def raised(self) -> DistattnError:
-        """Return the failure as the DistattnError to raise to the user."""
+        """Return the DistattnError to raise to the user."""
         kinds = {"lost": LostRankError, "damaged": DamagedDataError}
         where = "" if self.kind in ("lost", "damaged", "refused") else f"rank {self.rank}: "
         return kinds.get(self.kind, DistattnError)(where + self.text)
@@ -54,7 +54,7 @@ class _Answer(NamedTuple):
 
 
 class RankExchange:
-    """The ranks of a group, or one process alone. One thread at a time may use it. Creating it is a collective call."""
+    """The ranks of a group, or a single process. Only one thread at a time may use it. Creating it is a collective call."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -65,10 +65,10 @@ class RankExchange:
             self._connections = connect_to_root(group)
 
     def decide(self, work: Callable[[], Result], decision: Callable[[list[Result]], Sequence[Any]]) -> Any:
-        """Run `work` on every rank and `decision` on rank 0; return this rank's answer. Collective.
+        """Run `work` on every rank and `decision` on rank 0. Return this rank's answer. Collective.
 
-        `decision` gets all results by rank, and returns an answer for each rank. If `work` or `decision` raises, all ranks raise
-        the same RankFailure. If a rank has ended, its kind is "lost", and no further exchange is possible.
+        `decision` gets all ranks' results, in order, and returns an answer for each rank. If `work` or `decision` raises, all
+        ranks raise the same RankFailure. If a rank has ended, the failure's kind is "lost", and no further exchange is possible.
         """
         outcome: Any
         try:
@@ -90,7 +90,7 @@ class RankExchange:
         return answer.value
 
     def close(self) -> None:
-        """Close the connections; ranks that wait for this one notice it."""
+        """Close the connections. Ranks that wait for this one notice it."""
         for connection in self._connections.values():
             connection.close()
         self._connections = {}
@@ -112,7 +112,7 @@ class RankExchange:
             except (EOFError, OSError) as error:
                 outcomes.append(_lost(rank, error))
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
-        # a lost rank comes first, since nothing can be tried again
+        # report a lost rank first, since nothing can be retried after it
         lost = (failure for failure in failures if failure.kind == "lost")
         failure = next(lost, failures[0] if failures else None)
         answers: Sequence[Any] = [None] * self.ranks
@@ -125,7 +125,7 @@ class RankExchange:
             try:
                 self._connections[rank].send(_Answer(answers[rank], failure))
             except OSError:
-                # this rank is lost; if it ended after its part was done, the next exchange raises
+                # that rank is lost; if it ended only after its part was done, the next exchange raises
                 continue
         return _Answer(answers[0], failure)
 

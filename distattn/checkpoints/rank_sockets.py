@@ -1,10 +1,10 @@
-"""Connections from rank 0 of a group to each other rank, on which the end of a rank is noticed at once, whatever its cause.
+"""Connections from rank 0 of a group to each other rank. If a rank ends for any reason, its peer notices at once.
 
-Gloo is not suitable: if a peer ends at the moment of a send, the send may wait for its whole time-out, which must be longer than
+Gloo is not suitable: if a peer ends at the moment of a send, the send may wait for its whole timeout, which must be longer than
 the slowest write. This happened in 2 of 335 kills (benchmarks/LOG.md).
 
-Rank 0 listens on one address while the others connect. Both ends prove that they know a key, which a collective of the group has
-distributed and which is stored nowhere. A message has a digest by that key, and is unpickled only if the digest matches.
+Rank 0 listens on one address, and the others connect. Both ends prove that they know a key, which a collective of the group has
+distributed and which is stored nowhere. A message has a digest made with that key, and is unpickled only if the digest matches.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from distattn.parallel.runtime.communication.communicator import sendable_device
 from distattn.parallel.runtime.communication.network_interfaces import LOOPBACK, listening_socket, reachable_address
 
 _KEY_BYTES, _RANK_BYTES, _DIGEST_BYTES = 32, 4, 32
-# seconds for a connection to rank 0 and the proofs over it
+# seconds for connecting to rank 0 and exchanging proofs
 _CONNECT_SECONDS = 10.0
 # a lost machine is noticed by its silence: first probe after 60 s, then every 15 s, given up after two minutes
 _KEEPALIVE = {
@@ -41,15 +41,15 @@ _KEEPALIVE = {
     socket.TCP_KEEPCNT: 4,
     socket.TCP_USER_TIMEOUT: 120_000,
 }
-# how often this process has connected each group
+# how many times this process has connected each group
 _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class RankConnection:
-    """A connection for picklable values between two ranks that know a key; a value whose digest differs is never unpickled.
+    """A connection for picklable values between two ranks that know a key. A value with a wrong digest is never unpickled.
 
-    rank, other: this rank and the other one in the group. They enter the digests, so that a message cannot be replayed in the
-    other direction.
+    rank, other: this rank and the other one in the group. They are part of the digests, so that a message cannot be replayed in
+    the other direction.
     """
 
     def __init__(self, connection: Connection, key: bytes, rank: int, other: int):
@@ -57,13 +57,13 @@ class RankConnection:
         self._sent = self._received = 0
 
     def send(self, value: Any) -> None:
-        """Send a value. Raise OSError if the other rank is gone."""
+        """Send a value. Raises OSError if the other rank is gone."""
         data = pickle.dumps(value)
         self._connection.send_bytes(self._digest(self._rank, self._sent, data) + data)
         self._sent += 1
 
     def recv(self) -> Any:
-        """Return the next value. Raise EOFError or OSError if the other rank is gone, or if a message has a wrong digest."""
+        """Return the next value. Raises EOFError or OSError if the other rank is gone or a message has a wrong digest."""
         message = self._connection.recv_bytes()
         digest, data = message[:_DIGEST_BYTES], message[_DIGEST_BYTES:]
         if not hmac.compare_digest(digest, self._digest(self._other, self._received, data)):
@@ -84,10 +84,10 @@ class RankConnection:
 
 
 def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
-    """Return connections by rank of the group: on rank 0 to all others, on the others to rank 0. A collective call of the group.
+    """Return connections by group rank: on rank 0 to all others, on the others to rank 0. A collective call of the group.
 
-    Raise LostRankError naming the ranks that do not come within the group's time-out, and DistattnError if rank 0 knows no
-    address that ranks on other machines reach.
+    Raises LostRankError naming the ranks that do not connect within the group's timeout, and DistattnError if rank 0 has no
+    address that ranks on other machines can reach.
     """
     number = _OPENED[group] = _OPENED.get(group, 0) + 1
     members = hashlib.sha1(str(dist.get_process_group_ranks(group)).encode()).hexdigest()[:12]
@@ -95,7 +95,7 @@ def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
     rank, ranks, timeout = dist.get_rank(group), dist.get_world_size(group), timeout_of(group)
 
     def meet() -> tuple[bool, bytes]:
-        # on the host, before any wait on a device, which has no time-out
+        # wait on the host first, since a wait on a device has no timeout
         store.set(f"machine/{rank}", machine_digest())
         all_machines = [f"machine/{other}" for other in range(ranks)]
         store.wait(all_machines, timeout)
@@ -108,7 +108,7 @@ def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
 
 
 def _shared_key(group: dist.ProcessGroup, timeout: timedelta) -> bytes:
-    """Return random bytes of rank 0, broadcast in the group itself, since the job's store answers any process that asks."""
+    """Return random bytes from rank 0. They are broadcast in the group, since the job's store answers any process that asks."""
     drawn = secrets.token_bytes(_KEY_BYTES) if dist.get_rank(group) == 0 else bytes(_KEY_BYTES)
     key = torch.frombuffer(bytearray(drawn), dtype=torch.uint8).to(sendable_device(group))
     dist.broadcast(key, group_src=0, group=group, async_op=True).wait(timeout)
@@ -133,14 +133,14 @@ def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: 
                 rank = _within(opened, _admit, key)
             except OSError as error:
                 if time.monotonic() < deadline:
-                    # the connection was cut, or is not of a rank; a rank tries again
+                    # the connection was cut or does not come from a rank; a rank would try again
                     continue
                 for connection in connections.values():
                     connection.close()
                 missing = named_ranks(set(range(1, ranks)) - connections.keys())
                 raise LostRankError(f"{missing} of the group did not come to open the checkpoints ({error}).") from None
             if rank in connections:
-                # the rank has given up its earlier connection
+                # the rank has abandoned its earlier connection
                 connections[rank].close()
             connections[rank] = RankConnection(_kept_alive(opened), key, 0, rank)
     return connections
@@ -171,7 +171,7 @@ def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> Ra
 
 
 def _within(opened: socket.socket, handshake: Callable[..., int], *arguments: Any) -> int:
-    """Return the result of a handshake over a new connection; close the connection if it fails or is too slow. Raise OSError."""
+    """Return the result of a handshake over a new connection. If it fails or is too slow, close it and raise OSError."""
     deadline = time.monotonic() + _CONNECT_SECONDS
     try:
         return handshake(opened, deadline, *arguments)
@@ -181,7 +181,7 @@ def _within(opened: socket.socket, handshake: Callable[..., int], *arguments: An
 
 
 def _admit(opened: socket.socket, deadline: float, key: bytes) -> int:
-    """Return the number of the rank that has connected to rank 0, after it has proven that it knows the key."""
+    """Return the rank that has connected to rank 0, once it has proven that it knows the key."""
     challenge = secrets.token_bytes(_KEY_BYTES)
     opened.sendall(challenge)
     reply = _receive(opened, _RANK_BYTES + _KEY_BYTES + _DIGEST_BYTES, deadline)
@@ -193,7 +193,7 @@ def _admit(opened: socket.socket, deadline: float, key: bytes) -> int:
 
 
 def _introduce(opened: socket.socket, deadline: float, key: bytes, rank: int) -> int:
-    """Prove to rank 0 that this rank knows the key, and require the same proof of rank 0. Return the rank."""
+    """Prove to rank 0 that this rank knows the key, and require the same proof from rank 0. Return `rank`."""
     challenge, their_challenge = secrets.token_bytes(_KEY_BYTES), _receive(opened, _KEY_BYTES, deadline)
     proof = _proof(key, b"rank", rank, their_challenge, challenge)
     opened.sendall(rank.to_bytes(_RANK_BYTES, "little") + challenge + proof)
@@ -204,7 +204,7 @@ def _introduce(opened: socket.socket, deadline: float, key: bytes, rank: int) ->
 
 
 def _proof(key: bytes, kind: bytes, rank: int, *content: bytes) -> bytes:
-    """Return the HMAC-SHA256 of the content. kind: fixes the sizes of all parts of the content but the last."""
+    """Return the HMAC-SHA256 of the content. kind: determines the sizes of all parts of the content except the last."""
     digest = hmac.new(key, kind + b"\0" + rank.to_bytes(_RANK_BYTES, "little"), "sha256")
     for part in content:
         digest.update(part)
@@ -212,7 +212,7 @@ def _proof(key: bytes, kind: bytes, rank: int, *content: bytes) -> bytes:
 
 
 def _receive(opened: socket.socket, size: int, deadline: float) -> bytes:
-    """Receive `size` bytes. Raise OSError if they do not arrive in time."""
+    """Receive `size` bytes. Raises OSError if they do not arrive in time."""
     content = b""
     while len(content) < size:
         opened.settimeout(max(deadline - time.monotonic(), 0.001))

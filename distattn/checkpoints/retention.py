@@ -12,11 +12,11 @@ from distattn.ir.errors import DistattnError
 
 @dataclass(frozen=True)
 class KeepRule:
-    """Keeps the `last` newest checkpoints, and also one of every `every_hours` hours of training.
+    """A rule that keeps the `last` newest checkpoints, and also one per `every_hours` hours of training.
 
-    Hours count while jobs run (`Manifest.seconds`), since the time of day may jump. Doubtful checkpoints (`CheckpointVerdict`) do
-    not count, so they displace no other one; each goes with the checkpoint before it. The newest good one stays until one of the
-    `last` newest is good. Checkpoints that are marked as kept stay.
+    Hours count only while jobs run (`Manifest.seconds`), since the time of day may jump. Doubtful checkpoints (see
+    `CheckpointVerdict`) do not count, so they never displace others; they stay while they are among the newest. The newest good
+    checkpoint stays until one of the `last` newest is good. Checkpoints marked as kept stay.
 
     last: at least 1. Raises DistattnError if a number is too small.
     """
@@ -31,10 +31,10 @@ class KeepRule:
             raise DistattnError(f"every_hours: {self.every_hours} hours; give more than 0.")
 
     def removable(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Return the checkpoints that need not be kept. checkpoints: in the order of their saves.
+        """Return the checkpoints that need not be kept. checkpoints: in the order in which they were saved.
 
-        Return [] unless one of the `last` newest has its manifest and all files in their sizes, so that the only good one stays.
-        A checkpoint without a valid manifest is never removed, since a user may want to examine it.
+        Return [] unless one of the `last` newest has a valid manifest and files of the right sizes, so that the only good one
+        stays. A checkpoint without a valid manifest is never removed, since a user may want to examine it.
         """
         with_manifest = [checkpoint for checkpoint in checkpoints if checkpoint.manifest is not None]
         counted = [checkpoint for checkpoint in with_manifest if not checkpoint.verdict.is_doubtful]
@@ -54,7 +54,7 @@ class KeepRule:
         return [checkpoint for checkpoint in with_manifest if checkpoint.folder not in kept]
 
     def _spaced(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Return the first checkpoint, then each that is at least `every_hours` younger, and those of unknown hours."""
+        """Return checkpoints at least `every_hours` apart, starting with the first, and those whose hours are unknown."""
         if self.every_hours is None:
             return []
         kept, next_seconds = [], 0.0
@@ -62,7 +62,7 @@ class KeepRule:
             assert checkpoint.manifest is not None
             seconds = checkpoint.manifest.seconds
             if seconds is None:
-                # earlier versions kept these by their own rule
+                # versions that did not record seconds kept these by a rule of their own
                 kept.append(checkpoint)
             elif seconds >= next_seconds:
                 kept.append(checkpoint)

@@ -1,4 +1,4 @@
-"""The lock of a run folder: a second job on the same folder refuses to start, and names the first one."""
+"""The lock on a run folder: a second job on the same folder refuses to start and names the first."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from types import TracebackType
 from distattn.checkpoints.owner import Owner, file_age
 from distattn.ir.errors import DistattnError
 
-# roles that lock a folder: rank 0 while it trains, and the launcher from before it starts the ranks until it ends
+# the roles that lock a folder: rank 0 while it trains, and the launcher from before it starts the ranks until it ends
 OWNER, LAUNCHER = "owner", "launcher"
-# the locked file, and the file with the owner; two files, since the second one is replaced
+# the locked file, and the file that names the owner; they are separate, since the latter is replaced
 _LOCK_FILE, _OWNER_FILE = "{}.lock", "{}.json"
-# the age at which the lease of an owner on another machine ends, and the time between two renewals
+# the age at which a lease by another machine's owner expires, and the time between two renewals
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
-# seconds for a process of an earlier attempt of this job to end
+# seconds that a process of this job's earlier attempt may take to end
 _ENDING_SECONDS = 30.0
-# seconds for a new owner to write its name
+# seconds that a new owner may take to write its name
 _NAMING_SECONDS = 3.0
-# errors of a full disk, which may have room again later
+# the errors of a full disk, which may have room again later
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-# the folders that this process has locked, by role, device and inode: locks of one process do not exclude each other
+# the folders that this process has locked, by role, device and inode; fcntl locks of one process do not exclude each other
 _HELD: set[tuple[str, int, int]] = set()
 _HELD_MUTEX = threading.Lock()
 
@@ -44,33 +44,33 @@ os.register_at_fork(after_in_child=_forget_locks_of_parent)
 
 
 def _ending_seconds(owner: Owner) -> float:
-    """Return the seconds for an owner of the same job to end. A file server may keep a lost host's locks for its own lease."""
+    """Return how long to wait for an owner of the same job to end. A file server may keep a lost host's locks for its lease."""
     return LEASE_SECONDS if owner.is_alive() is None else _ENDING_SECONDS
 
 
 class RunLock:
-    """Holds a folder for this process until the lock is closed or the process ends. One process of a job takes it, mostly rank 0.
+    """A lock on a folder, held until it is closed or this process ends. One process of a job takes it, usually rank 0.
 
     role: OWNER or LAUNCHER; a folder may have one of each.
 
-    On one machine the lock is a record lock (fcntl). It ends with its process, and unlike with flock, forked children do not have
-    it. For other machines, whose file system may not share it, the owner's file is a lease: the owner renews it every
-    RENEWAL_SECONDS, and it ends LEASE_SECONDS after the last renewal. For role OWNER, an attempt of the same job (`Owner.job`)
-    takes over at once, since its launcher ends one attempt before it starts the next. A launcher never takes over from another
-    one, since all commands typed in one allocation of Slurm have the same job.
+    On one machine, the lock is a record lock (fcntl). It ends with its process and, unlike flock, is not inherited by forked
+    children. For other machines, which may not see that lock, the owner's file is a lease: the owner renews it every
+    RENEWAL_SECONDS, and it expires LEASE_SECONDS after the last renewal. In the role OWNER, an attempt of the same job
+    (`Owner.job`) takes over at once, since the launcher ends one attempt before it starts the next. A launcher never takes over
+    from another, since all commands typed in one Slurm allocation have the same job.
 
-    On a full disk, the owner's name is written once there is room; until then only processes on this machine see the lock.
+    On a full disk, the owner's name is written once there is room. Until then, only processes on this machine see the lock.
     """
 
     def __init__(self, folder: Path, role: str = OWNER):
-        """Take the lock. Raise DistattnError naming the owner if another job has it, or why the folder cannot be locked."""
+        """Take the lock. Raises DistattnError naming the owner if another job has it, or the reason why locking failed."""
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
         self._file, self._role = folder / _OWNER_FILE.format(role), role
-        # the descriptor of the lock file while this process has the lock
+        # the descriptor of the lock file while this process holds the lock
         self._descriptor: int | None = None
         self._identity = (role, 0, 0)
-        # the previous owner, whose name stays in the file while a full disk prevents writing ours
+        # the previous owner, whose name stays in the file while a full disk keeps ours from being written
         self._before: Owner | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class RunLock:
         self._renewer.start()
 
     def check(self) -> None:
-        """Raise DistattnError if another job has taken the folder, because this process was silent for longer than its lease."""
+        """Raise DistattnError if another job took the folder because this process was silent for longer than its lease."""
         owner = Owner.read(self._file)
         if owner is not None and owner not in (self._me, self._before):
             raise DistattnError(
@@ -118,7 +118,7 @@ class RunLock:
         while not self._lock_file():
             owner = Owner.read(self._file)
             if owner is None or owner.is_alive() is False:
-                # a successor has the lock, and is about to write its name
+                # a new owner has the lock and is about to write its name
                 limit = _NAMING_SECONDS
             else:
                 # an earlier attempt of this job may not have ended yet
@@ -127,7 +127,7 @@ class RunLock:
                 raise self._refused(owner, "")
             time.sleep(0.1)
         owner = Owner.read(self._file)
-        # an owner on this machine is dead now; the lock may not reach one on another machine
+        # since this process has the lock, an owner on this machine is dead; one on another machine may not see the lock
         if owner is not None and owner.is_alive() is None and not self._is_of_same_job(owner):
             self._wait_for_end_of_lease(owner)
         self._before = owner
@@ -138,16 +138,16 @@ class RunLock:
             )
 
     def _lock_file(self) -> bool:
-        """Lock the folder's lock file; return False if another owner has locked it. Raise OSError."""
+        """Lock the folder's lock file. Return False if another owner has locked it. Raises OSError on failure."""
         with _HELD_MUTEX:
             folder = os.stat(self._folder)
             self._identity = self._role, folder.st_dev, folder.st_ino
-            # opening and closing the file would end the lock that this process has
+            # opening and closing the file would release the lock that this process holds
             if self._identity in _HELD:
                 return False
             path = self._folder / _LOCK_FILE.format(self._role)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            # another owner has the lock, or the file was removed in the meantime
+            # these errors mean that another owner has the lock, or that the file was removed in the meantime
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)) and not self._another_lives():
@@ -160,11 +160,11 @@ class RunLock:
     def _another_lives(self) -> bool:
         """Return whether the folder's owner is alive on this machine although its lock file was removed."""
         owner = Owner.read(self._file)
-        # the registry no longer has folders that this process has closed
+        # if the file names this process, it is from a lock that this process has closed
         return owner is not None and owner.pid != self._me.pid and owner.is_alive() is True
 
     def _release(self) -> None:
-        """Unlock the folder, if this process has locked it."""
+        """Unlock the folder if this process has locked it."""
         with _HELD_MUTEX:
             if self._descriptor is not None:
                 os.close(self._descriptor)
@@ -172,10 +172,10 @@ class RunLock:
                 _HELD.discard(self._identity)
 
     def _wait_for_end_of_lease(self, owner: Owner) -> None:
-        """Return once an owner on another machine is known to be dead. Raise DistattnError if it may be alive, or OSError.
+        """Wait until an owner on another machine is known to be dead. Raises DistattnError if it may be alive, or OSError.
 
-        After a clock has jumped, a lease may seem to have ended, or to begin in the future. So a lease counts as ended only after
-        it was not renewed for twice RENEWAL_SECONDS of this process's monotonic clock.
+        After a clock jump, a lease may seem to have expired or to begin in the future. So a lease counts as expired only if it is
+        not renewed for twice RENEWAL_SECONDS by this process's monotonic clock.
         """
         age = file_age(self._file)
         if 0 <= age < LEASE_SECONDS:
@@ -191,7 +191,7 @@ class RunLock:
                 raise self._refused(owner, "")
 
     def _is_of_same_job(self, owner: Owner) -> bool:
-        """Return whether the owner and this process are attempts of one job, so that the earlier one ends by itself."""
+        """Return whether the owner and this process are attempts of one job, in which case the earlier one ends by itself."""
         return self._role == OWNER and owner.job != "" and owner.job == self._me.job
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
@@ -200,7 +200,7 @@ class RunLock:
         return DistattnError(f"{self._folder}: belongs to {holder}; end it, or choose another folder{hint}.")
 
     def _write_name(self) -> OSError | None:
-        """Write this process's name as the owner's; return the error if the disk is full. Raise OSError."""
+        """Write this process's name as the owner's. Return the error if the disk is full. Raises OSError on other failures."""
         try:
             self._me.write(self._file)
         except OSError as error:
@@ -221,7 +221,7 @@ class RunLock:
 
 
 def _modified(file: Path) -> int:
-    """Return when a file was last changed, in nanoseconds; 0 for a missing file. Raise OSError."""
+    """Return when a file was last changed, in nanoseconds, or 0 for a missing file. Raises OSError on failure."""
     with contextlib.suppress(FileNotFoundError), open(file, "rb") as opened:
         # a network file system may show an old time unless the file is opened
         return os.fstat(opened.fileno()).st_mtime_ns
@@ -229,10 +229,10 @@ def _modified(file: Path) -> int:
 
 
 def folder_owner(folder: Path, role: str = OWNER) -> tuple[Owner, bool] | None:
-    """Return (the owner of a folder in a role, whether it seems to be alive); None for a free folder. Raise OSError."""
+    """Return a folder's owner in a role and whether it seems alive, or None for a free folder. Raises OSError on failure."""
     file = folder / _OWNER_FILE.format(role)
     if (owner := Owner.read(file)) is None:
         return None
     alive = owner.is_alive()
-    # a lease from the future was written by a clock that was ahead
+    # a lease dated in the future was written while a clock was ahead
     return owner, abs(file_age(file)) <= LEASE_SECONDS if alive is None else alive

@@ -18,28 +18,28 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import has_streams
 from distattn.memory import pinned_memory
 
-# tensors of `HostBuffers.keep` whose copies may be under way
+# the number of `HostBuffers.keep` tensors whose copies may be in flight
 _IN_FLIGHT = 2
-# types of immutable values
+# immutable types, whose values need no copy
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 
 
 class HostBuffers:
-    """Host buffers for copies of tensors, by the tensors' names; pinned for tensors on GPUs."""
+    """Host buffers for copies of tensors, by tensor name. Buffers for GPU tensors are pinned."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
-        # buffers that `keep` returned since the last save: names by the buffers' ids
+        # the names of buffers that `keep` returned since the last save, by the buffers' ids
         self._kept: dict[int, str] = {}
         self._streams: dict[torch.device, Any] = {}
-        # tensors that `keep` copies, each with the event after its copy, the oldest first
+        # tensors that `keep` is copying, each with the event after its copy, oldest first
         self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
 
     def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy a tensor into its buffer and return the buffer; the caller may drop the tensor at once.
+        """Copy a tensor into its buffer and return the buffer. The caller may drop the tensor at once.
 
-        On a GPU the copy overlaps with other work of the device. At most two tensors are held for it; before a third is held, the
-        current stream waits for the oldest. Call `finish_kept` after the last tensor.
+        On a GPU, the copy overlaps with other work on the device. At most two tensors are kept alive for it; with a third, the
+        current stream waits for the oldest copy. Call `finish_kept` after the last tensor.
         """
         source = tensor.detach()
         buffer = self.like(name, source)
@@ -59,13 +59,13 @@ class HostBuffers:
         return buffer
 
     def build_state(self, state: dict[str, Any] | Callable[[HostBuffers], dict[str, Any]]) -> dict[str, Any]:
-        """Return a state, or a function's result for these buffers. The current stream then waits for the copies of `keep`."""
+        """Return the state, or the result of calling it with these buffers. Make the current stream wait for `keep`'s copies."""
         state_dict = state(self) if callable(state) else state
         self.finish_kept()
         return state_dict
 
     def finish_kept(self) -> None:
-        """Make the current stream wait for the copies of `keep`, so that later work on it may change the tensors."""
+        """Make the current stream wait for `keep`'s copies, so that later work on that stream may change the tensors."""
         while self._leaving:
             self._leave()
 
@@ -74,17 +74,17 @@ class HostBuffers:
         torch.cuda.current_stream(source.device).wait_event(event)
 
     def wait_kept(self) -> None:
-        """Wait until the copies of `keep` are complete."""
+        """Wait until all copies by `keep` are complete."""
         for stream in self._streams.values():
             stream.synchronize()
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Return whether a tensor is a buffer that `keep` returned since the last save."""
-        # an id may be used again once its buffer is gone
+        # an id may be reused once its buffer is gone
         return self._buffers.get(self._kept.get(id(tensor), "")) is tensor
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the buffer of a tensor: on the host, with the tensor's shape and dtype."""
+        """Return the host buffer for a tensor, with the tensor's shape and dtype."""
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = (
@@ -96,16 +96,16 @@ class HostBuffers:
         return buffer
 
     def forget_others(self, names: set[str]) -> None:
-        """Drop the buffers of other names, except those that `keep` returned since the last save."""
+        """Drop the buffers with other names, except those that `keep` returned since the last save."""
         names = names | set(self._kept.values())
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in names}
         self._kept = {}
 
 
 class StagedState(DefaultSavePlanner):
-    """A snapshot of a state: DCP's plan of the save, which takes the values from copies in host memory.
+    """A snapshot of a state: a DCP save planner that takes the values from copies in host memory.
 
-    Create it on the training thread. `copy_tensors` may run on another thread; until it returns, no tensor may change.
+    Create it on the training thread. `copy_tensors` may run on another thread. No tensor may change until it returns.
     """
 
     def __init__(self, state: dict[str, Any], is_coordinator: bool, buffers: HostBuffers):
@@ -122,7 +122,7 @@ class StagedState(DefaultSavePlanner):
                 try:
                     self._staged[name] = value if type(value) in _PLAIN else _copied(name, value)
                 except DistattnError as error:
-                    # raised later by `copy_tensors`, where all ranks learn of it
+                    # `copy_tensors` raises it later, where all ranks learn of it
                     self._refusal = self._refusal or error
                 signature.append((name,))
                 continue
@@ -135,9 +135,9 @@ class StagedState(DefaultSavePlanner):
             self._sources.append((name, local, local._version))
             where = (value.device_mesh, value.placements) if isinstance(value, DTensor) else ()
             signature.append((name, value.shape, value.dtype, local.shape, *where))
-        # states with equal signatures have the same plan of DCP
+        # states with equal signatures have the same DCP plan
         self.signature = tuple(signature)
-        # copies start after all work that the device has been given so far, and overlap with later work
+        # copies start after all work submitted to the device so far, and overlap with later work
         self._streams = {
             local.device: torch.cuda.Stream(local.device) for _, local, _ in self._sources if local.is_cuda
         }
@@ -145,7 +145,7 @@ class StagedState(DefaultSavePlanner):
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy_tensors(self) -> None:
-        """Copy all tensors. Raise DistattnError if one was changed in the meantime, or if another value cannot be saved."""
+        """Copy all tensors. Raises DistattnError if one was changed in the meantime, or if another value cannot be saved."""
         if self._refusal is not None:
             raise self._refusal
         sources = self._sources
@@ -161,7 +161,7 @@ class StagedState(DefaultSavePlanner):
             stream.synchronize()
         self._buffers.wait_kept()
         changed = [name for name, local, version in sources if local._version != version]
-        # from here on, no memory of the device is held
+        # release the device memory
         self._sources = []
         self._buffers.forget_others({name for name, _, _ in sources})
         if changed:
@@ -174,12 +174,12 @@ class StagedState(DefaultSavePlanner):
         self.state_dict = {}
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return the copy that DCP writes: of a tensor that is sharded over ranks, this rank's part."""
+        """Return the copy that DCP writes. For a tensor sharded over ranks, it is this rank's part."""
         return self._staged[index.fqn]
 
 
 def _copied(name: str, value: Any) -> Any:
-    """Return a copy of a value other than a tensor. Raise DistattnError if it could not be read again safely."""
+    """Return a copy of a non-tensor value. Raises DistattnError if the value could not be read back safely."""
     pickled = io.BytesIO()
     try:
         torch.save(value, pickled)

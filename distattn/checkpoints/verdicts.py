@@ -1,8 +1,8 @@
-"""The verdict of training on a checkpoint, written after the save: verdict.json in its folder, not part of the manifest.
+"""Training's verdict on a checkpoint, written after the save: verdict.json in its folder, not part of the manifest.
 
 A checkpoint is saved right after an update, before any step has used its weights. The first step with them shows whether they are
 good, so the verdict is written later. It is advice, not proof: it has no digest, and an unreadable file counts as no verdict.
-Needs no torch.
+This module does not need torch.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 VERDICT_FILE = "verdict.json"
-# the first step with these weights was applied; it was refused; a person chose an older checkpoint
+# respectively: the first step with these weights was applied, it was refused, or a person chose an older checkpoint
 GOOD, REFUSED, SET_ASIDE = "good", "refused", "set aside"
 UNTESTED = "untested"
 
 
 class CheckpointVerdict(NamedTuple):
-    """The verdict on a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED; text: a sentence that says why, or empty.
+    """The verdict on a checkpoint. kind: GOOD, REFUSED, SET_ASIDE or UNTESTED. text: a sentence that says why, or empty.
 
-    kept: why it is not removed, "" if the rule decides. refused_step: the step, from 0, until which it is kept; None if it is
-    kept until a person removes it.
+    kept: why the checkpoint is not removed, or "" if the rule decides. refused_step: the refused step (counted from 0); the
+    checkpoint is kept until training has passed it. None if it is kept until a person removes it.
     """
 
     kind: str = UNTESTED
@@ -33,15 +33,15 @@ class CheckpointVerdict(NamedTuple):
 
     @property
     def is_doubtful(self) -> bool:
-        """Return whether a run prefers other checkpoints to this one, and the keep rule does not count it."""
+        """True if a run prefers other checkpoints to this one and the keep rule does not count it."""
         return self.kind in (REFUSED, SET_ASIDE)
 
     def write(self, checkpoint: Path) -> None:
-        """Replace the verdict in the folder of a checkpoint. Raise OSError."""
+        """Replace the verdict in a checkpoint's folder. Raises OSError on failure."""
         os.replace(self.write_aside(checkpoint), checkpoint / VERDICT_FILE)
 
     def write_aside(self, checkpoint: Path) -> Path:
-        """Write the verdict into a temporary file in a checkpoint's folder; return the file. Raise OSError."""
+        """Write the verdict into a temporary file in a checkpoint's folder and return its path. Raises OSError on failure."""
         aside = checkpoint / f"{VERDICT_FILE}.tmp"
         try:
             aside.write_text(json.dumps(self._asdict()) + "\n", "utf-8")
@@ -53,7 +53,7 @@ class CheckpointVerdict(NamedTuple):
 
     @classmethod
     def read(cls, checkpoint: Path) -> CheckpointVerdict:
-        """Return the verdict in a checkpoint's folder; UNTESTED if no verdict can be read."""
+        """Return the verdict in a checkpoint's folder, UNTESTED if no verdict can be read."""
         with suppress(OSError, ValueError, TypeError, RecursionError):
             verdict = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
             texts_are_right = all(isinstance(text, str) for text in verdict[:-1])

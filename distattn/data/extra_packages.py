@@ -1,4 +1,4 @@
-"""Packages that only the data commands and readers need, imported when first used: the extra `data`."""
+"""Import packages of the extra `data`, which only the data commands and readers need, at first use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distattn.ir.errors import DistattnError
 
 
 def import_extra(package: str, purpose: str) -> Any:
-    """Import a package of the extra `data`. Raise a DistattnError whose sentence begins with `purpose` if it is not installed."""
+    """Import a package of the extra `data`. If it is not installed, raise DistattnError; its message begins with `purpose`."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
-"""The packs of a plan, step by step, dealt out to the data-parallel shares of a run. Its state is one integer, the next step.
+"""Load a plan's packs step by step and split them over a run's data-parallel shares. The only state is the next step, an integer.
 
-The contents of a step follow from the plan, whatever the number of shares. The share, the number of shares and the number of
-steps read ahead decide only which share gets which packs, and when they are read.
+The plan alone determines the contents of a step. The number of shares only decides which share gets which packs, and the number
+of steps read ahead only when they are read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from distattn.ir.errors import DistattnError
 
 
 class PackLoader:
-    """An iterable over the steps of a plan that yields this share's packs of each: a list of `PlannedBatch`, the micro-batches.
+    """An iterable over a plan's steps that yields this share's packs of each step as a list of `PlannedBatch` micro-batches.
 
-    step: the next step to be yielded. A driver that takes steps ahead of training saves the number of steps that it has trained.
-    end: the step before which the loader ends.
+    step: the next step to yield. A driver that fetches steps ahead of training must save the number of steps trained instead.
+    end: the end of the steps to yield, exclusive.
 
-    Packs are dealt out by `deal_packs`; the packs of a share keep the plan's order. If the number of packs is not a multiple of
-    the number of shares, some shares have more packs than others.
+    `deal_packs` assigns packs to shares; within a share they keep the plan's order. If the number of packs is not a multiple of
+    the number of shares, some shares get more packs than others.
     """
 
     def __init__(
@@ -52,19 +52,19 @@ class PackLoader:
         pin_memory: bool = True,
         corpus_ids: bool = False,
     ) -> None:
-        """Open the plan, and check that its steps can be dealt out.
+        """Open the plan, and check that its steps can be split over the shares.
 
-        rank, size: the share and the number of shares. steps: how many to yield; by default all steps of the plan. corpora: if
-        they were opened with `check_tokens=False`, tokens are read without comparing them with their digests. ahead: how many
-        steps ahead records are read and checked. even: refuse steps whose packs cannot be dealt out in equal numbers. drop_last:
-        leave out the plan's last step if it is not full (`PackPlan.full_steps`), whatever the number of shares. vocabulary: token
-        ids must be below it; they are checked when tokens are read. device: of the tensors that ranks read; pin_memory: whether
-        they pass through pinned memory, if CUDA is available. corpus_ids: ranks also read `corpus_ids` (1, T), the number of each
-        token's corpus in the plan's `sources`, and -1 for padding.
+        corpora: if opened with `check_tokens=False`, tokens are read without comparing them with their digests. rank, size: this
+        share's number, and the number of shares. start_step, steps: the first step, and the number of steps to yield; by default
+        all that remain in the plan. ahead: how many steps ahead to read and check step records. even: refuse steps whose packs
+        cannot be split evenly. drop_last: leave out the plan's last step if it is not full (`PackPlan.full_steps`), whatever the
+        number of shares. vocabulary: check token ids against this limit (exclusive) when they are read. device: the device of the
+        returned tensors. pin_memory: read through pinned memory if CUDA is available. corpus_ids: also return `corpus_ids`
+        (1, T), the index of each token's corpus in the plan's `sources`, and -1 for padding.
 
-        Raises DistattnError for corpora or masks that the plan was not made of, for steps that it does not have, and if there are
-        more shares than a step has packs. If a document that is kept whole takes the place of several packs, the loader may find
-        only when it reads a step that the step has too few packs.
+        Raises DistattnError if the plan was made with other corpora or masks, if it does not have the requested steps, and if a
+        step has fewer packs than there are shares. If a document kept whole replaces several packs, the loader may not notice
+        that a step has too few packs until it reads the step.
         """
         self.plan = plan if isinstance(plan, PackPlan) else PackPlan.open(plan)
         self.rank, self.size, self.ahead, self.even = rank, size, ahead, even
@@ -95,14 +95,14 @@ class PackLoader:
         self._vocabulary, self._device, self._pins = vocabulary, device, pin_memory
         self._corpus_ids = corpus_ids
         self._thread = ReadingThread()
-        # records that are being read ahead, by step
+        # records being read ahead, by step
         self._started: dict[int, PendingRead[StepPacks]] = {}
-        # the batch that was prepared is yielded again as long as there is a reference to it
+        # the same batch object is returned for as long as there is a reference to it
         self._batches: weakref.WeakValueDictionary[tuple[int, int], PlannedBatch] = weakref.WeakValueDictionary()
         check_shares(self.plan, self.size, self.step, self.end, self.even)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let other processes open the plan and the files themselves, and go on from the same step."""
+        """Return the arguments to pickle. Another process opens the plan and the files itself, and starts at the same step."""
         make = partial(
             PackLoader,
             rank=self.rank,
@@ -119,7 +119,7 @@ class PackLoader:
         return make, (self.plan, self._corpora)
 
     def __iter__(self) -> Iterator[list[PlannedBatch]]:
-        """Yield this share's batches from `step` on. Increase `step` before each is yielded."""
+        """Yield this share's batches from `step` on. `step` is incremented before each yield."""
         while self.step < self.end:
             batches = self.batches(self.step)
             self.step += 1
@@ -128,35 +128,35 @@ class PackLoader:
     def batches(self, step: int) -> list[PlannedBatch]:
         """Return this share's batches of any step of the plan. While a batch is referenced, iterating yields the same object.
 
-        Raises DamagedDataError if the step's record is damaged, and DistattnError if the step cannot be dealt out.
+        Raises DamagedDataError if the step's record is damaged, and DistattnError if the step cannot be split over the shares.
         """
         return self.shares(step)[self.rank]
 
     def shares(self, step: int) -> list[list[PlannedBatch]]:
-        """Return the batches of all shares of any step of the plan, without reading tokens."""
+        """Return the batches of any step of the plan, one list for each share, without reading tokens."""
         record = self._record(step)
         packs = record.packs
         return [[self._batch(step, pack, packs[pack]) for pack in share] for share in self._deal(record)]
 
     @property
     def data_digest(self) -> str:
-        """A digest of everything that the batches depend on."""
+        """A digest of everything that determines the batches."""
         return combined_digest(self.plan.digest, self.size)
 
     @property
     def labels_are_known(self) -> bool:
-        """Whether labels can be counted without reading files. If there are masks, these must be read."""
+        """True if labels can be counted without reading files, that is, if there are no masks."""
         return not any(self._masks)
 
     def facts(self, step: int) -> list[list[BatchFacts]]:
-        """Return what is known of the batches of each share of any step, without reading tokens."""
+        """Return the lengths, digest and label count of each share's batches in any step, without reading tokens."""
         return [
             [BatchFacts(batch.lengths, batch.digest, batch.valid_labels) for batch in share]
             for share in self.shares(step)
         ]
 
     def lengths(self, step: int) -> list[list[tuple[int, ...]]]:
-        """Return the tokens of each piece of each micro-batch of each share of any step, which otherwise would be gathered."""
+        """Return the piece lengths in any step, indexed by share, micro-batch and piece, without communication between ranks."""
         record = self._record(step)
         packs = record.packs
         return [[tuple(packs[pack].lengths) for pack in share] for share in self._deal(record)]
@@ -166,9 +166,9 @@ class PackLoader:
         return {"step": self.step, "plan": self.plan.digest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; the share and the number of shares may differ.
+        """Resume from a state returned by `state_dict`. The share and the number of shares may differ.
 
-        Raises DistattnError for the state of another plan, or of a step after the last.
+        Raises DistattnError if the state belongs to another plan, or its step lies after the last one.
         """
         if state.keys() != {"step", "plan"}:
             raise DistattnError(f"a loader's state has step and plan, not {', '.join(map(str, state)) or 'nothing'}.")
@@ -185,13 +185,13 @@ class PackLoader:
         check_shares(self.plan, self.size, self.step, self.end, self.even)
 
     def _record(self, step: int) -> StepPacks:
-        """Return the record of a step, and begin to read those of the next steps."""
-        # a caller may still ask for the facts of the step that was yielded last
+        """Return the record of a step, and start reading those of the next steps."""
+        # keep the step yielded last, because a caller may still ask for its facts
         for done in [done for done in self._started if done < self.step - 1]:
             del self._started[done]
         started = self._started.get(step)
         record = started.result() if started else self.plan.step(step)
-        # a step that is looked up elsewhere says nothing about the step that will be needed next
+        # do not read ahead for a lookup far from the current step, which does not say what will be needed next
         if self.step <= step <= self.step + self.ahead:
             for later in range(step + 1, min(step + 1 + self.ahead, self.end)):
                 if later not in self._started:
@@ -224,7 +224,7 @@ class PackLoader:
 
 
 def _corpora_of(plan: PackPlan, corpora: Sequence[Corpus]) -> list[Corpus]:
-    """Return the corpora in the plan's order. Raise DistattnError if the plan was made of others."""
+    """Return the corpora in the plan's order. Raise DistattnError if the plan was made from different ones."""
     corpus_of = {corpus.name: corpus for corpus in corpora}
     planned = [source.name for source in plan.sources]
     if len(corpus_of) != len(corpora) or corpus_of.keys() != set(planned):

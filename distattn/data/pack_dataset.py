@@ -1,4 +1,4 @@
-"""The packs of a plan as a PyTorch dataset, for trainers that have a loader of their own."""
+"""The packs of a plan as a PyTorch dataset, for trainers with their own data loader."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ from distattn.ir.errors import DistattnError
 
 
 class PackDataset(Dataset[dict[str, Any]]):
-    """A dataset whose item i is pack i of a plan: token ids, labels and document lengths, as `ContextParallel.shard` takes them.
+    """A dataset whose item i is pack i of a plan: token ids, labels and document lengths, ready for `ContextParallel.shard`.
 
     Use it with a trainer that draws items in order, such as `ContextParallelTrainer` with train_sampling_strategy="sequential",
-    per_device_train_batch_size=1, and a data_collator that returns the only row. The trainer must take as many packs a step (over
-    all shares) as the plan has. Every rank reads whole packs; with `PackLoader` it would read only its own tokens.
+    per_device_train_batch_size=1, and a data_collator that returns the only row. The trainer must take as many packs per step
+    (over all shares) as the plan has. Every rank reads whole packs; with `PackLoader` it would read only its own tokens.
     """
 
     def __init__(self, plan: PackPlan | str | Path, corpora: Sequence[Corpus], *, steps: int | None = None):
-        """Open the plan. steps: how many to take; by default all steps that have all their packs.
+        """Open the plan. steps: the number of steps to take; by default all steps that have all their packs.
 
-        Raises DistattnError if a document that is kept whole may take the place of several packs, because steps then have
-        different numbers of packs.
+        Raises DistattnError if documents may be kept whole, because then the number of packs varies between steps.
         """
         self._given, self._steps = (plan, list(corpora)), steps
-        # items are made in processes that must not touch a GPU; the trainer's loader pins them
+        # worker processes read the items and must not touch a GPU; the trainer's loader pins the memory
         self._loader = PackLoader(plan, corpora, rank=0, size=1, steps=steps, pin_memory=False)
         self.plan = self._loader.plan
         if self.plan.rule.long_documents == "keep":
@@ -42,7 +41,7 @@ class PackDataset(Dataset[dict[str, Any]]):
                 f'{self.plan.path}: with long_documents = "keep" steps have different numbers of packs; use PackLoader, or "cut".'
             )
         changes = [first for first, _ in self.plan.rule.context if first < self._loader.end]
-        # the first step of each context length, and the number of packs before it
+        # the first step of each context length and the end of all steps; `_before` has the number of packs before each of them
         self._first = [*changes, self._loader.end]
         counts = [
             (end - begin) * self.plan.rule.packs_at(begin) for begin, end in zip(changes, self._first[1:], strict=True)
@@ -55,7 +54,7 @@ class PackDataset(Dataset[dict[str, Any]]):
         self._packs = self._before[-1] - (self.plan.rule.packs_at(last) if missing else 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a loader's processes open the plan and the files themselves."""
+        """Return the arguments to pickle. A loader's worker processes open the plan and the files themselves."""
         return partial(PackDataset, steps=self._steps), self._given
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
-"""One pack of a plan as a batch, of which a rank reads only the tokens that it computes.
+"""One pack of a plan as a batch. Each rank reads only the tokens that it computes.
 
-Token ids and labels are read from the corpora's files when they are asked for, or ahead of time on a thread.
+Token ids and labels are read from the corpora's files on request, or ahead of time on a thread.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from distattn.ir.cached import cached_property
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
 
-# gaps of at most this many tokens are read together with the tokens around them, because another call would cost more
+# gaps of at most this many tokens are read together with the tokens around them, because another read would cost more
 _MOST_SKIPPED = 64
 
 
 class PlannedBatch:
-    """A pack: pieces of documents, laid end to end on one axis of N tokens; a `Batch` to the driver.
+    """A pack as a `Batch` for the driver: pieces of documents, concatenated along one axis of N tokens.
 
-    lengths: tokens of each piece, in order. tokens: N. digest: two ranks with equal digests have the same batch. bytes_read:
-    bytes of tokens that were copied from files so far; if files have digests, whole blocks of 16 KiB are read to check them.
+    lengths: the tokens of each piece, in order. tokens: N. digest: equal on all ranks with the same batch. bytes_read: bytes of
+    tokens copied from files so far; if the files have digests, whole blocks of 16 KiB are read to check them.
 
-    The label of a token is the next token of its document, also if the piece ends before the document does. The last token of a
-    document has no label (-100), and neither has a token whose next token is masked (`distattn.data.files.label_masks`).
+    A token's label is the next token of its document, even if the piece ends before the document does. The last token of a
+    document has no label (-100), nor has a token whose next token is masked (`distattn.data.files.label_masks`).
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class PlannedBatch:
     ) -> None:
         """Prepare the batch of a pack, without reading.
 
-        corpora: in the order of the plan's sources. masks: of each corpus; by default those next to its files. thread: runs the
-        work of `start_reading`; without it the work is done at once. vocabulary: all ids must be below it. device: of a rank's
-        part. pin_memory: read into pinned memory if CUDA is available. corpus_ids: add the corpus of each token to a rank's part.
+        corpora: in the order of the plan's sources. masks: the masks of each corpus; by default those next to its files. thread:
+        does the reads that `start_reading` starts; without it they are done at once. vocabulary: all ids must be below it.
+        device: the device of a rank's shard. pin_memory: read into pinned memory if CUDA is available. corpus_ids: add the corpus
+        of each token to a rank's shard.
         """
         self._pins, self._has_corpus_ids = pin_memory, corpus_ids
         self.device = torch.device(device)
@@ -69,14 +70,14 @@ class PlannedBatch:
 
     @cached_property
     def valid_labels(self) -> int:
-        """How many of the N tokens have a label.
+        """The number of tokens with a label.
 
-        It follows from the plan alone, unless there are masks: then it reads a byte for each token of the pack. Raises
+        The plan alone determines it, unless there are masks: then one byte is read for each token of the pack. Raises
         DamagedDataError if a mask is damaged.
         """
         if not any(self._masks):
             return self.tokens - int(self._pack.ends_document.sum())
-        # a piece has a label for each token, but for the last one if the document ends there
+        # each token of a piece has a label, except the last one if the document ends there
         targets = np.array(self.lengths) - self._pack.ends_document
         return sum(
             count if masks is None else int(masks.may_be_labels(document, start + 1, count).sum())
@@ -91,18 +92,18 @@ class PlannedBatch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Empty: the batch has no tensors that are filled on a GPU."""
+        """An empty tuple: this batch has no tensors to be filled on a GPU."""
         return ()
 
     def read_ahead(self, layout: Layout, rank: int) -> None:
-        """Begin to read the part of a rank, which will ask for it soon."""
+        """Start reading a rank's shard, which `local_shard` will return."""
         self.start_reading(layout.tokens(rank))
 
     def local_shard(self, layout: Layout, rank: int, pad_to: int = 1) -> dict[str, Tensor]:
-        """Return `input_ids`, `labels` and `position_ids` (1, T) of a rank, read now or ahead, and padded to a multiple of
-        `pad_to`.
+        """Return a rank's `input_ids`, `labels` and `position_ids`, all (1, T), padded to a multiple of `pad_to`.
 
-        With corpus_ids also these (1, T): the number of each token's corpus in the plan's sources, and -1 for padding.
+        They are read now unless `read_ahead` has started reading them. With corpus_ids the result also has `corpus_ids` (1, T):
+        the index of each token's corpus in the plan's sources, and -1 for padding.
         """
         tokens = layout.tokens(rank)
         ids, labels = (read.to(self.device, non_blocking=True) for read in self.read_tensors(tokens))
@@ -113,9 +114,9 @@ class PlannedBatch:
         return part
 
     def start_reading(self, tokens: np.ndarray) -> None:
-        """Begin to read the token ids and labels at these positions; the next `read` of the same positions returns them.
+        """Start reading the token ids and labels at these positions. The next `read` of the same positions returns them.
 
-        Memory is allocated here; `read` raises the errors of reading.
+        Memory is allocated here. Read errors are raised by `read`.
         """
         work = self._prepared(tokens)
         started = self._thread.start(work) if self._thread else PendingRead(work)
@@ -124,17 +125,17 @@ class PlannedBatch:
         self._started.append((np.array(tokens), started))
 
     def read(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (token ids, labels) at positions `tokens` (T,) of the pack's axis, in their order; both int64 (T,).
+        """Return (token ids, labels) at positions `tokens` (T,) of the pack, in the same order; both int64 (T,).
 
-        The positions may be any, in any order. They are merged into runs of neighbours in one document: the tokens of each run
-        are copied, and one more token for the last label. Raises DistattnError for positions that the pack does not have, and
-        DamagedDataError naming file and byte if a file is damaged.
+        The positions may be in any order. They are merged into runs of neighbours in one document; each run is read at once, with
+        one more token for the last label. Raises DistattnError for positions outside the pack, and DamagedDataError naming the
+        file and byte if a file is damaged.
         """
         ids, labels = self.read_tensors(tokens)
         return ids.numpy(), labels.numpy()
 
     def read_tensors(self, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Read like `read`. Return tensors on the CPU, pinned if CUDA is available."""
+        """Return the result of `read` as CPU tensors, in pinned memory if CUDA is available."""
         for at, (others, started) in enumerate(self._started):
             if np.array_equal(others, tokens):
                 del self._started[at]
@@ -142,7 +143,7 @@ class PlannedBatch:
         return self._prepared(tokens)()
 
     def _corpus_ids(self, tokens: np.ndarray, padded_tokens: int) -> Tensor:
-        """Return the corpus of each of these positions, then -1: int64 (padded_tokens,)."""
+        """Return the corpus of the token at each position, padded with -1: int64 (padded_tokens,)."""
         corpus_ids = torch.full((padded_tokens,), -1, dtype=torch.int64, pin_memory=self._pins and _pins_memory())
         pieces = np.searchsorted(self._begins, tokens, "right") - 1
         corpus_ids.numpy()[: len(tokens)] = self._pack.corpus[pieces]
@@ -177,17 +178,17 @@ class PlannedBatch:
         return fill
 
     def _fill(self, tokens: np.ndarray, ids: np.ndarray, labels: np.ndarray) -> None:
-        """Read rising positions into `ids` and `labels`; all three are (T,)."""
+        """Read the tokens at rising positions into `ids` and `labels`. All three arrays are (T,)."""
         copied = 0
         for first, last, piece in self._runs(tokens):
             corpus, document = self._corpora[self._pack.corpus[piece]], int(self._pack.document[piece])
             begin = int(tokens[first] - self._begins[piece]) + int(self._pack.start[piece])
             count = int(tokens[last - 1] - tokens[first]) + 1
-            # the token after the last one is read, too, unless the document ends
+            # also read the token after the last one, for its label, unless the document ends
             is_end = tokens[last - 1] + 1 == self._begins[piece + 1] and self._pack.ends_document[piece]
             read_tokens = corpus.read(document, begin, count + (not is_end), self._vocabulary)
             copied += read_tokens.nbytes
-            # a slice if no token is skipped
+            # use a slice if no token is skipped
             at = slice(0, count) if last - first == count else tokens[first:last] - tokens[first]
             following = np.full(count, IGNORE_INDEX)
             following[: len(read_tokens) - 1] = read_tokens[1:]
@@ -201,7 +202,7 @@ class PlannedBatch:
             self.bytes_read += copied
 
     def _runs(self, tokens: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """Return (first, last + 1, piece) of the runs of tokens that are read in one call, for rising positions (T,)."""
+        """Return (first, last + 1, piece) for each run of rising positions (T,) that is read in one call."""
         gaps = np.flatnonzero(np.diff(tokens) > _MOST_SKIPPED + 1) + 1
         limits = np.unique(np.concatenate([[0], gaps, np.searchsorted(tokens, self._begins[1:-1]), [len(tokens)]]))
         pieces = np.searchsorted(self._begins, tokens[limits[:-1]], "right") - 1

@@ -1,4 +1,4 @@
-"""Work that begins ahead of time on a thread, and is finished by the thread or by the first caller that needs it."""
+"""A background thread that does work ahead of time, unless a caller needs the result before the thread has begun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 
 
 class PendingRead(Generic[_Result]):
-    """Work that the thread will do, unless its result is asked for before the thread begins: then the caller does it itself."""
+    """Work queued for the thread. If the result is requested before the thread has begun it, the caller does it instead."""
 
     def __init__(self, work: Callable[[], _Result]) -> None:
         self._work: Callable[[], _Result] | None = work
@@ -22,7 +22,7 @@ class PendingRead(Generic[_Result]):
         self._process = os.getpid()
 
     def run(self) -> None:
-        """Run the work on this thread. `result` raises its error."""
+        """Run the work on the calling thread. An error is kept for `result` to raise."""
         work = self._work
         if work is None or not self._future.set_running_or_notify_cancel():
             return
@@ -30,13 +30,13 @@ class PendingRead(Generic[_Result]):
             self._future.set_result(work())
         except BaseException as error:
             self._future.set_exception(error)
-        # the work may hold an object that holds this one
+        # break the reference cycle if the work holds an object that holds this one
         self._work = None
 
     def result(self) -> _Result:
         """Return the result of the work, or raise its error."""
         work = self._work
-        # in a process that was forked meanwhile there is no thread that would finish it
+        # a process forked in the meantime has no thread to finish the work
         forked = self._process != os.getpid() and not self._future.done()
         if work and (forked or self._future.cancel()):
             return work()
@@ -46,8 +46,8 @@ class PendingRead(Generic[_Result]):
 class ReadingThread:
     """A daemon thread that does one piece of work after another.
 
-    It begins with the first piece of work, and again in a forked process. It ends with the last reference to this object, or with
-    the process.
+    The thread starts with the first piece of work, and is started again in a forked process. It ends when this object is no
+    longer referenced, or with the process.
     """
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class ReadingThread:
         self._lock = threading.Lock()
 
     def start(self, work: Callable[[], _Result]) -> PendingRead[_Result]:
-        """Append work to the queue, after all work that was started before."""
+        """Append work to the thread's queue. Return its pending result."""
         started = PendingRead(work)
         with self._lock:
             if self._process != os.getpid():
                 self._process = os.getpid()
                 self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-                # the thread must not hold this object
+                # the thread must not keep this object alive
                 threading.Thread(target=_run, args=(self._queue,), daemon=True, name="distattn-reading").start()
                 weakref.finalize(self, self._queue.put, None)
         self._queue.put(started.run)
@@ -71,5 +71,5 @@ class ReadingThread:
 def _run(queue: SimpleQueue[Callable[[], None] | None]) -> None:
     while (work := queue.get()) is not None:
         work()
-        # hold no reference while waiting for the next piece of work
+        # drop the reference while waiting for the next piece of work
         del work

@@ -1,4 +1,4 @@
-"""Find the mistake in one call of attention, from the inputs and the results of each rank."""
+"""Find the mistake in one attention call from each rank's inputs and results."""
 
 # N tokens of a micro-batch, M of them compared, H query heads, K key/value heads, D head dim, E value head dim
 
@@ -15,15 +15,17 @@ from distattn.doctor.comparison import Finding, name_ranks
 from distattn.doctor.emulation import ATTENTION_OPTIONS, AttentionCall, attend, visible_keys
 from distattn.doctor.replay import LinkedCall, LocalError, Replay
 
-# tokens of each rank that are compared: enough to distinguish mistakes
+# the number of tokens compared on each rank: enough to tell mistakes apart
 _ROWS = 128
 _STEPS = (-3, -2, -1, 1, 2, 3)
 _ASK = "look at what is done to queries, keys, values and results around the call of attention on that rank"
 
 
 class _Rows(NamedTuple):
-    """A rank's results for some of its tokens: token numbers in the micro-batch (M,), results (M, H, E), and the norm of the
-    largest difference that rounding explains."""
+    """A rank's results for some of its tokens.
+
+    tokens_M: the tokens' indices in the micro-batch. bound: the norm of the largest difference that rounding explains.
+    """
 
     rank: int
     tokens_M: Tensor
@@ -32,7 +34,7 @@ class _Rows(NamedTuple):
 
 
 class _Variant(NamedTuple):
-    """A mistake, and the function that computes the results (M, H, E) of a rank's tokens (M,) with it."""
+    """A possible mistake. compute: returns the results (M, H, E) that attention with this mistake gives for a rank's tokens."""
 
     cause: str
     observed: str
@@ -43,9 +45,10 @@ class _Variant(NamedTuple):
 def explain_attention(
     replay: Replay, link: LinkedCall, errors: Sequence[LocalError], tokens: Sequence[Tensor]
 ) -> Finding | None:
-    """Find the mistake of ranks in a call of attention; return None if no known mistake fits.
+    """Find the mistake that ranks make in an attention call. Return None if no known mistake fits.
 
-    errors: differences of this call's results, by rank. tokens: the numbers of each rank's tokens in the micro-batch.
+    errors: the differences in this call's results, one per rank that differs. tokens: the indices of each rank's tokens in the
+    micro-batch.
     """
     call = link.call
     heads, dim = call.q_NHD.shape[1], call.v_NKE.shape[2]
@@ -76,7 +79,7 @@ def _fits(computed_MHE: Tensor, rows: _Rows) -> bool:
 
 
 def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tensor]:
-    """Return a function that computes the results (M, H, E) of some tokens for this call."""
+    """Return a function that computes this call's results (M, H, E) for some tokens. tiled: see `attend`."""
     allowed_NN = visible_keys(call)
 
     def compute(rows: _Rows) -> Tensor:
@@ -87,7 +90,7 @@ def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tens
 
 
 def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Yield the mistakes without a parameter to search for, the simplest first."""
+    """Yield the mistakes that have no parameter to search for, simplest first."""
     group = call.q_NHD.shape[1] // call.k_NKD.shape[1]
     if group > 1:
         yield _Variant(
@@ -135,7 +138,7 @@ def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Varian
 
 
 def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Yield mistakes that exchange keys or values of tokens, or use keys as values, on one rank or on all."""
+    """Yield mistakes that swap keys or values between tokens, or use keys as values, on one rank or on all ranks."""
     everywhere = [(list(range(len(tokens))), "all ranks")] if len(tokens) > 1 else []
     for ranks, whose in [*everywhere, *(([rank], f"rank {rank}") for rank in range(len(tokens)))]:
         for field, name in (("k_NKD", "keys"), ("v_NKE", "values")):
@@ -162,11 +165,11 @@ def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterat
 
 
 def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Yield wrong masks, which allow too many or too few keys."""
+    """Yield variants whose masks allow too many or too few keys."""
     allowed_NN = visible_keys(call)
     size = len(allowed_NN)
     document_NN = allowed_NN | allowed_NN.t()
-    # documents as a whole, without windows
+    # merge overlapping windows into whole documents
     for _ in range(2):
         document_NN = (document_NN.float() @ document_NN.float()) > 0 if call.options.get("window") else document_NN
     causal_NN = torch.ones(size, size, dtype=torch.bool).tril()
@@ -194,7 +197,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
         lost_NN[:, rank_tokens] = False
         observed = f"does not see the keys of rank {rank}"
         yield masked("keys of a rank missing", observed, lost_NN)
-        # other ranks miss these keys, the rank itself sees them
+        # the other ranks miss these keys, but the rank itself sees them
         kept_NN = lost_NN.clone()
         kept_NN[rank_tokens] = allowed_NN[rank_tokens]
         yield masked("keys of a rank missing", observed, kept_NN)
@@ -217,7 +220,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
 def _explain_values(
     call: AttentionCall, tokens: Sequence[Tensor], wrong: Sequence[_Rows], where: str
 ) -> Finding | None:
-    """Find a factor on each rank's values by least squares: results are linear in values."""
+    """Find ranks whose values are scaled. Since results are linear in the values, least squares gives each rank's factor."""
     terms = []
     for rank_tokens in tokens:
         part_NKE = torch.zeros_like(call.v_NKE, dtype=torch.float64)
@@ -239,7 +242,7 @@ def _explain_values(
 def _explain_scales(
     call: AttentionCall, tokens: Sequence[Tensor], wrong: Sequence[_Rows], where: str
 ) -> Finding | None:
-    """Find a factor on the queries of the ranks that differ, or on the keys of one rank."""
+    """Find a wrong factor on the queries of the ranks that differ, or on the keys of one rank."""
 
     wide = call._replace(q_NHD=call.q_NHD.double(), k_NKD=call.k_NKD.double(), v_NKE=call.v_NKE.double())
 

@@ -1,6 +1,6 @@
-"""Buffers and settings of a model that differ between the ranks and one process, which hypotheses about tokens cannot show."""
+"""Find model buffers and settings that differ between the ranks and one process. Hypotheses about tokens cannot show these."""
 
-# I frequencies of rotary embeddings
+# I rotary embedding frequencies
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _REMEDY = "make the model with the same configuration, and fill buffers that no 
 def explain_by_module(
     model: torch.nn.Module, ranks: Sequence[RankResult], explains: Callable[[], bool]
 ) -> Finding | None:
-    """Set the ranks' buffers and settings in the model, and name the first different one if that explains their results.
+    """Copy the ranks' buffers and settings into the model. If that explains their results, name the first one that differed.
 
-    explains: returns whether emulated ranks without a mistake reproduce the results with the model in its new state.
+    explains: returns whether emulated ranks without a mistake reproduce the results with the changed model.
     """
     buffers = dict(model.named_buffers())
     other = {
@@ -75,6 +75,6 @@ def _different_buffer(name: str, here_I: Tensor, there_I: Tensor) -> Finding:
 
 
 def _base(frequencies_I: Tensor) -> float:
-    """Return the base of frequencies base ** (-i / I)."""
+    """Compute the base from the frequencies, which are base ** (-i / I)."""
     wide, count = frequencies_I.double(), len(frequencies_I)
     return float((wide[0] / wide[-1]) ** (count / max(count - 1, 1)))

@@ -1,6 +1,6 @@
 """Recognize how values were changed: scaled, rounded, left out, taken from other tokens, or dropped at random."""
 
-# T tokens on a rank, C numbers of each
+# T tokens on a rank, C values per token
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _NEIGHBOURS = (1, -1, 2, -2)
 
 
 class Change(NamedTuple):
-    """A change of values. kind: a short name. description: of the changed values, as the rest of a sentence."""
+    """A recognized change of values. kind: a short name. description: what the values now are, as the end of a sentence."""
 
     kind: str
     description: str
 
 
 def common_change(changes: Sequence[Change | None]) -> Change | None:
-    """Return the change that all ranks share; None if their changes differ or one of them is not recognized."""
+    """Return the change that all ranks share, or None if their changes differ or one was not recognized."""
     recognized = [change for change in changes if change is not None]
     kinds = {change.kind for change in recognized}
     return recognized[0] if len(recognized) == len(changes) and len(kinds) == 1 else None
 
 
 def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change | None:
-    """Describe how a rank's values (T, ...) were changed from the right ones; return None if no simple change fits.
+    """Describe how a rank's values (T, ...) differ from the expected ones. Return None if no simple change fits.
 
     bound: the norm of the largest difference that rounding explains.
     """
@@ -44,7 +44,7 @@ def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change |
 
 
 def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
-    """Return the dtype that values were rounded to although they are stored in a finer one; None if they were not."""
+    """Return the dtype to which values were rounded before being stored in a finer one. Return None if they were not."""
     if got_T.dtype not in (torch.float32, torch.float64) or not got_T.any():
         return None
     for dtype in (torch.bfloat16, torch.float16):
@@ -57,16 +57,16 @@ def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
 
 
 def best_factor(expected: Tensor, got: Tensor) -> float:
-    """Compute the factor by which the right values come nearest to the rank's values."""
+    """Compute the factor that brings the expected values closest to the rank's values."""
     return float((expected.double() * got.double()).sum() / expected.double().square().sum().clamp(min=1e-30))
 
 
 def search_factor(difference: Callable[[float], float]) -> float:
-    """Find the factor between 1/64 and 64 for which `difference` is smallest."""
+    """Find the factor between 1/64 and 64 that minimizes `difference`."""
     grid = torch.logspace(-6, 6, 73, base=2.0, dtype=torch.float64).tolist()
     best = min(range(len(grid)), key=lambda index: difference(grid[index]))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    # golden section
+    # golden-section search
     ratio = (5**0.5 - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = difference(left), difference(right)
@@ -94,7 +94,7 @@ def _candidates(expected_TC: Tensor, got_TC: Tensor) -> Iterator[tuple[Change, T
 
 
 def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
-    """Describe numbers that were dropped at random, and the others scaled up."""
+    """Describe the effect of dropout: random values are zero, and the others are scaled up."""
     there = expected_TC != 0
     zero = (got_TC == 0) & there
     share = float(zero.sum() / there.sum().clamp(min=1))
@@ -110,7 +110,7 @@ def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
 
 
 def _moved(expected_TC: Tensor, got_TC: Tensor, bound: float) -> Change | None:
-    """Describe values of other tokens of the same rank, or features in another order."""
+    """Describe values that belong to another token of the same rank, and tokens or features in another order."""
     tokens, features = expected_TC.shape
     for step in _NEIGHBOURS:
         if tokens > abs(step) + 1:

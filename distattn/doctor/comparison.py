@@ -1,6 +1,6 @@
-"""Shared parts of the doctor's comparisons: findings, and the order in which ranks' results are compared with one process."""
+"""Shared parts of the doctor's comparisons: findings, and helpers that order and name the ranks' results."""
 
-# N tokens of all micro-batches
+# N tokens in all micro-batches
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# the result of `rank_run.run_on_this_rank` on one rank, and the part of it for one micro-batch; torch.save takes them
+# one rank's result of `rank_run.run_on_this_rank`, and its part for one micro-batch; torch.save can store either
 RankResult = dict[str, Any]
 PartResult = dict[str, Any]
 
 
-# the largest number of segments of tokens that a sentence names
+# the largest number of token ranges listed in a sentence
 _SEGMENTS = 4
 
 
 class Finding(NamedTuple):
-    """A mistake: its short name, the observation, and the remedy."""
+    """A mistake. cause: its short name. observed: the observation that shows it. remedy: how to fix it."""
 
     cause: str
     observed: str
@@ -28,11 +28,11 @@ class Finding(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """The result of the doctor.
+    """The doctor's result.
 
-    measured: numbers by name. first_difference: the first module that differs. findings: the likely cause first. where: text
-    about the first difference: its place, ranks and tokens. not_repeated: why the ranks' steps could not be repeated module by
-    module in one process; empty if they could.
+    measured: numbers by name. first_difference: the name of the first module that differs. findings: the most likely cause
+    first. where: text that gives the place, ranks and tokens of the first difference. not_repeated: why the ranks' steps could
+    not be repeated module by module in one process; empty if they could.
     """
 
     measured: dict[str, float]
@@ -43,7 +43,7 @@ class Diagnosis(NamedTuple):
 
 
 def parts_of(ranks: Sequence[RankResult]) -> Iterator[tuple[int, PartResult]]:
-    """Yield (rank, micro-batch) for all micro-batches of all ranks."""
+    """Yield (rank, micro-batch result) for every micro-batch of every rank."""
     for rank, result in enumerate(ranks):
         for part in result["parts"]:
             yield rank, part
@@ -55,9 +55,9 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def in_global_order(parts: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
-    """Put the ranks' values, (T, ...) each, into the order of the batch, (N, ...); padding is left out.
+    """Arrange the ranks' values, (T, ...) each, in batch order, (N, ...), and leave out padding.
 
-    tokens: the global coordinates of each part's tokens.
+    tokens: the indices of each part's tokens in the batch.
     """
     dtype = parts[0].dtype
     for part in parts:
@@ -69,14 +69,14 @@ def in_global_order(parts: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """Name ranks: "rank 1", "ranks 0, 1 and 3"."""
+    """Format rank numbers: "rank 1", "ranks 0, 1 and 3"."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
 def name_tokens(tokens: Sequence[int]) -> str:
-    """Name tokens of the batch by their first segments: "token 7", "tokens 3 to 20, 41 and 60 to 72"."""
+    """Format token numbers as ranges, listing only the first few: "token 7", "tokens 3 to 20, 41 and 60 to 72"."""
     segments: list[list[int]] = []
     for token in sorted(tokens):
         if segments and token == segments[-1][1] + 1:

@@ -1,7 +1,7 @@
-"""The diagnosis of `distattn doctor`: the first difference from one process, and the mistake that explains it.
+"""The diagnosis of `distattn doctor`: the first difference from a single-process run, and the mistake that explains it.
 
-A mistake is named only if making it in one process reproduces the ranks' results. The limits of differences are measured: see
-`measure_tolerances`.
+A mistake is named only if making it in one process reproduces the ranks' results. How large a difference may be is measured:
+see `measure_tolerances`.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
 Result = TypeVar("Result")
-# a dtype with a larger eps is of low precision
+# a dtype with a larger eps counts as low precision
 _LOW_PRECISION = 1e-5
 
 
 def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
-    """Compare the ranks' results with this process, and explain the first difference: logits first, then labels and gradients.
+    """Compare the ranks' results with those of this process and explain the first difference.
 
-    Raises DistattnError if the target cannot be run in one process.
+    Logits are compared first, then labels, then gradients. Raises DistattnError if the target cannot be run in one process.
     """
     if finding := check_inputs(ranks):
         return Diagnosis({}, None, [finding])
@@ -95,12 +95,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
         return routing[0].routed_batches()
 
     explain_router = partial(
-        explain_router_loss,
-        reference,
-        compared,
-        model,
-        partial(target.router_loss, model),
-        routed,
+        explain_router_loss, reference, compared, model, partial(target.router_loss, model), routed
     )
     backward = _Backward(replay, reference)
     finding = _explain_gradients_and_weights(reference, ranks, losses, compared, explain_router, backward.explain)
@@ -109,7 +104,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     finding = _with_refusal(finding or check_state(ranks), ranks)
     if finding is not None:
         return Diagnosis(measured, None, [finding], backward.where)
-    # without a replay only the logits of the whole model were compared
+    # without a replay, only the whole model's logits were compared
     hidden = tolerances.logits / norm if replay is None else replay.hidden(FORWARD)
     measured |= {"hidden": hidden, "hidden in gradients": backward.hidden(compared)}
     not_repeated = (emulation.failures or ["for an unknown reason"])[-1] if replay is None else backward.failure
@@ -117,24 +112,27 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
 
 
 class _Backward:
-    """The backward pass, repeated in one process if that shows more than the gradients of parameters."""
+    """The backward pass, repeated in one process where that shows more than the parameters' gradients do."""
 
     def __init__(self, replay: Replay | None, reference: ReferenceResult):
         # the gradient of a router loss does not pass through the logits
         self._replay = replay if reference.token_gradients is None else None
         self._done = False
         self.where: str | None = None
-        # why the backward pass could not be repeated, if it was tried
+        # the error that kept the backward pass from being repeated; empty if there was none
         self.failure = ""
 
     def explain(self) -> Finding | None:
-        """Find a gradient that differs from the result of one process for the ranks' own gradients; None if all agree."""
+        """Repeat the backward pass from the ranks' own gradients and explain the first gradient that differs.
+
+        Return None if all agree or the pass cannot be repeated.
+        """
         if self._replay is None:
             return None
         try:
             self._replay.add_backward()
         except Exception as error:
-            # layers that are recomputed in the backward pass call attention there
+            # recomputed layers call attention in the backward pass, where emulated ranks cannot meet
             self.failure = f"{type(error).__name__}: {error}"
             return None
         self._done = True
@@ -151,7 +149,7 @@ class _Backward:
         return None
 
     def hidden(self, compared: GradientComparison) -> float:
-        """Return the largest relative difference of a gradient that rounding may hide."""
+        """Return the largest relative difference in a gradient that rounding could hide."""
         if self._done and self._replay is not None:
             return self._replay.hidden(BACKWARD)
         return max(
@@ -161,7 +159,7 @@ class _Backward:
 
 
 def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Finding | None:
-    """Add the refusal of the script's setup: it may have the same cause, or be the only finding."""
+    """Add the setup's refusal to the finding, since they may share a cause. Without a finding, report the refusal alone."""
     for rank, result in enumerate(ranks):
         if refusal := result.get("setup_refusal", "").rstrip("."):
             if finding is None:
@@ -171,7 +169,7 @@ def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Findi
 
 
 def _check_repeatable(emulation: EmulatedModel) -> Finding | None:
-    """Find random numbers in one process: with them nothing can be compared, even if the ranks are seeded."""
+    """Return a finding if the model is random in one process. Nothing can then be compared, even if the ranks are seeded."""
     first_NV, second_NV = emulation(RIGHT, False), emulation(RIGHT, False)
     if first_NV is None or second_NV is None or torch.equal(first_NV, second_NV):
         return None
@@ -188,7 +186,7 @@ def _replay(
     ranks: Sequence[RankResult],
     tolerances: Tolerances,
 ) -> Replay | None:
-    """Repeat the ranks' steps in one process; None if that is impossible; `emulation.failures` has the reason then."""
+    """Repeat the ranks' steps in one process. If that fails, return None and add the reason to `emulation.failures`."""
     try:
         return Replay(emulation, model, reference, ranks, tolerances)
     except Exception as error:
@@ -197,7 +195,7 @@ def _replay(
 
 
 def _is_coarse(ranks: Sequence[RankResult]) -> bool:
-    """Return whether ranks compute in less than fp32."""
+    """Return whether the ranks compute in lower precision than fp32."""
     outputs = (out for _, part in parts_of(ranks) for out in part["outputs"].values() if out.is_floating_point())
     tensors = chain(outputs, (ranks[0]["parts"][0]["logits"],))
     return any(torch.finfo(tensor.dtype).eps > _LOW_PRECISION for tensor in tensors)
@@ -210,7 +208,7 @@ def _errors_unsplit(
     ranks: Sequence[RankResult],
     tolerances: Tolerances,
 ) -> list[LocalError]:
-    """Return the first errors of a single rank with all tokens. In fp32 return none: the logits of one process show as much."""
+    """Return the first errors found when a single rank has all tokens. In fp32, return none: the logits would show them."""
     if not _is_coarse(ranks):
         return []
     whole = on_one_rank(reference, ranks)
@@ -229,7 +227,7 @@ def _explain_forward(
     tolerances: Tolerances,
     first: str | None,
 ) -> Finding:
-    """Find why logits, or values on the way to them, differ. errors: at the first place that differs."""
+    """Find why the logits, or values computed before them, differ. errors: the differences at the first place that differs."""
     if finding := explain_weights_in_use(ranks):
         return finding
 
@@ -240,7 +238,7 @@ def _explain_forward(
         try:
             return replay.worst_ratio(hypothesis)
         except Exception as error:
-            # for example an index error for positions beyond the model's table
+            # for example, an index error for positions beyond the model's table
             emulation.note_failure(error)
             return None
 
@@ -265,14 +263,12 @@ def _explain_forward(
 
 _PASS_POSITIONS = "pass the part's position_ids on to the model: they are sharded with the tokens"
 _OTHER_BATCH = Finding(
-    "batches differ",
-    "one process has another batch than the ranks",
-    "make batch() return the same batch at every call",
+    "batches differ", "one process has another batch than the ranks", "make batch() return the same batch at every call"
 )
 
 
 def _odd_logits(reference: ReferenceResult, ranks: Sequence[RankResult]) -> str:
-    """Name the rank whose logits differ most, and its tokens that differ as much."""
+    """Describe the largest difference in logits: its rank, and the rank's tokens that differ at least a tenth as much."""
     worst, description = -1.0, ""
     for rank, part in parts_of(ranks):
         tokens = part["tokens"]
@@ -294,7 +290,7 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
             "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
         ) from None
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
-        # layers that are recomputed in the backward pass call attention there, where emulated ranks cannot meet
+        # recomputed layers call attention in the backward pass, where emulated ranks cannot meet
         names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
         methods = (getattr(model, name, None) for name in names)
         if disable := next((method for method in methods if method is not None), None):
@@ -306,7 +302,7 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
 
 
 def _in_one_process(target: Target, work: Callable[[], Result]) -> Result:
-    """Return the result of `work`. Raises DistattnError that says that an error occurred in one process."""
+    """Return work(). Convert its errors to DistattnError, saying that the model cannot be run in one process."""
     try:
         return work()
     except DistattnError:
@@ -325,11 +321,13 @@ def _explain_gradients_and_weights(
     explain_router: Callable[[], Finding | None],
     explain_backward: Callable[[], Finding | None],
 ) -> Finding | None:
-    """Find the mistake in gradients: they are missing or not reduced, tokens or the router loss have wrong weights, the sum of
-    local gradients is wrong (explain_router), or they are wrong before they are summed (explain_backward).
+    """Find the mistake behind wrong gradients.
+
+    Gradients may be missing, not reduced, summed wrongly, or wrong before they are summed (explain_backward). Or tokens or the
+    router loss (explain_router) may have wrong weights.
     """
     finding = explain_gradients(reference, ranks, compared)
-    # gradients that are not reduced say nothing about weights
+    # unreduced gradients say nothing about weights
     if finding is not None and finding.cause in (
         "gradient missing",
         "keys and values detached",
@@ -337,9 +335,9 @@ def _explain_gradients_and_weights(
     ):
         return finding
     sums = LocalGradients(reference, ranks).explain()
-    # a later step may compensate an equal factor of all weights
+    # a later step may compensate for a factor common to all weights
     if finding is None and sums is None and not are_unequal(losses):
-        # in fp32 the gradients of parameters show as much
+        # in fp32, the parameters' gradients would already show a mistake in the backward pass
         return explain_backward() if _is_coarse(ranks) else None
     weights = explain_weights(reference, losses, ranks[0]["loss_scale"], len(ranks))
     explained = weights or explain_router() or sums
@@ -349,7 +347,7 @@ def _explain_gradients_and_weights(
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
-    """Return the ranks' loss divided by the loss of one process. Ranks have shares to sum, or all have the whole loss."""
+    """Return the ranks' loss divided by the single-process loss. The ranks hold shares to sum, or each holds the whole loss."""
     losses = torch.stack([torch.stack([part["loss"] for part in result["parts"]]).sum() for result in ranks])
     ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
     return min(ratios, key=lambda ratio: abs(ratio - 1))

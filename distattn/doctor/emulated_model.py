@@ -1,4 +1,4 @@
-"""The model of one process, run as several ranks would run it: all micro-batches, with or without a mistake."""
+"""Run the single-process model as several ranks would, over all micro-batches, with or without a mistake."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from distattn.doctor.target import Target
 
 
 class EmulatedModel:
-    """The model of one process, which runs a hypothesis over all micro-batches."""
+    """The single-process model. Calling it runs a hypothesis over all micro-batches."""
 
     def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
         self._device = next(model.parameters()).device
-        # errors that the model raised while mistakes were tried
+        # errors raised by the model while mistakes were tried
         self.failures: list[str] = []
-        # names of the operations that its layers ask of a batch
+        # names of the batch operations that the model's layers call
         self.asked: set[str] = set()
         self._forward = self._working_forward()
 
@@ -34,21 +34,21 @@ class EmulatedModel:
         try:
             return self._logits(self._forward, hypothesis, on_one_rank)
         except Exception as error:
-            # for example an index error for positions beyond the model's table
+            # for example, an index error for positions beyond the model's table
             self.note_failure(error)
             return None
 
     def note_failure(self, error: Exception) -> None:
-        """Note an error because of which a mistake could not be tried in one process."""
+        """Record an error that kept a mistake from being tried in one process."""
         self.failures.append(self._target.describe_error(error))
 
     def gives(self, logits_NV: Tensor, tolerance: float) -> bool:
-        """Return whether ranks without a mistake compute these logits."""
+        """Return whether ranks without a mistake compute these logits, up to a difference of norm `tolerance`."""
         emulated_NV = self(RIGHT, False)
         return emulated_NV is not None and distance(emulated_NV, logits_NV) <= tolerance
 
     def with_failures(self, finding: Finding) -> Finding:
-        """Return the finding with the first failure added, if there was one."""
+        """Return the finding with the first failure, if any, added to its observation."""
         if not self.failures:
             return finding
         tried = f"; not all mistakes could be tried in one process: {self.failures[0]}"
@@ -56,23 +56,23 @@ class EmulatedModel:
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
-        """Return the micro-batches of the step."""
+        """The micro-batches of the step."""
         return self._batches
 
     def logits_of(
         self, batch: MicroBatch, hypothesis: Hypothesis, gradients: bool = False, observe: CallObserver | None = None
     ) -> Tensor:
-        """Compute the logits (N, V) of the ranks of a micro-batch. Raises the errors of the model.
+        """Compute all ranks' logits (N, V) for a micro-batch. Raises the model's errors.
 
-        gradients: a backward pass may follow. observe: called with every call of attention.
+        gradients: True if a backward pass may follow. observe: called with every attention call.
         """
-        # a rank without tokens has one padding token; then all ranks have one
+        # a rank without tokens gets one padding token; if gradients are needed, every rank gets one in that case
         empty = not all(map(len, batch.tokens))
         padding = torch.zeros(int(empty), dtype=batch.pack.ids_N.dtype) if gradients else None
         return self._emulate(self._forward, hypothesis, batch, padding, observe)
 
     def routed_batches(self) -> list[RoutedBatch] | None:
-        """Return router outputs for each micro-batch and all ranks' padding; None without routers, or if the model fails."""
+        """Return each micro-batch's router outputs, padding included. Return None without routers or if the model fails."""
         routed = []
         for batch in self._batches:
             with recorded_returns(self._model) as returned:
@@ -91,9 +91,9 @@ class EmulatedModel:
         return routed
 
     def _working_forward(self) -> Callable[[Mapping[str, Any]], Tensor]:
-        """Return the forward function that works: the plain one, or the script's if the model takes other arguments.
+        """Return a forward function that works: the plain one, or the script's if the model takes other arguments.
 
-        If neither works, the error of the script's function is added to `failures`.
+        If neither works, add the error of the script's function to `failures` and return that function.
         """
         forwards = self._plain_forward, self._script_forward
         for forward in forwards:
@@ -136,5 +136,5 @@ class EmulatedModel:
 
 
 def _whole(batch: MicroBatch) -> MicroBatch:
-    """Return the micro-batch of one rank that has all tokens."""
+    """Return the micro-batch with all of its tokens on one rank."""
     return batch._replace(tokens=[torch.arange(len(batch.pack.ids_N))])

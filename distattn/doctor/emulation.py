@@ -1,6 +1,6 @@
-"""Emulate ranks by threads of one process, whose layers compute by definition, with or without a mistake.
+"""Emulate ranks as threads of one process. Layers that mix tokens follow their definition, with or without a mistake.
 
-Outside of attention the model computes here as on ranks: with the tokens of one rank.
+All other layers run as they do on the ranks: on one rank's tokens.
 """
 
 # N tokens of a micro-batch, M queries among them, T tokens on a rank, V vocabulary; H query heads, K key/value heads, D head
@@ -23,14 +23,14 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.latent import expand_latents
 from distattn.kernels.recurrence.tokens import RecurrenceTokens, token_by_token
 
-# arguments of attention that a layer may pass in addition to q, k and v
+# arguments that a layer may pass to attention besides q, k and v
 ATTENTION_OPTIONS = ("window", "softcap", "sink", "scale")
 _SECONDS = 60
 _THREAD = threading.local()
 
 
 class AttentionCall(NamedTuple):
-    """One call of attention: the arguments of all ranks in the batch's order, its options, and the allowed (query, key) cells."""
+    """One attention call: all ranks' tensors in batch order, the options, and a mask of the allowed (query, key) pairs."""
 
     q_NHD: Tensor
     k_NKD: Tensor
@@ -39,15 +39,15 @@ class AttentionCall(NamedTuple):
     allowed_NN: Tensor
 
 
-# called with each call of attention and its result (N, H, E)
+# called with each attention call and its result (N, H, E)
 CallObserver = Callable[[AttentionCall, Tensor], None]
 
 
 class Mistake(NamedTuple):
-    """A mistake of layers.
+    """A mistake in layers.
 
-    dropped: the one of ATTENTION_OPTIONS that is ignored. window_change: additional tokens of each window. coarse_decay: the
-    logarithms of a recurrence's decays are rounded to bf16.
+    dropped: the name in ATTENTION_OPTIONS of an ignored option. window_change: the number of tokens added to each window.
+    coarse_decay: True if the logarithms of a recurrence's decays are rounded to bf16.
     """
 
     dropped: str | None = None
@@ -58,7 +58,8 @@ class Mistake(NamedTuple):
 class VisibleTokens(NamedTuple):
     """The tokens that each token sees.
 
-    allowed_NN: in attention. read, convolved: the tokens of each sequence that recurrent layers and convolutions read.
+    allowed_NN: a mask of the keys that each query attends to. read: for each sequence, the tokens that recurrent layers read.
+    convolved: for each sequence, the tokens that convolutions read.
     """
 
     allowed_NN: Tensor
@@ -78,11 +79,12 @@ def emulate(
     padding: Tensor | None = None,
     observe: CallObserver | None = None,
 ) -> Tensor:
-    """Compute the logits (N, V) of ranks with these tokens and positions, whose layers see the tokens of `seen`.
+    """Compute the logits (N, V) of emulated ranks. Raises the errors of `forward`.
 
-    forward: a rank's part to logits (1, T, V). tokens, positions: (T,) of each rank; a rank without tokens has one of padding.
-    asked: the names of the operations that layers ask of the batch are added to it. padding: token ids (P,) after the tokens of
-    each rank; with it gradients are kept. observe: called with every call of attention. Raises the errors of `forward`.
+    forward: computes logits (1, T, V) from a rank's part. tokens, positions: (T,) for each rank; a rank without tokens gets one
+    padding token. seen: the tokens that layers see. asked: receives the names of the batch operations that layers call.
+    padding: token ids (P,) appended to each rank's tokens; if given, gradients are kept. observe: called with every attention
+    call.
     """
     exchange = _Exchange(tokens, seen, mistake, asked, observe)
 
@@ -105,19 +107,19 @@ def emulate(
         futures = [threads.submit(run, rank) for rank in range(len(tokens))]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
-        # broken barriers only follow from the thread that failed
+        # prefer the original error, since the other threads' broken barriers only follow from it
         raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
     return in_global_order([future.result() for future in futures], tokens)
 
 
 def emulated_rank() -> int:
-    """Return the rank of this thread."""
+    """Return the rank that this thread emulates."""
     rank: int = _THREAD.rank
     return rank
 
 
 class _Exchange:
-    """The inputs of one call from all threads, and its outcome."""
+    """All threads' inputs to one call, and its result."""
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class _Exchange:
         self.barrier = threading.Barrier(len(tokens), timeout=_SECONDS)
 
     def together(self, rank: int, name: str, inputs: Sequence[Tensor], compute: Callable[..., Tensor]) -> Tensor:
-        """Wait for all ranks, call `compute` once with their tensors (N, ...), and return the rows of this rank, (T, ...)."""
+        """Wait for all ranks, call `compute` once with their joined tensors (N, ...), and return this rank's rows (T, ...)."""
         if getattr(_THREAD, "rank", None) != rank:
             raise DistattnError("a layer is computed again in the backward pass, where ranks cannot meet.")
         self.inputs[rank] = inputs
@@ -143,7 +145,7 @@ class _Exchange:
             self.outcome = compute(*whole)
         self.barrier.wait()
         assert self.outcome is not None
-        # padding sees nothing
+        # padding sees no tokens, so its rows are zero
         out = self.outcome.new_zeros((len(inputs[0]), *self.outcome.shape[1:]))
         rank_tokens = self.tokens[rank]
         out[: len(rank_tokens)] = self.outcome[rank_tokens.to(out.device)]
@@ -151,18 +153,18 @@ class _Exchange:
 
 
 class _EmulatedRank(BatchAttention):
-    """Stand-in for a sharded batch on one of the threads."""
+    """A stand-in for a sharded batch on one thread."""
 
     def __init__(self, exchange: _Exchange, rank: int):
         self._exchange, self._rank = exchange, rank
 
     def check_positions(self, position_ids: Tensor) -> None:
-        """Accept any positions: they may be wrong on purpose."""
+        """Accept any positions, since they may be wrong on purpose."""
 
     def attention(
         self, q_THD: Tensor, k_TKD: Tensor, v_TKE: Tensor, scale: float | None = None, **options: Any
     ) -> Tensor:
-        """Compute attention (T, H, E) as `LocalBatch.attention` does, when all ranks have called it."""
+        """Compute attention (T, H, E) as `LocalBatch.attention` does, once all ranks have called it."""
         exchange = self._exchange
 
         def compute(q_NHD: Tensor, k_NKD: Tensor, v_NKE: Tensor) -> Tensor:
@@ -218,13 +220,13 @@ class _EmulatedRank(BatchAttention):
         return exchange.together(self._rank, "recurrence", list(x.by_token().values()), compute)
 
     def prefix_softmax(self, weights_THL: Tensor, logits_THL: Tensor, v_THV: Tensor) -> Tensor:
-        """Compute softmaxes over the tokens so far (T, H, V) as `LocalBatch.prefix_softmax` does."""
+        """Compute prefix softmaxes (T, H, V) as `LocalBatch.prefix_softmax` does."""
         exchange = self._exchange
 
         def compute(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor) -> Tensor:
             return _prefix_softmax(weights_NHL, logits_NHL, v_NHV, exchange.seen.read).to(v_THV.dtype)
 
-        # it reads a recurrence's state, so it has a recurrence's mistakes
+        # a prefix softmax carries state like a recurrence, so the same mistakes apply
         return exchange.together(self._rank, "recurrence", (weights_THL, logits_THL, v_THV), compute)
 
     def causal_conv1d(
@@ -258,7 +260,7 @@ class _EmulatedRank(BatchAttention):
 
 
 def _check_no_states(initial_state: Tensor | None, return_final_state: bool) -> None:
-    """Raise DistattnError for states of documents: with a mistake a sequence may have tokens of several documents."""
+    """Raise DistattnError if a layer uses document states: with a mistake, a sequence may mix several documents."""
     if initial_state is not None or return_final_state:
         raise DistattnError(
             "the doctor does not handle states of documents: call the layer without initial_state and return_final_state."
@@ -266,7 +268,7 @@ def _check_no_states(initial_state: Tensor | None, return_final_state: bool) -> 
 
 
 def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) -> Tensor:
-    """Compute the recurrence of each sequence of tokens, (N, H, V)."""
+    """Compute the recurrence (N, H, V) over each sequence of tokens."""
     wide = torch.promote_types(x.v.dtype, torch.float32)
     x = x._replace(**{name: value.to(wide) for name, value in x.present().items()})
     out = torch.zeros_like(x.v)
@@ -279,13 +281,13 @@ def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) 
 
 
 def _prefix_softmax(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor, sequences: Sequence[Tensor]) -> Tensor:
-    """Compute values weighted by softmaxes over each sequence's tokens so far, (N, H, V)."""
+    """Average the values with softmax weights over each sequence's tokens so far. Returns (N, H, V)."""
     wide = torch.promote_types(v_NHV.dtype, torch.float32)
     out = torch.zeros_like(v_NHV, dtype=wide)
     for sequence in sequences:
         rows = sequence.to(out.device)
         q, k, v = (x[rows].to(wide) for x in (weights_NHL, logits_NHL, v_NHV))
-        # relative to the logarithms of the sums so far, states are the softmaxes themselves
+        # with keys relative to the running log-sum-exp, the states are the softmaxes themselves
         total = k.logcumsumexp(0)
         decays = -total.diff(dim=0, prepend=total[:1])
         x = RecurrenceTokens(q, (k - total).exp(), v, decays)
@@ -294,7 +296,7 @@ def _prefix_softmax(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor, sequ
 
 
 def _shifted(x_N: Tensor, distance: int, fill: int, sequences: Sequence[Tensor]) -> Tensor:
-    """Shift each sequence of tokens, (N, ...)."""
+    """Shift the tokens (N, ...) within each sequence."""
     out = torch.full_like(x_N, fill)
     for sequence in sequences:
         rows = sequence.to(out.device)
@@ -307,7 +309,7 @@ def _shifted(x_N: Tensor, distance: int, fill: int, sequences: Sequence[Tensor])
 
 
 def _convolution(x_NC: Tensor, weight: Tensor, bias: Tensor | None, sequences: Sequence[Tensor]) -> Tensor:
-    """Compute the causal convolution of each sequence of tokens, (N, C), with filters (C, W), or (C, C / G, W) of G groups."""
+    """Compute the causal convolution (N, C) over each sequence. weight: filters (C, W), or (C, C / G, W) for G groups."""
     out = torch.zeros_like(x_NC)
     weight = weight if weight.dim() == 3 else weight[:, None]
     groups, taps = len(weight) // weight.shape[1], weight.shape[2]
@@ -319,14 +321,14 @@ def _convolution(x_NC: Tensor, weight: Tensor, bias: Tensor | None, sequences: S
 
 
 def dense_attention(call: AttentionCall, mistake: Mistake) -> Tensor:
-    """Compute attention (N, H, E) by its definition."""
+    """Compute attention (N, H, E) by its definition, with the mistake's changes."""
     options = {name: value for name, value in call.options.items() if name != mistake.dropped}
     allowed_NN = visible_keys(call._replace(options=options), mistake.window_change)
     return attend(call.q_NHD, call.k_NKD, call.v_NKE, allowed_NN, options)
 
 
 def visible_keys(call: AttentionCall, window_change: int = 0) -> Tensor:
-    """Return the keys (N, N) that a call's queries see, windows included."""
+    """Return the mask (N, N) of the keys that each query of a call sees, windows included."""
     window = call.options.get("window")
     if window is None:
         return call.allowed_NN
@@ -336,7 +338,7 @@ def visible_keys(call: AttentionCall, window_change: int = 0) -> Tensor:
 def attend(
     q_MHD: Tensor, k_NKD: Tensor, v_NKE: Tensor, allowed_MN: Tensor, options: Mapping[str, Any], tiled: bool = False
 ) -> Tensor:
-    """Compute attention (M, H, E) of M queries to N keys. tiled: repeat the list of key heads, which is a mistake."""
+    """Compute attention (M, H, E) of M queries to N keys. tiled: repeat key heads as 0, 1, 0, 1, which is a mistake."""
     softcap, sink, scale = (options.get(name) for name in ("softcap", "sink", "scale"))
     # like kernels, round only the result
     wide = torch.promote_types(q_MHD.dtype, torch.float32)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-# packages, the tested versions (from, below), and whether the package is required
+# for each package: the first tested version, the first version beyond the tested range, and whether it is required
 PACKAGES = {
     "torch": ("2.11", "2.14", True),
     "numpy": ("1.26", "3", True),
@@ -23,7 +23,7 @@ PACKAGES = {
     "deepspeed": ("0.19", "0.20", False),
     "megatron-core": ("0.16", "0.17", False),
 }
-# settings of the environment that make runs slower or wrong
+# environment variables that slow runs down or break them: the harmful value, and the advice
 _VARIABLES = {
     "CUDA_DEVICE_MAX_CONNECTIONS": (
         "1",
@@ -37,7 +37,7 @@ _SHARED_MEMORY = 1 << 30
 
 
 class Check(NamedTuple):
-    """The state of one thing. ok: None if it is a choice and not a fault. advice: how to mend it, if it should be mended."""
+    """The result of one check. ok: None if the state is a choice rather than a fault. advice: how to fix it, if needed."""
 
     name: str
     ok: bool | None
@@ -46,7 +46,7 @@ class Check(NamedTuple):
 
 
 def check_machine() -> list[Check]:
-    """Look at versions, devices, shared memory, ports and settings of this machine."""
+    """Check this machine's versions, devices, kernels, shared memory, ports and environment variables."""
     return [_python(), *_packages(), *_devices(), *_kernels(), *_memory(), *_ports(), *_environment_variables()]
 
 
@@ -107,7 +107,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Check]:
-    """Yield the kernels that kernel="auto" has timed on this machine's kind of device so far."""
+    """Yield the timings of kernels that kernel="auto" has cached so far."""
     if importlib.util.find_spec("torch") is None:
         return
     from distattn.kernels.trial_cache import all_trials

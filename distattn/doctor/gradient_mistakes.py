@@ -1,4 +1,4 @@
-"""Find the mistake behind different gradients: missing, not summed over ranks, scaled, or wrong in one parameter."""
+"""Find why gradients differ: they are missing, not summed over ranks, scaled, or wrong in one parameter."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distattn.doctor.reference import ReferenceResult
 
 
 class GradientComparison(NamedTuple):
-    """Gradients of all parameters, in fp64: of each rank and of one process.
+    """The gradients of all parameters in fp64, on each rank and in one process (expected).
 
-    tolerances: limits of the norm of a difference from one process. roundings: relative limits of a difference between ranks:
-    reduced gradients are the same on all ranks except for a rounding or two.
+    tolerances: each gradient's largest permitted difference from the expected one, as a norm. roundings: its largest permitted
+    relative difference between ranks. Reduced gradients are equal on all ranks except for a rounding or two.
     """
 
     ranks: list[dict[str, Tensor]]
@@ -26,7 +26,7 @@ class GradientComparison(NamedTuple):
 
     @staticmethod
     def of(reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: dict[str, float]) -> GradientComparison:
-        """Compare the parameters that have a gradient everywhere."""
+        """Collect the gradients of the parameters that have one on every rank."""
         names = [name for name in reference.gradients if all(name in result["gradients"] for result in ranks)]
         wide = [{name: result["gradients"][name].double() for name in names} for result in ranks]
         expected = {name: reference.gradients[name].double() for name in names}
@@ -35,16 +35,16 @@ class GradientComparison(NamedTuple):
 
     @property
     def norm_ratio(self) -> float:
-        """The norm of rank 0's gradient over that of one process."""
+        """The norm of rank 0's gradient divided by that of the expected gradient."""
         return _norm(self.ranks[0]) / max(_norm(self.expected), 1e-30)
 
     def factor_of(self, gradients: dict[str, Tensor]) -> float:
-        """Return the factor between these gradients and the right one, along the right one."""
+        """Return the factor by which the expected gradients come closest to these."""
         along = sum(float((gradients[name] * right).sum()) for name, right in self.expected.items())
         return along / max(_norm(self.expected) ** 2, 1e-30)
 
     def different(self, gradients: dict[str, Tensor], factor: float = 1.0) -> list[str]:
-        """Return the parameters whose gradient is not the right one times the factor."""
+        """Return the parameters whose gradient is not the expected one times the factor."""
         # the rounding error of a scaled gradient is scaled, too
         slack = max(abs(factor), 1.0)
         return [
@@ -54,7 +54,7 @@ class GradientComparison(NamedTuple):
         ]
 
     def unequal(self) -> list[str]:
-        """Return the parameters whose gradient is not the same on all ranks."""
+        """Return the parameters whose gradients differ between ranks."""
         first = self.ranks[0]
         least = 1e-9 * _norm(first)
         return [
@@ -70,7 +70,7 @@ class GradientComparison(NamedTuple):
 def explain_gradients(
     reference: ReferenceResult, ranks: Sequence[RankResult], compared: GradientComparison
 ) -> Finding | None:
-    """Find the mistake in the ranks' gradients; return None if they are those of one process."""
+    """Find the mistake in the ranks' gradients. Return None if they match the expected ones."""
     if finding := explain_missing(reference, ranks, compared):
         return finding
     if unequal := compared.unequal():
@@ -87,7 +87,7 @@ def explain_gradients(
 def explain_missing(
     reference: ReferenceResult, ranks: Sequence[RankResult], compared: GradientComparison
 ) -> Finding | None:
-    """Find parameters without a gradient, or with a zero gradient, that have a gradient in one process."""
+    """Find parameters that have a gradient in one process but none, or only zeros, on some rank."""
     lacking = {
         name: [
             rank
@@ -117,7 +117,7 @@ def explain_missing(
     )
 
 
-# marks in the names of key and value projections
+# substrings that mark the names of key and value projections
 KEY_VALUE = ("k_proj", "v_proj", "kv_", "key", "value", "k_norm", "wk", "wv", "to_k", "to_v")
 
 
@@ -126,7 +126,7 @@ def _is_lost(name: str, rank: RankResult, compared: GradientComparison) -> bool:
 
 
 def _kind(name: str) -> str:
-    """Return the name of a parameter without the number of its layer."""
+    """Return the part of a parameter's name after its layer number."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)

@@ -1,10 +1,10 @@
-"""Find the local gradients that a trainer has summed, and those that it left out, counted twice, or clipped.
+"""Find local gradients that a trainer left out of its sum, counted twice, or clipped.
 
-Each rank's own gradients of each micro-batch are recorded before the trainer changes them. The trainer's gradients are a weighted
-sum of these. Least squares finds the weights, which should be equal.
+Each rank's local gradients of each micro-batch are recorded before the trainer changes them. The trainer's gradients are a
+weighted sum of these. Least squares finds the weights, which should be equal.
 """
 
-# F factors: of every rank's local gradients of every micro-batch
+# F factors: one for each rank's local gradients of each micro-batch
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch import Tensor
 from distattn.doctor.comparison import Finding, RankResult, name_ranks
 from distattn.doctor.reference import ReferenceResult
 
-# the largest relative difference of factors that should be equal, in fp32 and in lower precision
+# the largest relative difference between factors that count as equal, in fp32 and in lower precision
 _FINE, _COARSE = 1e-3, 2e-2
 _NORMS = (0.1, 0.25, 0.3, 0.5, 1.0, 1.5, 2.0, 5.0, 10.0)
 _REDUCE = "sum gradients over all data- and context-parallel ranks, once, after the last micro-batch"
 
 
 class _Fit(NamedTuple):
-    """The factors (ranks, micro-batches) of local gradients in one rank's gradients, and whether their sum explains these."""
+    """The factors (ranks, micro-batches) by which local gradients add up to one rank's gradient. fits: True if they do."""
 
     factors: Tensor
     fits: bool
 
 
 class LocalGradients:
-    """The ranks' gradients before they are reduced, for parameters that are not sharded."""
+    """The ranks' gradients before reduction, for parameters that are not sharded."""
 
     def __init__(self, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._ranks, self._micro_batches = ranks, len(reference.packs)
@@ -46,14 +46,14 @@ class LocalGradients:
             and all(name in result["gradients"] for result in ranks)
             and all(local[name].shape == expected.shape for local in self._local if name in local)
         ]
-        # gradients in fp32 may have been reduced in the dtype of the local ones, as DeepSpeed does
+        # fp32 gradients may have been reduced in the local gradients' dtype, as DeepSpeed does
         dtypes = [result["gradients"][name].dtype for result in ranks for name in self._names]
         dtypes += [gradient.dtype for local in self._local for gradient in local.values()]
         self._eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
         self._precision = _FINE if self._eps < 1e-5 else _COARSE
 
     def explain(self) -> Finding | None:
-        """Find the mistake in the sum; return None if all factors are equal or no known mistake fits."""
+        """Find the mistake in the sum. Return None if all factors are equal or no known mistake fits."""
         names = [name for name in self._names if bool(self._expected[name].any())]
         if not names:
             return None
@@ -104,7 +104,7 @@ class LocalGradients:
         )
 
     def _explain_unequal(self, factors: Sequence[Tensor]) -> Finding | None:
-        """Explain different reduced gradients on ranks."""
+        """Explain reduced gradients that differ between ranks."""
         for rank, rank_factors in enumerate(factors):
             others = torch.cat([rank_factors[:rank], rank_factors[rank + 1 :]])
             if float(others.abs().max()) > self._precision * float(rank_factors.abs().max()):
@@ -117,7 +117,7 @@ class LocalGradients:
         return Finding("gradients not reduced", "each rank has its own gradients only", _REDUCE)
 
     def _explain_clipping(self, names: Sequence[str], factors: Tensor) -> Finding | None:
-        """Explain an equal factor by the norm to which gradients were clipped."""
+        """Explain a factor common to all gradients by clipping. Return None if their norm is not a usual clipping limit."""
         factor = self._factor(names)
         norm = float(torch.stack([self._ranks[0]["gradients"][name].double().norm() for name in names]).norm())
         ranks = len(self._ranks)
@@ -131,12 +131,12 @@ class LocalGradients:
         return Finding("gradients clipped", observed, "clip after the doctor has asked for gradients(model)")
 
     def _factor(self, names: Sequence[str]) -> float:
-        """Return the factor between rank 0's gradient and that of one process, along the latter."""
+        """Return the factor by which the expected gradient comes closest to rank 0's."""
         along = sum(float((self._ranks[0]["gradients"][name].double() * self._expected[name]).sum()) for name in names)
         return along / max(sum(float(self._expected[name].square().sum()) for name in names), 1e-30)
 
     def _explain_micro_batches(self, factors: Tensor) -> Finding | None:
-        """Explain factors that differ between micro-batches, in the same way on all ranks."""
+        """Explain factors that differ between micro-batches but not between ranks."""
         by_micro_batch = factors.mean(0)
         largest = float(factors.abs().max())
         if float((factors - by_micro_batch).abs().max()) > self._precision * largest or self._micro_batches == 1:
@@ -193,7 +193,7 @@ class LocalGradients:
         )
 
     def _explain_rest(self, names: Sequence[str], fit: _Fit) -> Finding | None:
-        """Explain gradients that are a sum of local ones except for an addition or a rounding."""
+        """Explain gradients that equal a sum of local ones up to an added term or rounding."""
         old = [name for result in self._ranks for name in result["old_gradients"]]
         if old:
             observed = f"{old[0]} had a gradient before the first backward pass, which is in the sum"
@@ -224,7 +224,7 @@ class LocalGradients:
         return Finding("weights in gradients", observed, "leave weight decay to the optimizer")
 
     def _explain_single(self, names: Sequence[str]) -> Finding | None:
-        """Explain single parameters whose gradient is a different sum than those of most."""
+        """Explain a parameter whose gradient is a different sum from those of most parameters."""
         fits = {name: self._fit(0, [name]) for name in names}
         usual = (
             float(torch.stack([fit.factors.median() for fit in fits.values() if fit.fits]).median())

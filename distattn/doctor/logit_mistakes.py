@@ -1,6 +1,6 @@
-"""Find the mistake behind different logits: emulate the ranks in one process with each mistake, and compare."""
+"""Find the mistake behind different logits by emulating the ranks in one process with each known mistake."""
 
-# N tokens of all micro-batches, T tokens on a rank, V vocabulary; M tokens of one micro-batch
+# N tokens in all micro-batches, M tokens in one micro-batch, T tokens on a rank, V vocabulary
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from distattn.doctor.reference import ReferenceResult, Tolerances, outputs_of_ra
 class MicroBatch(NamedTuple):
     """A micro-batch as hypotheses need it.
 
-    tokens: of each rank (T,), counted from the first of the micro-batch. passed: the positions (T,) that each rank passed to the
-    model. planned: the lengths of documents in the ranks' plan. padding: the ids of each rank's padding.
+    tokens: the indices of each rank's tokens (T,) in the micro-batch. passed: the positions (T,) that each rank passed to the
+    model. planned: the document lengths in the ranks' plan. padding: the token ids of each rank's padding.
     """
 
     pack: PackedBatch
@@ -32,17 +32,17 @@ class MicroBatch(NamedTuple):
     padding: list[Tensor]
 
     def right(self) -> list[Tensor]:
-        """Return the right positions of each rank's tokens."""
+        """Return the correct positions of each rank's tokens."""
         whole = torch.cat([torch.arange(length) for length in self.pack.lengths])
         return [whole[tokens] for tokens in self.tokens]
 
     def documents(self) -> list[tuple[int, int]]:
-        """Return the first token of each document, and its end."""
+        """Return each document's first token and its end (exclusive)."""
         ends = list(accumulate(self.pack.lengths, initial=0))
         return list(pairwise(ends))
 
 
-# sequences of tokens that recurrent layers read; the state is reset at the beginning of each
+# the token sequences that recurrent layers read; the state is reset at the start of each
 Readings = list[Tensor]
 
 
@@ -51,9 +51,10 @@ def _read_documents(batch: MicroBatch) -> Readings:
 
 
 class Hypothesis(NamedTuple):
-    """A mistake and its effect on a micro-batch: the ranks' positions, the allowed cells (M, M), and the mistake in layers.
+    """A mistake and its effect on a micro-batch.
 
-    readings: the sequences that recurrent layers and convolutions read; convolved: those of convolutions, if they differ.
+    positions: the ranks' positions. allowed: the mask (M, M) of allowed (query, key) pairs. mistake: the mistake in layers.
+    readings: the sequences that recurrent layers and convolutions read. convolved: the convolutions' sequences, if they differ.
     """
 
     finding: Finding
@@ -64,15 +65,15 @@ class Hypothesis(NamedTuple):
     convolved: Callable[[MicroBatch], Readings] | None = None
 
 
-# a hypothesis -> the logits (N, V) of ranks, or of one rank that has all tokens; None if the model fails
+# (hypothesis, on one rank) -> the logits (N, V) of the ranks, or of one rank with all tokens; None if the model fails
 Emulation = Callable[[Hypothesis, bool], Tensor | None]
-# a hypothesis -> the largest difference from the ranks' results, divided by the difference that rounding explains; None if the
+# hypothesis -> the largest difference from the ranks' results, divided by the difference that rounding explains; None if the
 # model fails
 Score = Callable[[Hypothesis], float | None]
 
 
 def micro_batches_of(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list[MicroBatch]:
-    """Put the ranks' parts of each micro-batch together."""
+    """Combine the ranks' parts of each micro-batch."""
     out, first = [], 0
     for number, pack in enumerate(reference.packs):
         parts = [result["parts"][number] for result in ranks]
@@ -95,7 +96,7 @@ def micro_batches_of(reference: ReferenceResult, ranks: Sequence[RankResult]) ->
 def first_different_module(
     reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: Tolerances
 ) -> str | None:
-    """Name the first module, in the order of execution, whose output is not that of one process."""
+    """Return the name of the first module, in execution order, whose output differs from the reference, or None."""
     for name, expected in reference.outputs.items():
         there = outputs_of_ranks(reference, ranks, name)
         if there is not None and distance(there, expected) > tolerances.outputs[name]:
@@ -111,10 +112,10 @@ def explain_logits(
     score: Score,
     of_other_layers: Callable[[], Iterable[Hypothesis]],
 ) -> Finding | None:
-    """Find the mistake that reproduces the ranks' results in one process; return None if no mistake does.
+    """Find the mistake that reproduces the ranks' results in one process. Return None if no mistake does.
 
-    tolerance: limit of the norm of differences of logits. of_other_layers: returns mistakes of layers without attention, called
-    after the model has been run.
+    tolerance: the largest permitted norm of a difference in logits. of_other_layers: returns mistakes in layers without
+    attention; it is called once the model has been run.
     """
     ratio = score(RIGHT)
     if ratio is not None and ratio <= 1:
@@ -122,13 +123,10 @@ def explain_logits(
         return None if right is None else _explain_model(reference, right, tolerance, emulation)
     batches = micro_batches_of(reference, ranks)
     tried = {_identity(RIGHT, batches)}
-    for hypotheses in (
-        chain(_hypotheses(ranks), of_other_layers()),
-        _positions_of_some_ranks(len(ranks)),
-    ):
+    for hypotheses in (chain(_hypotheses(ranks), of_other_layers()), _positions_of_some_ranks(len(ranks))):
         explanations: list[tuple[float, Finding]] = []
         for hypothesis in hypotheses:
-            # skip a hypothesis that has the effect of an earlier one, or of no mistake, on these batches
+            # skip a hypothesis whose effect on these batches is that of an earlier one, or of no mistake
             if (identity := _identity(hypothesis, batches)) in tried:
                 continue
             tried.add(identity)
@@ -136,14 +134,14 @@ def explain_logits(
             if ratio is not None and ratio <= 1:
                 explanations.append((ratio, hypothesis.finding))
         if explanations:
-            # the first of those that fit about as well as the best one
+            # choose the first of those that fit about as well as the best
             best = min(ratio for ratio, _ in explanations)
             return next(finding for ratio, finding in explanations if ratio <= 2 * best + 1 / 16)
     return None
 
 
 def _wrong_window(reference: ReferenceResult, tolerance: float, emulation: Emulation) -> Finding | None:
-    """Find a window length that is off by one: with the opposite change the model is right in one process."""
+    """Find a window length that is off by one: with the opposite change, the emulated ranks match the reference."""
     for hypothesis in _wrong_windows():
         mended = emulation(hypothesis._replace(mistake=Mistake(window_change=-hypothesis.mistake.window_change)), False)
         if mended is not None and distance(mended, reference.logits_NV) <= tolerance:
@@ -152,21 +150,21 @@ def _wrong_window(reference: ReferenceResult, tolerance: float, emulation: Emula
 
 
 def _identity(hypothesis: Hypothesis, batches: Sequence[MicroBatch]) -> tuple[str, Mistake]:
-    """Return a hypothesis's effect: a digest of positions and masks, and the mistake in layers."""
+    """Return what a hypothesis changes: a digest of positions, masks and sequences, and the mistake in layers."""
     tensors: list[Tensor] = []
     for batch in batches:
         tensors += [*hypothesis.positions(batch), hypothesis.allowed(batch)]
         for reading in hypothesis.readings, hypothesis.convolved or hypothesis.readings:
-            # -1 ends a sequence
+            # -1 marks the end of a sequence
             sequences = (sequence for sequence in reading(batch) if len(sequence))
             tensors += [torch.cat([sequence, sequence.new_full((1,), -1)]) for sequence in sequences]
     return digest(*tensors), hypothesis.mistake
 
 
 def _explain_model(reference: ReferenceResult, split: Tensor, tolerance: float, emulation: Emulation) -> Finding | None:
-    """Find a mistake inside the model that shows only on several ranks: the inputs of all ranks are right.
+    """Find a mistake inside the model that shows only on several ranks, although all inputs are right.
 
-    split: the logits (N, V) of such ranks.
+    split: the logits (N, V) of emulated ranks without a mistake.
     """
     moved = emulation(RIGHT._replace(positions=lambda batch: [right + 1 + right % 3 for right in batch.right()]), False)
     whole, first = emulation(RIGHT, True), reference.lengths[0]
@@ -214,12 +212,12 @@ def _over_the_pack(batch: MicroBatch) -> list[Tensor]:
 
 
 def _from_rank_on(batch: MicroBatch) -> list[Tensor]:
-    """Return positions as if each rank had one segment of the batch, in the order of ranks."""
+    """Return positions as if each rank held one contiguous segment of the batch, in rank order."""
     return [torch.arange(len(tokens)) + rank * len(tokens) for rank, tokens in enumerate(batch.tokens)]
 
 
 def positions_over_pack() -> Hypothesis:
-    """Return the mistake that positions are not reset at documents."""
+    """Return the hypothesis that positions are not reset at document starts."""
     return RIGHT._replace(positions=_over_the_pack)
 
 
@@ -254,7 +252,7 @@ def _on_one_rank(batch: MicroBatch) -> Tensor:
 
 
 def _on_one_rank_by_positions(batch: MicroBatch) -> Tensor:
-    """Return the same mask, with a new document wherever positions do not increase by one, as in transformers."""
+    """Return the mask of `_on_one_rank`, with a new document wherever positions do not increase by one, as in transformers."""
     return _rank_local(batch, [passed.diff(prepend=passed[:1] - 1) != 1 for passed in batch.passed])
 
 
@@ -286,7 +284,7 @@ def _wrong_positions() -> Iterator[Hypothesis]:
 
 
 def _positions_of_some_ranks(ranks: int) -> Iterator[Hypothesis]:
-    """Yield wrong positions of one rank, and positions that are off by a few on one rank or on all."""
+    """Yield hypotheses with wrong positions on one rank, or with positions off by one on one rank or on all ranks."""
     remedy = "pass the part's position_ids on to the model: they are sharded with the tokens"
 
     def on_rank(odd: int, positions: Callable[[MicroBatch], list[Tensor]]) -> Callable[[MicroBatch], list[Tensor]]:

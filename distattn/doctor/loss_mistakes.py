@@ -1,9 +1,9 @@
-"""Read the labels and weights of a loss off the gradient that reaches the logits, and find mistakes in them.
+"""Infer the labels and weights of a loss from the gradient of the logits, and find mistakes in them.
 
-For cross entropy a token's gradient is weight * (softmax(logits) - onehot(label)), so both follow from it exactly.
+For cross entropy, a token's gradient is weight * (softmax(logits) - onehot(label)), which determines label and weight exactly.
 """
 
-# T tokens of a part, V vocabulary, P parts (micro-batches of ranks)
+# T tokens in a part (one rank's share of a micro-batch), V vocabulary
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.doctor.comparison import Finding, PartResult, RankResult, parts_of
 from distattn.doctor.reference import ReferenceResult
 
-# a token with less than this share of the usual gradient has no loss; a label fits if it leaves at most this share unexplained:
-# bf16 has two digits
+# A token has no loss if its gradient is below this fraction of the usual one. A label fits if it leaves at most this fraction of
+# the gradient unexplained. The limit is loose because bf16 has only two digits.
 _NO_LOSS = _FITS = 0.05
-# the largest relative difference between weights of a part's tokens that should be equal
+# the largest relative difference at which the weights of a part's tokens count as equal
 _UNEQUAL = 0.05
-# the share of a token's gradient that cross entropy may leave unexplained
+# the fraction of a token's gradient that cross entropy may leave unexplained
 _FORM = 2e-3
-# a token with a smaller norm of softmax - onehot is predicted almost with certainty, and its gradient says nothing
+# a token with a smaller norm of softmax - onehot is predicted almost with certainty, so its gradient shows nothing
 _SURE = 0.02
 
 
 class PartLoss(NamedTuple):
-    """The labels and weights of a part's loss.
+    """The labels and weights that a part's loss used.
 
-    labels_T: IGNORE_INDEX for tokens without a loss. weights_T: of the tokens' losses. right_T: the right labels. clear_T: tokens
-    whose gradient shows label and weight. upstream: the factor by which backward multiplied the loss; it is not in the
-    weights. eps: of the gradient's dtype. misfit: the share of a token's gradient that cross entropy does not explain, the median
-    over tokens. smoothing: the label smoothing that explains it, 0 if none does.
+    right_T: the correct labels. labels_T: the labels used, IGNORE_INDEX for tokens without a loss. weights_T: the weights of the
+    tokens' losses. clear_T: True for tokens whose gradient reveals label and weight. upstream: the factor by which backward
+    multiplied the loss; the weights do not include it. eps: the eps of the gradient's dtype. misfit: the fraction of a token's
+    gradient that cross entropy does not explain, as the median over tokens. smoothing: the label smoothing that explains the
+    misfit, or 0.
     """
 
     rank: int
@@ -51,7 +52,7 @@ class PartLoss(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """The median weight of tokens that have a loss; 0 without such tokens."""
+        """The median weight of the tokens with a loss; 0 without such tokens."""
         counted = self.weights_T[self.clear_T & (self.labels_T != IGNORE_INDEX)]
         return float(counted.median()) if len(counted) else 0.0
 
@@ -62,13 +63,13 @@ class PartLoss(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """The spread of its tokens' weights: (largest - smallest) / median."""
+        """The spread of the tokens' weights: (largest - smallest) / median."""
         counted = self.weights_T[self.clear_T & (self.labels_T != IGNORE_INDEX)]
         return float((counted.max() - counted.min()) / counted.median().abs()) if len(counted) else 0.0
 
 
 def read_losses(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list[PartLoss]:
-    """Read the labels and weights of every part's loss; return an empty list if no logits had a gradient."""
+    """Infer the labels and weights of every part's loss. Return an empty list if no logits received a gradient."""
     parts = list(parts_of(ranks))
     if not any("logits_gradient" in part for _, part in parts):
         return []
@@ -86,7 +87,7 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
     gradient_TV = recorded_TV.double() / upstream
     probability_TV = logits_TV.double().softmax(-1)
     labels_T, weights_T = _labels_and_weights(gradient_TV, probability_TV, right_T)
-    # the norm of the gradient for a loss of weight 1 with the right label; for tokens without a label the usual norm
+    # the gradient's norm for a loss of weight 1 with the right label; the usual norm, 1, for tokens without a label
     unit_T = _direction(probability_TV, right_T).norm(dim=-1).masked_fill(right_T == IGNORE_INDEX, 1.0)
     sure_weights = weights_T[unit_T > _SURE].abs()
     usual = float(sure_weights.median()) if len(sure_weights) else 0.0
@@ -109,7 +110,7 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
 def _misfit_and_smoothing(
     gradient_TV: Tensor, probability_TV: Tensor, labels_T: Tensor, counted_T: Tensor
 ) -> tuple[float, float]:
-    """Return the share of gradients that cross entropy does not explain, and the label smoothing that explains it, or 0."""
+    """Return the fraction of the gradients that cross entropy does not explain, and the label smoothing that does, or 0."""
     if not counted_T.any():
         return 0.0, 0.0
     gradient_TV, direction_TV = gradient_TV[counted_T], _direction(probability_TV, labels_T)[counted_T]
@@ -125,7 +126,7 @@ def _misfit_and_smoothing(
 
 
 def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the label and weight that fit each token's gradient best; the right label if it fits, too."""
+    """Return the label and weight that best fit each token's gradient, preferring the right label if it fits."""
     weights_T = _along(gradient_TV, _direction(probability_TV, right_T))
     rest_TV = gradient_TV - weights_T[:, None] * _direction(probability_TV, right_T)
     fits_T = (right_T != IGNORE_INDEX) & (rest_TV.norm(dim=-1) <= _FITS * gradient_TV.norm(dim=-1))
@@ -137,17 +138,17 @@ def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Te
 
 
 def _direction(probability_TV: Tensor, label_T: Tensor) -> Tensor:
-    """Return the gradient of each token's cross entropy, (T, V)."""
+    """Return the gradient (T, V) of each token's cross entropy with respect to its logits."""
     return probability_TV - F.one_hot(label_T.clamp(min=0), probability_TV.shape[1])
 
 
 def _along(gradient_TV: Tensor, direction_TV: Tensor) -> Tensor:
-    """Return the factor of each token's gradient along its direction, (T,)."""
+    """Return the multiple (T,) of each token's direction that comes closest to its gradient."""
     return (gradient_TV * direction_TV).sum(-1) / direction_TV.square().sum(-1).clamp(min=1e-30)
 
 
 def explain_form(losses: Sequence[PartLoss]) -> Finding | None:
-    """Return a finding if a loss is not cross entropy, which one process computes."""
+    """Return a finding if a loss is not plain cross entropy, which the reference uses."""
     odd = [loss for loss in losses if loss.misfit > max(_FORM, 3 * loss.eps)]
     if not odd:
         return None
@@ -160,7 +161,7 @@ def explain_form(losses: Sequence[PartLoss]) -> Finding | None:
 
 
 class _LabelMistake(NamedTuple):
-    """Wrong labels: labels(reference, global coordinates of a part's tokens (T,)) -> labels (T,)."""
+    """A labeling mistake. labels: returns a part's wrong labels (T,) from the reference and its tokens' indices in the batch."""
 
     labels: Callable[[ReferenceResult, Tensor], Tensor]
     cause: str
@@ -169,7 +170,7 @@ class _LabelMistake(NamedTuple):
 
 
 def explain_labels(reference: ReferenceResult, losses: Sequence[PartLoss]) -> Finding | None:
-    """Find the mistake in the labels of the loss; return None if they are right."""
+    """Find the mistake in the loss's labels. Return None if they are right."""
     if all(_has_labels(loss, loss.right_T) for loss in losses):
         return None
     for mistake in _LABEL_MISTAKES:
@@ -183,7 +184,7 @@ def _has_labels(loss: PartLoss, labels_T: Tensor) -> bool:
 
 
 def _single_labels(losses: Sequence[PartLoss]) -> Finding:
-    """Count the labels that are lost, leaked or wrong, and name the first of the most frequent kind."""
+    """Count the labels that are lost, leaked or wrong, and name the first token of the most frequent kind."""
     masks = {
         "labels lost": lambda loss: (loss.labels_T == IGNORE_INDEX) & (loss.right_T != IGNORE_INDEX) & loss.clear_T,
         "labels leaked": lambda loss: (loss.labels_T != IGNORE_INDEX) & (loss.right_T == IGNORE_INDEX),
@@ -210,18 +211,18 @@ def _single_labels(losses: Sequence[PartLoss]) -> Finding:
 
 
 def are_unequal(losses: Sequence[PartLoss]) -> bool:
-    """Return whether parts have unequal weights of tokens in the backward pass.
+    """Return whether tokens of different parts have unequal weights in the backward pass.
 
-    Scaling gradients afterwards cannot correct that: through attention each rank has gradients of other ranks' tokens.
+    Scaling gradients afterwards cannot correct that, since attention gives each rank gradients from other ranks' tokens.
     """
     weights = [loss.weight * loss.upstream for loss in losses if loss.weight]
     return bool(weights) and max(weights) - min(weights) > _precision(losses) * max(map(abs, weights))
 
 
 def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scale: float, ranks: int) -> Finding | None:
-    """Find the mistake in the weights of tokens; return None if all have the weight of `loss_scale`.
+    """Find the mistake in the token weights. Return None if they are right.
 
-    scale: the result of `ContextParallel.loss_scale`.
+    scale: the result of `ContextParallel.loss_scale`, which determines the right weights.
     """
     counted = [loss for loss in losses if loss.weight]
     if not counted:
@@ -232,7 +233,7 @@ def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scal
         return Finding("tokens weighted unequally", observed, _REMEDY)
     if are_unequal(counted):
         return _unequal_parts(counted, micro_batches)
-    # the weight compared with the right one
+    # the weight relative to the right one
     factor = counted[0].weight * labels / scale
     explanations = {
         "loss not divided": ((labels / scale, float(labels)), "sums are not divided by the number of tokens"),
@@ -263,7 +264,7 @@ def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scal
 
 
 def _precision(losses: Sequence[PartLoss]) -> float:
-    """Return the largest relative difference of equal weights: they are medians of values that were rounded once."""
+    """Return the largest relative difference at which weights count as equal. They are medians of values rounded once."""
     return max(1e-4, 2 * max(loss.eps for loss in losses))
 
 
@@ -271,7 +272,7 @@ _REMEDY = "multiply the sum of token losses by the part's loss_scale, once"
 
 
 def _unequal_parts(losses: Sequence[PartLoss], micro_batches: int) -> Finding:
-    """Explain parts whose tokens have unequal weights."""
+    """Explain why tokens of different parts have unequal weights."""
     sums = [loss.weight * loss.upstream * loss.labels for loss in losses]
     if max(sums) - min(sums) <= _precision(losses) * max(map(abs, sums)):
         return Finding("mean of means", "each rank divides by its own tokens", _REMEDY)

@@ -1,6 +1,6 @@
-"""Find the mistake of single ranks behind the first difference: in positions, attention, weights or modules."""
+"""Explain the first difference by a mistake on individual ranks: in positions, attention, weights or modules."""
 
-# T tokens on a rank, P positions, C numbers of a position, I frequencies of rotary embeddings
+# T tokens on a rank, P positions, C values per position, I rotary embedding frequencies
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SAME_MODEL = "use the same weights, buffers and settings on every rank in every
 
 
 def describe_errors(errors: Sequence[LocalError], of_ranks: bool = True) -> str:
-    """Describe the first difference: its place, ranks (if of_ranks), tokens and size."""
+    """Describe the first difference: its place, tokens and size, and its ranks if `of_ranks` is set."""
     parts = [
         f"{f'on rank {error.rank} ' if of_ranks else ''}in {name_tokens(error.tokens)}, by {_percent(error.relative)}"
         for error in sorted(errors, key=lambda error: error.rank)
@@ -32,7 +32,7 @@ def describe_errors(errors: Sequence[LocalError], of_ranks: bool = True) -> str:
 
 
 def explain_weights_in_use(ranks: Sequence[RankResult]) -> Finding | None:
-    """Find a weight that was the same on all ranks at first, but not when they computed with it."""
+    """Find a weight that was equal on all ranks at the start, but not when they computed with it."""
     for micro_batch, first in enumerate(ranks[0]["parts"]):
         for name, digest in first["used_weights"].items():
             odd = [
@@ -53,7 +53,7 @@ def explain_errors(
     model: torch.nn.Module,
     ranks: Sequence[RankResult],
 ) -> Finding | None:
-    """Find the mistake of ranks at the first place where they differ; return None if no known mistake fits."""
+    """Find the mistake behind the errors at the first place that differs. Return None if no known mistake fits."""
     place, batch = errors[0].place, emulation.micro_batches[errors[0].place.micro_batch]
     if place.module in lookups(model) and (finding := _explain_lookup(replay, errors, batch.right(), emulation)):
         return finding
@@ -77,7 +77,7 @@ def _change_of(replay: Replay, errors: Sequence[LocalError]) -> Change | None:
 
 
 def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Finding:
-    """Explain the first gradient that differs from the result of one process for the ranks' own gradients."""
+    """Explain the first gradient that differs from what one process computes from the ranks' own gradients."""
     names = name_ranks(sorted(error.rank for error in errors))
     change = _change_of(replay, errors)
     lost = replay.lost_gradients()
@@ -100,7 +100,7 @@ def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Fin
 
 
 def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], names: str) -> Finding | None:
-    """Find features of a fused projection that no gradient reaches. names: of the ranks."""
+    """Find output features of a fused projection that no gradient reaches. names: the ranks, as text."""
     lost = []
     for error in errors:
         expected_TC, got_TC = (values.reshape(len(values), -1) for values in (error.expected_T, error.got_T))
@@ -135,12 +135,12 @@ def _percent(relative: float) -> str:
 def _explain_lookup(
     replay: Replay, errors: Sequence[LocalError], right: Sequence[Tensor], emulation: EmulatedModel
 ) -> Finding | None:
-    """Find the positions that ranks have used from the values of a lookup; if no position fits, compare frequencies."""
+    """Infer the positions that ranks used from the values they looked up. If no positions fit, compare rotary frequencies."""
     place = errors[0].place
     try:
         table = replay.computed(positions_over_pack())
     except Exception as failure:
-        # for example an index error for positions beyond the model's table
+        # for example, an index error for positions beyond the model's table
         emulation.note_failure(failure)
         return None
     looked_up = [(rank, computed[place]) for rank, computed in enumerate(table) if place in computed]
@@ -199,7 +199,7 @@ def _explain_frequencies(replay: Replay, error: LocalError, right_T: Tensor) -> 
 
 
 def _explain_settings(place: Place, ranks: Sequence[RankResult]) -> Finding | None:
-    """Find a setting that differs between ranks, of the module or of a module that contains it."""
+    """Find a setting that differs between ranks, in the module or in one that contains it."""
     for name, first in ranks[0]["settings"].items():
         owner = name.rpartition(".")[0]
         if owner and not place.module.startswith(owner):

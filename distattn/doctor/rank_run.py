@@ -1,4 +1,4 @@
-"""Collect the evidence of `distattn doctor` on one rank, as `python -m distattn.doctor.rank_run TARGET FOLDER`."""
+"""Collect the evidence for `distattn doctor` on one rank: `python -m distattn.doctor.rank_run TARGET FOLDER`."""
 
 # T tokens on this rank, V vocabulary
 
@@ -39,7 +39,7 @@ from distattn.ir.errors import DistattnError, shows_lost_peer
 
 
 def run_on_this_rank(target: Target) -> RankResult:
-    """Run the target on this rank. Return plain tensors, numbers and strings; a refusal or a failure is one of them."""
+    """Run the target on this rank. Return plain tensors, numbers and strings, including any refusal or failure."""
     result: RankResult = {}
     try:
         cp = target.context_parallel()
@@ -50,7 +50,7 @@ def run_on_this_rank(target: Target) -> RankResult:
         model = target.model()
         batches = target.batches(model)
         _record_inputs(result, cp, unwrapped(model), batches)
-        # after the inputs are recorded: the setup may depend on the same weights on all ranks
+        # set up after the inputs are recorded, since the setup may rely on equal weights on all ranks
         _set_up(result, target, cp, model)
         parts = target.shard(cp, batches)
         result["dropout"] = active_dropout(unwrapped(model))
@@ -65,7 +65,7 @@ def run_on_this_rank(target: Target) -> RankResult:
         result["buffers_after"] = {name: digest(buffer) for name, buffer in buffers_of(unwrapped(model)).items()}
     except DistattnError as refusal:
         result["refusal"], result["lost_peer"] = str(refusal), shows_lost_peer(refusal)
-    # a script that calls sys.exit has not been examined
+    # report SystemExit, too: a script that calls sys.exit has not been examined
     except (Exception, SystemExit) as error:
         result["failure"], result["lost_peer"] = target.describe_error(error), shows_lost_peer(error)
     result["at"] = time.time()
@@ -73,7 +73,7 @@ def run_on_this_rank(target: Target) -> RankResult:
 
 
 def _set_up(result: RankResult, target: Target, cp: ContextParallel, model: torch.nn.Module) -> None:
-    """Run the script's setup. A refusal of `loss_scale` may have the cause of wrong gradients, so the run continues after it."""
+    """Run the script's setup. Continue after a refusal, which may share its cause with wrong gradients found later."""
     try:
         target.setup(cp, model)
     except DistattnError as refusal:
@@ -87,7 +87,7 @@ def _holds_gradient(parameter: torch.nn.Parameter) -> bool:
 def _record_inputs(
     result: RankResult, cp: ContextParallel, model: torch.nn.Module, batches: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Keep the whole weights, and digests of weights and batches, which are compared between ranks."""
+    """Record the full weights, and digests of weights and batches for comparison between ranks."""
     result["state"] = {name: full_tensor(value.detach()).cpu().clone() for name, value in model.state_dict().items()}
     result["weights"] = {name: digest(value) for name, value in result["state"].items()}
     result["buffers"] = buffers_of(model)
@@ -103,7 +103,7 @@ def _run_part(
     part: Mapping[str, Any],
     first: int,
 ) -> PartResult:
-    """Run one micro-batch forward, twice to detect random numbers, and backward. first: its offset on the axis of all."""
+    """Run one micro-batch forward, twice to detect randomness, and backward. first: its first token's index in the batch."""
     result: PartResult = {name: part[name].cpu() for name in ("input_ids", "position_ids") if name in part}
     sharded = part.get("context_parallel")
     documents = sharded.key.documents if isinstance(sharded, LocalBatch) else (packs_of([batch])[0].lengths,)
@@ -128,7 +128,7 @@ def _run_part(
         logits.register_hook(lambda gradient: result.update(logits_gradient=gradient[0].detach().cpu().clone()))
     loss = target.loss(logits, part, plain, returned)
     if loss.requires_grad:
-        # a factor that backward applies to the loss, such as a loss scale of fp16, is not a weight of tokens
+        # a factor that backward applies to the loss, such as an fp16 loss scale, is not part of the token weights
         loss.register_hook(lambda gradient: result.update(loss_gradient=float(gradient)))
     result["loss"] = loss.detach().double().cpu() / cp.loss_scale()
     with recorded_parameter_gradients(plain) as result["parameter_gradients"]:
@@ -139,12 +139,12 @@ def _run_part(
 def main(path: str, folder: str) -> int:
     """Run the target on one rank and write the result into the folder. Return the exit code."""
     torch.set_num_threads(1)
-    # its warnings are about the mistakes that the doctor looks for
+    # distattn's warnings are about the mistakes that the doctor looks for
     logging.getLogger("distattn").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # short, so that ranks that wait for one another are detected
+    # a short timeout, to detect ranks that wait for one another
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
     try:
         result = run_on_this_rank(Target(path))
@@ -157,7 +157,7 @@ def main(path: str, folder: str) -> int:
 
 
 if __name__ == "__main__":
-    # not sys.exit: if other ranks failed, this one may wait for their messages forever
+    # not sys.exit, which may wait forever for messages from ranks that failed
     code = main(*sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)

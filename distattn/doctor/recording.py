@@ -1,6 +1,4 @@
-"""Record or disturb the outputs of a model's modules; read a model's buffers and settings."""
-
-# S tokens of one call
+"""Record or perturb the outputs of a model's modules, and read a model's buffers and settings."""
 
 from __future__ import annotations
 
@@ -15,16 +13,16 @@ import torch
 from torch import Tensor
 
 Setting = bool | int | float | str | None
-# exactly these: torch.load takes no subclasses, such as NumPy's float64
+# exactly these types: torch.load refuses subclasses such as NumPy's float64
 _SETTINGS = (bool, int, float, str, type(None))
 
 
 @contextmanager
 def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the output tensors of modules, in the order of execution, while the context is open.
+    """Record the modules' output tensors, in execution order, while the context is open.
 
-    Names are those of modules. Later calls of a module are "name (call 2)" and so on, further tensors of a tuple
-    "name (output 2)".
+    Keys are module names. A module's later calls are named "name (call 2)" and so on. Further tensors in a tuple are named
+    "name (output 2)" and so on.
     """
     seen: dict[str, Tensor] = {}
 
@@ -38,7 +36,7 @@ def recorded_outputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the first argument of modules without children while the context is open; names are those of `recorded_outputs`."""
+    """Record the first argument of modules without children while the context is open, named as in `recorded_outputs`."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, values: Tensor) -> None:
@@ -50,10 +48,10 @@ def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor | None]]:
-    """Record the gradients of outputs that modules compute while the context is open; the backward pass comes later.
+    """Record the gradients of the outputs that modules compute while the context is open. The backward pass may come later.
 
-    They have the names of `recorded_outputs`. A gradient that never arrives stays None. A tensor that a module passes on
-    unchanged is recorded only for the module that made it.
+    Names are as in `recorded_outputs`. A gradient that never arrives stays None. A tensor that a module passes on unchanged is
+    recorded only for the module that created it.
     """
     seen: dict[str, Tensor | None] = {}
     watched: dict[int, Tensor] = {}
@@ -75,8 +73,9 @@ def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tens
 
 @contextmanager
 def recorded_parameter_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the gradients of parameters from backward passes in the context, before they are added to earlier ones and before
-    they are reduced over ranks. Sharded parameters are left out.
+    """Record the parameter gradients of backward passes in the context. Sharded parameters are left out.
+
+    The gradients are recorded before they are added to earlier ones and before they are reduced over ranks.
     """
     seen: dict[str, Tensor] = {}
 
@@ -94,7 +93,7 @@ def recorded_parameter_gradients(model: torch.nn.Module) -> Iterator[dict[str, T
 
 @contextmanager
 def recorded_weights(model: torch.nn.Module) -> Iterator[dict[str, str]]:
-    """Record digests of the parameters of modules at their calls, by name, while the context is open."""
+    """Record a digest of each parameter at its module's first call, by name, while the context is open."""
     seen: dict[str, str] = {}
 
     def look(name: str, module: torch.nn.Module) -> None:
@@ -112,7 +111,7 @@ def recorded_weights(model: torch.nn.Module) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def recorded_returns(model: torch.nn.Module) -> Iterator[list[Any]]:
-    """Keep the results of the model itself, call by call, while the context is open."""
+    """Record what the model itself returns, call by call, while the context is open."""
     kept: list[Any] = []
     hook = model.register_forward_hook(lambda _, __, out: kept.append(out))
     try:
@@ -123,10 +122,10 @@ def recorded_returns(model: torch.nn.Module) -> Iterator[list[Any]]:
 
 @contextmanager
 def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], seed: int) -> Iterator[None]:
-    """Change weights, modules' outputs and gradients through them at random by up to one rounding, while the context is open.
+    """Add random errors of up to one rounding to weights, module outputs and the gradients through them, in the context.
 
-    rounding: the relative error of modules by name; by default that of the output's dtype. Values of lookups are not changed.
-    TTrace finds thresholds in this way (arXiv 2506.09280), but disturbs only the input.
+    rounding: each module's relative error, by name; the default is that of the output's dtype. Lookups are not perturbed.
+    TTrace finds thresholds in this way (arXiv 2506.09280), but perturbs only the input.
     """
     looked_up = lookups(model)
     generator = torch.Generator().manual_seed(seed)
@@ -136,7 +135,7 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
             return values
         error = 0.0 if module_of_call(name) in looked_up else rounding.get(name, unit_roundoff(values.dtype))
         noise = torch.rand(values.shape, generator=generator) * 2 - 1
-        # in fp32 at least: in the output's dtype 1 plus a smaller error than its eps is 1
+        # compute in fp32 at least: in the output's dtype, 1 plus an error smaller than its eps is 1
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         return (wide + wide * noise.to(wide) * error).to(values.dtype)
 
@@ -144,7 +143,8 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
-            # the output of a module is rounded like its weights, unless these are cast or used outside of the module's call
+            # perturb weights only if they are cast to a coarser dtype or used outside the module's call: otherwise the
+            # perturbed output stands for their rounding, too
             if rounding.get(owner, 1.0) > unit_roundoff(parameter.dtype):
                 parameter.copy_(disturbed(owner, parameter))
     try:
@@ -157,7 +157,7 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
 
 
 def lookups(model: torch.nn.Module) -> set[str]:
-    """Return the names of modules that look up values of tokens or positions: embeddings and rotary embeddings."""
+    """Return the names of modules that look up values by token or position: embeddings and rotary embeddings."""
     return {
         name
         for name, module in model.named_modules()
@@ -170,13 +170,13 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-# (name of a call and one of its tensors) -> another tensor in its place, or None
+# (name of a call's tensor, the tensor) -> its replacement, or None to keep it
 TensorHook = Callable[[str, Tensor], Tensor | None]
 
 
 @contextmanager
 def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False) -> Iterator[None]:
-    """Call `use` in the block with every tensor that modules return; if it returns a tensor, replace the output by it.
+    """Call `use` with every tensor that modules return in the context. If it returns a tensor, that replaces the output.
 
     leaves: watch only modules without children.
     """
@@ -205,7 +205,7 @@ def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False
 
 @contextmanager
 def hooked_inputs(model: torch.nn.Module, use: TensorHook) -> Iterator[None]:
-    """Call `use` in the block with the first argument of every module without children; it may return another in its place."""
+    """Call `use` with the first argument of every module without children in the context. It may return a replacement."""
     named = _CallNames()
 
     def hook(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -223,7 +223,7 @@ def hooked_inputs(model: torch.nn.Module, use: TensorHook) -> Iterator[None]:
 
 
 def module_of_call(call: str) -> str:
-    """Return the name of the module in the name of a call or of one of its tensors."""
+    """Return the module name within the name of a call or of one of its tensors."""
     return call.partition(" (")[0]
 
 
@@ -236,7 +236,7 @@ def _named_modules(model: torch.nn.Module, leaves: bool) -> list[tuple[str, torc
 
 
 class _CallNames:
-    """A counter of the calls of modules, separate for each thread, since emulated ranks are threads."""
+    """A counter of module calls. Each thread counts separately, since emulated ranks are threads."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[int, str]] = Counter()
@@ -263,12 +263,12 @@ def same_buffers(model: torch.nn.Module) -> Iterator[None]:
 
 
 def buffers_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Copy all buffers, including those that no checkpoint holds."""
+    """Copy all buffers, including non-persistent ones."""
     return {name: buffer.detach().cpu().clone() for name, buffer in model.named_buffers()}
 
 
 def settings_of(model: torch.nn.Module) -> dict[str, Setting]:
-    """Return the numbers, strings and flags in attributes of modules, and a transformers model's configuration."""
+    """Return the numbers, strings and flags in the modules' attributes and in a transformers model's configuration."""
     settings: dict[str, Setting] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -289,7 +289,7 @@ def _flatten(prefix: str, values: Mapping[str, Any], settings: dict[str, Setting
 
 
 def active_dropout(model: torch.nn.Module) -> str | None:
-    """Return the name of the first module that drops numbers at random, None without one."""
+    """Return the first module with active dropout and its rate, as text, or None."""
     for name, module in model.named_modules():
         if "Dropout" in type(module).__name__ and module.training and getattr(module, "p", 0):
             return f"{name} (p = {module.p})"
@@ -297,9 +297,9 @@ def active_dropout(model: torch.nn.Module) -> str | None:
 
 
 def digest(*tensors: Tensor) -> str:
-    """Hash the contents of tensors."""
+    """Hash the contents of tensors (blake2b, 16 bytes). Returns hexadecimal digits."""
     hashed = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        # a copy: FSDP2 resizes the storage of parameters, which is impossible while a NumPy array shares it
+        # hash a copy: FSDP2 resizes parameters' storage, which is impossible while a NumPy array shares it
         hashed.update(tensor.detach().cpu().clone().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()

@@ -1,4 +1,4 @@
-"""Mistakes of recurrent layers and short convolutions: wrong resets, wrong order or loss of tokens, rounded decays."""
+"""Mistakes in recurrent layers and short convolutions: wrong resets, tokens out of order or lost, rounded decays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OWN_TOKENS = "each rank convolves its own tokens only: the first ones of a segm
 
 
 def recurrence_hypotheses(asked: Collection[str]) -> Iterator[Hypothesis]:
-    """Yield the mistakes that are possible in a model whose layers have called these operations of a batch."""
+    """Yield the mistakes possible in a model whose layers have called these batch operations."""
     if "recurrence" in asked:
         yield _reads(
             _pack, "state not reset", "a document begins with the state that the one before it has left", _RESET
@@ -39,7 +39,7 @@ def recurrence_hypotheses(asked: Collection[str]) -> Iterator[Hypothesis]:
 
 
 def explain_convolution(model: torch.nn.Module, first_difference: str | None) -> Finding | None:
-    """Return a finding if the first module that differs is a plain convolution, which does not see other ranks' tokens."""
+    """Return a finding if the first module that differs is a plain convolution, which cannot see other ranks' tokens."""
     module = dict(model.named_modules()).get(first_difference or "")
     if not isinstance(module, torch.nn.Conv1d):
         return None
@@ -59,7 +59,7 @@ def _pack(batch: MicroBatch) -> Readings:
 
 
 def _rank_by_rank(batch: MicroBatch) -> Readings:
-    """Return each document as the tokens of one rank after those of another."""
+    """Return each document's tokens, concatenated rank by rank."""
     return [
         torch.cat([tokens[(tokens >= begin) & (tokens < end)] for tokens in batch.tokens])
         for begin, end in batch.documents()
@@ -71,12 +71,12 @@ def _local_tokens(batch: MicroBatch) -> Readings:
 
 
 def _local_documents(batch: MicroBatch) -> Readings:
-    """Return for each rank and document the rank's tokens of the document, as if they were consecutive."""
+    """Return each rank's tokens of each document as one sequence, as if they were consecutive."""
     return [tokens[(tokens >= begin) & (tokens < end)] for tokens in batch.tokens for begin, end in batch.documents()]
 
 
 def _local_segments(batch: MicroBatch) -> Readings:
-    """Return for each rank the segments of consecutive tokens of one document."""
+    """Return each rank's runs of consecutive tokens of one document."""
     segments: list[Tensor] = []
     for tokens in _local_documents(batch):
         ends = ((tokens[1:] - tokens[:-1] != 1).nonzero().flatten() + 1).tolist()

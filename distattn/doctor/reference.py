@@ -1,6 +1,6 @@
-"""Compute the reference in one process, one document at a time, and the largest difference of two right results."""
+"""Compute the reference in one process, one document at a time, and measure how far two correct results may differ."""
 
-# N tokens of all micro-batches, T tokens of a document, V vocabulary
+# N tokens in all micro-batches, T tokens in a document, V vocabulary
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from distattn.doctor.recording import (
 from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
-# results may differ by this factor times the measured cost of rounding; the number of measurements
+# the permitted difference as a multiple of the measured effect of rounding, and the number of measurements
 _MARGIN, _TIMES = 6.0, 2
 
 
 class ReferenceResult(NamedTuple):
-    """Logits (N, V), outputs of modules by name with tokens in front (N, ...), loss and gradients, of all micro-batches.
+    """The logits (N, V), module outputs, loss and gradients of all micro-batches.
 
-    labels_N: each token's own label, not shifted. token_dims: the token dim of each module's output. token_gradients: those of
-    the token losses alone, if there is a router loss, too.
+    labels_N: each token's own label, not shifted. outputs: by module name, tokens first (N, ...). token_dims: the token dimension
+    of each module's output. token_gradients: the gradients of the token losses alone; None without a router loss.
     """
 
     packs: list[PackedBatch]
@@ -48,7 +48,7 @@ class ReferenceResult(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of all documents."""
+        """The number of tokens in each document."""
         return [length for pack in self.packs for length in pack.lengths]
 
     @property
@@ -58,23 +58,23 @@ class ReferenceResult(NamedTuple):
 
 
 class Tolerances(NamedTuple):
-    """The largest differences that rounding explains, as norms of a - b: of logits, modules' outputs and gradients."""
+    """The largest differences that rounding explains, as norms of a - b, for logits, module outputs and gradients."""
 
     logits: float
     outputs: dict[str, float]
     gradients: dict[str, float]
-    # the relative error of rounding a module's output once, by the module's name
+    # the relative error of rounding a module's output once, by module name
     rounding: dict[str, float]
 
     def coarsest(self, reference: ReferenceResult) -> float:
-        """Return the share of the norm of the logits, or of the whole gradient, that rounding explains: the larger one."""
+        """Return the larger of two relative tolerances: that of the logits and that of the whole gradient."""
         gradient = torch.stack([gradient.double().norm() for gradient in reference.gradients.values()]).norm()
         moved = torch.tensor(list(self.gradients.values()), dtype=torch.float64).norm()
         return max(self.logits / max(float(reference.logits_NV.double().norm()), 1e-30), float(moved / gradient))
 
 
 def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[Mapping[str, Any]]) -> ReferenceResult:
-    """Run the target in one process, one document at a time, with a model that has the ranks' weights.
+    """Run the target in one process, one document at a time. The model must hold the ranks' weights.
 
     Raises DistattnError if no token has a label.
     """
@@ -127,7 +127,7 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
 def _router_loss(
     target: Target, model: torch.nn.Module, packs: Sequence[PackedBatch], routers: Sequence[list[Tensor] | None]
 ) -> Tensor | None:
-    """Compute the mean router loss of micro-batches, weighted by their labels. routers: each document's logits by layer."""
+    """Compute the micro-batches' mean router loss, weighted by label counts. routers: each document's router logits by layer."""
     rest, losses = list(routers), []
     for pack in packs:
         of_pack, rest = rest[: len(pack.lengths)], rest[len(pack.lengths) :]
@@ -150,9 +150,9 @@ def measure_tolerances(
     reference: ReferenceResult,
     ranks: Sequence[RankResult],
 ) -> Tolerances:
-    """Measure how far results move in one process if every module's values are disturbed by one rounding of the ranks' dtype.
+    """Measure how far results in one process move if every module's values are perturbed by one rounding of the ranks' dtype.
 
-    Modules whose outputs on the ranks are equal to the last bit are not disturbed.
+    Modules whose outputs on the ranks equal the reference bit for bit are not perturbed.
     """
     rounding = _rounding(reference, ranks)
     coarsest = max(rounding.values(), default=0.0)
@@ -178,24 +178,24 @@ def measure_tolerances(
 
 
 def _one_rounding(values: Tensor, error: float) -> float:
-    """Return the norm of the change if each value is rounded once more, or has this relative error."""
+    """Return the norm of the change due to a relative error of `error`, or of one rounding of the dtype if that is larger."""
     return max(error, unit_roundoff(values.dtype)) * float(values.double().norm())
 
 
 def packs_of(batches: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
-    """Read batches as `ContextParallel.shard` does; other keys of the script are left out."""
+    """Read batches as `ContextParallel.shard` does. The script's other keys are ignored."""
     packs = [PackedBatch.of({name: value for name, value in batch.items() if name in KEYS}) for batch in batches]
     # results are compared on the CPU
     return [PackedBatch(pack.ids_N.cpu(), pack.labels_N.cpu(), pack.lengths) for pack in packs]
 
 
 def digests_of(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return digests of the tensors of each batch, by name."""
+    """Return digests of each batch's tensors, by name."""
     return [{name: digest(value) for name, value in batch.items() if isinstance(value, Tensor)} for batch in batches]
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """Compute the fp64 loss of each token (T,), 0 where the target is IGNORE_INDEX."""
+    """Compute each token's loss (T,) in fp64. It is 0 where the target is IGNORE_INDEX."""
     return F.cross_entropy(logits_TV.double(), targets_T, ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -206,7 +206,7 @@ def _unshifted_labels(batch: Mapping[str, Any]) -> Tensor:
 
 
 def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, int]:
-    """Return the token dim of every output that has one in all documents."""
+    """Return, by name, the token dimension of each output: the one whose size is the document's length in all documents."""
     dims: dict[str, int] = {}
     for name in outputs[0]:
         values = [document[name] for document in outputs if name in document]
@@ -219,7 +219,7 @@ def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) ->
         )
         if (dim := next(fits, None)) is not None:
             dims[name] = dim
-    # outputs are concatenated along tokens, so their other dims must be equal
+    # outputs are concatenated along tokens, so their other dimensions must be equal
     return {
         name: dim
         for name, dim in dims.items()
@@ -228,7 +228,7 @@ def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) ->
 
 
 def _rounding(reference: ReferenceResult, ranks: Sequence[RankResult]) -> dict[str, float]:
-    """Return the relative error of one rounding of modules' outputs on the ranks; 0 for outputs that are equal."""
+    """Return the relative error of rounding each module's output once on the ranks; 0 if it equals the reference."""
     errors: dict[str, float] = {}
     for _, part in parts_of(ranks):
         for name, output in part["outputs"].items():
@@ -243,7 +243,7 @@ def _rounding(reference: ReferenceResult, ranks: Sequence[RankResult]) -> dict[s
 
 
 def outputs_of_ranks(reference: ReferenceResult, ranks: Sequence[RankResult], name: str) -> Tensor | None:
-    """Return the ranks' output of a module in the order of one process, (N, ...); None if the shapes do not fit."""
+    """Return the ranks' outputs of a module in batch order, (N, ...). Return None if the shapes do not fit."""
     dim, expected = reference.token_dims[name], reference.outputs[name]
     parts = [part["outputs"].get(name) for _, part in parts_of(ranks)]
     tokens = [part["tokens"] for _, part in parts_of(ranks)]

@@ -1,7 +1,7 @@
 """Repeat each step of the ranks' computation in one process, from the values that the ranks had before the step.
 
-The ranks are emulated in one process. Each input and output of a module is compared with the ranks' recorded tensor, and then
-replaced by it; gradients likewise, in the backward pass. So an error shows at the module, rank and tokens that made it, and
+The ranks are emulated in one process. Each module input and output, and in the backward pass each gradient, is compared with
+the ranks' recorded tensor and then replaced by it. So an error shows at the module, rank and tokens that caused it, and
 rounding errors do not add up from module to module.
 """
 
@@ -31,15 +31,15 @@ from distattn.doctor.recording import (
 )
 from distattn.doctor.reference import ReferenceResult, Tolerances, gradients_of
 
-# results may differ by these factors times the measured cost of one rounding: all tokens of a rank, and a single token
+# the permitted difference, as a multiple of the measured effect of one rounding: for all of a rank's tokens, and for one token
 _RANK_MARGIN, _TOKEN_MARGIN = 4.0, 8.0
-# an additional factor in fp32: sums in another order, such as those of attention, may cost more than one rounding
+# an additional factor in fp32: summing in another order, as attention may, can have a larger effect than one rounding
 _FINE_MARGIN = 10.0
-# an additional factor for gradients: those of queries and keys are differences of rounded values, and ranks cast more often
+# an additional factor for gradients: those of queries and keys are differences of rounded values, and the ranks cast more often
 _GRADIENT_MARGIN = 3.0
-# a smaller factor if another rank with at least _SEVERAL tokens has exactly the values of one process
+# an additional, smaller factor if another rank with at least _SEVERAL tokens matches one process exactly
 _PEER_MARGIN, _SEVERAL = 0.4, 8
-# the typical error of rounding, as a share of the largest
+# the typical rounding error, as a fraction of the largest
 _USUAL = 0.6
 _SEEDS = (0, 1)
 LOGITS = "logits"
@@ -48,7 +48,7 @@ FORWARD, BACKWARD = ("input", "output"), ("gradient",)
 
 
 class Place(NamedTuple):
-    """The place of a tensor: the micro-batch's number, "input", "output" or "gradient", and the name of the module's call."""
+    """The place of a tensor. kind: "input", "output" or "gradient". call: the name of the module's call."""
 
     micro_batch: int
     kind: str
@@ -56,7 +56,7 @@ class Place(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Return the module's name."""
+        """The module's name."""
         return module_of_call(self.call)
 
     def __str__(self) -> str:
@@ -68,10 +68,10 @@ class Place(NamedTuple):
 
 
 class LocalError(NamedTuple):
-    """A difference that rounding does not explain, on one rank, at one place.
+    """A difference on one rank, at one place, that rounding does not explain.
 
-    tokens: the batch's tokens that differ. ratio: the difference divided by the largest that rounding explains. relative: the
-    norm of the difference divided by that of the right values. expected_T, got_T: the right values and the rank's, (T, ...).
+    tokens: the tokens of the batch that differ. ratio: the difference divided by the largest that rounding explains. relative:
+    the norm of the difference divided by that of the expected values. expected_T, got_T: the expected and the rank's values.
     """
 
     place: Place
@@ -84,18 +84,18 @@ class LocalError(NamedTuple):
 
 
 class LinkedCall(NamedTuple):
-    """A call of attention, and the place that has its result."""
+    """An attention call, and the place where its result is recorded."""
 
     call: AttentionCall
     place: Place
 
 
-# by rank, in the order of execution: the values that one process computes from the rank's recorded inputs, (T, ...) on the CPU
+# for each rank, in execution order: the values that one process computes from the rank's recorded inputs, (T, ...) on the CPU
 Computed = list[dict[Place, Tensor]]
 
 
 class Replay:
-    """The ranks' steps, repeated in one process, with the cost of rounding at each place. Raises the errors of the model."""
+    """The ranks' steps, repeated in one process, and the effect of rounding at each place. Raises the model's errors."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Replay:
         self._emulation, self._model, self._ranks = emulation, model, ranks
         self._dims, self._rounding = reference.token_dims, tolerances.rounding
         self._lookups = lookups(model)
-        # calls of attention whose result is the input of a module, unchanged
+        # attention calls whose result is passed unchanged to a module
         self.calls: list[LinkedCall] = []
         self._gradients: dict[str, Tensor] = {}
         self.parameter_gradients: dict[str, Tensor] = {}
@@ -122,9 +122,9 @@ class Replay:
             self._measure_noise(seed, FORWARD)
 
     def add_backward(self) -> None:
-        """Repeat the backward pass, too, so that errors of gradients are found from now on.
+        """Repeat the backward pass, too, so that errors in gradients can be found.
 
-        Raises the errors of the model, for example from layers that are recomputed in the backward pass.
+        Raises the model's errors, for example from layers recomputed in the backward pass.
         """
         right = self._run(RIGHT, backward=True)
         self.parameter_gradients = self._gradients
@@ -133,9 +133,9 @@ class Replay:
         self._measure_noise(_SEEDS[0], BACKWARD)
 
     def first_errors(self, kinds: Sequence[str]) -> list[LocalError]:
-        """Return the errors at the first place of these kinds with a difference that rounding does not explain.
+        """Return the errors at the first place of these kinds where rounding does not explain a difference.
 
-        There is one error for each rank that differs there, the largest first.
+        There is one error for each rank that differs there, largest first.
         """
         by_rank = [
             (list(right), {error.place: error for error in self._errors_of(rank, right) if error.place.kind in kinds})
@@ -164,8 +164,9 @@ class Replay:
         return list(lost)
 
     def parameter_errors(self) -> list[tuple[str, float]]:
-        """Return the parameters whose local gradients do not add up to the gradient that follows from the ranks' activations and
-        gradients, each with the difference divided by the largest that rounding explains.
+        """Return the parameters whose gradient, summed over ranks, does not follow from the ranks' activations and gradients.
+
+        Each comes with its difference divided by the largest that rounding explains.
         """
         ratios = []
         for name, expected in self.parameter_gradients.items():
@@ -177,20 +178,20 @@ class Replay:
         return [(name, ratio) for name, ratio in ratios if ratio > 1.0]
 
     def parameter_bound(self, name: str) -> float:
-        """Return the norm of the largest difference of a parameter's gradient that rounding explains."""
+        """Return the norm of the largest difference in a parameter's gradient that rounding explains."""
         expected = self.parameter_gradients[name]
         floor = unit_roundoff(expected.dtype) * float(expected.double().norm())
         margin = _RANK_MARGIN * (_FINE_MARGIN if unit_roundoff(expected.dtype) < 1e-6 else 1.0)
         return max(margin * max(floor, self._parameter_noise.get(name, 0.0)), 1e-30)
 
     def computed(self, hypothesis: Hypothesis) -> Computed:
-        """Return the values that one process computes from the ranks' recorded inputs with this mistake. Raises its errors."""
+        """Return what one process computes from the ranks' recorded inputs with this mistake. Raises the model's errors."""
         return self._run(hypothesis)
 
     def worst_ratio(self, hypothesis: Hypothesis) -> float:
-        """Return the largest difference divided by the one that rounding explains, if the ranks make this mistake.
+        """Return the largest ratio of a difference to what rounding explains, assuming that the ranks make this mistake.
 
-        Raises the errors of the model.
+        For a mistake, the result is infinite as soon as one difference exceeds that limit. Raises the model's errors.
         """
         try:
             computed = self.right if hypothesis is RIGHT else self._run(hypothesis, patient=False)
@@ -206,7 +207,7 @@ class Replay:
         )
 
     def hidden(self, kinds: Sequence[str]) -> float:
-        """Return the largest relative difference on one rank, at places of these kinds, that rounding may hide."""
+        """Return the largest relative difference that rounding could hide on one rank at places of these kinds."""
         return max(
             (
                 self._bound(rank, place, values, peers=False) / norm
@@ -218,7 +219,7 @@ class Replay:
         )
 
     def got(self, rank: int, place: Place) -> Tensor | None:
-        """Return a rank's recorded values at a place, (T, ...); None if nothing was recorded there."""
+        """Return a rank's recorded values (T, ...) at a place. Return None if nothing was recorded there."""
         part = self._ranks[rank]["parts"][place.micro_batch]
         tokens = len(part["tokens"])
         if place.call == LOGITS:
@@ -233,11 +234,11 @@ class Replay:
         return _rows(values, dim, tokens)
 
     def bound(self, rank: int, place: Place) -> float:
-        """Return the norm of the largest difference that rounding explains at a place of a rank."""
+        """Return the norm of the largest difference that rounding explains at a place on a rank."""
         return self._bound(rank, place, self.right[rank][place])
 
     def tokens(self, rank: int, place: Place) -> Tensor:
-        """Return the numbers of a rank's tokens in the batch, (T,)."""
+        """Return the indices (T,) of a rank's tokens in the batch."""
         tokens: Tensor = self._ranks[rank]["parts"][place.micro_batch]["tokens"]
         return tokens
 
@@ -255,14 +256,14 @@ class Replay:
             yield LocalError(place, rank, named.tolist(), ratio, relative, expected_T, got_T)
 
     def _ratios(self, rank: int, place: Place, expected_T: Tensor) -> tuple[float, Tensor]:
-        """Return the largest difference divided by the one that rounding explains, and a mask of the tokens (T,) beyond that."""
+        """Return the largest ratio of a difference to what rounding explains, and a mask (T,) of the tokens that exceed it."""
         got_T = self.got(rank, place)
         if got_T is None or got_T.shape != expected_T.shape:
             return 0.0, torch.zeros(len(expected_T), dtype=torch.bool)
         difference_T = _by_token(got_T.double() - expected_T.double())
         ratio_T = difference_T / self._token_bounds(rank, place, expected_T)
         whole = float(difference_T.norm()) / self._bound(rank, place, expected_T)
-        # an error that is too large for all tokens together may be small for each
+        # an error that is too large over all tokens may be small for each token
         each = _RANK_MARGIN / _TOKEN_MARGIN if whole > 1.0 else 1.0
         return max(whole, float(ratio_T.max()) if len(ratio_T) else 0.0), ratio_T > each
 
@@ -279,7 +280,7 @@ class Replay:
         if noise_T is not None and len(noise_T) == len(bound_T) and len(bound_T):
             usual = float((noise_T / norm_T.clamp(min=1e-30)).square().mean().sqrt())
             bound_T = torch.maximum(bound_T, torch.maximum(noise_T, usual * norm_T))
-        # a token whose values nearly cancel has the same absolute error as others
+        # a token whose values nearly cancel has as large an absolute error as the others
         least = 0.05 * float(bound_T.square().mean().sqrt()) if len(bound_T) else 0.0
         return (self._margins(rank, place)[1] * bound_T.clamp(min=least)).clamp(min=1e-30)
 
@@ -289,9 +290,9 @@ class Replay:
         return _USUAL * max(unit_roundoff(dtype), unit_roundoff(self.right[rank][place].dtype))
 
     def _margins(self, rank: int, place: Place, peers: bool = True) -> tuple[float, float]:
-        """Return the factors times the cost of one rounding by which all of a rank's tokens, and one token, may differ.
+        """Return how far all of a rank's tokens, and a single token, may differ, as multiples of the effect of one rounding.
 
-        peers: allow less if another rank is exact there.
+        peers: allow less where another rank is exact.
         """
         if self._roundoff(rank, place) < 1e-6:
             more = _FINE_MARGIN * (_GRADIENT_MARGIN if place.kind == "gradient" else 1.0)
@@ -306,7 +307,7 @@ class Replay:
         return less * _RANK_MARGIN, less * _TOKEN_MARGIN
 
     def _is_exact(self, rank: int, place: Place) -> bool:
-        """Return whether a rank with at least _SEVERAL tokens has exactly the values of one process."""
+        """Return whether a rank has at least _SEVERAL tokens and matches one process exactly."""
         if (rank, place) not in self._exact:
             expected_T, got_T = self.right[rank].get(place), self.got(rank, place)
             several = expected_T is not None and len(expected_T) >= _SEVERAL
@@ -316,7 +317,7 @@ class Replay:
         return self._exact[rank, place]
 
     def _measure_noise(self, seed: int, kinds: Sequence[str]) -> None:
-        """Measure the effect of one more rounding: norms by token (T,) at places of these kinds, and on parameters' gradients."""
+        """Measure the effect of one more rounding on each token at places of these kinds, and on parameter gradients."""
         with rounded_otherwise(self._model, self._rounding, seed):
             moved = self._run(RIGHT, seed, kinds == BACKWARD)
         for noise, other, right in zip(self._noise, moved, self.right, strict=True):
@@ -332,10 +333,10 @@ class Replay:
     def _run(
         self, hypothesis: Hypothesis, seed: int | None = None, backward: bool = False, patient: bool = True
     ) -> Computed:
-        """Compute all micro-batches as ranks with the hypothesis would.
+        """Compute all micro-batches as ranks with this mistake would.
 
-        seed: disturb the ranks' recorded values by one more rounding. backward: run the backward pass, too. patient: continue
-        after differences that rounding does not explain; otherwise raise _ExceededError.
+        seed: if given, perturb the ranks' recorded values by one more rounding. backward: also run the backward pass. patient:
+        continue after differences that rounding does not explain; otherwise raise _ExceededError.
         """
         computed: Computed = [{} for _ in self._ranks]
         self._model.zero_grad()
@@ -358,7 +359,7 @@ class Replay:
         observed: list[tuple[AttentionCall, Tensor]] = []
 
         def swapped(rank: int, place: Place, values: Tensor) -> Tensor | None:
-            """Keep the computed values; return the rank's recorded values to use instead, None without recorded values."""
+            """Store the computed values. Return the rank's recorded values to use instead, or None if nothing was recorded."""
             dim, tokens = self._dims.get(place.call), batch.tokens[rank]
             recorded_T = self.got(rank, place) if len(tokens) else None
             computed_T = None if dim is None else _rows(values, dim, len(tokens))
@@ -371,7 +372,7 @@ class Replay:
                 if not patient and self._ratios(rank, place, computed[rank][place])[0] > 1:
                     raise _ExceededError
                 if seed is not None and place.module not in self._lookups:
-                    # in the forward pass recorded values are exact, unless they were cast
+                    # in the forward pass, recorded values are exact unless they were cast
                     exact = not backward and recorded_T.dtype == values.dtype
                     error = unit_roundoff(torch.float32 if exact else recorded_T.dtype)
                     recorded_T = _disturbed(recorded_T, error, seed, rank, place)
@@ -381,7 +382,7 @@ class Replay:
 
         def at(kind: str, call: str, values: Tensor) -> Tensor | None:
             rank = emulated_rank()
-            # keep integers such as positions: the output of their embedding shows whether they are right
+            # do not replace integers such as positions: the output of their embedding shows whether they are right
             if kind == "input" and not values.is_floating_point():
                 return None
             other = swapped(rank, Place(number, kind, call), values)
@@ -389,7 +390,7 @@ class Replay:
                 return other
             replaced: Tensor = _Replaced.apply(values, other)
             gradient = Place(number, "gradient", call)
-            # a layer that is recomputed in the backward pass has no recorded gradients yet
+            # a layer recomputed in the backward pass has no recorded gradients yet
             if (
                 replaced.requires_grad
                 and kind == "output"
@@ -419,7 +420,7 @@ class Replay:
         tokens: Tensor,
         place: Place,
     ) -> None:
-        """Note the place as the result of the last call of attention, if the module's input is that result."""
+        """Note that this place has the result of the observed attention call if the module's input equals that result."""
         call, out_NHE = observed
         if any(link.call is call for link in self.calls):
             return
@@ -455,18 +456,18 @@ def on_one_rank(reference: ReferenceResult, ranks: Sequence[RankResult]) -> list
 
 
 def _rows(values: Tensor, dim: int, tokens: int) -> Tensor | None:
-    """Move the token dim to the front and leave padding out; return None if there are fewer than `tokens` rows."""
+    """Move the token dimension to the front and drop padding. Return None if there are fewer than `tokens` rows."""
     if values.dim() <= dim or values.shape[dim] < tokens:
         return None
     return values.movedim(dim, 0)[:tokens]
 
 
 class _ExceededError(Exception):
-    """Raised for a difference that rounding does not explain."""
+    """An error raised when a difference exceeds what rounding explains."""
 
 
 class _Replaced(torch.autograd.Function):
-    """An identity that replaces a tensor's values, and passes their gradient on to the tensor."""
+    """An identity for autograd that replaces a tensor's values and passes the gradient on to the original tensor."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, others: Tensor) -> Tensor:
@@ -478,7 +479,7 @@ class _Replaced(torch.autograd.Function):
 
 
 def _disturbed(values_T: Tensor, error: float, seed: int, rank: int, place: Place) -> Tensor:
-    """Return the values, each changed at random by up to a relative error."""
+    """Return the values, each with a random relative error of at most `error`."""
     generator = torch.Generator().manual_seed(crc32(f"{seed} {rank} {place}".encode()))
     wide = values_T.to(torch.promote_types(values_T.dtype, torch.float32))
     noise = torch.rand(wide.shape, generator=generator) * 2 - 1

@@ -1,10 +1,10 @@
-"""Mistakes of router losses: wrong tokens, or a wrong weight compared with the token losses.
+"""Mistakes in router losses: wrong tokens, or a wrong weight compared with the token losses.
 
 One process computes the gradients of the token losses alone, and the gradients that each mistake would add to them. A mistake
-is named if the ranks' gradients are the sum of both, with any factor on the addition: scripts have weights of their own.
+is named if the ranks' gradients are the sum of the two, with any factor on the addition, since scripts choose their own weight.
 """
 
-# N tokens of a micro-batch on all ranks, P tokens of padding after them, E experts
+# N tokens of a micro-batch on all ranks, P padding tokens after them, E experts
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ _REMEDY = (
     "call pytorch.local_loss, or add router_loss.router_loss(model, output, part) to this rank's share; the model's own aux_loss "
     "is of one rank's tokens and padding"
 )
-# the largest error of a factor that should be 1
+# a factor this close to 1 counts as 1
 _ROUNDED = 1e-2
 
 
 class RoutedBatch(NamedTuple):
-    """A micro-batch's router logits (N + P, E) of each layer, with gradients; the rows of each rank's tokens and of its padding;
-    the number of labels of each rank.
+    """A micro-batch as routers saw it.
+
+    layers: each layer's router logits (N + P, E), with gradients. tokens, padding: the rows of each rank's tokens and padding.
+    labels: each rank's number of labels.
     """
 
     layers: list[Tensor]
@@ -44,9 +46,10 @@ def explain_router_loss(
     loss: Callable[[Sequence[Tensor]], Tensor],
     routed: Callable[[], list[RoutedBatch] | None],
 ) -> Finding | None:
-    """Find the mistake in the router loss; return None if gradients differ for another reason, or without a router loss.
+    """Find the mistake in the router loss. Return None without a router loss or if gradients differ for another reason.
 
-    loss: computes it from router logits by layer. routed: runs the micro-batches in one process; None if that is impossible.
+    loss: computes the router loss from each layer's router logits. routed: runs the micro-batches in one process and returns
+    their router logits, or None if that is impossible.
     """
     if reference.token_gradients is None:
         return None
@@ -72,7 +75,7 @@ def explain_router_loss(
 def _mistakes(
     batches: Sequence[RoutedBatch], loss: Callable[[Sequence[Tensor]], Tensor]
 ) -> Iterator[tuple[Finding, list[Tensor]]]:
-    """Yield each mistake, with the terms whose sum is the router loss with the mistake."""
+    """Yield each mistake with the terms whose sum is the router loss under that mistake."""
 
     def of(batch: RoutedBatch, rows: Tensor) -> Tensor:
         return loss([layer[rows.to(layer.device)] for layer in batch.layers])
@@ -96,7 +99,7 @@ def _mistakes(
 
 
 def _factor(compared: GradientComparison, tokens: dict[str, Tensor], added: dict[str, Tensor]) -> float | None:
-    """Return the factor f for which the ranks' gradients are `tokens` + f * `added`; None if there is no such factor."""
+    """Return the factor f for which the ranks' gradients equal `tokens` + f * `added`. Return None if no factor fits."""
     along = sum(float(((compared.ranks[0][name] - tokens[name]) * term).sum()) for name, term in added.items())
     factor = along / max(sum(float(term.square().sum()) for term in added.values()), 1e-30)
     expected = {name: tokens[name] + factor * term for name, term in added.items()}
@@ -104,7 +107,7 @@ def _factor(compared: GradientComparison, tokens: dict[str, Tensor], added: dict
 
 
 def _differs(compared: GradientComparison, expected: dict[str, Tensor], factor: float) -> bool:
-    """Return whether the ranks' gradients differ from these. factor: of an added term, which scales its rounding error."""
+    """Return whether the ranks' gradients differ from these. factor: that of an added term, which scales its rounding error."""
     slack = max(abs(factor), 1.0)
     tolerances = {name: slack * tolerance for name, tolerance in compared.tolerances.items()}
     return bool(compared._replace(expected=expected, tolerances=tolerances).different(compared.ranks[0]))

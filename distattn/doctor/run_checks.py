@@ -1,4 +1,4 @@
-"""Checks before the doctor compares numbers: that all ranks ran, on the same inputs, with finite results."""
+"""Checks that precede the doctor's comparison of numbers: all ranks ran, on the same inputs, with finite results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAME_START = "seed before the model is made, or broadcast its weights and buffe
 
 
 def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
-    """Find inputs that differ between ranks, or why one of them stopped; return None if the results can be compared."""
+    """Find inputs that differ between ranks, or the reason why a rank stopped. Return None if results can be compared."""
     # a rank that failed early has not recorded its inputs
     if all("batch" in result for result in ranks):
         for finding in _different_inputs(ranks):
@@ -22,13 +22,13 @@ def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
 
 
 def check_run(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
-    """Find the first reason why the ranks' results cannot be compared with one process; return None if they can."""
+    """Find the first reason why the ranks' results cannot be compared with the reference. Return None if they can."""
     finding = _other_tokens(reference, ranks) or _misplaced_tokens(reference, ranks) or _random_numbers(ranks)
     return (None, [finding]) if finding else None
 
 
 def check_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
-    """Find a value that is not finite on a rank but finite in one process; return the module's name, if any, and the finding."""
+    """Find a value that is finite in one process but not on a rank. Return the module's name, if any, and the finding."""
     remedy = (
         "look at the first module or parameter named; an overflow, a division by zero, or memory that was not filled"
     )
@@ -52,7 +52,7 @@ def _not_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Iter
     for rank, part in parts_of(ranks):
         tokens = len(part["tokens"])
         for name, output in part["outputs"].items():
-            # a mask may be infinite
+            # values such as masks may be infinite in one process, too
             if name not in reference.outputs or not torch.isfinite(reference.outputs[name]).all():
                 continue
             if not torch.isfinite(output.movedim(reference.token_dims[name], 0)[:tokens]).all():
@@ -86,7 +86,7 @@ def _stopped_rank(ranks: Sequence[RankResult]) -> Finding | None:
     stopped = [rank for rank, result in enumerate(ranks) if {"refusal", "failure"} & result.keys()]
     if not stopped:
         return None
-    # when the first rank stops, others lose their connection to it
+    # blame the rank that stopped first: the others may have lost their connection to it
     rank = min(stopped, key=lambda rank: (ranks[rank]["lost_peer"], ranks[rank]["at"]))
     if "refusal" in ranks[rank]:
         return Finding("refused", f"rank {rank}: {ranks[rank]['refusal'].rstrip('.')}", "do what the sentence says")

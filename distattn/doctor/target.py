@@ -1,6 +1,6 @@
-"""The target of `distattn doctor`: a script's functions, or a transformers model with the defaults."""
+"""The target of `distattn doctor`: a script's functions, or a transformers model with default functions."""
 
-# N tokens on the axis, T tokens on this rank, V vocabulary
+# T tokens on this rank, S tokens in a document, V vocabulary, E experts
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 from distattn.driver.context_parallel import ContextParallel
 from distattn.ir.errors import DistattnError
 
-# uneven documents, one of a single token, with uneven labels
+# the default batch: uneven documents, one of them a single token, with uneven labels
 _LENGTHS = (41, 1, 23, 32)
 _MOST_PARAMETERS = 300_000_000
 
-# arguments of a script's functions
+# the arguments of a script's functions
 _ARGUMENTS = {
     "model": (),
     "batch": (),
@@ -46,7 +46,7 @@ _ARGUMENTS = {
 
 
 class Target:
-    """A model, a batch, and the steps of a user's script with them on several ranks."""
+    """A model, a batch, and the steps that a user's script runs with them on several ranks."""
 
     def __init__(self, target: str):
         self._path = path = Path(target)
@@ -56,7 +56,7 @@ class Target:
         self._config = None if self._script is not None else _config(path)
 
     def model(self) -> torch.nn.Module:
-        """Make the model with its initial weights. Raises DistattnError if it is too large to be run several times."""
+        """Build the model with its initial weights. Raises DistattnError if it is too large to run several times."""
         if self._script is not None:
             return self._script.model()
         from transformers import AutoModelForCausalLM
@@ -73,7 +73,7 @@ class Target:
         return AutoModelForCausalLM.from_config(self._config, attn_implementation=huggingface.NAME)
 
     def model_here(self) -> torch.nn.Module:
-        """Make the model in one process. Raises DistattnError if that fails."""
+        """Build the model in one process, without torch.distributed. Raises DistattnError if that fails."""
         try:
             return self.model()
         except DistattnError:
@@ -85,7 +85,7 @@ class Target:
             ) from None
 
     def batches(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Make the micro-batches of a step, the same on all ranks, each as `ContextParallel.shard` takes it."""
+        """Return the micro-batches of a step as `ContextParallel.shard` takes them. They are the same on all ranks."""
         if hasattr(self._script, "batch"):
             batches = self._script.batch()  # type: ignore[union-attr]
             return list(batches) if isinstance(batches, (list, tuple)) else [batches]
@@ -96,15 +96,15 @@ class Target:
         return [{"input_ids": ids, "labels": labels, "document_lengths": list(_LENGTHS)}]
 
     def context_parallel(self) -> ContextParallel:
-        """Make this rank's ContextParallel, over the default process group."""
+        """Create this rank's ContextParallel over the default process group."""
         return self._function("context_parallel", lambda: ContextParallel(strategy="ring", kernel=default_kernel()))()
 
     def setup(self, cp: ContextParallel, model: torch.nn.Module) -> None:
-        """Run the script's preparation before the first batch."""
+        """Run the script's setup before the first batch."""
         self._function("setup", lambda cp, model: None)(cp, model)
 
     def shard(self, cp: ContextParallel, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Take this rank's parts of the micro-batches. Raises DistattnError if their numbers differ."""
+        """Return this rank's part of each micro-batch. Raises DistattnError if the script returns another number of parts."""
         shard = getattr(self._script, "shard", None)
         if shard is None:
             return cp.shard_step(batches)
@@ -120,23 +120,23 @@ class Target:
 
     @staticmethod
     def plain_forward(model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
-        """Compute logits like `forward`, but without the script; used to run hypotheses."""
+        """Compute logits like `forward`, but without the script. Used to run hypotheses."""
         if hasattr(model, "set_attn_implementation"):
             huggingface.register()
             model.set_attn_implementation(huggingface.NAME)  # type: ignore[operator]
         return pytorch.logits_of(model, part)
 
     def loss(self, logits: Tensor, part: Mapping[str, Any], model: torch.nn.Module, returned: Sequence[Any]) -> Tensor:
-        """Compute this rank's share of the loss; shares add up to it. returned: by the plain model, call by call."""
+        """Compute this rank's share of the loss. Shares add up to the loss. returned: the results of the plain model's calls."""
         if hasattr(self._script, "loss"):
             return self._script.loss(logits, part)  # type: ignore[union-attr]
         share = pytorch.loss_of(logits, part)
         return pytorch.with_router_loss(share, model, returned[-1], part) if returned else share
 
     def router_logits(self, returned: Sequence[Any]) -> list[Tensor] | None:
-        """Return the router logits (T, E) of each layer from the last of the model's results; None without a router loss.
+        """Return each layer's router logits (T, E) from the model's last result. Return None without a router loss.
 
-        Raises DistattnError for a router loss without router logits.
+        Raises DistattnError if there is a router loss but no router logits.
         """
         out = returned[-1] if returned else None
         if not hasattr(self._script, "router_loss") and getattr(out, "aux_loss", None) is None:
@@ -150,7 +150,7 @@ class Target:
         return list(router_logits)
 
     def router_loss(self, model: torch.nn.Module, router_logits: Sequence[Tensor]) -> Tensor:
-        """Compute the router loss of the tokens of a micro-batch, (T, E) of each layer, in one process."""
+        """Compute a micro-batch's router loss in one process from each layer's router logits (T, E)."""
         return self._function("router_loss", router_loss_of_tokens)(model, router_logits)
 
     def backward(self, model: torch.nn.Module, loss: Tensor) -> None:
@@ -158,11 +158,11 @@ class Target:
         self._function("backward", lambda model, loss: loss.backward())(model, loss)
 
     def reduce(self, model: torch.nn.Module) -> None:
-        """Sum gradients over ranks after all backward passes, unless the script's own `backward` does."""
+        """Sum gradients over ranks after all backward passes, unless the script's own `backward` does so."""
         self._function("reduce", _keep_gradients if hasattr(self._script, "backward") else _sum_gradients)(model)
 
     def gradients(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Return the whole gradient of every parameter that has one, by name."""
+        """Return the full, unsharded gradient of every parameter that has one, by name."""
         return self._function("gradients", _gradients)(model)
 
     def reference(self, model: torch.nn.Module, ids: Tensor) -> Tensor:
@@ -170,18 +170,18 @@ class Target:
         return self._function("reference", _reference)(model, ids)
 
     def check_reference(self) -> None:
-        """Raise DistattnError if a script's own model has no reference to compare with, or cannot be made here."""
+        """Raise DistattnError if a script's model has no reference to compare with, or cannot be built in this process."""
         if self._script is None or hasattr(self._script, "reference"):
             return
         _check_reference(self.model_here())
 
     def reference_context(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        """Make the context for `reference` and its backward pass."""
+        """Return the context in which `reference` and its backward pass run."""
         ours = hasattr(model, "set_attn_implementation") and not hasattr(self._script, "reference")
         return huggingface.single_process_attention(model) if ours else nullcontext()
 
     def describe_error(self, error: BaseException) -> str:
-        """Describe an error in one line: what it is, and the last line of the script that led to it."""
+        """Describe an error in one line: its type and message, and the last line of the script that led to it."""
         return describe_error(error, self._path if self._script is not None else None)
 
     def _function(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
@@ -190,17 +190,17 @@ class Target:
 
 
 def default_kernel() -> str | None:
-    """Return the default kernel: the device's choice on GPUs, and on CPUs the slow reference, which supports all calls."""
+    """Return the default kernel: on GPUs None (chosen by device), on CPUs the slow reference, which supports all calls."""
     return None if torch.cuda.is_available() else "reference"
 
 
 def _keep_gradients(model: torch.nn.Module) -> None:
-    """Leave gradients unchanged: the script has reduced them."""
+    """Leave gradients unchanged, since the script has already reduced them."""
 
 
 def _sum_gradients(model: torch.nn.Module) -> None:
     parameters = list(model.parameters())
-    # a parameter may have a gradient on some ranks only, for example of an expert without tokens on the others
+    # some ranks may lack a parameter's gradient, for example an expert's if none of their tokens were routed to it
     has_gradient = [float(parameter.grad is not None) for parameter in parameters]
     reached = torch.tensor(has_gradient, device=parameters[0].device)
     dist.all_reduce(reached)
@@ -257,7 +257,7 @@ def _load(path: Path) -> ModuleType:
 def describe_error(error: BaseException, script: Path | None = None) -> str:
     """Describe an error in one line, with the file and line where it was raised.
 
-    script: if the traceback has lines of this file, or of files next to it, the last of them is named, too.
+    script: if the traceback contains lines of this file or of others in its folder, also name the last of these.
     """
     frames = traceback.extract_tb(error.__traceback__)
     raised = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"

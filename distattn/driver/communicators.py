@@ -1,4 +1,4 @@
-"""The communication of a driver's ranks: transports for attention, host groups for facts, a monitor of the ranks' health."""
+"""Communication between a driver's ranks: transports for attention, host groups for facts, and a health monitor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SINGLE_RANK: Transport = SingleRankTransport()
 
 
 class MonitoredTransport:
-    """A transport whose failures name the rank that is to blame, also if a device's stream does the waiting."""
+    """A transport whose errors name the rank to blame, even if a device's stream does the waiting."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class MonitoredTransport:
         return self._monitor.guarded(work, MESSAGES, self._members)
 
     def close(self, gracefully: bool) -> None:
-        """End the watch's thread; the last driver also ends the communicator. gracefully: no rank is known to be lost."""
+        """Stop the watch; the last driver also closes the communicator. gracefully: False if a rank is known to be lost."""
         if self._watch is not None:
             self._watch.close()
         self._transport.release(gracefully and self._monitor.verdict is None)
@@ -92,7 +92,7 @@ class _MonitoredWork(NamedTuple):
 
 
 class MonitoredTransports:
-    """The monitored transports of a group, by kind of device."""
+    """The monitored transports of a group, by device type."""
 
     def __init__(self, group: dist.ProcessGroup, monitor: HealthMonitor, members: Sequence[int]):
         self._group, self._monitor, self._members = weakref.ref(group), monitor, members
@@ -100,7 +100,7 @@ class MonitoredTransports:
         self._opened: dict[str, MonitoredTransport] = {}
 
     def on(self, device: torch.device) -> Transport:
-        """Return the transport for devices of this kind; the first call for a kind is collective."""
+        """Return the transport for this type of device. The first call for a type is collective."""
         if device.type not in self._opened:
             group = self._group()
             if group is None:
@@ -115,7 +115,7 @@ class MonitoredTransports:
         return self._opened[device.type]
 
     def close(self, gracefully: bool) -> None:
-        """End the threads that watch messages, and the communicators. Collective if gracefully."""
+        """Stop the threads that watch messages, and close the communicators. A collective call if `gracefully`."""
         for transport in self._opened.values():
             transport.close(gracefully)
 
@@ -123,15 +123,15 @@ class MonitoredTransports:
 class Communicators:
     """All channels of a driver with several ranks. All ranks create and close it together.
 
-    name: the same on all ranks, and unique to this driver. exchange: ranks of the default group that exchange facts about steps.
-    group: the ranks that share attention; the last `servers` of them have no model.
+    name: the same on all ranks, and unique to this driver. exchange: the ranks that exchange facts about steps, numbered as in
+    the default group. group: the ranks that share attention; the last `servers` of them have no model.
     """
 
     def __init__(self, name: str, exchange: Sequence[int], group: dist.ProcessGroup, servers: int, timeout: timedelta):
         self.members = dist.get_process_group_ranks(group)
         self.monitor = HealthMonitor(name, dist.get_rank(), exchange, timeout)
         self.exchange = HostGroup(f"{name}/exchange", exchange, self.monitor)
-        # for the thread that runs the model; the exchange is for the planning thread
+        # used by the thread that runs the model; the planning thread uses the exchange
         group_name = f"{name}/group of rank {self.members[0]}"
         self.agreement = HostGroup(f"{group_name}/agreement", self.members, self.monitor)
         self.transports = MonitoredTransports(group, self.monitor, self.members)
@@ -142,14 +142,14 @@ class Communicators:
             self.control = ControlChannel(host, servers)
 
     def guarded(self, work: Callable[[], Result], activity: str, members: Sequence[int]) -> Result:
-        """Run `work`, in which this rank waits for members, and count its time. Raise LostRankError as the monitor does."""
+        """Run `work`, in which this rank waits for `members`, and record its time. Raise LostRankError if a rank is lost."""
         with heartbeats.activity(activity, waits=True, key=activity):
             return self.messages.timed(lambda: self.monitor.guarded(work, activity, members))
 
     def close(self, gracefully: bool) -> None:
-        """End the communicators, the host groups and the monitor's thread; `StepExchange` closes the exchange.
+        """Close the communicators, the host groups and the monitor; `StepExchange` closes the exchange.
 
-        gracefully: release the servers first; otherwise they notice that this rank has ended.
+        gracefully: release the servers first; otherwise they notice that this rank is gone.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self.monitor.close)

@@ -1,8 +1,8 @@
-"""`ContextParallel`, the driver: it turns loader batches into local batches, plans their attention, and scales losses.
+"""`ContextParallel`, the driver: it turns a loader's batches into local batches, plans their attention, and scales losses.
 
-A packed batch determines a mask and a layout, and these this rank's local batch. Data are either replicated (all ranks of the
-group hold the same batch and split it) or per rank (each rank, or block of ranks, has its own documents, and attention is shared
-over all of them); everything else is the same for both.
+A packed batch determines a mask and a layout, which determine this rank's local batch. Data is either replicated (all ranks of
+the group hold the same batch and split it) or per rank (each rank, or block of ranks, has its own documents, and attention is
+shared over all of them). Everything else is the same in both cases.
 """
 
 # T tokens on this rank
@@ -45,19 +45,19 @@ from distattn.parallel.runtime.communication.transport import Transport
 
 Result = TypeVar("Result")
 _LOG = logging.getLogger("distattn")
-# the first batch of a step has the step's number times this
+# the first batch of step s has number s * _BATCHES_PER_STEP
 _BATCHES_PER_STEP = 1 << 20
-# steps of shard_step whose batches may still be used with servers: one that runs, one that is sharded ahead
+# with servers, batches of this many `shard_step` calls remain usable: the running step and one sharded ahead
 _LIVE_STEPS = 2
 
 
 class ContextParallel:
-    """Splits attention over the ranks of a process group, batch by batch.
+    """A driver that splits attention over the ranks of a process group, batch by batch.
 
-    group defaults to the default process group, or one rank without torch.distributed. loss_group: all ranks whose tokens
-    make up the loss, data-parallel replicas included; by default the ranks of the group that have a model. settings: fields of
-    `AttentionConfig`, of which strategy is needed; with config they replace its values. A collective call of the loss group.
-    Raises DistattnError for settings that do not exist, or differ from rank to rank.
+    group: by default the default process group, or a single rank without torch.distributed. loss_group: all ranks whose tokens
+    make up the loss, including data-parallel replicas; by default the group's ranks with a model. settings: fields of
+    `AttentionConfig`; `strategy` is required. They override the values of `config`. The constructor is a collective call of the
+    loss group. It raises DistattnError for unknown settings, and for settings that differ between ranks.
 
         with ContextParallel(group, strategy="ring") as cp:
             for micro_batches in cp.steps(loader):
@@ -78,7 +78,7 @@ class ContextParallel:
     def _open(
         self, group: dist.ProcessGroup | None, loss_group: dist.ProcessGroup | None, config: AttentionConfig | None
     ) -> None:
-        """Connect to the other ranks. config: None on ranks that only serve, which use the first rank's."""
+        """Connect to the other ranks. config: None on server ranks, which use the first rank's settings."""
         for name, value in (("group", group), ("loss_group", loss_group)):
             if not isinstance(value, (dist.ProcessGroup, type(None))):
                 raise DistattnError(f"{name} is a process group of torch.distributed, not a {type(value).__name__}.")
@@ -112,40 +112,42 @@ class ContextParallel:
         self._layouts = BlockLayouts(self.ranks, self.block_ranks, self.config)
         self.planner = Planner(self.config, self, self._layouts.of_batch, self._layouts.is_one_block)
         self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
-        # the factor of a trainer's losses with which its gradients are sums over ranks
+        # the factor for the trainer's losses that makes its gradients sums over ranks
         self._factor = 1.0
-        # whether it was measured; the number of micro-batches of the trainer's steps, if the factor depends on it
+        # True once the factor was measured; the micro-batches per step that it holds for, None for any number
         self._probed, self._micro_batches = False, None
         self._device = torch.device("cpu")
-        # steps whose batches may be used; those of shard_step, oldest first
+        # steps whose batches may be used; those from `shard_step`, oldest first
         self._live: set[int] = set()
         self._sharded: deque[int] = deque()
         self._ahead, self._closed = StepsAhead(), False
 
-    # ---- what a trainer calls
+    # ---- called by trainers
 
     def shard(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return this rank's part of a batch, as `shard_step` does for a step of one micro-batch.
 
-        batch: `input_ids` (B, S), and optionally `labels` of the same shape (the ids by default, -100 for no label) or
-        `shift_labels` (already shifted: each token has its successor's label). Documents are given by one of: nothing, so that
-        every row is a document; `document_lengths`, whole numbers that sum to B * S; `position_ids` (1 or B, S), which restart at
-        0 with each document, as packing collators make them; `attention_mask` (B, S), whose zeros are padding before or after a
-        row's tokens. Padding is removed. Rows are laid end to end on one axis. Other keys are refused.
+        batch: `input_ids` (B, S), and optionally `labels` of the same shape (default: the ids; -100 for no label) or
+        `shift_labels` (already shifted: each token has its successor's label). At most one key marks documents:
+        `document_lengths`, whole numbers that sum to B * S; `position_ids` (1 or B, S), which restart at 0 in each document, as
+        packing collators produce them; or `attention_mask` (B, S), whose zeros are padding before or after a row's tokens.
+        Without such a key, every row is a document. Padding is removed, and rows are laid end to end on one axis. Other keys are
+        refused.
 
-        The result has `input_ids`, `position_ids` (1, T), `labels` (1, T) shifted so that each token has its successor's label,
-        `loss_scale` (a number to multiply the *sum* of this rank's token losses by: 1 / valid labels of the step over the loss
-        group, times the trainer's factor of `loss_scale`), and `context_parallel`, the `LocalBatch` to pass on to the model. A
-        rank without tokens gets padding without a label, because models refuse empty batches; `pad_to` pads all ranks.
+        The result has `input_ids`, `position_ids` and `labels` (1, T), the labels shifted so that each token has its successor's
+        label. It also has `loss_scale`, the factor for the *sum* of this rank's token losses (the trainer's factor, see the
+        method `loss_scale`, divided by the step's valid labels over the loss group), and `context_parallel`, the `LocalBatch` to
+        pass to the model. A rank without tokens gets unlabelled padding, because models refuse empty batches. `pad_to` pads all
+        ranks.
         """
         return self.shard_step([batch])[0]
 
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Shard all micro-batches of one optimizer step as `shard` does; losses are scaled by the valid labels of all of them.
+        """Shard all micro-batches of one optimizer step like `shard`; losses are scaled by the valid labels of the whole step.
 
-        All ranks of the loss group call this together. Ranks that hold the same batch are compared. With data per rank, ranks may
-        have different numbers of micro-batches; all get as many as the rank with most, and the missing ones are padding. With
-        servers, use a step's batches before the next but one is sharded.
+        All ranks of the loss group call this together. Batches that ranks must share are compared. With data per rank,
+        ranks may have different numbers of micro-batches: all get as many as the rank with the most, with padding for the
+        missing ones. With servers, use a step's batches before the next step but one is sharded.
         """
         try:
             batches = None if isinstance(micro_batches, (Mapping, str, torch.Tensor)) else list(micro_batches)
@@ -166,14 +168,14 @@ class ContextParallel:
         return self._local_batches(packed, future.result())
 
     def steps(self, loader: Iterable[Any], *, even: bool = False) -> Iterator[list[dict[str, Any]]]:
-        """Yield the micro-batches of each step of a loader, sharded a step ahead; as many steps as the longest loader has.
+        """Yield the micro-batches of each step of a loader, sharded one step ahead, until the longest loader has ended.
 
-        loader yields a batch as `shard` takes it, or a list of them (micro-batches), or is a `PackLoader`: then each rank reads
-        only its own tokens, and ranks need not exchange facts about steps. While a step runs, the next one is announced to the
-        other ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be left
-        early and nested, alike on all ranks: the next loop of this driver over the same iterator begins with the step that was
-        taken ahead. A loader's error is raised after the step before it. With servers, use a step's batches before the next step
-        is requested. even: all ranks raise DistattnError if they have different numbers of micro-batches, for trainers that count
+        loader: yields batches that `shard` accepts, or lists of them (micro-batches). With a `PackLoader` each rank reads only
+        its own tokens, and ranks need not exchange facts about steps. While a step runs, the next one is announced to the other
+        ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be nested and
+        left early, in the same way on all ranks: the next loop of this driver over the same iterator begins with the step that
+        was taken ahead. A loader's error is raised after the step before it. With servers, use a step's batches before requesting
+        the next step. even: raise DistattnError on all ranks if their numbers of micro-batches differ, for trainers that count
         their own.
         """
         if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, str)):
@@ -192,10 +194,10 @@ class ContextParallel:
     def loss_scale(self, target: GradientProbeTarget | None = None) -> float:
         """Return the factor by which to multiply this trainer's losses so that its gradients are sums over ranks.
 
-        With a target (each adapter has one for its trainer), measure its reduction by two synthetic backward passes, and use the
-        factor in the `loss_scale` of all later batches; all ranks call it. Without a target, return the last factor (1 at first).
-        Raise DistattnError, naming ranks and parameters, if the trainer leaves some out, reduces them by different factors or
-        clips gradients, or if ranks begin with different weights. See `gradient_probe`.
+        With a target (each adapter has one for its trainer), measure the trainer's reduction with two synthetic backward passes,
+        and use the factor in the `loss_scale` of all later batches; this is a collective call. Without a target, return the
+        current factor (initially 1). Raise DistattnError, naming ranks and parameters, if the trainer leaves some out, reduces
+        them by different factors or clips gradients, or if ranks start with different weights. See `gradient_probe`.
         """
         if target is not None:
             if not isinstance(target, GradientProbeTarget):
@@ -218,9 +220,9 @@ class ContextParallel:
             self._micro_batches = micro_batches
 
     def mean_loss(self, losses: Sequence[torch.Tensor]) -> float:
-        """Return the loss per token of a step, for logs: the sum over the loss group and micro-batches. A collective call.
+        """Return a step's loss per token, for logs: the sum over micro-batches and the loss group. A collective call.
 
-        losses: of this rank's micro-batches, as for the backward pass; the factor of `loss_scale` is divided out.
+        losses: the losses of this rank's micro-batches, as used in the backward pass; the factor of `loss_scale` is divided out.
         """
         items = losses if isinstance(losses, (list, tuple)) else ()
         if not items or not all(isinstance(loss, torch.Tensor) and loss.numel() == 1 for loss in items):
@@ -232,43 +234,43 @@ class ContextParallel:
 
     @property
     def data_parallel_size(self) -> int:
-        """The number of shares of the loss group's data, one for each block of ranks that hold the same batch."""
+        """The number of shares of the loss group's data: one for each block of ranks with the same batch."""
         return len(self._table.blocks)
 
     @property
     def data_parallel_rank(self) -> int:
-        """The number of this rank's share of the data."""
+        """The index of this rank's share of the data."""
         return self._table.blocks.index(self._table.first_of_block[self._table.rank])
 
     def batch_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks that hold the same batch as this one. Collective if that is not the whole group."""
+        """Return the group of ranks with the same batch as this one. A collective call unless that is the whole group."""
         if self.group is None or self.block_ranks == self.ranks:
             return self.group
         first = self.rank - self.rank % self.block_ranks
         return new_group(dist.get_process_group_ranks(self.group)[first : first + self.block_ranks])
 
     def close(self) -> None:
-        """End threads and communicators, release servers, and free arenas. All ranks call it; after an error it does not wait."""
+        """Stop threads, close communicators, release servers and free arenas. A collective call, except after an error."""
         self.__exit__(*sys.exc_info())
 
     def __enter__(self) -> ContextParallel:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
-        # an error that follows from a verdict is known to all ranks already
+        # after a verdict, all ranks already know about the error
         if error is not None and self._communicators is not None and self._communicators.monitor.verdict is None:
             self._communicators.monitor.report(f"{type(error).__name__}: {error}")
         self._close(gracefully=error is None)
 
-    # ---- what servers and loss sums call
+    # ---- called by servers and loss sums
 
     def begin(self, activity: str) -> None:
-        """Note the begin of an activity that all ranks of the loss group do equally often, so that a late rank can be named."""
+        """Record the start of an activity that all ranks of the loss group run equally often, so that late ranks can be named."""
         if self._communicators is not None:
             self._communicators.monitor.enter(activity)
 
     def guarded(self, work: Callable[[], Result], activity: str) -> Result:
-        """Run `work`, a collective call of the loss group. If it fails, raise LostRankError with the rank to blame."""
+        """Run `work`, a collective call of the loss group. If it fails, raise LostRankError naming the rank to blame."""
         if self._communicators is None:
             return work()
         assert self.loss_group is not None
@@ -276,13 +278,13 @@ class ContextParallel:
 
     @property
     def wait_timeout(self) -> timedelta | None:
-        """The limit of a wait, so that a lost rank is named within the time-out; None for a single rank."""
+        """The longest wait for other ranks that leaves time to name a lost one; None for a single rank."""
         return None if self._communicators is None else self._communicators.monitor.wait_timeout
 
     def _gathered_steps(self, loader: Iterable[Any]) -> Iterator[tuple[list[Batch], GatheredStep]]:
-        """Yield for each step of a loader this rank's packed micro-batches, and the gathered step, one step ahead."""
+        """Yield this rank's packed micro-batches and the gathered step, for each step of a loader, one step ahead."""
         loop = StepLoop(loader, self._ahead)
-        # a plan of packs knows neither servers nor speeds
+        # a pack plan contains no facts about servers or speeds
         ask = bool(self.config.servers) or self.speeds is not None
         step_infos = GlobalStepInfos(loader, self._table, ask) if isinstance(loader, GlobalLoader) else None
         packed = loop.next()
@@ -318,22 +320,22 @@ class ContextParallel:
             loop.leave()
             raise
         finally:
-            # a generator that is closed must not raise; a later wait for a lost rank names it
+            # closing a generator must not raise; a later wait names the lost rank
             with contextlib.suppress(LostRankError):
                 if running is not None:
                     self._release(running)
                 self._release(number)
 
     def serve_step(self) -> AwaitedResult[GatheredStep]:
-        """Return the next step with its batches; ranks that only serve call it."""
+        """Return a future of the next step with its batches; called by server ranks."""
         return self._exchange.announce(None, self._batches_of_step, self.planner, self._measured_speed())
 
     def _loss_scale_of(self, step: GatheredStep) -> float:
-        """Return the trainer's factor / valid labels of the step, counting ranks with the same batch once."""
+        """Return the trainer's factor divided by the step's valid labels; ranks with the same batch count once."""
         return self._factor / max(sum(step.infos[rank].valid_labels for rank in self._table.blocks), 1)
 
     def _local_shard(self, packed: Batch | None) -> dict[str, Any]:
-        """Return this rank's `input_ids`, `labels` and `position_ids` (1, T) of a micro-batch; None gives padding."""
+        """Return this rank's `input_ids`, `labels` and `position_ids` (1, T) of a micro-batch, or padding if it is None."""
         if packed is None:
             tokens = padded(0, self.config.pad_to)
             padding = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)
@@ -341,42 +343,42 @@ class ContextParallel:
         layout = self._layouts.of_block(packed.lengths)
         return dict(packed.local_shard(layout, self.rank % self.block_ranks, self.config.pad_to))
 
-    # ---- what the planner and executables call
+    # ---- called by the planner and executables
 
     def transport(self, device: torch.device) -> Transport:
-        """See `planner.Ranks`."""
+        """Return the transport for a device. See `PlanningRanks.transport`."""
         return SINGLE_RANK if self._communicators is None else self._communicators.transports.on(device)
 
     def begin_shape(self, batch: LocalBatch, shape: AttentionShape) -> None:
-        """See `planner.Ranks`; servers are notified."""
+        """Notify servers of a new shape. See `PlanningRanks.begin_shape`."""
         self._check_live(batch)
         control = None if self._communicators is None else self._communicators.control
         if control is not None and self.rank < self.models:
             control.send(ControlMessage(NEW_SHAPE, batch.number, shape))
 
     def agree(self, make: Callable[[], Planned]) -> Planned:
-        """See `planner.Ranks`."""
+        """Make a plan and compare it with the other ranks' plans. See `PlanningRanks.agree`."""
         return agree_on_plan(None if self._communicators is None else self._communicators.agreement, make)
 
     def gather(self, value: Any, activity: str) -> list[Any]:
-        """See `planner.Ranks`."""
+        """Gather a value from every rank. See `PlanningRanks.gather`."""
         return [value] if self._communicators is None else self._communicators.agreement.all_gather(value, activity)
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> BatchObserver | None:
-        """See `planner.Ranks`; servers are notified of passes, and the speeds count them."""
+        """Return an observer that notifies servers of passes and measures speeds. See `PlanningRanks.observer`."""
         control = None if self._communicators is None else self._communicators.control
         if control is None and self.speeds is None:
             return None
         sends = control if self.rank < self.models else None
         return BatchObserver(batch.number, shape, plan, self.rank, sends, self.speeds, lambda: self._check_live(batch))
 
-    # ---- inside
+    # ---- internal
 
     def _close(self, gracefully: bool) -> None:
         if self._closed:
             return
         self._closed = True
-        # called in reverse order, each even if others raise
+        # these run in reverse order, each even if others raise
         with contextlib.ExitStack() as stack:
             for end in (self._ahead.clear, ARENAS.free, self.planner.close, self._exchange.close):
                 stack.callback(end)
@@ -405,23 +407,23 @@ class ContextParallel:
         return number, self._exchange.announce(packed, read_and_make, self.planner, speed, loader, infos)
 
     def _release(self, number: int) -> None:
-        """Release a step, whose batches will not be used any more."""
+        """Release a step whose batches will not be used any more."""
         if number in self._live:
             self._live.remove(number)
             if self._communicators is not None and self._communicators.control is not None and not self._closed:
                 self._communicators.control.send(ControlMessage(RELEASE_STEP, number))
 
     def _batches_of_step(self, step: GatheredStep) -> list[LocalBatch]:
-        """Return a batch for each micro-batch of the rank with most, with the documents of all ranks that share attention."""
+        """Return one batch per micro-batch of the rank with the most, with documents of all ranks that share attention."""
         count = max(len(info.documents) for info in step.infos)
         if not count:
-            # the loader has ended: no speeds are noted for this step
+            # the loaders have ended: no speeds are recorded for this step
             return []
         speeds = [step.infos[rank].speed for rank in self._table.sharing]
         options = () if self.speeds is None else self.speeds.options(speeds)
         proven, first = step.number % self.config.verify_every == 0, step.number * _BATCHES_PER_STEP
         blocks = [step.infos[rank].documents for rank in self._table.sharing[: self.models : self.block_ranks]]
-        # replicas must run equally many passes: a replica without documents gets a token without a label
+        # replicas must run the same number of passes: a replica without documents gets an unlabelled token
         stand_in = ((1,), *((),) * (len(blocks) - 1))
         batches = []
         for index in range(count):
@@ -442,7 +444,7 @@ class ContextParallel:
         return out
 
     def _check_scale(self, micro_batches: int) -> None:
-        """Refuse a step with another number of micro-batches than the scale is for; warn once if no scale was measured."""
+        """Raise DistattnError if the scale holds for another number of micro-batches; warn once if it was not measured."""
         if not torch.is_grad_enabled():
             return
         if self._micro_batches not in (None, micro_batches):
@@ -454,7 +456,7 @@ class ContextParallel:
             _LOG.warning(NOT_PROBED)
 
     def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
-        # the blocks' tokens differ, so that their gradients can be told apart; padding, too, must not be an id of a rank
+        # blocks get different tokens, so that their gradients can be told apart; padding must not be a rank's id, either
         first = self._table.members[self._table.first_of_block[self._table.rank]]
         batch = self.shard({"input_ids": probe_ids(self.block_ranks, first, ranks, rows).to(device)})
         return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}

@@ -1,4 +1,4 @@
-"""Control messages, by which the first rank with a model tells ranks that only serve what all ranks do next."""
+"""Control messages, with which a group's first rank tells its servers what all ranks do next."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CLOSE, ANNOUNCE_STEP, RELEASE_STEP, NEW_SHAPE, FORWARD, BACKWARD = (
 class ControlMessage(NamedTuple):
     """The next action of all ranks.
 
-    kind: one of the constants above. number: of the step that is announced or released, or of the batch. shape, scale and
-    softcap: of the attention call.
+    kind: one of the constants above. number: the number of the step announced or released, or of the batch. shape,
+    scale and softcap: those of the attention call.
     """
 
     kind: str
@@ -47,17 +47,17 @@ class ControlChannel:
                 self._host.send(message, server)
 
     def begin_pass(self, direction: str, batch: int, shape: AttentionShape, score: ScoreMod) -> None:
-        """Announce a forward or backward pass of a batch. Raise DistattnError for ALiBi slopes, which have no message."""
+        """Announce a forward or backward pass of a batch. Raise DistattnError for ALiBi slopes, which messages do not carry."""
         if score.slopes_H is not None:
             raise DistattnError("ALiBi slopes do not reach ranks that only serve; use a group without servers.")
         self.send(ControlMessage(direction, batch, shape, score.scale, score.softcap))
 
     def receive(self) -> ControlMessage:
-        """Return the next message; servers call it."""
+        """Return the next message; called on servers."""
         return ControlMessage(*self._host.receive(0, "a control message"))
 
     def close(self, gracefully: bool) -> None:
-        """End the channel. gracefully: the first rank releases the servers before."""
+        """Close the channel. gracefully: the first rank releases the servers first."""
         try:
             if gracefully and self._host.rank == 0:
                 self.send(ControlMessage(CLOSE))

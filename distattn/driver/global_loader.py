@@ -1,7 +1,7 @@
 """Loaders that know the global batch of every step, so that ranks need not exchange facts about each step.
 
-The loader of a pack plan is one (`distattn.data`). All ranks compare once that they read the same plan from the same step on;
-from then on each rank computes the facts of all others.
+One example is the loader of a pack plan (`distattn.data`). Ranks check once that they all read the same plan from the same step.
+From then on, each rank computes the facts of all others.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from distattn.ir.errors import DistattnError
 class GlobalLoader(Protocol):
     """A loader of one share of the data that knows the global batch: the batches of all shares in every step.
 
-    Iterating yields the micro-batches of its share, step by step. rank, size: number of the share, and of all shares. step: the
-    next step that it yields. end: the step before which it ends. data_digest: a digest of everything that the batches depend on.
-    labels_are_known: labels can be counted without reading the data.
+    Iterating yields the micro-batches of its share, step by step. rank: the index of the share. size: the number of shares.
+    step: the next step to yield. end: one past the last step. data_digest: a digest of everything that the batches depend on.
+    labels_are_known: True if labels can be counted without reading the data.
     """
 
     rank: int
@@ -43,9 +43,9 @@ class GlobalLoader(Protocol):
 
 
 class GlobalStepInfos:
-    """The facts of all ranks of an exchange about each step, as far as this rank knows them.
+    """All ranks' facts about each step, as far as this rank can compute them.
 
-    Raises DistattnError if the loader has another rank's share.
+    Raises DistattnError if the loader reads another rank's share.
     """
 
     def __init__(self, loader: GlobalLoader, table: RankTable, ask: bool):
@@ -58,10 +58,10 @@ class GlobalStepInfos:
                 f"this loader reads share {loader.rank} of {loader.size}, but this rank has share {share} of {shares}; "
                 f"make it with rank={share}, size={shares}."
             )
-        # noted now, because the loader's step advances
+        # composed now, because the loader's step advances
         self.name = f"{loader.data_digest} from step {loader.step} to {loader.end}"
         self._next = loader.step
-        # ranks are asked until all have confirmed that they read the same
+        # exchange facts until all ranks have confirmed that they read the same plan
         self._may_know, self._asks = loader.labels_are_known and not ask, True
 
     def confirm(self, infos: Sequence[StepInfo]) -> None:
@@ -77,9 +77,9 @@ class GlobalStepInfos:
         self._asks = not self._may_know or any(not info.loader for info in self._table.of_models(list(infos)))
 
     def next(self, batches: Sequence[Batch] | None) -> list[StepInfo] | None:
-        """Return all ranks' facts about the next step; None if they have to be asked. batches: this rank's in that step.
+        """Return all ranks' facts about the next step; None if ranks must exchange them.
 
-        Raise DistattnError if the loader has yielded another step.
+        batches: this rank's batches in that step. Raise DistattnError if the loader yielded a different step.
         """
         step, self._next = self._next, self._next + 1
         if self._asks:
@@ -114,6 +114,9 @@ class GlobalStepInfos:
 
 
 def share_numbers(same_batch: Sequence[int], has_model: Sequence[bool]) -> list[int]:
-    """Return the number of each rank's share of the data; -1 if it only serves. same_batch: see `GlobalStepInfos`."""
+    """Return the index of each rank's share of the data; -1 for servers.
+
+    same_batch: for each rank, the first rank that holds the same batch.
+    """
     first = sorted({other for other, model in zip(same_batch, has_model, strict=True) if model})
     return [first.index(other) if model else -1 for other, model in zip(same_batch, has_model, strict=True)]

@@ -1,13 +1,13 @@
-"""Measure how a trainer reduces gradients, by two synthetic backward passes, so that users need not know it.
+"""Measure how a trainer reduces gradients with two synthetic backward passes, so that users need not know.
 
-Trainers differ in this, and so do the modes of one trainer: some sum over ranks, some take the mean over all or only over
-replicas, some divide by the number of micro-batches. The probe measures it on one weight matrix, that of the output layer. Rank
-r's loss is column r of its logits, so row r of the gradient belongs to rank r alone. The layer's input gives this row before the
-reduction; the quotient is the weight of rank r. If that layer is frozen (LoRA), another linear layer is measured: its gradient is
-a weighted sum of the ranks' gradients, which is solved for the weights.
+Trainers differ, and so do the modes of a single trainer: some sum over ranks, some average over all ranks or only over replicas,
+and some divide by the number of micro-batches. The probe measures the reduction on one weight matrix, the output layer's. Rank
+r's loss is column r of its logits, so row r of the gradient comes from rank r alone. The layer's input gives this row before the
+reduction, and the ratio of the two is rank r's weight. If that layer is frozen (LoRA), the probe measures another linear layer,
+whose gradient is a weighted sum of the ranks' gradients, and solves for the weights.
 
-The second pass has a larger loss, or a smaller one: gradients that do not change by the same factor were clipped. All other
-parameters are compared with the measured layer (see `parameter_probe`).
+The second pass has a larger or smaller loss: gradients that do not scale by the same factor were clipped. All other parameters
+are compared with the measured layer (see `parameter_probe`).
 """
 
 # N tokens on the axis, T tokens on this rank, V rows of the output layer's weight on this rank, E its columns, R ranks
@@ -28,11 +28,11 @@ from torch import Tensor
 from distattn.driver.parameter_probe import GradientSketches, ProbedParameter, check_same_weights
 from distattn.ir.errors import DistattnError
 
-# relative error of a rank's weight; bf16 gradients are sums of a few terms
+# tolerated relative error of a rank's weight: bf16 gradients here are sums of only a few terms
 _TOLERANCE = 0.02
-# the factor of the second pass's loss; the smaller one is for half precision and trainers' own scales, which may overflow
+# factors of the second pass's loss; the smaller one is for fp16 and for trainers that scale losses, which may overflow
 _LARGER, _SMALLER = 64.0, 1 / 32
-# at least this many rows of a gradient are read
+# read at least this many rows of a gradient
 _ROWS = 16
 # the warning for steps whose loss scale was not measured
 NOT_PROBED = (
@@ -49,52 +49,52 @@ OTHER_COUNT = (
 class GradientProbeTarget(Protocol):
     """The trainer's side of the probe; `distattn.adapters` has a target for each trainer.
 
-    It may also have an attribute micro_batches_per_step, if the trainer divides by it; steps with another number are refused.
+    A target may also have the attribute `micro_batches_per_step`, if the trainer divides by it. Other numbers are refused.
     """
 
     def layer(self) -> torch.nn.Module | None:
-        """Return the linear layer that computes logits, or another trained one; None on ranks without, which take part."""
+        """Return the linear layer that computes logits, or another trained linear layer; None on ranks without one."""
 
     def vocab_rows(self) -> int:
-        """Return V, the rows of the output layer's weight on its ranks."""
+        """Return V, the number of rows of the output layer's weight on the ranks that have it."""
 
     def backward(self, batch: Mapping[str, Any], loss_of: Callable[[Tensor], Tensor]) -> None:
-        """Run a sharded batch forward and backward like a step of one micro-batch, and reduce gradients, without an update.
+        """Run a sharded batch forward and backward like a step of one micro-batch; reduce gradients, but do not update.
 
-        loss_of: computes the user's loss from logits (..., V).
+        loss_of: computes the probe's loss from logits (..., V).
         """
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return the tensor (..., E) that the layer multiplies by its weight, given the layer's input x."""
 
     def gradient(self) -> Tensor:
-        """Return the whole reduced gradient (rows, E) of the layer's weight; all ranks that have one call it."""
+        """Return the full reduced gradient (rows, E) of the layer's weight. All ranks with a layer call this."""
 
     def preserve_state(self) -> AbstractContextManager[None]:
-        """Return a context that restores parameters, gradients and optimizer when it is left."""
+        """Return a context manager that restores parameters, gradients and the optimizer on exit."""
 
     def parameters(self) -> Sequence[ProbedParameter]:
         """Return all parameters, trained or not, in the same order on all ranks."""
 
 
 class Reduction(NamedTuple):
-    """A trainer's reduction of gradients over the loss group: it multiplies each rank's gradient by a weight, and sums."""
+    """A trainer's reduction of gradients over the loss group: the sum of each rank's gradient times its weight."""
 
     weights: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Return the mean weight."""
+        """The mean weight."""
         return sum(self.weights) / len(self.weights)
 
     @property
     def is_even(self) -> bool:
-        """Return whether all ranks have the same weight."""
+        """True if all ranks have the same weight."""
         return max(abs(weight - self.mean) for weight in self.weights) <= _TOLERANCE * self.mean
 
     @property
     def factor(self) -> float:
-        """The factor by which to multiply losses so that gradients are sums. Raises DistattnError if there is no such factor."""
+        """The factor by which to multiply losses so that gradients are sums over ranks. Raises DistattnError if none exists."""
         mean = self.mean
         left_out = [rank for rank, weight in enumerate(self.weights) if abs(weight) < _TOLERANCE * abs(mean)]
         if left_out or mean <= 0:
@@ -107,7 +107,7 @@ class Reduction(NamedTuple):
             raise DistattnError(
                 f"the trainer weighs ranks unequally, {_listed(self.weights)}; no loss scale makes that right."
             )
-        # trainers divide and multiply by whole numbers, and the measurement has rounding errors
+        # trainers divide or multiply by integers, but the measurement has rounding errors
         for exact in (round(1 / mean), 1 / max(round(mean), 1)):
             if abs(exact * mean - 1) < _TOLERANCE:
                 return float(exact)
@@ -115,10 +115,11 @@ class Reduction(NamedTuple):
 
 
 def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.ProcessGroup | None) -> Reduction | None:
-    """Measure the reduction by two synthetic backward passes; all ranks of the loss group call it. None without an output layer.
+    """Measure the reduction with two synthetic backward passes. A collective call of the loss group.
 
-    make_batch: see `MakeBatch`. The top of the file explains the measurement. Raise DistattnError, naming parameters and ranks,
-    if ranks hold different weights, if gradients are no weighted sums, or if the weights differ between parameters.
+    make_batch: see `MakeBatch`. Return None on ranks without an output layer. The module docstring explains the measurement.
+    Raise DistattnError, naming parameters and ranks, if ranks hold different weights, if gradients are not weighted sums, or if
+    the weights differ between parameters.
     """
     ranks = 1 if group is None else dist.get_world_size(group)
     layer, rows = target.layer(), target.vocab_rows()
@@ -140,16 +141,17 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, second.magnitude, group, ranks)
     reduction = Reduction(agreed)
-    # unequal weights of ranks are refused in `factor`
+    # `factor` refuses unequal weights
     if reduction.is_even:
         sketches.check(reduction.mean / observed.scale)
     return reduction
 
 
 class MakeBatch(Protocol):
-    """Makes a local batch whose token ids are all at least `ranks`. rows: of the output layer's weight.
+    """A function that makes a local batch whose token ids are all at least `ranks`.
 
-    So if output and input share weights, the input's gradient is not in the rows that are read.
+    rows: the number of rows of the output layer's weight. If the embedding shares that weight, such ids keep its gradient out
+    of the rows that the probe reads.
     """
 
     def __call__(self, ranks: int, rows: int, device: torch.device) -> Mapping[str, Any]: ...
@@ -161,9 +163,9 @@ def probe_ids(block_ranks: int, first: int, ranks: int, rows: int) -> Tensor:
 
 
 class _Observed(NamedTuple):
-    """A backward pass: this rank's gradient of the rows that are read before and after the reduction, both (rows, E) fp64.
+    """A backward pass: this rank's gradient of the rows read, before and after the reduction, both (rows, E) in fp64.
 
-    scale: the trainer's factor of the loss. magnitude: the probe's factor of the loss. may_overflow: whether a larger loss may
+    scale: the trainer's factor for the loss. magnitude: the probe's factor for the loss. may_overflow: True if a larger loss may
     overflow, because logits are in fp16 or the trainer scales the loss.
     """
 
@@ -183,13 +185,13 @@ def _observe_backward(
     magnitude: float,
     sketches: GradientSketches | None = None,
 ) -> _Observed | None:
-    """Run the backward pass of a loss times `magnitude`. sketches: record the gradients of all parameters."""
+    """Run a backward pass with the loss times `magnitude`. sketches: records the gradients of all parameters."""
     seen: dict[str, Tensor] = {}
     hook = None if layer is None else layer.register_forward_hook(lambda _, inputs, out: _record(seen, inputs, out))
 
     def loss_of(logits: Tensor) -> Tensor:
         if sketches is not None:
-            # FSDP2 has gathered the tensor after the forward pass
+            # FSDP2's gathered parameters exist only after the forward pass
             sketches.watch()
         loss = magnitude * logits[..., me].float().sum()
         # a trainer may scale the loss before the backward pass
@@ -225,7 +227,7 @@ def _observe_backward(
 def _check_linear(
     agreed: tuple[float, ...], second_weights: Tensor, magnitude: float, group: dist.ProcessGroup | None, ranks: int
 ) -> None:
-    """Raise DistattnError if gradients do not change by the same factor as the loss. second_weights: this rank's."""
+    """Raise DistattnError if gradients do not scale with the loss. second_weights: this rank's weights in the second pass."""
     all_weights_RR = _gathered(second_weights, group, ranks)
     difference = float((all_weights_RR - all_weights_RR.new_tensor(agreed)).abs().max())
     largest = max(map(abs, agreed))
@@ -241,9 +243,9 @@ def _check_linear(
 
 
 def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
-    """Return the weight of each rank's gradient in this rank's reduced gradient, (ranks,); NaN if it is no weighted sum."""
+    """Return the weight of each rank's gradient in this rank's reduced gradient, (ranks,); NaN if it is not a weighted sum."""
     gradients = _gathered(local, group, ranks)
-    # if the input shares the output layer's weight, its gradient is in other rows
+    # skip rows of zeros: the gradient of an embedding that shares the output layer's weight is there
     rows_read = (gradients != 0).any(2).any(0)
     gradients, reduced = gradients[:, rows_read].flatten(1), reduced[rows_read].flatten()
     # least squares: the reduced gradient is the sum of weight x gradient
@@ -258,7 +260,7 @@ def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | No
 
 
 def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int) -> tuple[float, ...]:
-    """Return the weights that all ranks have measured. Raise DistattnError if a rank has none, or other weights."""
+    """Return the weights, on which all ranks must agree. Raise DistattnError if a rank measured none, or different ones."""
     all_weights_RR = _gathered(weights, group, ranks)
     for rank, row in enumerate(all_weights_RR.tolist()):
         if any(weight != weight for weight in row):

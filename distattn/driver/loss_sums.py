@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def sum_over_loss_group(cp: ContextParallel, x: torch.Tensor, purpose: str) -> torch.Tensor:
-    """Return the sum of a tensor over the loss group, on the tensor's device, without gradient; a collective call.
+    """Sum a tensor over the loss group, without gradient; return the sum on the tensor's device. A collective call.
 
-    purpose: of the sum. Raise LostRankError, which names the purpose, if a rank is lost.
+    purpose: what the sum is for. If a rank is lost, raise LostRankError, which names the purpose.
     """
     total = x.detach().clone()
     if cp.loss_group is None:

@@ -1,7 +1,7 @@
-"""A watch on the host over messages that a device waits for, since NCCL's own wait returns at once.
+"""A watch on the host over messages that a device waits for, because NCCL's own wait returns at once.
 
-A thread checks periodically whether the oldest message in flight has arrived. If it is late, all ranks are asked for a sign of
-life, the result is logged, and the communicator is aborted, so that the device continues and this process gets an error.
+A thread checks periodically whether the oldest message in flight has arrived. If it is late, all ranks are asked whether they
+are alive, the result is logged, and the communicator is aborted, so that the device continues and this process gets an error.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from distattn.parallel.runtime.communication.transport import Packet
 
 MESSAGES = "an exchange of attention's messages"
 _LOG = logging.getLogger("distattn")
-# seconds between two looks
+# seconds between two checks
 _POLL = 0.5
 
 
 @dataclass(eq=False)
 class PendingMessage:
-    """Messages that are watched. text: describes them. works: the backend's handles, None until the messages are started.
+    """Messages under watch. text: describes them. works: the backend's handles, None until the messages are started.
 
-    It does not refer to the sent and received tensors, so that watching does not extend their lives.
+    It holds no reference to the tensors sent and received, so watching does not extend their lifetimes.
     """
 
     text: str
@@ -45,9 +45,10 @@ class PendingMessage:
 
 
 class MessageWatch:
-    """Watches the messages of one communicator, which arrive in the order in which they were started.
+    """A watch over the messages of one communicator, which arrive in the order in which they were started.
 
-    members: its ranks as numbered in the default group. give_up: aborts messages in flight. device: the waiting device.
+    members: the communicator's ranks, numbered as in the default group. give_up: aborts messages in flight. device: the waiting
+    device.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class MessageWatch:
     def watching(self, text: str) -> Iterator[PendingMessage]:
         """Watch messages from before they are started until they have arrived. text: describes them in the error.
 
-        The context's body starts the messages and sets their works. NCCL blocks the host there while two ranks connect that have
-        never sent each other a message.
+        The body of the context starts the messages and sets `works`. NCCL blocks the host there while it connects two ranks that
+        have never exchanged a message.
         """
         under_way = PendingMessage(text, time.monotonic())
         self._under_way.append(under_way)
@@ -77,7 +78,7 @@ class MessageWatch:
             raise
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._closed.set()
         self._thread.join(timeout=2 * _POLL)
         self._under_way.clear()
@@ -88,12 +89,12 @@ class MessageWatch:
             torch.cuda.set_device(self._device)
         limit, arrived = self._monitor.wait_timeout.total_seconds(), time.monotonic()
         while not self._closed.wait(_POLL):
-            # a message whose call fails is removed concurrently, on the calling thread
+            # the calling thread may concurrently remove a message whose call failed
             while (oldest := next(iter(tuple(self._under_way)), None)) is not None and oldest.have_arrived():
                 with contextlib.suppress(ValueError):
                     self._under_way.remove(oldest)
                 arrived = time.monotonic()
-            # a device processes messages in order: the oldest is in flight since the previous one has arrived
+            # a device processes messages in order: the oldest has been in flight since the previous one arrived
             if oldest is not None and time.monotonic() - max(oldest.since, arrived) > limit:
                 self._report(oldest.text, limit)
                 return
@@ -106,12 +107,12 @@ class MessageWatch:
             self._monitor.guarded(late, MESSAGES, self._members)
         except LostRankError as error:
             _LOG.error("%s", error)
-        # this ends kernels that wait for messages, and the next call of attention raises
+        # this ends kernels that wait for messages, and makes the next attention call raise
         self._give_up()
 
 
 class Awaited(NamedTuple):
-    """Messages that a step waits for. text: for people. peers: the ranks that they come from, or go to."""
+    """Messages that a step waits for. text: describes them. peers: the ranks that send or receive them."""
 
     text: str = ""
     peers: tuple[int, ...] = ()
@@ -120,7 +121,7 @@ class Awaited(NamedTuple):
 def describe_messages(
     sends: Sequence[Packet], receives: Sequence[Packet], members: Sequence[int], where: str
 ) -> Awaited:
-    """Return the messages that a step waits for, with ranks as numbered in the default group."""
+    """Describe the messages that a step waits for, with ranks numbered as in the default group."""
     ranks: dict[str, set[int]] = {}
     for packet in receives or sends:
         ranks.setdefault(packet.name, set()).add(members[packet.peer])

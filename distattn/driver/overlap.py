@@ -1,10 +1,10 @@
-"""Overlap: micro-batches take turns on a rank, so that messages of one travel while another computes (ping-pong execution).
+"""Overlap: micro-batches take turns on a rank, so that one computes while another's messages travel (ping-pong execution).
 
-As in Zhuang et al. 2025 (arXiv 2510.18121, section 4.2). Forward, each micro-batch runs on a thread of its own, and the next one
-continues when its messages have left. All of them enter and leave a layer together: outside of the layers there is one graph, in
-which a layer is one node for all micro-batches. Its backward pass takes turns in the same manner. FSDP2 therefore gathers a
-layer's parameters, and reduces their gradients, once for all micro-batches. One micro-batch runs at a time, in the same order on
-all ranks.
+The method is from Zhuang et al. 2025 (arXiv 2510.18121, section 4.2). In the forward pass each micro-batch has its own thread,
+and the next one continues when its messages have been sent. All micro-batches enter and leave a layer together: outside the
+layers there is one autograd graph, in which a layer is one node for all micro-batches. The node's backward pass takes turns in
+the same way. FSDP2 therefore gathers a layer's parameters, and reduces their gradients, once for all micro-batches. One
+micro-batch runs at a time, in the same order on all ranks.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from distattn.ops.current_micro_batch import INTERLEAVED, RECOMPUTING
 from distattn.ops.executable import Executable
 from distattn.parallel.runtime.execution.execute import PausableRun
 
-# positional and keyword arguments of one micro-batch's call of a module
+# the positional and keyword arguments with which one micro-batch calls a module
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 _OUTSIDE = "attention was called outside of the layers; give OverlapSchedule every layer that attends."
 _LEAVES = "a layer's tensors with gradients leave it by another way than its output; OverlapSchedule cannot cut there."
 
 
 class OverlapSchedule:
-    """Trains on micro-batches that take turns.
+    """A training schedule in which micro-batches take turns.
 
-    layers: the modules of a model that hidden states pass one after another as their first argument, such as
-    `model.model.layers` of a Hugging Face decoder, or any list of layers. Each may call attention once or more.
-    model: the module that the losses call, needed where `fully_shard` (FSDP2) has sharded the layers.
+    layers: a model's modules that run one after another and take hidden states as their first argument, such as
+    `model.model.layers` of a Hugging Face decoder. Each may call attention once or more.
+    model: the module that the losses call; required if `fully_shard` (FSDP2) has sharded the layers.
     """
 
     def __init__(self, layers: Sequence[nn.Module], model: nn.Module | None = None):
-        # arrays and tensors without dims can be iterated over according to their type
+        # zero-dimensional arrays and tensors have an iterable type, but cannot be iterated over
         self.layers = list(layers) if isinstance(layers, Iterable) and not hasattr(layers, "ndim") else []
         if not self.layers or not all(isinstance(layer, nn.Module) for layer in self.layers):
             raise DistattnError("an overlap schedule needs a list of at least one layer, each a module.")
@@ -55,14 +55,14 @@ class OverlapSchedule:
 
     @property
     def spans(self) -> list[Span]:
-        """Return what each micro-batch did in the last step, and when."""
+        """The activities of each micro-batch in the last step, with their times."""
         return self._turns.spans
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """Run forward and backward of micro-batches; gradients are added up in the parameters.
+        """Run forward and backward passes of micro-batches; gradients accumulate in the parameters. Return the detached losses.
 
-        losses: functions that return the loss of one micro-batch each. Under torch.no_grad only forward runs. Returns the losses,
-        detached. Raises DistattnError where a micro-batch cannot take turns.
+        losses: for each micro-batch, a function that returns its loss. Under torch.no_grad only the forward passes run. Raise
+        DistattnError if a micro-batch cannot take turns.
         """
         self._turns = Turns()
         self._device = device_of(self.layers)
@@ -72,7 +72,7 @@ class OverlapSchedule:
             _MicroBatch(number, self, loss, modes, state)
             for number, (loss, state) in enumerate(zip(losses, states, strict=True))
         ]
-        # transformers' layers look at their class when they are recomputed in the backward pass
+        # the backward pass runs inside, too, because transformers' layers check their class when they are recomputed
         with _calls_joined(self._joined):
             try:
                 loss_tensors = self._run_to_return([None] * len(losses))
@@ -86,7 +86,7 @@ class OverlapSchedule:
         return [loss.detach() for loss in loss_tensors]
 
     def trace(self, rank: int = 0) -> dict[str, Any]:
-        """Return trace events of the last step for ui.perfetto.dev: when micro-batches ran, and when their messages travelled."""
+        """Return trace events of the last step for ui.perfetto.dev: when micro-batches ran and their messages travelled."""
         first = min((span.begin for span in self.spans), default=0.0)
         events: list[dict[str, Any]] = [
             {
@@ -103,7 +103,7 @@ class OverlapSchedule:
         return {"traceEvents": [names, *events], "displayTimeUnit": "ms"}
 
     def _run_to_return(self, values: Sequence[Any]) -> list[Any]:
-        """Continue all micro-batches with these values until they return; modules that they call together are called once."""
+        """Resume all micro-batches with `values`; return their results. Modules that they call together are called once."""
         while True:
             threads = [micro_batch.thread for micro_batch in self._micro_batches]
             events = self._turns.run([thread.resume(value) for thread, value in zip(threads, values, strict=True)])
@@ -118,7 +118,7 @@ class OverlapSchedule:
             values = self._call(arrived[0].module, [(event.args, event.kwargs) for event in arrived])
 
     def _call(self, module: nn.Module, calls: list[Call]) -> list[Any]:
-        """Call a module for all micro-batches; return their outputs."""
+        """Call a module once for all micro-batches; return the output of each."""
         if not isinstance(module, FSDPModule):
             return self._run_module(module, functools.partial(_original_class(module).__call__, module), calls)
         # FSDP2's hooks run once, with the arguments and outputs of all micro-batches
@@ -133,7 +133,7 @@ class OverlapSchedule:
                 module.forward = replaced
 
     def _run_module(self, module: nn.Module, body: Callable[..., Any], calls: list[Call]) -> list[Any]:
-        """Run the body of a module for all micro-batches, each on its thread."""
+        """Run the body of a module for all micro-batches, each on its own thread."""
         if not torch.is_grad_enabled() or not any(module is layer for layer in self.layers):
             return self._run_to_return([(body, *call) for call in calls])
         segments = [
@@ -141,7 +141,7 @@ class OverlapSchedule:
             for micro_batch, call in zip(self._micro_batches, calls, strict=True)
         ]
         joined = _JoinedSegments(self._turns, segments, lambda inner: self._run_to_return([(body, *c) for c in inner]))
-        # parameters may have gradients where no hidden states have any
+        # the node needs a gradient for its parameters even if no hidden states require one
         gradient = torch.zeros((), requires_grad=True)
         outputs = _JoinedLayer.apply(joined, gradient, *(segment.hidden for segment in segments))
         joined.enter_graph()
@@ -149,7 +149,7 @@ class OverlapSchedule:
 
 
 class _MicroBatch:
-    """A micro-batch on a thread of its own. segment: the layer that it is in."""
+    """A micro-batch with its own thread. segment: the layer that it is in, or None."""
 
     def __init__(
         self, number: int, schedule: OverlapSchedule, loss: Callable[[], Tensor], modes: ThreadModes, state: RandomState
@@ -160,7 +160,7 @@ class _MicroBatch:
 
     @property
     def layer(self) -> nn.Module | None:
-        """See `InterleavedBatch`."""
+        """The layer that the micro-batch is in. See `InterleavedBatch.layer`."""
         return None if self.segment is None else self.segment.module
 
     def attention(
@@ -174,13 +174,13 @@ class _MicroBatch:
         scale: float,
         softcap: float,
     ) -> Tensor:
-        """See `InterleavedBatch`. Called on this micro-batch's thread."""
+        """Compute attention on this micro-batch's thread. See `InterleavedBatch.attention`."""
         if executable.observer is not None and not executable.observer.allows_interleaving:
             raise DistattnError("ranks that only serve do not take turns; use OverlapSchedule without servers.")
         if self.segment is None and torch.is_grad_enabled():
             raise DistattnError(_OUTSIDE)
         transport = self.turns.traced(executable.transport, self.number)
-        # the current device belongs to the thread, and this thread is the micro-batch's own
+        # the current device is set per thread, and only this micro-batch uses the thread
         with torch.no_grad(), current_device(q.device):
             o, lse, kept = self.thread.run(forward_pass(executable, q, k, v, sink, slopes, scale, softcap, transport))
         if self.segment is None:
@@ -188,13 +188,13 @@ class _MicroBatch:
         return self.segment.record(_AttentionCall(executable, (q, k, v), sink, slopes, (scale, softcap), o, lse, kept))
 
     def checkpoint(self, *call: Any) -> Any:
-        """See `InterleavedBatch`."""
+        """Run a checkpointed layer. See `InterleavedBatch.checkpoint`."""
         assert self.segment is not None
         return self.segment.checkpoint(*call)
 
 
 class _AttentionCall(NamedTuple):
-    """One attention call of a micro-batch: its inputs q, k and v, and its output as a leaf of the graph that follows."""
+    """One attention call of a micro-batch. inputs: q, k and v. o: its output, a leaf of the graph that follows."""
 
     executable: Executable
     inputs: tuple[Tensor, ...]
@@ -207,7 +207,7 @@ class _AttentionCall(NamedTuple):
 
 
 class _Repetition(NamedTuple):
-    """How a checkpointed layer is computed again. ticket: its input on the host, if it waits there."""
+    """The recomputation of a checkpointed layer. ticket: a handle to its input if that was moved to the host, otherwise None."""
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
@@ -218,7 +218,7 @@ class _Repetition(NamedTuple):
 
 
 class _Segment:
-    """One layer of one micro-batch: a graph of its own, from a leaf for its hidden states to its output, cut at attention."""
+    """One layer of one micro-batch: a separate graph from its hidden states, a leaf, to its output, cut at attention."""
 
     def __init__(
         self,
@@ -243,12 +243,12 @@ class _Segment:
         self._output: Tensor | None = None
         self._other_outputs: tuple[Any, ...] | None = None
         self._repetition: _Repetition | None = None
-        # attention calls of a layer that is repeated in the backward pass, in order
+        # indices of the recorded attention calls that the layer's recomputation has not reached yet
         self._repeated: list[int] = []
         self.layer: nn.Module | None = None
 
     def enter(self) -> Call:
-        """Begin the layer; return the arguments with which it is called."""
+        """Enter the layer; return the arguments to call it with."""
         self.micro_batch.segment = self
         self._leaf = self.hidden.detach().requires_grad_()
         call = self._arguments(self._args, self._kwargs, self._leaf)
@@ -257,7 +257,7 @@ class _Segment:
         return call
 
     def leave(self, output: Any) -> Tensor:
-        """End the layer; return what it gives the next one, detached."""
+        """Leave the layer; return its hidden states for the next layer, detached."""
         self.micro_batch.segment = None
         self._output, self._other_outputs = (output, None) if isinstance(output, Tensor) else (output[0], output[1:])
         if any(isinstance(x, Tensor) and x.requires_grad for x in self._other_outputs or ()):
@@ -265,14 +265,14 @@ class _Segment:
         return self._output.detach()
 
     def with_output(self, output: Tensor) -> Any:
-        """Return the layer's output with this tensor in place of its hidden states."""
+        """Return the layer's output with its hidden states replaced by `output`."""
         others, self._other_outputs = self._other_outputs, None
         return output if others is None else (output, *others)
 
     def record(self, call: _AttentionCall) -> Tensor:
-        """Keep an attention call for the backward pass; return its output."""
+        """Record an attention call for the backward pass; return its output."""
         if self._repetition is not None:
-            # its inputs are computed again
+            # its inputs are recomputed
             self.calls.append(call._replace(inputs=(), sink=None, slopes=None))
         elif torch.is_grad_enabled():
             self.calls.append(call)
@@ -285,7 +285,7 @@ class _Segment:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """See `InterleavedBatch`."""
+        """Run a checkpointed layer without a graph, and record how to recompute it. See `InterleavedBatch.checkpoint`."""
         assert self._leaf is not None
         ticket = None if put is None else put(self._leaf.detach())
         if ticket is not None:
@@ -307,7 +307,7 @@ class _Segment:
         scale: float,
         softcap: float,
     ) -> Tensor:
-        """See `InterleavedBatch`. Called where the layer is repeated, on the thread of the backward pass."""
+        """Return a recorded output while the layer is recomputed, on the thread of the backward pass."""
         if not self._repeated:
             raise DistattnError(
                 "a layer was recomputed that had not been recorded: reentrant activation checkpointing does not take "
@@ -340,13 +340,13 @@ class _Segment:
         return self._leaf.grad
 
     def _backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
-        """Run the backward pass of the graph from these tensors to the leaves that it is cut at."""
+        """Run the backward pass from these tensors to the leaves at which the graph is cut."""
         with self._repeating():
-            # what comes before attention and what comes after it may share a norm, which both pass
+            # retain the graph, because its parts before and after attention may share a node, such as a norm
             torch.autograd.backward(outputs, gradients, retain_graph=True)
 
     def _repeat(self, repetition: _Repetition) -> None:
-        """Compute the layer again, with a graph; attention's outputs are those of the forward pass."""
+        """Recompute the layer with a graph, reusing attention's outputs from the forward pass."""
         if repetition.ticket is not None:
             self._leaf = repetition.ticket.get().requires_grad_()
         with repetition.random.restored(), repetition.modes.entered(), torch.enable_grad(), self._repeating():
@@ -366,19 +366,19 @@ class _Segment:
 
     @staticmethod
     def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None) -> Call:
-        """Return a call of the layer with other hidden states."""
+        """Return a call of the layer with its hidden states replaced by `hidden`."""
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 class _JoinedSegments:
-    """One layer of all micro-batches. run: calls the layer for each of them."""
+    """One layer for all micro-batches. run: calls the layer for each of them and returns its outputs."""
 
     def __init__(self, turns: Turns, segments: list[_Segment], run: Callable[[list[Call]], list[Any]]):
         self._turns, self._segments = turns, segments
         self._run: Callable[[list[Call]], list[Any]] | None = run
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Compute the layer; return its outputs, detached."""
+        """Run the layer; return its output for each micro-batch, detached."""
         assert self._run is not None
         outputs = self._run([segment.enter() for segment in self._segments])
         return tuple(segment.leave(output) for segment, output in zip(self._segments, outputs, strict=True))
@@ -388,7 +388,7 @@ class _JoinedSegments:
         self._run = None
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the gradients of the hidden states; parameters get theirs meanwhile."""
+        """Return the gradients of the hidden states; accumulate those of parameters."""
         segments, self._segments = self._segments, []
         if not segments:
             raise DistattnError("a step that takes turns has one backward pass, which has run.")
@@ -398,7 +398,7 @@ class _JoinedSegments:
 
 
 class _JoinedLayer(torch.autograd.Function):
-    """A layer of all micro-batches as one node of the graph."""
+    """A layer for all micro-batches, as a single node of the autograd graph."""
 
     @staticmethod
     def forward(ctx: Any, joined: _JoinedSegments, gradient: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
@@ -411,7 +411,7 @@ class _JoinedLayer(torch.autograd.Function):
 
 
 def _sharded_around(layers: Sequence[nn.Module], model: nn.Module | None) -> list[nn.Module]:
-    """Return the modules around the layers that FSDP2 shards. Raise DistattnError where FSDP2 and turns do not go together."""
+    """Return the FSDP2-sharded modules that contain layers. Raise DistattnError if the sharding does not permit turns."""
     sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
     if sharded and model is None:
         raise DistattnError("FSDP2 has sharded the layers: give OverlapSchedule the whole model, too (model=).")
@@ -438,7 +438,7 @@ def _sharded_around(layers: Sequence[nn.Module], model: nn.Module | None) -> lis
 
 @contextmanager
 def _calls_joined(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let threads of micro-batches wait for each other before and after these modules while the context is open."""
+    """Make micro-batches wait for each other before and after these modules while the context is open."""
     for module in modules:
         original: Any = type(module)
         module.__class__ = _joining_class(original)
@@ -451,7 +451,7 @@ def _calls_joined(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @functools.cache
 def _joining_class(original: Any) -> type[nn.Module]:
-    """Return a class like a module's whose calls are handed to the schedule: hooks, such as FSDP2's, have not run yet there."""
+    """Return a subclass of a module's class that hands calls to the schedule before hooks, such as FSDP2's, run."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         micro_batch = INTERLEAVED.batch
@@ -469,10 +469,10 @@ def _original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _by_steps(run: PausableRun[Any], device: torch.device) -> PausableRun[Any]:
-    """Continue a run on a device without recording gradients, and give both back at each pause.
+    """Continue a run on a device under torch.no_grad; restore the device and the gradient mode at each pause.
 
-    The mode and the current device belong to the thread, not to the generator: a context manager that is open across a pause
-    would leave them to the runs that take their turn meanwhile.
+    Both belong to the thread, not to the generator: a context manager left open across a pause would affect the runs that take
+    their turns in the meantime.
     """
     while True:
         with torch.no_grad(), current_device(device):

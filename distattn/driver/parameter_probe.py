@@ -1,7 +1,7 @@
-"""Checks of every parameter of a trainer: all ranks hold the same values, and all gradients are reduced alike.
+"""Checks of all parameters of a trainer: ranks must hold equal values, and reduce all gradients alike.
 
 Weights are compared by checksums of their bits. Gradients are compared by sketches: a few sums of a gradient with random signs.
-A sketch is linear, so the sketch of a sum over ranks is the sum of the ranks' sketches, and no whole gradient is sent.
+A sketch is linear, so the sketch of a sum over ranks is the sum of the ranks' sketches, and no full gradient is sent.
 """
 
 # P parameters, R ranks of the loss group, S sketches of a gradient
@@ -20,24 +20,24 @@ from torch.distributed.tensor import DTensor
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communication.communicator import all_gather_objects, sendable_device
 
-# relative to the norm of the ranks' own gradients: rounding in bf16 is under 0.01, leaving out one of R ranks changes 1 / sqrt(R)
+# relative to the norm of the local gradients: bf16 rounding stays under 0.01; leaving out one of R ranks gives 1 / sqrt(R)
 _TOLERANCE = 0.05
 _SKETCHES = 8
-# words of 8 bytes in a row of a checksum
+# 8-byte words in a row of a checksum
 _COLUMNS = 4096
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# most names in a sentence
+# maximum number of names listed in an error
 _NAMED = 3
 
 
 class ProbedParameter(NamedTuple):
     """A parameter for the probe.
 
-    held: this rank's part of it. part: the number of that part; ranks with the same part hold equal values. leaf: returns the
-    tensor whose gradient in autograd is this rank's gradient; None before it exists, and for parameters that are not trained or
-    whose local gradient is not visible. reduced: returns the whole reduced gradient, or None; all ranks call it in the same
-    order. group: the ranks that the gradient is summed over, by default the loss group; further: groups to sum over after that.
-    share: a further factor by which the trainer multiplies the gradient.
+    held: this rank's part of the parameter. part: the index of that part; ranks with the same part hold equal values. leaf:
+    returns the tensor whose autograd gradient is this rank's gradient; None before it exists, and for parameters that are frozen
+    or whose local gradient is not visible. reduced: returns the full reduced gradient, or None; all ranks call it in the same
+    order. group: the ranks that the gradient is summed over, by default the loss group. further: groups to sum over after that.
+    share: an additional factor by which the trainer multiplies the gradient.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ProbedParameter(NamedTuple):
 
 
 def held_part(parameter: Tensor) -> tuple[Tensor, int]:
-    """Return this rank's part of a parameter, sharded or not, and the part's number; replicas have the same number."""
+    """Return this rank's part of a parameter, sharded or not, and the index of the part, which replicas share."""
     if not isinstance(parameter, DTensor):
         return parameter, 0
     parameter = parameter.detach()
@@ -66,7 +66,7 @@ def held_part(parameter: Tensor) -> tuple[Tensor, int]:
 def check_same_weights(
     parameters: Sequence[ProbedParameter], group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    """Raise DistattnError, naming parameters and ranks, if ranks of a group hold different values; all of them call it."""
+    """Raise DistattnError, naming parameters and ranks, if ranks of a group hold different values. A collective call."""
     if group is None:
         return
     names = [parameter.name for parameter in parameters]
@@ -102,7 +102,7 @@ def check_same_weights(
 
 
 class GradientSketches:
-    """Sketches of the gradients of one backward pass, of each rank's own and of the reduced ones."""
+    """Sketches of the gradients of one backward pass, before and after the reduction."""
 
     def __init__(
         self, parameters: Sequence[ProbedParameter], group: dist.ProcessGroup | None, device: torch.device
@@ -115,7 +115,7 @@ class GradientSketches:
         self._signs: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def watch(self) -> None:
-        """Watch the gradients of all parameters whose leaves exist; called before and after the forward pass."""
+        """Watch the gradients of all parameters whose leaves exist. Call this before and after the forward pass."""
         for index, parameter in enumerate(self._parameters):
             leaf = None if index in self._hooks else parameter.leaf()
             if leaf is not None and leaf.requires_grad:
@@ -127,7 +127,7 @@ class GradientSketches:
             hook.remove()
 
     def read_reduced(self) -> None:
-        """Read the reduced gradients of all parameters for which any rank has a gradient; all ranks call this."""
+        """Read the reduced gradients of all parameters that have a gradient on any rank. A collective call."""
         reached = self._summed((self._own != 0).any(1).double()[:, None])[:, 0]
         for index, parameter in enumerate(self._parameters):
             if not reached[index] > 0:
@@ -139,8 +139,8 @@ class GradientSketches:
     def check(self, factor: float | None) -> None:
         """Raise DistattnError, naming parameters and ranks, for gradients that are not reduced like the measured layer's.
 
-        factor: the measured layer's weight of a rank's gradient in the sum. None if it is not known, because the layer is on
-        another pipeline stage; then the median of all parameters' factors counts.
+        factor: the weight of each rank's gradient in the measured layer's sum; None if that layer is on another pipeline stage.
+        In that case the median of all parameters' factors is used.
         """
         share_P1 = self._own.new_tensor([parameter.share for parameter in self._parameters])[:, None]
         weighted = self._own * share_P1
@@ -149,7 +149,7 @@ class GradientSketches:
             read = self._is_read.to(self._device)
             factor = float(_fitted(self._reduced, wanted)[read].nanmedian()) if bool(read.any()) else 1.0
         wanted, size = wanted * factor, size * abs(factor)
-        # a gradient's error; its actual factor, and the error with that; the error compared with the rank's own gradient
+        # for each gradient: error, fitted factor, error with that factor, distance to the local gradient, missing or not
         factors, own_factors = _fitted(self._reduced, wanted), _fitted(self._reduced, self._own)
         facts = [
             (self._reduced - wanted).norm(dim=1) / size,
@@ -184,7 +184,7 @@ class GradientSketches:
         self._own[index] += self._sketch(gradient).to(self._device)
 
     def _sketch(self, gradient: Tensor) -> Tensor:
-        """Return sums of a gradient, (S,) in fp64; each has the signs of the product of a random row and a random column."""
+        """Return a gradient's sketch (S,) in fp64: sums whose signs are products of random row signs and column signs."""
         full = gradient.detach()
         full = full.full_tensor() if isinstance(full, DTensor) else full
         full = full.to_dense() if full.is_sparse else full
@@ -198,14 +198,14 @@ class GradientSketches:
         """Return random signs (size, S) for the rows (axis 0) or columns (axis 1) of a matrix, the same on all ranks."""
         key = size, axis, like.device, like.dtype
         if key not in self._signs:
-            # with equal signs for rows and columns, an antisymmetric matrix would have the sketch 0
+            # with equal signs for rows and columns, the sketch of an antisymmetric matrix would be 0
             generator = torch.Generator().manual_seed(2 * size + axis)
             signs = 2.0 * torch.randint(0, 2, (size, _SKETCHES), generator=generator) - 1.0
             self._signs[key] = signs.to(like.device, like.dtype)
         return self._signs[key]
 
     def _summed(self, local: Tensor) -> Tensor:
-        """Return sums (P, ...) over the ranks that each parameter's gradient is summed over."""
+        """Sum each parameter's row of `local` (P, ...) over the ranks that its gradient is summed over."""
         total = local.clone()
         by_groups: dict[tuple[Any, ...], list[int]] = {}
         for index, parameter in enumerate(self._parameters):
@@ -225,7 +225,7 @@ def _checksum(held: Tensor, part: int) -> Tensor:
     """Return (3,) int64: the part, and two position-weighted sums of a tensor's bits, exact on all devices."""
     flat = held.detach().contiguous().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    # a copy aligns the tensor, so that words of 8 bytes can be viewed
+    # a copy is aligned, so that it can be viewed as 8-byte words
     flat = flat.clone() if flat.storage_offset() * flat.element_size() % 8 else flat
     row_elements = flat.numel() * flat.element_size() // (8 * _COLUMNS) * (8 * _COLUMNS) // flat.element_size()
     rows = flat[:row_elements].view(torch.int64).view(-1, _COLUMNS)
@@ -241,7 +241,7 @@ def _fitted(reduced: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _describe(facts: Sequence[float]) -> str:
-    """Describe a wrong gradient, as the end of a sentence. facts: as in `GradientSketches.check`."""
+    """Describe a wrong gradient, as the end of a sentence. facts: see `GradientSketches.check`."""
     _, factor, off_with_factor, off_own, is_missing = facts
     if is_missing:
         return "is not there after the reduction"

@@ -1,4 +1,4 @@
-"""An observer of a batch's passes: it announces each to servers, and counts its work for the speeds of ranks."""
+"""An observer of a batch's passes: it announces each pass to servers, and counts its work for the rank speeds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from distattn.kernels.registry import Kernel
 from distattn.kernels.spec import ScoreMod
 from distattn.parallel.tables.cost import CostModel
 
-# rows of a kernel's tile, for the cost of a pass
+# rows per kernel tile, for the cost of a pass
 _BLOCK = 128
 
 
 class BatchObserver:
-    """The observer of one batch and shape. control: None if this rank announces nothing; speeds: None if none are measured.
+    """The observer of one batch and shape. control: None if this rank announces nothing.
 
-    check: raises if the batch must not be used any more.
+    speeds: None if speeds are not measured. check: raises if the batch may no longer be used.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The speeds of ranks, measured while they compute; attention is distributed by them two steps later."""
+"""Speeds of ranks, measured while they compute. They determine how attention is distributed two steps later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from distattn.kernels.devices import has_streams
 from distattn.kernels.registry import Kernel
 
-# speeds are rounded to multiples of this share of the mean, so that small changes do not change plans
+# speeds are rounded to multiples of this fraction of the mean, so that small changes do not change plans
 _RESOLUTION = 0.05
 _SCALE = 1000
 # limits of a rank's speed relative to the mean
@@ -23,9 +23,9 @@ _SLOWEST, _FASTEST = 0.25, 4.0
 class RankSpeeds:
     """Measured or replayed speeds of all ranks.
 
-    `log` has the speeds of every step, in thousandths of the mean, or None if none were known yet; passed as `adaptive`, it
-    replays a run. A rank's speed is the cost of its tasks by the plan over the time of its kernels. A rank without tasks reports
-    None and counts as the mean.
+    `log` holds each step's speeds in thousandths of the mean, or None if none were known yet. Passed as `adaptive`, it replays
+    a run. A rank's speed is the planned cost of its tasks divided by the time of its kernels. A rank without tasks reports None
+    and counts as average.
     """
 
     def __init__(self, adaptive: bool | Sequence[Sequence[int] | None], ranks: int):
@@ -34,11 +34,11 @@ class RankSpeeds:
         self.log: list[Sequence[int] | None] = []
         self._work = 0
         self._seconds = 0.0
-        # passes whose time is not counted yet, in the order in which they run
+        # passes whose time is not counted yet, in execution order
         self._passes: deque[_Pass] = deque()
 
     def options(self, measured: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
-        """Return the strategy's options for this step, from the speeds that all ranks have measured."""
+        """Return the strategy's options for this step. measured: the speed that each rank reported, or None."""
         number = len(self.log)
         if self.replayed is None:
             self.log.append(quantised(measured))
@@ -48,7 +48,7 @@ class RankSpeeds:
         return () if last is None else (("speeds", tuple(last)),)
 
     def measured(self) -> float | None:
-        """Return the cost per second of this rank's kernels since the last call; only passes that a GPU has finished count."""
+        """Return the cost per second of this rank's kernels since the last call. On a GPU only finished passes count."""
         while self._passes and all(end.query() for _, end in self._passes[0].clocks[-1:]):
             done = self._passes.popleft()
             self._work += done.work
@@ -58,21 +58,21 @@ class RankSpeeds:
         return work / seconds if work and seconds else None
 
     def count_pass(self, work: int) -> None:
-        """Count another pass of this rank, with tasks of this cost."""
+        """Count another pass on this rank. work: the cost of its tasks."""
         self._passes.append(_Pass(work))
 
     def timed(self, kernel: Kernel) -> Kernel:
-        """Return a wrapper of the kernel that counts its time."""
+        """Return a wrapper that measures the kernel's time."""
         return cast(Kernel, _Timed(kernel, self))
 
     def clock(self, device: torch.device) -> _Clock:
-        """Return a clock that counts the time until its `stop`; on a GPU its stream's time, without waiting for the stream."""
+        """Return a clock that measures the time until its `stop`; on a GPU the stream's time, without blocking the host."""
         return _Clock(self, device)
 
 
 @dataclass
 class _Pass:
-    """A pass: its tasks' cost, its kernels' seconds on a CPU, and on a GPU the events around the kernels."""
+    """A pass: the cost of its tasks, its kernels' seconds on a CPU, and the events around its kernels on a GPU."""
 
     work: int
     seconds: float = 0.0
@@ -97,7 +97,7 @@ class _Clock:
 
 
 class _Timed:
-    """A kernel that counts its time; all other attributes are those of the wrapped kernel."""
+    """A kernel that measures its own time; all other attributes are those of the wrapped kernel."""
 
     def __init__(self, kernel: Kernel, speeds: RankSpeeds):
         self._kernel, self._speeds = kernel, speeds
@@ -119,7 +119,7 @@ class _Timed:
 
 
 def quantised(measured: Sequence[float | None]) -> list[int] | None:
-    """Return the speeds of all ranks in thousandths of their mean, rounded to _RESOLUTION; None if no rank has measured any."""
+    """Return the speeds of all ranks in thousandths of their mean, rounded to _RESOLUTION; None without measurements."""
     speeds = [speed for speed in measured if speed]
     if not speeds:
         return None

@@ -16,9 +16,9 @@ from distattn.parallel.runtime.communication.communicator import all_gather_obje
 class RankTable(NamedTuple):
     """The ranks of an exchange, numbered as in its group.
 
-    name: of this exchange alone. members: the ranks as numbered in the default group. rank: this one. sharing: the ranks that
-    share attention with this one. first_of_block: for each rank, the first rank that holds the same batch. has_model: false for
-    ranks that only serve.
+    name: unique to this exchange. members: the ranks' numbers in the default group. rank: this rank. sharing: the ranks that
+    share attention with it. first_of_block: for each rank, the first rank that holds the same batch. has_model: False for server
+    ranks.
     """
 
     config: AttentionConfig
@@ -33,7 +33,7 @@ class RankTable(NamedTuple):
     def gather(
         config: AttentionConfig | None, group: dist.ProcessGroup | None, exchange: dist.ProcessGroup | None
     ) -> RankTable:
-        """Gather the table of the ranks of `exchange`, all of which call this. config: None on ranks that only serve.
+        """Gather the table of the ranks of `exchange`. A collective call. config: None on server ranks.
 
         group: the ranks that share attention with this one. Raise DistattnError on all ranks if settings differ.
         """
@@ -66,14 +66,14 @@ class RankTable(NamedTuple):
         )
 
     def of_models(self, values: list[Any]) -> list[Any]:
-        """Return the values of ranks with a model. values: by rank."""
+        """Return the values of ranks with a model. values: one per rank."""
         return [value for value, has_model in zip(values, self.has_model, strict=True) if has_model]
 
 
 def _checked(from_ranks: list[tuple[AttentionConfig | None, list[int]]], members: list[int]) -> AttentionConfig:
-    """Return the settings of all ranks. Raise DistattnError if they differ, or if they do not fit the groups.
+    """Return the settings that all ranks share. Raise DistattnError if they differ or do not fit the groups.
 
-    from_ranks: each rank's settings and the ranks that it shares attention with.
+    from_ranks: each rank's settings, and the ranks with which it shares attention.
     """
     first = from_ranks[0][0]
     if first is None:

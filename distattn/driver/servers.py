@@ -1,4 +1,4 @@
-"""`serve`, which ranks call that only compute attention."""
+"""`serve`, which ranks without a model call to compute attention for the others."""
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
 
@@ -31,7 +31,7 @@ from distattn.ops.executable import with_device_index
 
 
 class ServerStats(NamedTuple):
-    """The number of passes that a server took part in."""
+    """The numbers of forward and backward passes that a server took part in."""
 
     forward: int
     backward: int
@@ -39,11 +39,10 @@ class ServerStats(NamedTuple):
 
 @checked
 def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> ServerStats:
-    """Compute attention for the other ranks of a group until they close their driver. The group's last ranks, without a model,
-    call it.
+    """Compute attention for the other ranks of a group until they close their driver.
 
-    The other ranks create `ContextParallel(group, servers=...)`, and send all settings. Raise LostRankError if one of them stops
-    answering, and the errors of their plans.
+    The group's last ranks, which have no model, call this. The other ranks create `ContextParallel(group, servers=...)`, and send
+    all settings. Raise LostRankError if one of them stops answering, and DistattnError if a plan is refused.
     """
     device = with_device_index(device)
     if not (dist.is_available() and dist.is_initialized()):
@@ -91,7 +90,7 @@ def join_pass(batch: LocalBatch, message: ControlMessage, device: torch.device) 
 
 
 def _joined(group: dist.ProcessGroup | None) -> ContextParallel:
-    """Return the driver of a rank that only serves, with the other ranks' settings."""
+    """Return the driver of a server rank, with the other ranks' settings."""
     cp = ContextParallel.__new__(ContextParallel)
     cp._open(group, None, None)
     return cp
@@ -102,7 +101,7 @@ def _empty(shape: AttentionShape, heads: int, width: int, device: torch.device) 
 
 
 def _batch(steps: dict[int, AwaitedResult[GatheredStep]], number: int) -> LocalBatch:
-    """Return the batch of this number among the steps that are not released. Raise DistattnError if there is no such batch."""
+    """Return the batch with this number from the steps not yet released. Raise DistattnError if there is no such batch."""
     for step in steps.values():
         for batch in step.result().batches:
             if batch.number == number:

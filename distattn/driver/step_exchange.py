@@ -1,4 +1,4 @@
-"""The exchange of facts about a step between ranks, one step ahead, on a separate thread, which then plans the step."""
+"""Exchange of facts about steps between ranks, one step ahead, on a separate thread that then plans the step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Shapes = tuple[tuple[AttentionShape, torch.device], ...]
 
 
 class StepInfo(NamedTuple):
-    """A rank's facts about a step: the documents and a digest of the tokens of each micro-batch, and the number of labels.
+    """A rank's facts about a step: each micro-batch's documents and token digest, and the step's number of labels.
 
-    ended: the rank has no more steps. speed: of its kernels (see `RankSpeeds`). loader: the name of its loader if that knows all
-    steps (see `global_loader`), else "".
+    ended: the rank has no more steps. speed: the speed of its kernels (see `RankSpeeds`). loader: the name of the data and steps
+    that a `GlobalLoader` reads, "" for other loaders.
     """
 
     documents: tuple[tuple[int, ...], ...]
@@ -37,7 +37,10 @@ class StepInfo(NamedTuple):
 
     @staticmethod
     def of(micro_batches: Sequence[Batch] | None, speed: float | None, compared: bool, loader: str) -> StepInfo:
-        """Return the facts about a step's micro-batches; None: no more steps. compared: other ranks must have the same tokens."""
+        """Return the facts about a step. micro_batches: None after the last step.
+
+        compared: True if other ranks must hold the same tokens.
+        """
         batches = micro_batches or ()
         digests = tuple(batch.digest for batch in batches) if compared else ("",) * len(batches)
         labels = sum(batch.valid_labels for batch in batches)
@@ -55,7 +58,7 @@ class GatheredStep(NamedTuple):
 
 
 class PlanningThread:
-    """Runs one function after another on a daemon thread, which does not delay the end of the process."""
+    """A daemon thread that runs functions one after another, and does not delay the end of the process."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -64,37 +67,37 @@ class PlanningThread:
 
     @property
     def ident(self) -> int:
-        """The thread's identifier, as `threading.get_ident` returns it there."""
+        """The thread's identifier, as `threading.get_ident` returns it on that thread."""
         assert self._thread.ident is not None
         return self._thread.ident
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Run `work`, which must not raise, after all work that was submitted before."""
+        """Run `work` after all work submitted before. It must not raise."""
         self._queue.put(work)
 
     def close(self) -> None:
-        """Let the thread end once it has done all submitted work."""
+        """Stop the thread once all submitted work is done; wait at most 10 seconds."""
         self._queue.put(None)
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             work()
-            # otherwise the variable would keep a step alive until the next one comes
+            # otherwise the variable would keep a step alive until the next one arrives
             del work
 
 
 class StepExchange:
-    """Gathers steps over the ranks of a host group, and plans their batches ahead.
+    """An exchange that gathers steps over the ranks of a host group, and plans their batches ahead.
 
-    host: None for a single rank. same_batch: for each rank of the host group, the rank whose batches it must have as well.
-    sharing: the ranks of the host group that share attention with this one. names: the ranks' numbers in errors.
+    host: None for a single rank. same_batch: for each rank of the host group, the first rank that must have the same batches.
+    sharing: the ranks of the host group that share attention with this one. names: the ranks' numbers in error messages.
     """
 
     def __init__(self, host: HostGroup | None, same_batch: Sequence[int], sharing: Sequence[int], names: Sequence[int]):
         self._host, self.same_batch, self._sharing, self._names = host, list(same_batch), list(sharing), list(names)
         self._thread = PlanningThread()
-        # steps announced so far
+        # the number of steps announced so far
         self.steps = 0
 
     def announce(
@@ -106,15 +109,16 @@ class StepExchange:
         loader: str = "",
         known_infos: list[StepInfo] | None = None,
     ) -> AwaitedResult[GatheredStep]:
-        """Announce this rank's next step, and gather all ranks' facts about it; all ranks call it in the same order.
+        """Announce this rank's next step; return a future of the gathered step. All ranks call this in the same order.
 
-        make: returns the batches of the gathered step; called on the thread, which then plans them for the shapes that are
-        known now. loader: see `StepInfo`. known_infos: all ranks' facts if every rank knows them, so that no rank is asked.
+        micro_batches: None after the last step. make: returns the gathered step's batches; called on the planning thread, which
+        then plans them for the shapes registered by now. loader: see `StepInfo`. known_infos: all ranks' facts, if every rank can
+        compute them without an exchange.
         """
         number, shapes = self.steps, planner.registered_shapes(self.steps)
         self.steps += 1
         future = AwaitedResult[GatheredStep](self._thread.ident)
-        # work on this thread's stream may still fill the loader's tensors on a GPU
+        # work on this thread's stream may still be filling the loader's tensors on a GPU
         handover = Handover.of(tensor for batch in micro_batches or () for tensor in batch.tensors)
 
         def gather_and_plan() -> None:
@@ -130,7 +134,7 @@ class StepExchange:
             except BaseException as error:
                 future.set_exception(error)
                 return
-            # a thread that waits for the step continues; the plans follow here, in the same order on all ranks
+            # a thread that waits for the step can continue; plans are made here next, in the same order on all ranks
             future.set_result(step)
             self._plan(batches, pending, planner, shapes)
 
@@ -138,7 +142,7 @@ class StepExchange:
         return future
 
     def close(self) -> None:
-        """End the thread and the host group."""
+        """Stop the thread and close the host group."""
         self._thread.close()
         if self._host is not None:
             self._host.close()
@@ -182,7 +186,7 @@ class StepExchange:
                 future.set_result(result)
 
     def _compare(self, results: Sequence[Planned | DistattnError]) -> None:
-        # the whole host group exchanges, even if this rank has nothing to compare, since others may have
+        # the whole host group takes part: even if this rank has nothing to compare, others may
         if self._host is None:
             return
         refusal = next((result for result in results if isinstance(result, DistattnError)), None)
@@ -191,7 +195,7 @@ class StepExchange:
         from_sharing = [gathered[rank] for rank in self._sharing]
         if all(digests == local_digests and not refused for digests, refused in from_sharing):
             return
-        # no further exchange is possible here: ranks that agree among themselves have already gone on
+        # no further exchange is possible here: ranks that agree among themselves have already moved on
         first_digests = from_sharing[0][0]
         odd = next((at for at, (digests, refused) in enumerate(from_sharing) if refused or digests != first_digests), 0)
         if refusal is not None:
@@ -206,9 +210,9 @@ class StepExchange:
 
 
 def agree_on_plan(host: HostGroup | None, make: Callable[[], Planned]) -> Planned:
-    """Plan by `make` and compare the plan with those of the other ranks of a host group, which all call this.
+    """Make a plan with `make` and compare it with the plans of the other ranks of a host group. A collective call.
 
-    Raise PlanError if a rank has another plan or refuses it; if one rank raises, all do.
+    Raise PlanError if plans differ or a rank refuses its plan; if one rank raises, all do.
     """
     planned, refusal = None, None
     try:

@@ -1,7 +1,7 @@
 """Steps that loops have taken from a loader but not yielded; the next loop over the same loader begins with them.
 
-A loop over `ContextParallel.steps` takes each step while the previous one trains. A loop that is left early would otherwise lose
-the step that it took last.
+A loop over `ContextParallel.steps` takes each step while the previous one trains. Without this, a loop that is left early would
+lose the step that it took last.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from distattn.ir.errors import DistattnError
 class StepAhead:
     """A step that was taken from a source but not yielded.
 
-    packed: its micro-batches; None if the source had ended. put_back: for a source with a position, sets the source back to this
-    step. taken_over: whether another loop has begun with the step.
+    packed: its micro-batches; None if the source had ended. put_back: rewinds a source with a position to this step; None for
+    other sources. taken_over: True once another loop has begun with the step.
     """
 
     def __init__(self, packed: list[Batch] | None, put_back: Callable[[], None] | None):
@@ -28,16 +28,16 @@ class StepAhead:
 
 
 class StepsAhead:
-    """At most one step ahead for each source: an iterator, or a loader that has a position."""
+    """A store of at most one step ahead per source. A source is an iterator, or a loader with a position."""
 
     def __init__(self) -> None:
-        # keys are ids: iterators may define equality, and a few take no weak reference
+        # keys are ids: iterators may define equality, and a few do not support weak references
         self._held: dict[int, tuple[Any, StepAhead]] = {}
 
     def hold(self, source: Any, step: StepAhead) -> None:
         """Keep the step for the next loop over the source, for as long as the source lives.
 
-        A source that takes no weak references lives until the next loop, or until `clear`.
+        A source that does not support weak references lives until the next loop, or until `clear`.
         """
         try:
             alive: Any = weakref.ref(source, partial(self._forget, id(source)))
@@ -46,7 +46,7 @@ class StepsAhead:
         self._held[id(source)] = alive, step
 
     def take(self, source: Any) -> StepAhead | None:
-        """Return the step that is kept for this source, or None, and forget it."""
+        """Return the step kept for this source, or None, and forget the step."""
         _, step = self._held.pop(id(source), (None, None))
         if step is not None:
             step.taken_over = True
@@ -55,7 +55,7 @@ class StepsAhead:
         return step
 
     def drop(self, source: Any, step: StepAhead) -> None:
-        """Forget the step, because its own loop yields it."""
+        """Forget a step that its own loop is about to yield."""
         if self._held.get(id(source), (None, None))[1] is step:
             del self._held[id(source)]
 
@@ -68,36 +68,36 @@ class StepsAhead:
 
 
 class StepLoop:
-    """A loop over a loader. It begins with the step that an earlier loop over the same source has left."""
+    """A loop over a loader that begins with the step that an earlier loop over the same source left behind."""
 
     def __init__(self, loader: Any, ahead: StepsAhead):
         """Raise DistattnError for a loader that cannot be iterated over."""
         try:
             self._iterator: Iterator[Any] = iter(loader)
         except TypeError as error:
-            # such as an array without a dimension
+            # for example, a zero-dimensional array
             raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
         self._loader, self._ahead = loader, ahead
         self._held: StepAhead | None = None
-        # an iterator and a loader with a position continue; other iterables begin anew
+        # an iterator and a loader with a position continue; other iterables start over
         self._goes_on = self._iterator is loader or isinstance(loader, GlobalLoader)
         self._left = ahead.take(loader) if self._goes_on else None
 
     def next(self) -> list[Batch] | None:
-        """Return the micro-batches of the next step, None after the last. Raise the loader's errors."""
+        """Return the micro-batches of the next step, or None after the last. Raise the loader's errors."""
         step, self._left = self._left, None
         if step is not None and step.put_back is None:
             return step.packed
         return micro_batches_of(next(self._iterator, None))
 
     def hold(self, packed: list[Batch] | None, put_back: Callable[[], None] | None) -> None:
-        """Keep a step that is not yielded yet. put_back: see `StepAhead`."""
+        """Keep a step that has not been yielded yet. put_back: see `StepAhead`."""
         self._held = StepAhead(packed, put_back)
         if self._goes_on:
             self._ahead.hold(self._loader, self._held)
 
     def take_back(self) -> bool:
-        """Return whether the kept step still belongs to this loop; if not, the next step is one that another loop has left."""
+        """Return True if the kept step still belongs to this loop; otherwise the next step is one that another loop left."""
         step, self._held = self._held, None
         if step is None or not step.taken_over:
             if step is not None:
@@ -107,7 +107,7 @@ class StepLoop:
         return False
 
     def leave(self) -> None:
-        """End the loop early: set a loader with a position back to the kept step; keep the step of an iterator."""
+        """End the loop early: rewind a loader with a position to the kept step, but keep the step of an iterator."""
         step = self._held
         if step is not None and step.put_back is not None and not step.taken_over:
             self._ahead.drop(self._loader, step)

@@ -1,4 +1,4 @@
-"""Micro-batches that take turns on a rank: the forward pass of each has a thread, and one of them runs at a time."""
+"""Micro-batches that take turns on a rank: each has a thread for its forward pass, and one thread runs at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Span(NamedTuple):
-    """Seconds in which a micro-batch did something. activity: it "runs", or its messages are under way ("moves")."""
+    """The begin and end, in seconds, of what a micro-batch did. activity: "runs", or "moves" while its messages travel."""
 
     micro_batch: int
     activity: str
@@ -37,7 +37,7 @@ class Turns:
         self.spans: list[Span] = []
 
     def run(self, runs: Sequence[PausableRun[Result]]) -> list[Result]:
-        """Run generators, one for each micro-batch, to their end; at each pause the next one continues. Return their results."""
+        """Run a generator for each micro-batch to completion; at each pause the next one continues. Return their results."""
         results: dict[int, Result] = {}
         waiting = deque(enumerate(runs))
         while waiting:
@@ -57,7 +57,7 @@ class Turns:
 
 
 class Arrived(NamedTuple):
-    """A thread is about to call a module that all micro-batches call together."""
+    """The event that a thread is about to call a module that all micro-batches call together."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -65,7 +65,7 @@ class Arrived(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """A thread has run what it was asked to run."""
+    """The event that a thread has finished running a module or its forward pass. value: the result."""
 
     value: Any
 
@@ -73,8 +73,8 @@ class Returned(NamedTuple):
 class MicroBatchThread:
     """A thread that runs only while another thread waits for it in `resume`.
 
-    work: the forward pass. batch: the micro-batch that operators are called for on this thread. It has random numbers of its own,
-    since numbers drawn by other micro-batches in between would change what a checkpointed layer draws when it is repeated.
+    work: the forward pass. batch: the micro-batch whose operators run on this thread. The thread has its own random state,
+    because numbers drawn by other micro-batches in between would change what a checkpointed layer draws when it is recomputed.
     """
 
     def __init__(self, work: Callable[[], Any], batch: InterleavedBatch, modes: ThreadModes, random: RandomState):
@@ -88,7 +88,7 @@ class MicroBatchThread:
         self._thread.start()
 
     def resume(self, value: Any = None) -> PausableRun[Arrived | Returned]:
-        """Continue the thread with a value until its next event, pausing while messages travel. Raise the thread's error."""
+        """Resume the thread with a value; pause while messages travel. Return its next event, or raise its error."""
         while True:
             self._value, self._runs = value, True
             self._random.set()
@@ -103,12 +103,12 @@ class MicroBatchThread:
             yield
 
     def suspend(self, event: Arrived | Returned | None) -> Any:
-        """Let the thread that waits in `resume` continue, on this thread. Return the value of the next `resume`.
+        """Pause this thread, and continue the one that waits in `resume`. Return the value passed to the next `resume`.
 
         event: None while messages travel.
         """
         if self._cancelled:
-            # a `finally` of the model may come here again while the cancelled thread unwinds
+            # a `finally` in the model may call this again while the cancelled thread unwinds
             raise _Cancelled
         self._event = event
         self._suspended.release()
@@ -118,7 +118,7 @@ class MicroBatchThread:
         return self._value
 
     def run(self, paused: PausableRun[Result]) -> Result:
-        """Run a generator to its end on this thread, suspended at each of its pauses."""
+        """Run a generator to completion on this thread, suspending at each of its pauses."""
         while True:
             try:
                 next(paused)
@@ -127,12 +127,12 @@ class MicroBatchThread:
             self.suspend(None)
 
     def cancel(self) -> None:
-        """End the thread. If it runs, since an interrupt has ended the wait for it, it ends at its next pause."""
+        """Stop the thread. If it still runs, because an interrupt ended the wait for it, it stops at its next pause."""
         self._cancelled = True
         self._resumed.release()
         if not self._runs:
             self._thread.join()
-            # objects that hold each other would keep the loss and its graph until Python collects garbage
+            # reference cycles would keep the loss and its graph alive until the next garbage collection
             del self._batch, self._work
             self._event = self._value = None
 
@@ -152,11 +152,11 @@ class MicroBatchThread:
 
 
 class _Cancelled(BaseException):
-    """Another micro-batch has failed."""
+    """The exception that unwinds a cancelled thread."""
 
 
 class ThreadModes(NamedTuple):
-    """The stream of a device, gradient mode and autocast, which belong to a thread."""
+    """The per-thread modes: a device's current stream, gradient mode and autocast."""
 
     stream: Any
     grad: bool
@@ -164,7 +164,7 @@ class ThreadModes(NamedTuple):
 
     @classmethod
     def current(cls, device: torch.device | None) -> ThreadModes:
-        """Return the modes of the calling thread. device: whose stream; None without streams."""
+        """Return the modes of the calling thread. device: the device of the stream; None if it has no streams."""
         kinds = ("cpu", "cuda")
         autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
         stream = None if device is None else torch.cuda.current_stream(device)
@@ -182,7 +182,7 @@ class ThreadModes(NamedTuple):
 
 
 class RandomState(NamedTuple):
-    """The states of PyTorch's random number generators of the host and of a CUDA device (None for other devices)."""
+    """The states of PyTorch's random number generators on the host and on a CUDA device (None for other devices)."""
 
     device: torch.device | None
     host_state: torch.Tensor
@@ -190,13 +190,13 @@ class RandomState(NamedTuple):
 
     @classmethod
     def current(cls, device: torch.device | None) -> RandomState:
-        """Return the states at this moment. device: on which layers compute."""
+        """Return the current states. device: the device on which layers compute."""
         device = device if device is not None and device.type == "cuda" else None
         return cls(device, torch.get_rng_state(), None if device is None else torch.cuda.get_rng_state(device))
 
     @classmethod
     def drawn(cls, device: torch.device | None, count: int) -> list[RandomState]:
-        """Return states for that many micro-batches, whose seeds are drawn on the host. device: as for `current`."""
+        """Return new states for `count` micro-batches, with seeds drawn on the host. device: see `current`."""
         device = device if device is not None and device.type == "cuda" else None
         states = []
         for seed in torch.randint(1 << 62, (count,), device="cpu").tolist():
@@ -205,7 +205,7 @@ class RandomState(NamedTuple):
         return states
 
     def now(self) -> RandomState:
-        """Return the states of the same generators at this moment."""
+        """Return the current states of the same generators."""
         return self.current(self.device)
 
     def set(self) -> None:
@@ -216,7 +216,7 @@ class RandomState(NamedTuple):
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Begin with these states while the context is open; the present ones continue afterwards."""
+        """Use these states while the context is open; restore the previous ones afterwards."""
         present = self.now()
         self.set()
         try:
@@ -226,9 +226,9 @@ class RandomState(NamedTuple):
 
 
 def device_of(layers: Sequence[nn.Module]) -> torch.device | None:
-    """Return the device with streams on which layers compute, or None where there are no streams."""
+    """Return the device with streams on which layers compute, or None if no device has streams."""
     devices = (x.device for layer in layers for x in layer.parameters())
-    # parameters that rest on the host (FSDP2's offload) do not say where their layers compute
+    # parameters kept on the host (FSDP2's offload) do not show where their layers compute
     device = next((device for device in devices if has_streams(device)), None)
     if device is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
@@ -236,7 +236,7 @@ def device_of(layers: Sequence[nn.Module]) -> torch.device | None:
 
 
 class _TracedTransport:
-    """A transport that records its messages: from when they leave until they are known to have arrived."""
+    """A transport that records when its messages are sent and when they are known to have arrived."""
 
     def __init__(self, transport: Transport, micro_batch: int, spans: list[Span]):
         self.transport, self.micro_batch, self.spans = transport, micro_batch, spans
@@ -255,6 +255,6 @@ class _TracedMessages(NamedTuple):
     begin: float
 
     def wait(self) -> None:
-        """Wait for the messages."""
+        """Wait for the messages, and record their span."""
         self.messages.wait()
         self.traced.spans.append(Span(self.traced.micro_batch, "moves", self.begin, time.perf_counter()))

@@ -1,4 +1,4 @@
-"""Check arguments of public functions against the functions' type hints: one sentence names a wrong argument."""
+"""Check arguments of public functions against their type hints. The error names the wrong argument."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from distattn.ir.errors import DistattnError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# element types that functions check themselves, whole arrays at a time
+# element types that functions check themselves, a whole array at a time
 _UNCHECKED_ELEMENTS = (Sequence[int], Sequence[tuple[int, int]], tuple[int, int])
 _KINDS = {
     int: "a whole number",
@@ -31,9 +31,9 @@ _KINDS = {
 
 
 def checked(function: Function) -> Function:
-    """Wrap a function: raise DistattnError with the argument's name and kind if a value does not fit its hint.
+    """Decorate a function so that it raises DistattnError, with an argument's name and type, if a value does not fit its hint.
 
-    The function itself checks numbers in sequences, and in sequences of sequences; arrays are accepted as sequences of numbers.
+    Numbers inside sequences, nested or not, are left to the function. Arrays are accepted as sequences of numbers.
     """
     signature = inspect.signature(function)
     hints: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def checked(function: Function) -> Function:
     @functools.wraps(function)
     def wrapper(*arguments: Any, **named: Any) -> Any:
         if not hints:
-            # at the first call: hints may name classes that are defined further down
+            # at the first call, because hints may name classes defined later in the module
             hints.update(_hints(function))
         try:
             bound = signature.bind(*arguments, **named)
@@ -58,7 +58,7 @@ def checked(function: Function) -> Function:
 
 
 def check_fields(settings: Any) -> None:
-    """Check the fields of a dataclass in the same way; call this in its __post_init__."""
+    """Check the fields of a dataclass against their hints, as `checked` does. Call this in its __post_init__."""
     kind: Any = type(settings)
     hints = _field_hints(kind)
     for field in fields(settings):

@@ -1,11 +1,11 @@
 """Bands, the pieces of a mask, and their arithmetic.
 
-A band is ten integers (q0, q1, k0, k1, lo, hi, bq, bk, oq, ok); it allows cell (q, k) when
+A band is ten integers (q0, q1, k0, k1, lo, hi, bq, bk, oq, ok); it allows cell (q, k) if
 
     q0 <= q < q1,   k0 <= k < k1   and   lo <= (k - ok) // bk - (q - oq) // bq <= hi.
 
-The allowed keys of a row form one interval whose two ends never decrease from row to row. So a band cut by a rectangle
-is a band, its area is a difference of two clipped arithmetic series, and its bounding box takes four divisions.
+The allowed keys of a row form one interval whose two ends never decrease from row to row. Therefore a band cut by a rectangle
+is again a band, its area is a difference of two clipped arithmetic series, and its bounding box takes four divisions.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, expand_ranges
 
 COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
-# limits with which every product below fits in int64
+# with these limits, every product below fits in int64
 MAX_TOKENS = 1 << 30
 MAX_BLOCK = 1 << 29
 UNBOUNDED = 1 << 32
-# the largest number of pairs that the disjointness check holds at once
+# maximum number of pairs that the disjointness check holds at once
 _MAX_PAIRS = 1 << 22
 
 Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)
@@ -42,7 +42,7 @@ def tighten(bands: Ints) -> Ints:
     """
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     full = (q0 < q1) & (k0 < k1) & (lo <= hi)
-    # a row meets [k0, k1) when its first allowed key is below k1 and its last one is not below k0
+    # a row meets [k0, k1) if its first allowed key is below k1 and its last one is not below k0
     a = np.maximum(q0, oq + bq * ((k0 - ok) // bk - hi))
     b = np.minimum(q1, oq + bq * ((k1 - 1 - ok) // bk - lo + 1))
     c = np.maximum(k0, ok + bk * ((q0 - oq) // bq + lo))
@@ -95,9 +95,9 @@ def _clamp(x: Ints, low: Ints | int, high: Ints) -> Ints:
 
 
 def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
-    """Raise DistattnError for pieces outside the axis, without cells, or with a common cell.
+    """Raise DistattnError for pieces outside the axis, without cells, or with a shared cell.
 
-    heads: (P, 2); with them pieces may share a cell in different heads.
+    heads: (P, 2), the heads of each piece. Pieces with different heads may share a cell.
     """
 
     def refuse(bad: np.ndarray, why: str) -> None:
@@ -118,7 +118,7 @@ def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
 
 
 def _check_disjoint(tight: Ints, heads: Ints) -> None:
-    """Check pieces with bq = bk = 1 cell by cell; the rectangles of other pieces must be disjoint."""
+    """Raise DistattnError if pieces with bq = bk = 1 share a cell, or if the rectangles of other pieces overlap."""
     # sweep along the axis on which fewer rectangles meet
     sweeps = []
     for low, high in ((Q0, Q1), (K0, K1)):
@@ -141,7 +141,7 @@ def _refuse_common_cells(tight: Ints, heads: Ints, a: Ints, b: Ints) -> None:
     meet &= (heads[a, 0] < heads[b, 1]) & (heads[b, 0] < heads[a, 1])
     a, b, common = a[meet], b[meet], common[meet]
     cellwise = (tight[a][:, [BQ, BK]] == 1).all(1) & (tight[b][:, [BQ, BK]] == 1).all(1)
-    # with unit blocks the offsets are part of the bounds: lo <= k - q + oq - ok <= hi
+    # with blocks of one token, the origins only shift the bounds: lo <= k - q + oq - ok <= hi
     shift = (tight[b, OK] - tight[b, OQ]) - (tight[a, OK] - tight[a, OQ])
     common[:, LO] = np.where(cellwise, np.maximum(common[:, LO], tight[b, LO] + shift), -UNBOUNDED)
     common[:, HI] = np.where(cellwise, np.minimum(common[:, HI], tight[b, HI] + shift), UNBOUNDED)

@@ -1,4 +1,4 @@
-"""Properties that are computed once."""
+"""Properties that are computed once per instance."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _Value = TypeVar("_Value")
 
 
 class cached_property(Generic[_Value]):  # noqa: N801 - named as functools' own
-    """A property like `functools.cached_property` of Python 3.12, which has no lock.
+    """A property like `functools.cached_property` in Python 3.12, which has no lock.
 
-    Python 3.11 has one lock for a property of all instances. Plans would wait for each other, and a process forked while a
+    In Python 3.11, all instances share one lock per property. Plans would wait for each other, and a process forked while a
     planning thread holds the lock would wait forever. If two threads both compute a value, the values are equal.
     """
 
@@ -30,6 +30,6 @@ class cached_property(Generic[_Value]):  # noqa: N801 - named as functools' own
     def __get__(self, instance: object | None, owner: type) -> cached_property[_Value] | _Value:
         if instance is None:
             return self
-        # the next access does not come here: attributes of the instance hide this one of the class
+        # later accesses bypass this descriptor, because the instance's attribute takes precedence
         value = instance.__dict__[self._name] = self._compute(instance)
         return value

@@ -9,27 +9,27 @@ _LOST_CONNECTION = ("Connection", "gloo", "NCCL", "timed out", "Broken pipe")
 
 
 class DistattnError(ValueError):
-    """A request that cannot be fulfilled exactly, and is refused. Exit code 2 on the command line."""
+    """A request that is refused because it cannot be fulfilled exactly. Exit code 2 on the command line."""
 
     exit_code = 2
 
 
 class SettingError(DistattnError):
-    """A setting whose value cannot be used. key: its dotted name, with which the message begins."""
+    """A setting whose value cannot be used. key: its dotted name, which starts the message."""
 
     def __init__(self, key: str, fault: str):
         super().__init__(f"{key}: {fault}")
         self.key = key
 
     def __reduce__(self) -> tuple[type[DistattnError], tuple[str]]:
-        """Return what pickles it: a DistattnError with the same message."""
+        """Return the pickled form of the error: a DistattnError with the same message."""
         return DistattnError, (str(self),)
 
 
 class LostRankError(DistattnError):
-    """Another rank stopped answering; the message names it. Exit code 4: another attempt may succeed.
+    """The loss of another rank, which stopped answering; the message names it. Exit code 4: another attempt may succeed.
 
-    peers: the ranks that are lost, as the default group numbers them; empty if they are unknown.
+    peers: the lost ranks, numbered as in the default group; empty if unknown.
     """
 
     exit_code = 4
@@ -40,25 +40,30 @@ class LostRankError(DistattnError):
 
 
 class DamagedStateError(DistattnError):
-    """The state of a run changed between two updates, and there is no checkpoint. Exit code 4: another attempt may succeed."""
+    """A run's state that changed between two updates, without a checkpoint. Exit code 4: another attempt may succeed."""
 
     exit_code = 4
 
 
 class RunStopped(DistattnError):
-    """Training ended early on request, with a checkpoint to continue from. Exit code 75: EX_TEMPFAIL of sysexits.h."""
+    """The early end of training on request, with a checkpoint to continue from. Exit code 75: EX_TEMPFAIL of sysexits.h."""
 
     exit_code = 75
 
 
 class PlanError(DistattnError):
-    """A plan that fails its proof: the message names the first wrong row."""
+    """A plan that fails its proof or differs between ranks. The message names the first wrong row, or the ranks."""
 
 
 class DamagedDataError(DistattnError):
-    """A file exists, but its content is damaged. Exit code 3 on the command line."""
+    """A file that exists, but whose content is damaged. Exit code 3 on the command line."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its period. An error without a message is named by its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def shows_lost_peer(error: BaseException) -> bool:
@@ -66,9 +71,9 @@ def shows_lost_peer(error: BaseException) -> bool:
     if isinstance(error, DistattnError):
         return isinstance(error, LostRankError)
     if isinstance(error, OSError):
-        # with a name it is an error of a file
+        # an error with a file name is about a file
         return isinstance(error, (ConnectionError, TimeoutError)) and error.filename is None
-    # PyTorch's errors by name: this file does not import it
+    # PyTorch's errors are matched by name, because this file does not import torch
     names = {base.__name__ for base in type(error).__mro__}
     if "DistError" in names:
         return True
@@ -79,6 +84,6 @@ def shows_lost_peer(error: BaseException) -> bool:
 
 
 def named_ranks(ranks: Iterable[int]) -> str:
-    """Name ranks in a text, such as "rank 3" or "ranks 1, 3"."""
+    """Format ranks for a message, such as "rank 3" or "ranks 1, 3"."""
     numbers = sorted(set(ranks))
     return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))

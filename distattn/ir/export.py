@@ -1,4 +1,4 @@
-"""Convert a mask for other attention kernels, exactly, or refuse it."""
+"""Exact conversions of masks for other attention kernels. Masks without an exact conversion are refused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-# the largest number of intervals of keys in one row of a block mask: each costs two lookups per score
+# maximum number of key intervals per row of a block mask; each costs two lookups per score
 _MAX_ROW_INTERVALS = 16
 
 
 class VarlenArguments(NamedTuple):
-    """Arguments of varlen kernels: cu_seqlens (documents + 1,) int32, the longest, causal, and (left, right) or -1, -1."""
+    """Arguments of varlen kernels. cu_seqlens: (documents + 1,) int32. window: (left, right), -1 on a side without limit."""
 
     cu_seqlens: np.ndarray
     max_seqlen: int
@@ -33,7 +33,7 @@ class VarlenArguments(NamedTuple):
 def cu_seqlens(mask: Mask) -> VarlenArguments:
     """Return the arguments of varlen kernels for packed documents (flash-attn's convention).
 
-    window is like flash-attn's `window_size`: -1 on a side without limit. causal needs no window on the right. Raises
+    window is flash-attn's `window_size`: -1 on a side without limit. With causal, the window's right side can be ignored. Raise
     DistattnError for any other mask.
     """
     if mask.heads is not None:
@@ -43,7 +43,7 @@ def cu_seqlens(mask: Mask) -> VarlenArguments:
     square = (pieces[:, [K0, K1]] == pieces[:, [Q0, Q1]]).all() and (pieces[:, [BQ, BK]] == 1).all()
     if not square or q0[0] != 0 or q1[-1] != mask.n or (q0[1:] != q1[:-1]).any():
         raise DistattnError("this mask is not one square band per document, side by side; use block_mask or dense.")
-    # with unit blocks the origins are part of the bounds
+    # with blocks of one token, the origins only shift the bounds
     reach = q1 - q0 - 1
     shift = pieces[:, OK] - pieces[:, OQ]
     left = _common_window(-(pieces[:, LO] + shift), reach, "left")
@@ -54,9 +54,9 @@ def cu_seqlens(mask: Mask) -> VarlenArguments:
 
 @checked
 def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu") -> BlockMask:
-    """Make FlexAttention's BlockMask with blocks of block x block cells from tile runs, without visiting single cells.
+    """Make FlexAttention's BlockMask with blocks of block x block cells from runs of tiles, without visiting every cell.
 
-    Its mask_mod looks up the intervals of keys of a row. Raises DistattnError if a row has more than 16 of them.
+    Its mask_mod looks up a row's intervals of keys. Raise DistattnError if a row has more than 16 of them.
     """
     import torch
     from torch.nn.attention.flex_attention import BlockMask
@@ -88,7 +88,7 @@ def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu")
 
 
 def _common_window(reaches: Ints, most: Ints, side: str) -> int:
-    """Return the window on one side that all documents share; -1 if it reaches to their ends."""
+    """Return the window on one side that all documents share; -1 if it has no limit."""
     if (reaches < 0).any():
         raise DistattnError("varlen kernels always allow the diagonal; this mask does not.")
     limited = np.unique(reaches[reaches < most])
@@ -108,7 +108,7 @@ def _of_head(mask: Mask, head: int) -> Mask:
 
 
 def _row_intervals(mask: Mask) -> tuple[np.ndarray, np.ndarray]:
-    """Return (begin, end) of the allowed keys of each row, (most intervals of a row, n) int32; empty intervals are (0, 0)."""
+    """Return the begins and ends of each row's allowed keys, both (intervals, n) int32; empty intervals are (0, 0)."""
     tight = tighten(mask.pieces)
     piece, row = expand_ranges(tight[:, Q0], tight[:, Q1])
     first, last = row_key_ranges(tight[piece], row)
@@ -128,7 +128,7 @@ def _padded(table: np.ndarray, most: int) -> np.ndarray:
 
 
 def _blocks(mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return masks (rows, columns) of the blocks with some allowed cells, and of those with only allowed cells."""
+    """Return masks (rows, columns) of the partially allowed blocks, and of the fully allowed blocks."""
     runs = mask.tiles(block, block)
     side = -(-mask.n // block)
     some, full = np.zeros((2, side, side), bool)
@@ -139,7 +139,7 @@ def _blocks(mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kv_block_lists(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the number of chosen columns of each row, and column indices with the chosen columns first."""
+    """Return each row's number of chosen columns, and its column indices with the chosen columns first."""
     import torch
 
     order = torch.argsort((~chosen).to(torch.int8), dim=-1, stable=True)

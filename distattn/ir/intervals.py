@@ -1,8 +1,8 @@
-"""Arithmetic of many half-open integer intervals at once, for masks, layouts, plans and their proof.
+"""Arithmetic on many half-open integer intervals at once, for masks, layouts, plans and their proofs.
 
-Everything is vectorised over int64 columns; no Python loop over rows. An interval may carry a *group* (a rank, a chunk,
-a head range); intervals of different groups never touch. Groups and coordinates must not be negative; they are packed into
-one sortable key.
+Everything is vectorised over int64 columns, without Python loops over rows. An interval may carry a *group* (a rank, a chunk,
+a head range); intervals of different groups never touch. Groups and coordinates must not be negative, because they are packed
+into one sortable key.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 
 
 def as_int64(values: Any, name: str) -> Ints:
-    """Convert `values` to int64. Raises DistattnError with the name for fractions, strings, ragged rows and too large numbers."""
+    """Convert `values` to int64. Raise DistattnError, naming `name`, for fractions, strings, ragged rows and overflow."""
     try:
         array = np.asarray(values)
         if array.size and array.dtype.kind not in "iu":
@@ -29,7 +29,7 @@ def as_int64(values: Any, name: str) -> Ints:
 
 
 def sorted_unique(values: Ints) -> Ints:
-    """Return the distinct values, sorted. `np.unique` of whole numbers is 30 times as slow since NumPy 2.3, which hashes."""
+    """Return the distinct values, sorted. On integers, `np.unique` is 30 times slower since NumPy 2.3, which uses hashing."""
     ordered = np.sort(values)
     fresh = np.ones(len(ordered), bool)
     fresh[1:] = ordered[1:] != ordered[:-1]
@@ -37,14 +37,14 @@ def sorted_unique(values: Ints) -> Ints:
 
 
 def run_starts(*columns: Ints) -> Ints:
-    """Return the first row of each run of equal rows."""
+    """Return the index of the first row of each run of equal rows."""
     fresh = np.ones(len(columns[0]), bool)
     fresh[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return np.flatnonzero(fresh)
 
 
 def stable_argsort(key: Ints) -> Ints:
-    """Return `np.argsort(key, kind="stable")` of whole numbers, faster: sort the numbers with their places in the low bits."""
+    """Return `np.argsort(key, kind="stable")` of integers, but faster: sort the integers with their indices in the low bits."""
     key = np.asarray(key, np.int64)
     places = len(key).bit_length()
     if len(key) and int(key.max()) - int(key.min()) < 1 << (62 - places):
@@ -53,7 +53,7 @@ def stable_argsort(key: Ints) -> Ints:
 
 
 def expand_ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
-    """Return (i, j) for each integer j in [begin_i, end_i)."""
+    """Return all pairs (i, j) of a range i and an integer j in [begin_i, end_i)."""
     count = np.maximum(end - begin, 0)
     i = np.repeat(np.arange(len(count)), count)
     offset = np.repeat(np.cumsum(count) - count - begin, count)
@@ -61,12 +61,12 @@ def expand_ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
 
 
 def overlapping_pairs(t0: Ints, t1: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints]:
-    """Return all pairs (i, j) for which [a_i, b_i) overlaps [t0_j, t1_j); the latter are sorted and disjoint."""
+    """Return all pairs (i, j) for which [a_i, b_i) overlaps [t0_j, t1_j). Intervals [t0, t1) must be sorted and disjoint."""
     return expand_ranges(np.searchsorted(t1, a, "right"), np.searchsorted(t0, b, "left"))
 
 
 def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
-    """Return the union of intervals by group: sorted and disjoint (group, a, b); touching intervals become one."""
+    """Return the union of each group's intervals, sorted and disjoint: (group, a, b). Touching intervals are joined."""
     if not len(a):
         return group, a, b
     # +2, so that the end of one group and the start of the next do not touch
@@ -83,9 +83,9 @@ def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Cut the intervals of every group at all end points. Return (row, piece, group, a, b): row i covers piece p.
+    """Cut the intervals of each group at all of its end points. Return (row, piece, group, a, b).
 
-    The last three are per piece; pieces that no row covers are listed, too.
+    (row_i, piece_i) are an input row and a piece that it covers. group, a and b list all pieces, even those that no row covers.
     """
     base = int(b.max()) + 2 if len(b) else 2
     points = sorted_unique(np.concatenate([group * base + a, group * base + b]))
@@ -96,13 +96,13 @@ def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Int
 
 
 def lexicographic_argsort(*columns: Ints) -> Ints:
-    """Return the stable order that sorts rows by the first column, then the second and so on: `np.lexsort` in few passes.
+    """Return the stable order that sorts rows by the first column, then the second and so on, in fewer passes than `np.lexsort`.
 
-    Columns are packed into one number while their ranges fit.
+    Columns are packed into one number as long as their ranges fit.
     """
     keys: list[Ints] = []
     room = 1
-    # `stable_argsort` needs the other bits for places
+    # `stable_argsort` needs the other bits for indices
     most = 1 << (62 - len(columns[0]).bit_length())
     for column in columns:
         low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)
@@ -122,7 +122,7 @@ def lexicographic_argsort(*columns: Ints) -> Ints:
 
 
 def numbers_of_rows(*columns: Ints) -> Ints:
-    """Number the different rows in lexicographic order; return the number of each row, like the inverse of `np.unique`."""
+    """Number the distinct rows in lexicographic order; return the number of each row, like the inverse of `np.unique`."""
     order = lexicographic_argsort(*columns)
     fresh = np.zeros(len(order), np.int64)
     fresh[run_starts(*(column[order] for column in columns))] = 1

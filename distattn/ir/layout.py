@@ -1,7 +1,7 @@
-"""The layout: the tokens of the axis that each rank owns, and their local order.
+"""The layout: which tokens of the axis each rank owns, and their local order.
 
 A layout is a list of *chunks* (rank, t0, t1): contiguous intervals that tile the axis. A rank's local tensor holds its
-chunks one after another. The layout also has the starts of documents, because positions and labels depend on them; the mask
+chunks one after another. The layout also knows where documents start, because positions and labels depend on that. The mask
 says which tokens attend to which.
 """
 
@@ -21,32 +21,32 @@ from distattn.ir.load_balance import balance_items, place_documents, spread_docu
 from distattn.ir.mask import Mask, document_ends
 
 _MAX_RANKS = 1 << 20
-# for `document_zigzag`: shorter chunks pay off only with few tokens
+# `document_zigzag` cuts no chunk shorter than this, or than a rank's share divided by this, whichever is less
 _MIN_CHUNK, _CHUNKS_OF_SHARE = 512, 64
-# planning time grows with the square of the number of chunks, so a rank's share has fewer chunks with many ranks
+# planning time grows with the square of the number of chunks, so with many ranks each rank gets fewer chunks
 _CHUNKS, _LEAST_OF_SHARE = 512, 8
-# number of positions per chunk at which a chunk of `balanced` may end; between them the work is assumed to be even
+# positions per chunk at which `balanced` may cut; between two of them, work is assumed to be even
 _POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
-# for `balanced`: documents above this share of a rank's work are split, over this many times the ranks that they need
+# `balanced` splits documents above this share of a rank's work, over these multiples of the ranks that they need
 _LONG_SHARE, _SPREADS = 0.5, (1.0, 2.0, np.inf)
 _CHUNK_COLUMNS = ("rank", "t0", "t1")
-# the search ends at this ratio of the busiest rank to the mean; the largest ratio of a rank's tokens to the mean
+# ratios to the mean: the busiest rank's work at which the search ends, and the maximum number of tokens on a rank
 _GOOD_BALANCE, _MAX_TOKENS_OVER_MEAN = 1.01, 1.25
 
 
 class Layout:
-    """The ownership of the tokens of documents. Immutable; compare by `digest`.
+    """The ownership of the tokens on an axis of documents. Immutable; compare by `digest`.
 
     `chunks` is a dict of equal-length int64 columns `rank`, `t0`, `t1`, `row` (the first row of the chunk in the rank's
-    local tensor), sorted by `t0`. `n` tokens on the axis, `ranks` ranks; a rank may own no tokens.
+    local tensor), sorted by `t0`. `n` is the number of tokens, `ranks` the number of ranks. A rank may own no tokens.
     """
 
     @checked
     def __init__(self, lengths: Sequence[int], ranks: int, rank: Ints, t0: Ints, t1: Ints):
-        """Join touching chunks of a rank. Raises DistattnError if chunks do not tile the axis.
+        """Create a layout; join adjacent chunks of a rank. Raise DistattnError if chunks do not tile the axis.
 
-        rank, t0, t1: the owner and the tokens [t0, t1) of each chunk; the chunks of a rank are in its local order.
+        rank, t0, t1: the owner and the tokens [t0, t1) of each chunk. A rank's chunks are in its local order.
         """
         self.ends = document_ends(lengths)
         self.n, self.ranks = int(self.ends[-1]), ranks
@@ -75,7 +75,7 @@ class Layout:
     @staticmethod
     @checked
     def zigzag(lengths: Sequence[int], ranks: int) -> Layout:
-        """Return a layout in which rank r owns chunks r and 2R-1-r of 2R, which is equal work under one causal mask.
+        """Return a layout in which rank r owns chunks r and 2R-1-r of 2R, which is equal work under a single causal mask.
 
         Shards differ by at most one token.
         """
@@ -88,10 +88,10 @@ class Layout:
     @staticmethod
     @checked
     def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int | None = None) -> Layout:
-        """Cut every document into up to 2R chunks of at least `min_chunk` tokens, which ranks get in zigzag order.
+        """Cut every document into up to 2R chunks of at least `min_chunk` tokens, dealt to ranks in zigzag order.
 
-        A document starts at the rank with the fewest tokens so far (the lowest of equals), so that many short documents balance.
-        min_chunk: by default 512; with few tokens per rank 1/64 of a rank's share (with many ranks 1/8).
+        Each document starts at the rank with the fewest tokens so far (the first such rank), so that many short documents
+        balance. min_chunk: by default 512, or 1/64 of a rank's share if that is less (with many ranks 1/8).
         """
         ends, _ = document_ends(lengths), _positive(ranks)
         if min_chunk is None:
@@ -115,7 +115,7 @@ class Layout:
     @staticmethod
     @checked
     def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
-        """Return a layout in which rank i modulo R owns block i of `block` tokens (block=1 is striped attention)."""
+        """Return a layout in which rank i % R owns block i, of `block` tokens (block=1 is striped attention)."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         if block < 1:
             raise DistattnError(f"a block has at least 1 token, not {block}.")
@@ -134,12 +134,12 @@ class Layout:
     ) -> Layout:
         """Return the layout with the lowest estimated cost: about equal work and tokens on all ranks, and few, long chunks.
 
-        mask: by default causal inside each document. Candidates are `contiguous`, `zigzag`, `document_zigzag`, `placed`, long
-        documents split over one or two times as many ranks as their work needs, or over all, with short ones whole, and
-        chunks of equal work. No rank has more than 1.25 of the mean tokens. `distattn.ir.layout_cost` has the estimate.
-        chunk: use the last candidate, with chunks of this many tokens on average: the axis is cut so that every chunk has
-        the same sum of its share of the tokens and its share of the work. Chunks are assigned heaviest first, then exchanged
-        until the busiest rank is within `tolerance` of the mean.
+        mask: by default causal within each document. Candidates are `contiguous`, `zigzag`, `document_zigzag`, `placed`, layouts
+        that keep short documents whole and split long ones over one or two times as many ranks as their work needs, or over all,
+        and a layout of chunks of equal work. No rank has more than 1.25 times the mean tokens. `distattn.ir.layout_cost`
+        estimates the costs. chunk: return the last candidate, with chunks of this many tokens on average. Its chunks all have the
+        same sum of their share of the tokens and their share of the work. They are assigned heaviest first, then exchanged until
+        the busiest rank is within `tolerance` of the mean.
         """
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         mask = Mask.documents(lengths) if mask is None else mask
@@ -179,7 +179,7 @@ class Layout:
     def _in_chunks_of_equal_work(
         lengths: Sequence[int], ranks: int, mask: Mask, chunk: int, tolerance: float
     ) -> Layout:
-        """Return the layout of chunks of about `chunk` tokens: equally many on all ranks, with about equal work."""
+        """Return a layout of chunks of about `chunk` tokens: the same number on all ranks, with about equal work."""
         n = mask.n
         parts = -(-n // chunk)
         grid = _cuts(n, min(n, _POSITIONS_PER_CHUNK * parts))
@@ -205,11 +205,11 @@ class Layout:
     @staticmethod
     @checked
     def placed(lengths: Sequence[int], ranks: int, *, mask: Mask | None = None, tolerance: float = 0.02) -> Layout:
-        """Return a layout for data loaders that may choose the ranks of documents: ranks have equal work with few messages.
+        """Return a layout for data loaders that may choose the ranks of documents: equal work with few messages.
 
-        mask: by default causal inside each document. A document with more than (1 + tolerance) of a rank's work is split over
-        about as many ranks as its work needs; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
-        1.01 of the mean tokens. Work is as even as that allows; strategy "cad" evens out the rest.
+        mask: by default causal within each document. A document with more than (1 + tolerance) times a rank's mean work is split
+        over about as many ranks as its work needs; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
+        1.01 times the mean tokens. Work is as even as that permits; strategy "cad" evens out the rest.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
         n = int(ends[-1])
@@ -224,7 +224,7 @@ class Layout:
     @staticmethod
     @checked
     def from_chunks(lengths: Sequence[int], chunks: Sequence[Sequence[tuple[int, int]]]) -> Layout:
-        """Return a layout from `chunks[rank]`, the intervals (t0, t1) that each rank owns, in its local order; may be empty."""
+        """Return a layout from `chunks[rank]`, a list of the intervals (t0, t1) that a rank owns, in its local order."""
         try:
             rows = [(rank, t0, t1) for rank, intervals in enumerate(chunks) for t0, t1 in intervals]
         except (TypeError, ValueError):
@@ -276,19 +276,19 @@ class Layout:
 
     @checked
     def position_ids(self, rank: int) -> Ints:
-        """Return the position of each local token inside its document."""
+        """Return the position of each local token within its document."""
         return self.positions_of(self.tokens(rank))
 
     def positions_of(self, tokens: Ints) -> Ints:
-        """Return the position inside its document of each token, given by global coordinates."""
+        """Return the position of each token within its document. tokens: global coordinates."""
         starts = np.append(0, self.ends)
         return tokens - starts[np.searchsorted(self.ends, tokens, "right")]
 
     @checked
     def shift_labels(self, labels: Any, dim: int = -1, ignore_index: int = -100) -> Any:
-        """Shift labels of the whole axis to the successor of each token; the last token of each document gets `ignore_index`.
+        """Shift labels so that each token has its successor's; the last token of a document gets `ignore_index`.
 
-        Shift before sharding: the label of a shard's last token may be on another rank.
+        labels: the whole axis's labels along `dim`. Shift before sharding, because the successor may be on another rank.
         """
         _check_array(labels, dim)
         if abs(ignore_index) >= 1 << 63:
@@ -305,7 +305,7 @@ class Layout:
 
     @property
     def digest(self) -> str:
-        """128-bit hash of the documents, and of the ownership and local order of tokens."""
+        """A 128-bit hash of the documents, and of the ownership and local order of tokens."""
         parts = [np.int64(self.ranks), self.ends, *(self.chunks[name] for name in ("rank", "t0", "t1", "row"))]
         return hashlib.blake2b(b"".join(part.astype("<i8").tobytes() for part in parts), digest_size=16).hexdigest()
 
@@ -325,7 +325,7 @@ class Layout:
             raise DistattnError(f"rank {rank} is outside this layout of {self.ranks} ranks.")
 
 
-# layouts by the name that a configuration uses
+# layouts by their names in configurations
 LAYOUTS = {
     "contiguous": Layout.contiguous,
     "zigzag": Layout.zigzag,
@@ -337,7 +337,7 @@ LAYOUTS = {
 
 
 def make_layout(name: str, lengths: Sequence[int], ranks: int, mask: Mask, **options: Any) -> Layout:
-    """Return the layout that LAYOUTS has under a name, for documents of these lengths; options go to its constructor."""
+    """Return the layout named `name` (a key of LAYOUTS) for documents of these lengths. Options go to its constructor."""
     work = {"mask": mask} if name in ("balanced", "placed") else {}
     return LAYOUTS[name](lengths, ranks, **work, **options)
 

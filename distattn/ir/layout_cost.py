@@ -1,7 +1,8 @@
-"""Estimate the cost of a layout, for the choice of `Layout.balanced`. It depends on neither a strategy nor a cluster.
+"""Estimate the cost of a layout, independently of strategy and cluster, for the choice in `Layout.balanced`.
 
 Costs are in cells of the score matrix. A chunk costs the allowed cells of its rows, and a short chunk costs more, because
-kernels are slow on short sequences. Keys that a rank does not own must be sent. The rest of a layer grows with a rank's tokens.
+kernels are slow on short sequences. Keys that a rank does not own add the cost of sending them. The rest of a layer costs the
+same for every token.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip, tighten
 from distattn.ir.intervals import Ints, merge_intervals, overlapping_pairs
 from distattn.ir.mask import Mask
 
-# a kernel reaches n / (n + this) of its best speed on n x n cells. An estimate for forward and backward together, from published
-# speeds of FlashAttention 3 on an H100 (the table in cluster/descriptions/h100.toml)
+# a kernel reaches n / (n + this) of its best speed on n x n cells. This estimate for forward and backward together is from
+# published speeds of FlashAttention 3 on an H100 (the table in cluster/descriptions/h100.toml)
 _OVERHEAD_TOKENS = 550
-# the cost of sending 8 key/value heads of a token between H200s, and of the rest of an 8B model's layer, in cells of 32 heads
+# costs per token, in cells of 32 heads: sending 8 key/value heads between H200s, and the rest of an 8B model's layer
 _CELLS_PER_RECEIVED_TOKEN, _CELLS_PER_OWN_TOKEN = 1_000, 10_000
 
 
 def rows_area(mask: Mask, cuts: Ints) -> np.ndarray:
-    """Return the allowed cells (x heads, if the mask differs by head) of the rows [cuts_i, cuts_i+1)."""
+    """Return the allowed cells in rows [cuts_i, cuts_i+1), summed over heads if the mask differs by head."""
     i, j = overlapping_pairs(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
     work = areas(clip(mask.pieces[i], cuts[j], cuts[j + 1], 0, mask.n)).astype(np.float64) * _heads(mask, i)
     return np.bincount(j, work, len(cuts) - 1)
 
 
 def layout_cost(mask: Mask, ranks: int, rank: Ints, t0: Ints, t1: Ints) -> float:
-    """Return the cost in cells: attention of the most expensive rank, plus the rest of a layer of the rank with most tokens.
+    """Return the cost in cells: attention on the most expensive rank, plus the rest of a layer on the rank with the most tokens.
 
     rank, t0, t1: the chunks of the layout, sorted by t0; they tile the axis.
     """
@@ -39,7 +40,7 @@ def layout_cost(mask: Mask, ranks: int, rank: Ints, t0: Ints, t1: Ints) -> float
 
 
 def _received_tokens(mask: Mask, ranks: int, rank: Ints, t0: Ints, t1: Ints) -> np.ndarray:
-    """Return the number of keys that each rank's queries may see and the rank does not own, (ranks,)."""
+    """Return the number of keys that each rank's queries see but the rank does not own, (ranks,)."""
     i, j = overlapping_pairs(t0, t1, mask.pieces[:, Q0], mask.pieces[:, Q1])
     bands = tighten(clip(mask.pieces[i], t0[j], t1[j], 0, mask.n))
     some = bands[:, K0] < bands[:, K1]

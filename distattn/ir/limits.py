@@ -1,4 +1,4 @@
-"""Limits of settings, which stand beside the fields of their dataclass as `Annotated[int, Number(ge=1)]`."""
+"""Limits of settings, declared with the fields of their dataclass as `Annotated[int, Number(ge=1)]`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, get_type_hints
 
 from distattn.ir.errors import SettingError
 
-# of a number without another maximum
+# the default maximum of a number
 MOST = 1 << 40
-# values by their names in other programs
+# settings' values, by the names that other programs use for them
 _MEANT = {
     "zero": "deepspeed",
     "zero2": "deepspeed",
@@ -36,7 +36,7 @@ _MEANT = {
 
 
 class SettingProblem(NamedTuple):
-    """A key, such as "train.steps", and a sentence about its value."""
+    """A problem with a setting: its key, such as "train.steps", and a sentence about its value."""
 
     key: str
     reason: str
@@ -47,7 +47,7 @@ class SettingProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class Number:
-    """Limits of a number: ge and le are its least and its greatest value, gt and lt are out of its range."""
+    """Limits of a number: ge and le are inclusive bounds, gt and lt exclusive bounds."""
 
     ge: float | None = None
     gt: float | None = None
@@ -67,13 +67,13 @@ class Number:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The values that a setting may have: those before, and those of a table that may get more."""
+    """The values that a setting may have. choices: a collection that may still grow. before: values listed before it."""
 
     choices: Collection[str]
     before: tuple[str, ...] = ()
 
     def problem(self, value: str) -> str | None:
-        """Return a sentence about another value, with the choice that is probably meant, or None."""
+        """Return a sentence about an invalid value, with the choice that was probably meant; None for a valid value."""
         choices = [*self.before, *self.choices]
         if value in choices:
             return None
@@ -85,15 +85,15 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Check:
-    """A check of a value: it returns a sentence about a bad one, or None."""
+    """A check of a value. problem: returns a sentence about a bad value, or None."""
 
     problem: Callable[[Any], str | None]
 
 
 def limit_problems(settings: Any, table: str = "") -> Iterator[SettingProblem]:
-    """Yield a problem for each value of a dataclass that does not keep to the limits beside its field; None keeps to all.
+    """Yield a problem for each value of a dataclass outside the limits of its field; None is within all limits.
 
-    table: what stands before the names of fields, such as "train.".
+    table: a prefix for the names of fields, such as "train.".
     """
     for name, limits in annotations_of(settings.__class__).items():
         value = getattr(settings, name)
@@ -103,7 +103,7 @@ def limit_problems(settings: Any, table: str = "") -> Iterator[SettingProblem]:
 
 
 def nested_problems(record: Any, table: str = "") -> Iterator[SettingProblem]:
-    """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; entries of tuples have numbers."""
+    """Yield the problems of a dataclass and of all dataclasses in its fields. Keys are dotted; tuple entries have numbers."""
     yield from limit_problems(record, table)
     for field in fields(record):
         value = getattr(record, field.name)
@@ -114,14 +114,14 @@ def nested_problems(record: Any, table: str = "") -> Iterator[SettingProblem]:
 
 
 def check_limits(settings: Any) -> None:
-    """Raise SettingError for the first value of a dataclass that does not keep to the limits beside its field."""
+    """Raise SettingError for the first value of a dataclass outside the limits of its field."""
     for problem in limit_problems(settings):
         raise SettingError(*problem)
 
 
 @functools.cache
 def annotations_of(kind: Any) -> dict[str, tuple[Any, ...]]:
-    """Return the fields of a dataclass that have annotations, with their annotations."""
+    """Return the annotations of a dataclass's fields, by name; leave out fields without any."""
     hints = get_type_hints(kind, include_extras=True)
     annotated = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in fields(kind)}
     return {name: annotations for name, annotations in annotated.items() if annotations}

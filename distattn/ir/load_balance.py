@@ -1,7 +1,7 @@
-"""Balance the load of layouts: assign chunks to ranks, and place whole documents for data loaders that may choose.
+"""Balance the load of layouts: assign chunks to ranks, and place whole documents for data loaders that may choose ranks.
 
-Placing has two goals, which are not merged into one weight: a rank has at most 1.01 times the mean tokens, and within that limit
-its work is as close to the mean as possible.
+Placement has two goals, which are not merged into one weight: no rank has more than 1.01 times the mean number of tokens, and
+within that limit each rank's work is as close to the mean as possible.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import numpy as np
 
 from distattn.ir.intervals import Ints
 
-# the largest number of tokens of a rank when whole documents are placed, in multiples of the mean
+# maximum number of tokens on a rank when whole documents are placed, as a multiple of the mean
 _MAX_TOKEN_SHARE = 1.01
 
 
 def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
-    """Return a rank for each item: the numbers of items differ by at most one, and exchanges even out the total weights.
+    """Return a rank for each item: ranks get about equal weights, and numbers of items that differ by at most one.
 
-    In each round every rank gets one item, heaviest items first, each to the rank with the least weight. Then the busiest rank
-    exchanges the item that helps most with another rank's, until it is within `tolerance` of the mean or no exchange helps.
+    In each round every rank gets one item, heaviest items first, each to the rank with the least weight. The busiest rank then
+    makes the most helpful exchange of items with another rank, until it is within `tolerance` of the mean or no exchange helps.
     """
     items = len(weights)
     rank = np.empty(items, np.int64)
@@ -35,7 +35,7 @@ def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
         if load[busy] <= load.mean() * (1 + tolerance):
             break
         mine = np.flatnonzero(rank == busy)
-        # exchanging i and j moves `moved` from the busiest rank to j's: the higher of the two loads afterwards
+        # exchanging i and j moves `moved` from the busiest rank to j's; `after` is the higher of their loads afterwards
         moved = weights[mine][:, None] - weights[None]
         after = np.maximum(load[busy] - moved, load[rank][None] + moved)
         after[:, mine] = np.inf
@@ -52,10 +52,11 @@ def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
 def spread_documents(
     lengths: Ints, work: np.ndarray, ranks: int, share: float, spread: float
 ) -> tuple[Ints, Ints, Ints]:
-    """Return chunks (rank, t0, t1) of documents of these lengths and work, laid end to end; long ones are split over more ranks.
+    """Place documents, laid end to end, on ranks, and split long ones. Return chunks (rank, t0, t1).
 
-    Documents with more than `share` of the mean work of a rank are split over `spread` times as many ranks as their work
-    needs, at most all. The others stay whole if a rank has room. Documents with most work come first.
+    lengths, work: the tokens and the work of each document. Documents with more than `share` of a rank's mean work are split over
+    `spread` times as many ranks as their work needs, at most all. The others stay whole if a rank has room. Documents with the
+    most work come first.
     """
     placed = _Placement(lengths, ranks)
     mean = float(work.sum()) / ranks
@@ -70,19 +71,19 @@ def spread_documents(
 
 
 def place_documents(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
-    """Return chunks (rank, t0, t1) of documents of these lengths and work, laid end to end.
+    """Place documents, laid end to end, on ranks. Return chunks (rank, t0, t1).
 
-    Documents with more than (1 + tolerance) of the mean work of a rank come first. Each is split over about as many ranks as
-    its work needs, two equal chunks per rank, from the front and from the back (equal work under a causal mask). The others
-    follow as a whole, most work first, each to the rank with the least work that has room for its tokens; if no rank has room
-    they are cut.
+    lengths, work: the tokens and the work of each document. Documents with more than (1 + tolerance) times a rank's mean work
+    come first. Each is split over about as many ranks as its work needs, with two equal chunks per rank, one from the front and
+    one from the back (equal work under a causal mask). The others follow whole, most work first, each on the rank with the least
+    work that has room for its tokens. They are cut only if no rank has room.
     """
     placed = _Placement(lengths, ranks)
     mean, tokens = float(work.sum()) / ranks, float(lengths.sum()) / ranks
     order = np.argsort(-work, kind="stable")
     long = order[work[order] > (1 + tolerance) * mean]
     short = order[len(long) :]
-    # short documents fill up the ranks: their work per token
+    # the work per token of short documents, which fill up the ranks
     filler = float(work[short].sum()) / max(int(lengths[short].sum()), 1)
     for document in long.tolist():
         load, length = float(work[document]), int(lengths[document])
@@ -94,7 +95,7 @@ def place_documents(lengths: Ints, work: np.ndarray, ranks: int, tolerance: floa
 
 
 class _Placement:
-    """The documents that have been placed so far. free_tokens, load: room for tokens, and work, of each rank."""
+    """The documents placed so far. free_tokens, load: each rank's room for tokens, and its work."""
 
     def __init__(self, lengths: Ints, ranks: int):
         self.lengths, self.start = lengths, np.cumsum(lengths) - lengths
@@ -103,7 +104,7 @@ class _Placement:
         self.rows: list[tuple[int, int, int]] = []
 
     def split(self, document: int, work: float, shares: int) -> None:
-        """Split a document in pairs of chunks over the ranks with the least work that have room; without room use more ranks."""
+        """Split a document into pairs of chunks over the ranks with the least work that have room, or over more ranks."""
         length = int(self.lengths[document])
         while shares < len(self.free_tokens) and int((self.free_tokens >= -(-length // shares)).sum()) < shares:
             shares += 1
@@ -112,7 +113,7 @@ class _Placement:
         if not fits[chosen].all():
             self.place(document, work)
             return
-        # equal shares first, then halves: no share is longer than there is room for
+        # cut equal shares first, then halves, so that no share is longer than the room for it
         shard = np.diff(np.arange(shares + 1) * length // shares)
         ends = self.start[document] + np.cumsum(np.concatenate([[0], shard - shard // 2, (shard // 2)[::-1]]))
         for rank, t0, t1 in zip([*chosen.tolist(), *chosen[::-1].tolist()], ends, ends[1:], strict=False):
@@ -120,7 +121,7 @@ class _Placement:
         self.load[chosen] += work / shares
 
     def place(self, document: int, work: float) -> None:
-        """Place a whole document at the rank with the least work that has room; without room, in pieces where most room is."""
+        """Place a whole document on the rank with the least work that has room, or in pieces on ranks with the most room."""
         t0, length = int(self.start[document]), int(self.lengths[document])
         t1 = t0 + length
         while t0 < t1:
@@ -132,7 +133,7 @@ class _Placement:
             t0 += size
 
     def chunks(self) -> tuple[Ints, Ints, Ints]:
-        """Return all chunks (rank, t0, t1) in the order of the axis."""
+        """Return all chunks (rank, t0, t1) in axis order."""
         rows = np.array(self.rows, np.int64).reshape(-1, 3)
         rank, t0, t1 = rows[np.argsort(rows[:, 1])].T
         return rank, t0, t1

@@ -1,7 +1,7 @@
 """The mask: the allowed (query, key) cells of the score matrix.
 
 A mask is a list of disjoint *bands* on the token axis (see `distattn.ir.bands`). Below, q and k are tokens, d(t) is the
-document of token t, s its first token; a cell is allowed when the formula in the constructor's docstring holds.
+document of token t, and s is that document's first token. A cell is allowed if the formula in the constructor's docstring holds.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from distattn.ir.bands import (
 from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints, as_int64, expand_ranges, merge_intervals, numbers_of_rows
 
-# the largest number of query heads, so that every product with it fits in int64
+# maximum number of query heads, so that all products with it fit in int64
 MAX_HEADS = 1 << 14
 
 
 class Mask:
-    """The allowed cells of an axis of `n` tokens, as disjoint bands. Immutable; compare by `digest`.
+    """The allowed cells on an axis of `n` tokens, as disjoint bands. Immutable; compare by `digest`.
 
-    `pieces` is an int64 array (P, 10) in the order given, columns as in `bands.COLUMNS`. In a mask that differs by head,
-    piece i belongs to query heads [piece_heads[i, 0], piece_heads[i, 1]) of `heads`; otherwise both are None.
+    `pieces` is an int64 array (P, 10) in the order given, with the columns of `bands.COLUMNS`. In a mask that differs by head,
+    piece i belongs to query heads [piece_heads[i, 0], piece_heads[i, 1]) out of `heads`; otherwise these attributes are None.
     """
 
     @checked
@@ -66,13 +66,13 @@ class Mask:
     @staticmethod
     @checked
     def causal(n: int) -> Mask:
-        """Return a mask in which every query sees the keys up to its own: k <= q."""
+        """Return a mask in which every query sees all keys up to its own position: k <= q."""
         return Mask.documents([n])
 
     @staticmethod
     @checked
     def sliding_window(n: int, left: int, right: int = 0, *, sink_tokens: int = 0) -> Mask:
-        """Return a window around every query: k <= q + right and (k >= q - left or k < sink_tokens)."""
+        """Return a mask with a window around every query: k <= q + right and (k >= q - left or k < sink_tokens)."""
         return Mask.documents([n], document_mask=(left, right), sink_tokens=sink_tokens)
 
     @staticmethod
@@ -80,9 +80,9 @@ class Mask:
     def documents(
         lengths: Sequence[int], document_mask: str | tuple[int, int] = "causal", *, sink_tokens: int = 0
     ) -> Mask:
-        """Return a mask of packed documents: d(q) = d(k), and inside each document the cells that `document_mask` allows.
+        """Return a mask of packed documents: d(q) = d(k), and within each document the cells that `document_mask` allows.
 
-        "full": all of them; "causal": k <= q; a window (left, right): k <= q + right and (k >= q - left or k - s < sink_tokens).
+        "full": all cells; "causal": k <= q; a window (left, right): k <= q + right and (k >= q - left or k - s < sink_tokens).
         """
         start, end = _document_bounds(lengths)
         lo, hi = _document_band(document_mask)
@@ -98,7 +98,7 @@ class Mask:
     def token_shift(lengths: Sequence[int], distance: int) -> Mask:
         """Return a mask in which each token sees only the token `distance` before it in its document: q - k = distance.
 
-        A negative distance is a token after it.
+        With a negative distance, each token sees a later one.
         """
         start, end = _document_bounds(lengths)
         if abs(distance) > MAX_TOKENS:
@@ -109,7 +109,7 @@ class Mask:
     @staticmethod
     @checked
     def shared_question(lengths: Sequence[int]) -> Mask:
-        """Return (d(q) = d(k) and k <= q) or d(k) = 0: all documents see the first one, a question, in full."""
+        """Return a causal mask of documents that all see the first, a question: (d(q) = d(k) and k <= q) or d(k) = 0."""
         start, end = _document_bounds(lengths)
         question = _bands(start[1:], end[1:], 0, end[0], -UNBOUNDED, UNBOUNDED)
         return _from_parts([_bands(start, end, start, end, -UNBOUNDED, 0), question], end[-1])
@@ -117,7 +117,7 @@ class Mask:
     @staticmethod
     @checked
     def causal_blockwise(lengths: Sequence[int]) -> Mask:
-        """Return k <= q and (d(q) = d(k) or d(q) is the last): the last document, a test example, sees all before it."""
+        """Return a causal mask whose last document, a test example, sees all: k <= q and (d(q) = d(k) or d(q) is last)."""
         start, end = _document_bounds(lengths)
         low = np.append(start[:-1], 0)
         return _from_parts([_bands(start, end, low, end, -UNBOUNDED, 0)], end[-1])
@@ -135,7 +135,7 @@ class Mask:
     def prefix_lm_documents(lengths: Sequence[int], prefix: int | Sequence[int]) -> Mask:
         """Return a mask of packed documents with prefixes: d(q) = d(k) and (k <= q or k - s < prefix).
 
-        prefix: one length for all documents, or one for each.
+        prefix: one length for all documents, or one per document.
         """
         start, end = _document_bounds(lengths)
         prefixes = as_int64(prefix, "prefix")
@@ -151,7 +151,7 @@ class Mask:
     @staticmethod
     @checked
     def global_sliding_window(n: int, left: int, right: int, n_global: int) -> Mask:
-        """Return a window with global tokens, which see all tokens and are seen by all.
+        """Return a sliding window with global tokens, which see all tokens and are seen by all tokens.
 
         A cell is allowed if q - left <= k <= q + right or min(q, k) < n_global.
         """
@@ -183,9 +183,9 @@ class Mask:
     @staticmethod
     @checked
     def by_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
-        """Return a mask that differs by head, from pairs (number of query heads, their mask), first heads first.
+        """Return a mask that differs by head. groups: pairs (number of query heads, their mask), in the order of heads.
 
-        A piece that neighbouring groups share becomes one piece of all their heads.
+        A piece that neighbouring groups share becomes one piece for all of their heads.
         """
         if not groups or any(mask.heads is not None for _, mask in groups):
             raise DistattnError(
@@ -205,14 +205,14 @@ class Mask:
         fresh[1:] = (same[1:] != same[:-1]) | (group[1:] != group[:-1] + 1)
         last = group[np.append(np.flatnonzero(fresh)[1:], len(group)) - 1]
         heads = np.stack([np.append(0, ends)[group[fresh]], ends[last]], 1)
-        # in the order in which the groups list them
+        # keep the order in which the groups list the pieces
         named = np.argsort(order[fresh])
         return Mask(rows[order[fresh]][named], groups[0][1].n, heads[named], int(ends[-1]))
 
     @staticmethod
     @checked
     def from_pieces(array: Sequence[Sequence[int]] | Ints, n: int | None = None) -> Mask:
-        """Return a mask from rows (q0, q1, k0, k1, lo, hi) or of all ten columns; `n` defaults to the end of the last piece."""
+        """Return a mask from rows (q0, q1, k0, k1, lo, hi) or rows of all ten columns. n: by default the last piece's end."""
         pieces = as_int64(array, "pieces")
         if pieces.ndim != 2 or pieces.shape[1] not in (6, 10) or not len(pieces):
             raise DistattnError(
@@ -224,9 +224,9 @@ class Mask:
 
     @checked
     def area(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> int:
-        """Return the number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default of the whole axis.
+        """Return the number of allowed cells in rows [q[0], q[1]) and columns [k[0], k[1]); by default on the whole axis.
 
-        For a mask that differs by head return the sum over its heads.
+        For a mask that differs by head, return the sum over heads.
         """
         cells = areas(self._clipped(q, k))
         if self.piece_heads is None:
@@ -236,7 +236,7 @@ class Mask:
 
     @checked
     def cut(self, q: tuple[int, int] | None = None, k: tuple[int, int] | None = None) -> Mask:
-        """Return the mask of the same axis that allows only the cells in rows q and columns k."""
+        """Return a mask of the same axis that keeps only the cells in rows q and columns k."""
         pieces = self._clipped(q, k)
         tight = tighten(pieces)
         kept = tight[:, Q0] < tight[:, Q1]
@@ -244,7 +244,7 @@ class Mask:
 
     @checked
     def needed_keys(self, q_set: Sequence[tuple[int, int]] | Ints) -> Ints:
-        """Return the keys that any query of `q_set` sees. Both are half-open intervals (M, 2); keys are sorted and disjoint."""
+        """Return the keys that queries in `q_set` see, sorted and disjoint. Both are half-open intervals (M, 2)."""
         q_set = as_int64(q_set, "query intervals")
         if q_set.size and (q_set.ndim != 2 or q_set.shape[1] != 2):
             raise DistattnError(f"query intervals are pairs (M, 2), not {q_set.shape}.")
@@ -271,10 +271,10 @@ class Mask:
 
     @checked
     def tiles(self, bm: int, bn: int) -> dict[str, Ints]:
-        """Return runs of tiles for a kernel with tiles of bm queries x bn keys, one row per (query tile, piece) that meet.
+        """Return runs of key tiles for a kernel with tiles of bm queries x bn keys: one row per query tile and piece that meet.
 
-        Columns: `tile` (query tile), `piece`, and key tiles `begin` <= `full_begin` <= `full_end` <= `end`. The piece
-        allows every cell of the tiles in [full_begin, full_end), some cells of the others. The tiles are not listed one by one.
+        Columns: `tile` (query tile), `piece`, and key tiles `begin` <= `full_begin` <= `full_end` <= `end`. The piece allows all
+        cells of the tiles in [full_begin, full_end), and some cells of the other tiles in [begin, end).
         """
         if not (1 <= bm <= MAX_TOKENS and 1 <= bn <= MAX_TOKENS):
             raise DistattnError(f"tiles are at least 1 x 1, and at most {MAX_TOKENS} wide, not {bm} x {bn}.")
@@ -285,7 +285,7 @@ class Mask:
         first_begin, first_end = row_key_ranges(band, q0)
         last_begin, last_end = row_key_ranges(band, q1 - 1)
         begin, end = first_begin // bn, -(-last_end // bn)
-        # full tiles: all rows of the tile are present, keys are between the last row's begin and the first row's end
+        # full tiles: all rows of the tile are present, and keys lie between the last row's begin and the first row's end
         whole = (q0 == tile * bm) & (q1 == np.minimum((tile + 1) * bm, self.n))
         full_begin = -(-last_begin // bn)
         full_end = np.where(first_end == self.n, -(-self.n // bn), first_end // bn)
@@ -297,7 +297,7 @@ class Mask:
 
     @property
     def digest(self) -> str:
-        """128-bit hash of the axis and its pieces, in their order, since tasks name pieces by number."""
+        """A 128-bit hash of the axis and its pieces. Their order counts, because tasks refer to pieces by number."""
         content = np.int64(self.n).tobytes() + self.pieces.astype("<i8").tobytes()
         if self.piece_heads is not None:
             content += b"heads" + np.int64(self.heads or 0).tobytes() + self.piece_heads.astype("<i8").tobytes()
@@ -319,7 +319,7 @@ class Mask:
 
 
 def document_ends(lengths: Sequence[int]) -> Ints:
-    """Return the end of each document on the axis. Raises DistattnError if a length is not a positive whole number."""
+    """Return the end of each document on the axis. Raise DistattnError if a length is not a positive whole number."""
     array = as_int64(lengths, "document lengths")
     if array.ndim != 1 or not len(array):
         raise DistattnError("document lengths are a list of at least one positive whole number.")

@@ -1,14 +1,14 @@
-"""The operation that a call's tasks compute: the tensors of each payload, how parts of one row are joined, the algebra of states.
+"""The operation that a call's tasks compute: the tensors of payloads, the merging of a row's results, and the algebra of states.
 
-Attention, recurrences, convolutions and latent attention are planned in the same tables. A *recurrence* reads the tokens of a
+Attention, recurrences, convolutions and latent attention share the same kind of tables. A *recurrence* reads the tokens of a
 document in order and keeps a state S (K, V) for each head:
 
     S_t = (I - b_t k_t k_t^T) diag(exp g_t) S_(t-1) + b_t k_t v_t^T,    o_t = S_t^T q_t
 
-without b the first factor is I and the last b is 1. A segment of tokens maps the state that enters it affinely, S -> A S + B, and
-the gradient of the state that leaves it, backwards, dS -> C + A^T dS. (A, B) and (A, C) are the states that plans move, named by
-the tokens that they sum up. The state of a *prefix maximum* is the elementwise maximum of its tokens so far: there is no A, and
-two states are joined by their maximum.
+Without b, the first factor is I and the last b is 1. A segment of tokens maps the state that enters it affinely, S -> A S + B,
+and maps the gradient of the state that leaves it backwards, dS -> C + A^T dS. Plans move the pairs (A, B) and (A, C) as states,
+identified by the tokens that they summarize. The state of a *prefix maximum* is the elementwise maximum over its tokens. It has
+no A, and the maximum of two states merges them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 from distattn.ir.arguments import check_fields, checked
 from distattn.ir.errors import DistattnError
 
-# a tensor of a payload: its width, None for one number per token and head; and its dtype: that of the inputs, that of the
-# accumulation ("wide"), or "result": that of the accumulation where parts are summed, of the inputs where there is one part
+# a tensor of a payload. Its width is None for one number per token and head. Its dtype is "input" for the inputs' dtype, "wide"
+# for the accumulation dtype, or "result": the accumulation dtype if partial results are summed, otherwise the inputs' dtype
 Field = tuple[int | None, str]
 KINDS = ("attention", "recurrence", "prefix_max", "convolution", "latent_attention")
 MERGES = ("lse", "sum", "never")
@@ -35,10 +35,10 @@ class Op:
     """The operation that a task computes.
 
     kind: "attention", "recurrence", "prefix_max", "convolution" or "latent_attention". merge: how two results of one row are
-    joined: by log-sum-exp ("lse"), by "sum", or "never", if one task computes a whole row. decay, of a recurrence: g is 0
-    ("none"), a number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or one
-    per channel of the key ("channel"). delta: there is a b. rotary_dim, latent_dim: widths of the tensors that latent attention
-    moves in place of keys and values.
+    merged: by log-sum-exp ("lse"), by "sum", or "never" if one task computes a whole row. decay: a recurrence's g is 0 ("none"),
+    one number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or one per
+    token, head and key channel ("channel"). delta: True if a recurrence has a b. rotary_dim, latent_dim: widths of the tensors
+    that latent attention moves in place of keys and values.
     """
 
     name: str
@@ -66,34 +66,34 @@ class Op:
 
     @property
     def is_softmax(self) -> bool:
-        """Return whether each row of queries reads keys by a softmax, latents or not."""
+        """True if each query reads keys through a softmax, with or without latents."""
         return self.kind in ("attention", "latent_attention")
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether tasks read segments of tokens in order, and states move."""
+        """True if tasks read segments of tokens in order, and states move."""
         return self.kind in ("recurrence", "prefix_max")
 
     @property
     def is_maximum(self) -> bool:
-        """Whether a state is the maximum of its tokens; otherwise it is an affine map (A, B)."""
+        """True if a state is the maximum of its tokens; otherwise it is an affine map (A, B)."""
         return self.kind == "prefix_max"
 
     @property
     def has_gradient(self) -> bool:
-        """Whether there is a backward pass; otherwise backward tables have no rows and nothing is kept."""
+        """True if there is a backward pass; otherwise backward tables have no rows and nothing is kept."""
         return not self.is_maximum
 
     @property
     def shared_payloads(self) -> tuple[str, ...]:
-        """The payloads with the call's key/value heads, which several heads of tasks share.
+        """The payloads with `kv_heads` heads, each of which several of the call's `heads` share.
 
         Attention shares keys and values among query heads. A recurrence shares queries and keys among value heads.
         """
         return ("Q", "dQ") if self.is_recurrent else ("KV", "dKV")
 
     def fields(self, head_dim: int, v_head_dim: int) -> dict[str, tuple[Field, ...]]:
-        """Return the tensors of payloads Q, KV, O and dO; dQ and dKV have the fields of Q and KV."""
+        """Return the tensors of payloads Q, KV, O and dO; dQ and dKV have the same fields as Q and KV."""
         if self.kind == "recurrence":
             # decays are multiplied over thousands of tokens, so they are not rounded to half precision
             decay: tuple[Field, ...] = {
@@ -126,26 +126,26 @@ class Op:
         }
 
     def transition_shape(self, head_dim: int) -> tuple[int, ...]:
-        """Return the shape of one head's A: a matrix, or only its diagonal, or one number if the diagonal is constant."""
+        """Return the shape of one head's A: a matrix, its diagonal, or one number if the diagonal is constant."""
         if self.delta:
             return (head_dim, head_dim)
         return (head_dim,) if self.decay == "channel" else (1,)
 
     @property
     def transition_travels(self) -> bool:
-        """Whether A is part of a state that moves; without gates it follows from the number of tokens."""
+        """True if a state that moves includes A; without gates, A follows from the number of tokens."""
         return self.delta or self.decay in ("token", "channel")
 
     def state_numbers(self, head_dim: int, v_head_dim: int, prefix: bool, in_memory: bool = False) -> int:
-        """Return the count of numbers in one head's state as it is sent, or as it is held in memory.
+        """Return how many numbers one head's state has, as sent or in memory.
 
-        prefix: the state begins with its document, so no state enters it.
+        prefix: the state begins with its document, so no state enters it and A is left out.
         """
         has_transition = not (prefix or self.is_maximum) and (self.transition_travels or in_memory)
         return head_dim * v_head_dim + (prod(self.transition_shape(head_dim)) if has_transition else 0)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values; `Op(**values)` is the same op."""
+        """Return the fields as plain values; `Op(**values)` is an equal op."""
         return asdict(self)
 
 
@@ -154,11 +154,11 @@ def _recurrence(name: str, decay: str = "none", delta: bool = False) -> Op:
 
 
 ATTENTION = Op("attention")
-# keeps a softmax over the tokens so far finite: Milakov and Gimelshein 2018 (online softmax), arXiv 1805.02867
+# the running maximum of online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867)
 PREFIX_MAX = Op("prefix_max", "prefix_max", "never")
-# a convolution is linear in its taps: parts of a row are added
+# a convolution is linear in its taps, so partial results of a row are added
 CONVOLUTION = Op("convolution", "convolution", "sum")
-# a convolution of one tap, which is 1: RWKV (Peng et al. 2023, arXiv 2305.13048), labels of several tokens ahead
+# a convolution with one tap of 1, for RWKV (Peng et al. 2023, arXiv 2305.13048) and labels several tokens ahead
 TOKEN_SHIFT = Op("token_shift", "convolution", "sum")
 OPS: Mapping[str, Op] = {
     op.name: op
@@ -187,12 +187,15 @@ OPS: Mapping[str, Op] = {
 
 @checked
 def latent_op(rotary_dim: int, latent_dim: int) -> Op:
-    """Return multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434): one rotary key and a latent move for all heads."""
+    """Return the op of multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434).
+
+    All heads share one rotary key and one latent per token.
+    """
     return Op("latent_attention", "latent_attention", rotary_dim=rotary_dim, latent_dim=latent_dim)
 
 
 def op_of(op: Op | str) -> Op:
-    """Return the op of that name. Raises DistattnError for an unknown name."""
+    """Return the op with this name, or an Op unchanged. Raise DistattnError for an unknown name."""
     if isinstance(op, Op):
         return op
     if op not in OPS:

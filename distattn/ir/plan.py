@@ -1,13 +1,13 @@
 """The plan: the tasks of all ranks and the moves between them, as two tables of plain integers.
 
-A *task* (step, rank, piece, q0, q1, k0, k1, h0, h1) is core attention of one rectangle of one mask piece for query
-heads [h0, h1), computed at `rank`. A *move* (step, src, dst, payload, t0, t1, h0, h1) carries an interval of tokens and
-heads of one payload. All rows of step s run concurrently and read the state at the end of step s-1.
-`distattn.parallel.analysis.verify` checks the conditions for a plan; this file only defines the data.
+A *task* (step, rank, piece, q0, q1, k0, k1, h0, h1) computes core attention on `rank`, for one rectangle of one mask
+piece and query heads [h0, h1). A *move* (step, src, dst, payload, t0, t1, h0, h1) carries an interval of tokens and
+heads of one payload from rank src to rank dst. All rows of step s run concurrently and read the state at the end of step
+s-1. `distattn.parallel.analysis.verify` checks that a plan is valid; this file only defines the data.
 
-A task of a recurrence is the rectangle of cells that pass through its *segment*, the tokens [q0, k1) that it reads one by one
-(k0 <= q0): keys before it through their state S[k0, q0), rows after it through theirs, dS[k1, q1). A task without rows
-(q0 = q1) only leaves the state S[k0, k1), one without keys (k0 = k1) only the gradient state dS[q0, q1).
+A recurrence's task reads the tokens [q0, k1) of its *segment* one by one (k0 <= q0). Its rectangle consists of the cells that
+pass through the segment: earlier keys enter as their state S[k0, q0), and later rows as their gradient state dS[k1, q1). A task
+without rows (q0 = q1) only produces the state S[k0, k1), and a task without keys (k0 = k1) only the gradient state dS[q0, q1).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FORMAT = 2
 class Payload(IntEnum):
     """The tensors that a move carries. dO is sent with the final log-sum-exp and delta = rowsum(dO * O); O with its log-sum-exp.
 
-    S and dS are states of a recurrence and their gradients: [t0, t1) of a move are the tokens that the state sums up.
+    S and dS are a recurrence's states and their gradients. In their moves, [t0, t1) are the tokens that the state summarizes.
     """
 
     Q = 0
@@ -55,19 +55,19 @@ class Payload(IntEnum):
     dS = 7
 
 
-# a held payload is copied by a move; a reduced one is added to what the destination has, and leaves the source
+# a move copies a held payload; it adds a reduced payload to the one at its destination and removes it from its source
 HELD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO)
 REDUCED_PAYLOADS = (Payload.O, Payload.dQ, Payload.dKV)
 FORWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.O)
 BACKWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO, Payload.dQ, Payload.dKV)
 KEY_PAYLOADS = (Payload.KV, Payload.dKV)
-# a state is held like a copy; its size does not depend on the number of tokens that it sums up
+# moves copy states, too; a state's size does not depend on the number of tokens that it summarizes
 STATE_PAYLOADS = (Payload.S, Payload.dS)
 _OF_GRADIENT = {Payload.dQ: "Q", Payload.dKV: "KV"}
 
 
 def make_columns(names: Sequence[str], **values: Ints | int) -> Columns:
-    """Return int64 columns of equal length; single numbers are repeated."""
+    """Return int64 columns of equal length; scalars are broadcast."""
     length = max((len(v) for v in values.values() if isinstance(v, np.ndarray)), default=0)
     return {name: np.broadcast_to(np.asarray(values[name], np.int64), (length,)) for name in names}
 
@@ -79,7 +79,7 @@ def concat_rows(names: Sequence[str], parts: Iterable[Columns]) -> Columns:
 
 
 def select_rows(rows: Columns, index: np.ndarray) -> Columns:
-    """Return the rows of a boolean or integer index."""
+    """Return the rows that a boolean or integer index selects."""
     return {name: column[index] for name, column in rows.items()}
 
 
@@ -90,7 +90,7 @@ def num_rows(rows: Columns) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Tasks and moves of one direction, sorted by all columns in declared order; int64 columns by name.
+    """The tasks and moves of one direction, as int64 columns by name. Rows are sorted by all columns in declared order.
 
     label: a strategy's note about its choice. Nothing depends on it.
     """
@@ -107,7 +107,7 @@ class Table:
     def from_rows(
         tasks: Sequence[Sequence[int]] | Ints, moves: Sequence[Sequence[int]] | Ints = (), label: str = ""
     ) -> Table:
-        """Make a table from rows that are written by hand: values in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
+        """Make a table from rows written by hand, with values in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
         task_rows = np.array(tasks, np.int64).reshape(-1, len(TASK_COLUMNS)).T
         move_rows = np.array(moves, np.int64).reshape(-1, len(MOVE_COLUMNS)).T
         named = dict(zip(TASK_COLUMNS, task_rows, strict=True)), dict(zip(MOVE_COLUMNS, move_rows, strict=True))
@@ -115,7 +115,7 @@ class Table:
 
     @cached_property
     def steps(self) -> int:
-        """Number of steps of the table."""
+        """The number of steps in the table."""
         return 1 + int(max((rows["step"].max() for rows in (self.tasks, self.moves) if num_rows(rows)), default=-1))
 
 
@@ -128,10 +128,10 @@ def dtype_name(dtype: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call: mask and layout of the axis, numbers of heads, head dims and dtype, and the op.
+    """One call: the mask and layout of its axis, its head counts, head dims and dtype, and its op.
 
-    heads are those of tasks: query heads, or a recurrence's value heads. Several heads share one of kv_heads: key/value heads, or
-    the heads of a recurrence's queries and keys.
+    heads: query heads, or a recurrence's value heads. kv_heads: heads that several of these share: key/value heads, or the heads
+    of a recurrence's queries and keys.
     """
 
     mask: Mask
@@ -141,9 +141,9 @@ class Call:
     head_dim: int
     v_head_dim: int
     dtype: str
-    # dtype in which outputs and gradients are sent; empty: the accumulation dtype
+    # the dtype in which outputs and gradients are sent; if empty, the accumulation dtype
     comm_dtype: str = ""
-    # results in which each number comes from one kernel call; they are held and sent in the inputs' dtype
+    # results whose numbers each come from a single kernel call; they are held and sent in the inputs' dtype
     written_once: tuple[Payload, ...] = ()
     op: Op = ATTENTION
 
@@ -175,7 +175,7 @@ class Call:
 
     @property
     def gqa_group_size(self) -> int:
-        """Query heads per key/value head."""
+        """The number of query heads per key/value head."""
         return self.heads // self.kv_heads
 
     @cached_property
@@ -187,11 +187,11 @@ class Call:
 
     @property
     def accumulation_dtype(self) -> str:
-        """float32, or float64 for float64 inputs."""
+        """The dtype of sums: float32, or float64 for float64 inputs."""
         return "float64" if self.dtype == "float64" else "float32"
 
     def payload_heads(self, payload: Payload) -> int:
-        """Return the number of heads of a payload: for attention, key/value heads for KV and dKV, query heads for others."""
+        """Return a payload's number of heads: for attention, key/value heads for KV and dKV, and query heads for the others."""
         return self.kv_heads if payload.name in self.op.shared_payloads else self.heads
 
     def payloads(self, direction: str) -> tuple[Payload, ...]:
@@ -203,9 +203,9 @@ class Call:
         return (*BACKWARD_PAYLOADS, *STATE_PAYLOADS) if self.op.is_recurrent else BACKWARD_PAYLOADS
 
     def payload_fields(self, payload: Payload, narrow: bool = False) -> tuple[tuple[int | None, str], ...]:
-        """Return the tensors of a payload in memory: (width, dtype) each; width None is one number per token and head.
+        """Return (width, dtype) for each tensor of a payload in memory; width None means one number per token and head.
 
-        narrow: results in the inputs' dtype, even if the plan does not say so.
+        narrow: assume that results are held in the inputs' dtype.
         """
         wide = self.accumulation_dtype
         result = self.dtype if narrow or payload in self.written_once else wide
@@ -217,31 +217,31 @@ class Call:
         return tuple((width, dtypes[kind]) for width, kind in fields[payload.name])
 
     def comm_fields(self, payload: Payload) -> tuple[tuple[int | None, str], ...]:
-        """Return the tensors of a payload as it is sent: (width, dtype) each. Numbers per row (log-sum-exp, delta) stay wide."""
+        """Return (width, dtype) for each tensor of a payload as sent. Numbers per row (log-sum-exp, delta) are not narrowed."""
         fields = self.payload_fields(payload)
         if payload not in REDUCED_PAYLOADS or payload in self.written_once or not self.comm_dtype:
             return fields
         return tuple((width, dtype if width is None else self.comm_dtype) for width, dtype in fields)
 
     def token_head_bytes(self, payload: Payload, in_memory: bool = False) -> int:
-        """Return the bytes of one (token, head) of a payload as it is sent, or held in memory; 0 for states (`state_bytes`)."""
+        """Return the bytes of a payload per token and head, as sent or in memory; 0 for states (see `state_bytes`)."""
         if payload in STATE_PAYLOADS:
             return 0
         fields = self.payload_fields(payload) if in_memory else self.comm_fields(payload)
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
     def state_bytes(self, prefix: bool, in_memory: bool = False) -> int:
-        """Return the bytes of one head's state. prefix: it begins (a gradient state ends) with its document: no transition."""
+        """Return the bytes of one head's state. prefix: it begins with its document (a gradient state ends with it)."""
         numbers = self.op.state_numbers(self.head_dim, self.v_head_dim, prefix, in_memory)
         return numbers * DTYPE_BYTES[self.accumulation_dtype]
 
     @cached_property
     def documents(self) -> Ints:
-        """The tokens [t0, t1) of each piece of the mask: the documents of a recurrence, (P, 2)."""
+        """The documents of a recurrence, (P, 2): the tokens [t0, t1) of each piece of the mask."""
         return self.mask.pieces[:, [Q0, Q1]]
 
     def is_prefix(self, payload: Payload, t0: Ints, t1: Ints) -> np.ndarray:
-        """Return a mask of the states of tokens [t0, t1) that begin with a document; of gradient states that end with one."""
+        """Return which states of tokens [t0, t1) begin with a document; for dS, which end with a document."""
         return np.isin(t1, self.documents[:, 1]) if payload == Payload.dS else np.isin(t0, self.documents[:, 0])
 
     def _check_documents(self) -> None:
@@ -261,10 +261,10 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One attention call, planned: the call, a forward table and a backward table. Compare by `digest`.
+    """A planned attention call: the call, a forward table and a backward table. Compare by `digest`.
 
-    `policy` says whether the forward pass keeps queries, keys and values for the backward pass ("keep") or they are sent
-    again. `strategy` is a label; nothing depends on it.
+    `policy` is "keep" if the forward pass keeps received queries, keys and values for the backward pass; otherwise they are
+    sent again. `strategy` is a label; nothing depends on it.
     """
 
     call: Call
@@ -279,18 +279,18 @@ class Plan:
 
     @property
     def keeps_inputs(self) -> bool:
-        """Whether queries, keys and values that the forward pass received stay for the backward pass."""
+        """True if queries, keys and values received in the forward pass are kept for the backward pass."""
         return self.policy == "keep" and self.call.op.has_gradient
 
     def area_by_rank(self) -> Ints:
-        """Return the cells x query heads that each rank computes in the forward pass; for a recurrence tokens x heads."""
+        """Return the cells x query heads that each rank computes in the forward pass; for a recurrence, tokens x heads."""
         work = task_areas(self.call, self.forward.tasks)
         out = np.zeros(self.call.ranks, work.dtype)
         np.add.at(out, self.forward.tasks["rank"], work)
         return out
 
     def bytes(self) -> Columns:
-        """Return the bytes moved, forward and backward together: columns `src`, `dst`, `payload`, `bytes`, one row per triple."""
+        """Return the bytes moved, forward and backward together: columns `src`, `dst`, `payload` and `bytes`."""
         moves = concat_rows(MOVE_COLUMNS, [self.forward.moves, self.backward.moves])
         size = move_bytes(self.call, moves)
         key = (moves["src"] * self.call.ranks + moves["dst"]) * len(Payload) + moves["payload"]
@@ -302,7 +302,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """128-bit hash of everything that affects results: tables, mask, layout, shapes, dtype and policy."""
+        """A 128-bit hash of everything that affects results: tables, mask, layout, shapes, dtype and policy."""
         hasher = hashlib.blake2b(json.dumps(self._shape(), sort_keys=True).encode(), digest_size=16)
         for table in (self.forward, self.backward):
             for rows, names in ((table.tasks, TASK_COLUMNS), (table.moves, MOVE_COLUMNS)):
@@ -333,7 +333,7 @@ class Plan:
     @staticmethod
     @checked
     def load(path: str | Path) -> Plan:
-        """Read a plan written by `save`. Raises DamagedDataError if the file has changed."""
+        """Read a plan written by `save`. Raise DamagedDataError if the file is damaged."""
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
@@ -347,7 +347,7 @@ class Plan:
             raise
         except (PermissionError, IsADirectoryError) as error:
             raise DistattnError(f"{path}: cannot be read: {error.strerror}.") from None
-        # flipped bits cause many errors of the zip reader: unknown compression, encryption, impossible sizes
+        # flipped bits cause many kinds of errors in the zip reader: unknown compression, encryption, impossible sizes
         except Exception as error:
             raise DamagedDataError(f"{path}: not a plan, or damaged ({error}).") from None
         if plan.digest != head["digest"]:
@@ -380,14 +380,14 @@ class Plan:
 
 
 def task_bands(mask: Mask, tasks: Columns) -> Ints:
-    """Return the mask pieces of tasks, cut to the tasks' rectangles, (M, 10)."""
+    """Return the mask piece of each task, cut to the task's rectangle, (M, 10)."""
     return clip(mask.pieces[tasks["piece"]], tasks["q0"], tasks["q1"], tasks["k0"], tasks["k1"])
 
 
 def task_areas(call: Call, tasks: Columns, bands: Ints | None = None) -> Ints:
-    """Return the cells x query heads of each task (with its `bands`, if known); Python integers if their sum overflows int64.
+    """Return the cells x query heads of each task, as Python integers if their sum overflows int64.
 
-    For a recurrence return tokens x heads of the segment that it reads.
+    bands: the result of `task_bands`, if known. For a recurrence, return tokens x heads of each task's segment.
     """
     if call.op.is_recurrent:
         return (tasks["k1"] - tasks["q0"]) * (tasks["h1"] - tasks["h0"])
@@ -415,12 +415,12 @@ def task_token_ranges(call: Call, payload: Payload, tasks: Columns) -> Columns:
 
 
 def has_rows_and_keys(tasks: Columns) -> np.ndarray:
-    """Return a mask of the tasks of a recurrence that compute outputs or gradients; the others only leave a state."""
+    """Return which tasks of a recurrence compute outputs or gradients; the others only produce a state."""
     return (tasks["q0"] < tasks["q1"]) & (tasks["k0"] < tasks["k1"])
 
 
 def move_bytes(call: Call, moves: Columns, in_memory: bool = False) -> Ints:
-    """Return the bytes of each move, as it is sent, or as its source holds it in memory."""
+    """Return the bytes of each move, as sent or as held in the source's memory."""
     per_cell = np.array([call.token_head_bytes(payload, in_memory) for payload in Payload], np.int64)
     heads = moves["h1"] - moves["h0"]
     size = (moves["t1"] - moves["t0"]) * heads * per_cell[moves["payload"]]
@@ -432,12 +432,12 @@ def move_bytes(call: Call, moves: Columns, in_memory: bool = False) -> Ints:
 
 
 def nonempty_bands(bands: Ints) -> np.ndarray:
-    """Return a mask of the tightened bands that hold a cell, (M,)."""
+    """Return which tightened bands contain a cell, (M,)."""
     return (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1])
 
 
 def _segments(payload: Payload, tasks: Columns) -> Columns:
-    """Return the tokens of a payload that tasks of a recurrence read one by one, or write; empty if a task does not use it."""
+    """Return the tokens of a payload that each task of a recurrence reads or writes; an empty range if it uses none."""
     used = np.ones(num_rows(tasks), bool)
     if payload in REDUCED_PAYLOADS:
         used = has_rows_and_keys(tasks)

@@ -1,4 +1,4 @@
-"""Names that changed: the old ones work for one release more, with a DeprecationWarning."""
+"""Support for old names, which work for one more release with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def current_name(name: str, renamed: Mapping[str, str], kind: str) -> str:
-    """Return the present name of something, and warn if `name` is its old one.
+    """Return the current name of something. Warn if `name` is an old name.
 
     renamed: old name -> new name. kind: the word before the name in the warning.
     """
@@ -26,7 +26,7 @@ def current_name(name: str, renamed: Mapping[str, str], kind: str) -> str:
 
 
 def renamed_attributes(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module that still has its attributes' old names.
+    """Return a module's `__getattr__` that still accepts old names of its attributes.
 
     renamed: old name -> new name. Assign the result to `__getattr__` in the module.
     """
@@ -40,7 +40,7 @@ def renamed_attributes(module: str, renamed: Mapping[str, str]) -> Callable[[str
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Imports modules by their old names. moved: old name -> new name. It is to be the last of `sys.meta_path`."""
+    """An importer of modules by their old names. moved: old name -> new name. It must be the last in `sys.meta_path`."""
 
     def __init__(self, moved: Mapping[str, str]):
         self._moved = moved
@@ -48,24 +48,24 @@ class MovedModules(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return a spec that this object loads, for old names; warn."""
+        """Return a spec for an old name, and warn; return None for other names."""
         return ModuleSpec(fullname, self) if current_name(fullname, self._moved, "module") != fullname else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Return the module of the new name."""
+        """Return the module with the new name."""
         module = import_module(self._moved[spec.name])
-        # Python sets the spec of a module that a loader has made
+        # keep its spec, because Python overwrites the spec of a module that a loader returns
         spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module, which has run already, its own spec again."""
+        """Restore the spec of the module, whose code has already run."""
         assert module.__spec__ is not None
         module.__spec__ = module.__spec__.loader_state
 
 
 def _level_of_caller() -> int:
-    """Return the `stacklevel` with which `current_name` warns of the first line outside distattn."""
+    """Return the `stacklevel` with which a warning of `current_name` points at the first frame outside distattn."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "distattn":
         frame, level = frame.f_back, level + 1

@@ -1,13 +1,20 @@
-"""Plain-text tables, with columns as wide as their content and one unit per column of numbers."""
+"""Plain-text tables, with columns as wide as their content and one unit per column of numbers, and messages on stderr."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 _UNITS = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")),
     "B": ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")),
 }
+
+
+def print_message(text: str) -> None:
+    """Print a message to the user on stderr, and flush it. stdout is for results only."""
+    sys.stderr.write(f"distattn: {text}\n")
+    sys.stderr.flush()
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:

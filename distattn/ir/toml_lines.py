@@ -1,4 +1,4 @@
-"""Find the line of a key in a TOML file, for errors that name file and line. tomllib reads values without their lines."""
+"""Find the line of a key in a TOML file, for errors that name file and line. tomllib does not report lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# a table's key, or the number of an entry in an array
+# a path of table keys and numbers of array entries
 Key = tuple[str | int, ...]
 # a multi-line string may end in up to five quotes, two of which belong to its value
 _TOKENS = re.compile(
@@ -18,21 +18,21 @@ _TOKENS = re.compile(
 
 
 class TomlLines:
-    """The lines of all keys of a text that tomllib reads, counted from 1."""
+    """The line numbers, from 1, of all keys in a text that tomllib can read."""
 
     def __init__(self, text: str):
         self._lines = _Reader(text).lines
 
     def of(self, key: Sequence[str | int]) -> int | None:
-        """Return the line of a key or entry, such as ("corpus", 1, "weight"); for a missing key that of its table.
+        """Return the line of a key or entry, such as ("corpus", 1, "weight"); for a missing key, the line of its table.
 
-        Return None if that is the whole file.
+        Return None if its table is the whole file.
         """
         path = tuple(key)
         return next((self._lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._lines), None)
 
     def place(self, file: object, key: Sequence[str | int]) -> str:
-        """Return FILE:LINE of a key, or FILE."""
+        """Return FILE:LINE of a key, or FILE if the key has no line."""
         line = self.of(key)
         return f"{file}" if line is None else f"{file}:{line}"
 
@@ -50,11 +50,11 @@ class _Token(NamedTuple):
 
 
 class _Reader:
-    """A parser that reads statement by statement and notes the line of every key. lines: by key."""
+    """A parser that reads a text statement by statement. lines: the line of every key."""
 
     def __init__(self, text: str):
         self.lines: dict[Key, int] = {}
-        # the number of tables so far, by array of tables
+        # the number of tables read so far in each array of tables
         self._tables: dict[Key, int] = {}
         self._tokens = list(_tokens(text))
         self._at = 0
@@ -104,7 +104,7 @@ class _Reader:
         self._value(path)
 
     def _key(self, end: str) -> list[str]:
-        """Read a dotted key up to a mark; return its parts."""
+        """Read a dotted key up to the mark `end`; return its parts."""
         parts = []
         while (token := self._next()) is not None and (token.text != end or token.kind != "mark"):
             if token.kind == "string":
@@ -117,7 +117,7 @@ class _Reader:
         """Read a value, with all entries of arrays and inline tables."""
         first = self._next()
         if first is None or first.kind != "mark":
-            # dates may have a space
+            # dates may contain a space
             while self._at < len(self._tokens) and self._tokens[self._at].kind == "bare":
                 self._at += 1
             return

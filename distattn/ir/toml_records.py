@@ -1,7 +1,7 @@
-"""Read TOML files into dataclasses: all mistakes of a file are named at once, each in a sentence with file, line and key.
+"""Read TOML files into dataclasses. All mistakes in a file are reported at once, each in a sentence with file, line and key.
 
-Run files, clusters and plans of packs are such dataclasses. Types and limits of keys stand beside their fields (see `limits`).
-pydantic is imported only to read a file, since planning must not need it.
+Run files, clusters and pack plans are such dataclasses. Types and limits of keys are declared with their fields (see `limits`).
+pydantic is imported only when a file is read, because planning must not need it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Record = TypeVar("Record")
-# for pydantic's names of wrong types: a description of the right type, and an example for keys without a default
+# by pydantic's name of a type error: a description of the right type, and an example for keys without a default
 _EXPECTED = {
     "int_type": ("a whole number", "1"),
     "int_from_float": ("a whole number", "1"),
@@ -36,7 +36,7 @@ _EXPECTED = {
     "tuple_type": ("a list", '["a", "b"]'),
     "dataclass_type": ("a table", ""),
 }
-# pydantic's names for the error of an unknown key
+# pydantic's names of the error for an unknown key
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
@@ -49,7 +49,7 @@ class TomlFile(NamedTuple):
 
     @staticmethod
     def read(path: str | Path, remedy: str) -> TomlFile:
-        """Read a file. Raises DistattnError if it cannot be read, with the remedy, or is not TOML."""
+        """Read a file. Raise DistattnError if it cannot be read or is not TOML. remedy: advice for the first case."""
         try:
             text = Path(path).read_text("utf-8")
             return TomlFile(str(path), tomllib.loads(text), TomlLines(text))
@@ -61,19 +61,19 @@ class TomlFile(NamedTuple):
             raise DistattnError(f"{path}: cannot be read as TOML: byte {error.start:,} is not UTF-8.") from None
 
     def place(self, key: Key) -> str:
-        """Return FILE:LINE of a key, or FILE."""
+        """Return FILE:LINE of a key, or FILE if the key has no line."""
         return self.lines.place(self.path, key)
 
 
 def parse_record(kind: type[Record], content: Mapping[str, Any], place: Callable[[Key], str]) -> Record:
-    """Return the dataclass that a nested dict describes. Its keys are fields, and arrays of tables are tuples of dataclasses.
+    """Return the dataclass that a nested dict describes: its keys are fields, and arrays of tables are tuples of dataclasses.
 
-    place: returns where a key was set, such as a file and its line. Raises DistattnError with a line for each unknown or missing
-    key and each value of a wrong type. Limits are not checked (see `limits.nested_problems`).
+    place: returns where a key was set, such as a file and line. Raise DistattnError with one line for each unknown or missing key
+    and each value of the wrong type. Limits are not checked (see `limits.nested_problems`).
     """
     from pydantic import ValidationError
 
-    # through JSON: strict about types, but a TOML array becomes a tuple; a TOML date becomes a table, which fits no key
+    # read as JSON, so that types are strict but arrays become tuples; a TOML date becomes a table, which fits no key
     text = json.dumps(content, default=lambda value: {type(value).__name__: str(value)})
     hashable: Any = kind
     try:
@@ -82,28 +82,28 @@ def parse_record(kind: type[Record], content: Mapping[str, Any], place: Callable
     except ValidationError as error:
         errors = error.errors()
     misspelled = {row["loc"][:-1] for row in errors if row["type"] in _UNKNOWN}
-    # a misspelled required key is also reported as missing
+    # pydantic also reports a misspelled required key as missing
     reported = [row for row in errors if row["type"] != "missing" or row["loc"][:-1] not in misspelled]
     raise_problems([_problem(kind, row) for row in reported], place)
     raise AssertionError("a validation error has rows")
 
 
 def raise_problems(problems: Iterable[SettingProblem], place: Callable[[Key], str]) -> None:
-    """Raise DistattnError with a line for each problem, which begins with the place of its key; nothing without problems."""
+    """Raise DistattnError with a line for each problem, which starts with its key's place. Do nothing without problems."""
     lines = [f"{place(key_of(problem.key))}: {problem}" for problem in problems]
     if lines:
         raise DistattnError("\n".join(lines))
 
 
 def key_of(dotted: str) -> Key:
-    """Return the parts of a dotted key; entries of lists are numbers."""
+    """Split a dotted key into its parts; numbers of list entries become integers."""
     return tuple(int(part) if part.isdecimal() else part for part in dotted.split("."))
 
 
 def unknown_key(kind: Any, key: str, arrays: bool = True) -> SettingProblem:
-    """Return the problem of an unknown key, with the keys that may be meant, otherwise those of its table.
+    """Return the problem of an unknown key, with similar keys, or with all keys of its table.
 
-    arrays: whether keys in arrays of tables may be meant.
+    arrays: also suggest keys in arrays of tables.
     """
     keys = list(_keys(kind, arrays))
     if similar := _similar_keys(keys, key):
@@ -116,7 +116,7 @@ def unknown_key(kind: Any, key: str, arrays: bool = True) -> SettingProblem:
 
 
 def wrong_type(kind: Any, key: str, value: Any, error: str) -> SettingProblem:
-    """Return the problem of a value of a wrong type, with an example of the right one. error: pydantic's name of the error."""
+    """Return the problem of a value of the wrong type, with an example. error: pydantic's name of the error."""
     expected, example = _EXPECTED.get(error, ("a value of this key", ""))
     hint, default = _field_of(kind, key_of(key))
     if isinstance(default, (int, float, str)) and default and not isinstance(default, bool):
@@ -125,14 +125,14 @@ def wrong_type(kind: Any, key: str, value: Any, error: str) -> SettingProblem:
     if error == "tuple_type" and entries and is_dataclass(entries[0]):
         example = f"[[{key}]]"
     if error == "dataclass_type":
-        # a table in a list has a number in its key
+        # the key of a table in a list ends with a number
         list_of_tables, _, number = key.rpartition(".")
         example = f"[[{list_of_tables}]]" if number.isdecimal() else f"[{key}]"
     if error == "too_long":
         expected, example = f"a list of {len(entries)} entries", ""
     shown = json.dumps(value, ensure_ascii=False)
     if isinstance(value, float) or (isinstance(value, dict) and set(value) <= {"date", "time", "datetime"}):
-        # show nan, inf, and dates and times, as TOML has them: JSON has no type for them
+        # show nan, inf, dates and times as TOML writes them, because JSON has no types for them
         shown = str(value if isinstance(value, float) else next(iter(value.values()), value))
     return SettingProblem(key, f"{shown} is not {expected}{f'; give one such as {example}' if example else ''}.")
 
@@ -144,7 +144,7 @@ def _problem(kind: Any, error: ErrorDetails) -> SettingProblem:
     if error["type"] in ("missing", "missing_argument"):
         return SettingProblem(key, "is missing.")
     if error["type"] == "value_error":
-        # a dataclass that checks its own fields raises a SettingError with a field
+        # a dataclass that checks its own fields raises a SettingError, which names a field
         fault: SettingError = error["ctx"]["error"]
         return SettingProblem(f"{key}.{fault.key}", str(fault).removeprefix(f"{fault.key}: "))
     return wrong_type(kind, key, error["input"], error["type"])
@@ -158,7 +158,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _keys(kind: Any, arrays: bool, table: str = "") -> Iterator[str]:
-    """Yield all keys of a dataclass with those of its tables, dotted; entries of arrays of tables have no numbers."""
+    """Yield all dotted keys of a dataclass and its tables; entries of arrays of tables have no numbers."""
     hints = get_type_hints(kind)
     for field in fields(kind):
         yield table + field.name
@@ -168,12 +168,12 @@ def _keys(kind: Any, arrays: bool, table: str = "") -> Iterator[str]:
 
 
 def _table_of(hint: Any) -> Any:
-    """Return the dataclass of a field that is a table, an optional one or an array of them; None for other fields."""
+    """Return the dataclass of a field that is a table, an optional table or an array of tables; None for other fields."""
     return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 
 
 def _field_of(kind: Any, key: Sequence[str | int]) -> tuple[Any, Any]:
-    """Return the type and the default of a key; None for what is not known."""
+    """Return the type and the default of a key; None for an unknown type or default."""
     hint, default = kind, None
     for part in key:
         if isinstance(part, int):
@@ -190,11 +190,11 @@ def _without_numbers(key: str) -> str:
 
 
 def _similar_keys(keys: Sequence[str], key: str) -> list[str]:
-    """Return the known keys that an unknown one may mean."""
+    """Return the known keys that an unknown key may stand for."""
     table, dot, name = _without_numbers(key).rpartition(".")
     if dot and table not in keys:
         return difflib.get_close_matches(key, keys, 1, 0.6)
-    # the table is right or missing: only the name is wrong, or belongs to another table
+    # the table is right or missing, so the name is wrong or belongs to another table
     names = {other.removeprefix(table + dot): other for other in keys if other.startswith(table + dot)}
     near = difflib.get_close_matches(name, names, 1, 0.6)
     if not near and dot and len(name) > 3:

@@ -1,8 +1,8 @@
 """The memory that a run needs on a rank's device, by kind: weights by arithmetic, activations from a step on meta tensors.
 
-A step of a model on the meta device allocates the same storages as on a GPU, and computes nothing. `AllocationWatch` counts them.
-The memory inside an attention pass is known exactly from its executable (`Executable.memory()`, without the kernel's own memory
-if the kernel is not available here).
+A step of a model on the meta device allocates the same storages as on a GPU but computes nothing. `AllocationWatch` counts them.
+The memory inside an attention pass is known exactly from its executable: `Executable.memory()`, which leaves out the kernel's own
+memory if the kernel is not available here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from distattn.ops.executable import EXECUTABLES, Executable
 from distattn.ops.latent import latent_attention
 from distattn.parallel.runtime.arenas import runs_backward
 
-# parts of a step
+# the sections of a step
 ATTENTION, FEED_FORWARD, LOSS, OTHER = "attention", "feed-forward", "loss", "other"
 SECTIONS = (ATTENTION, FEED_FORWARD, LOSS, OTHER)
-# the direction of each attention operator, and the position of its argument with the executable's handle
+# each attention operator's direction, and the index of its argument that holds the executable's handle
 _PASSES = {
     "distattn::forward": ("forward", 5),
     "distattn::backward": ("backward", 10),
@@ -37,10 +37,11 @@ _PASSES = {
 
 
 class StateBytes(NamedTuple):
-    """Bytes of the weights' state that a rank always has, and of whole layers while they are computed (FSDP2).
+    """Bytes of the state that a rank always holds for its weights, and of whole layers while they are computed (FSDP2).
 
-    gathered: weights of two layers, one of them being gathered, and weights outside of layers. reduced: gradients of a layer and
-    their copy that is being summed over ranks, and until the end of the step those of weights outside of layers.
+    gathered: the weights of two layers, one of them being gathered, and the weights outside layers. reduced: one layer's
+    gradients with the copy that is being summed over ranks, and the gradients of weights outside layers, which stay until the
+    end of the step.
     """
 
     parameters: int
@@ -51,10 +52,10 @@ class StateBytes(NamedTuple):
 
     @staticmethod
     def of(model: nn.Module, layers: list[nn.Module], ranks: int, *, master_weights: bool) -> StateBytes:
-        """Return the bytes of a model whose parameters are sharded over `ranks` ranks, with AdamW.
+        """Return the bytes for a model trained with AdamW whose parameters are sharded over `ranks` ranks.
 
-        master_weights: parameters, gradients and both moments are fp32, and layers are gathered in the model's dtype; otherwise
-        all of them have the model's dtype.
+        master_weights: True if parameters, gradients and both moments are fp32 and layers are gathered in the model's dtype;
+        otherwise all of them have the model's dtype.
         """
         total = sum(parameter.numel() for parameter in model.parameters())
         layer_sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
@@ -68,11 +69,11 @@ class StateBytes(NamedTuple):
 
 
 class RankCounts(NamedTuple):
-    """Bytes of activations. saved: on the device between the last layer and the loss, for the backward pass.
+    """Bytes of activations. saved: device memory held for the backward pass when the loss begins.
 
-    arena: memory that attention keeps between passes and steps: the largest arena and, if layers are repeated in the backward
-    pass, the receive buffers of the repeated passes. working: by section, the peak beyond saved and arena; the sections' peaks
-    do not coincide. host: in pinned memory.
+    arena: memory that attention keeps between passes and steps. This is the largest arena and, if layers are recomputed in the
+    backward pass, the receive buffers of the recomputed passes. working: each section's peak beyond saved and arena; the peaks
+    do not coincide. host: pinned host memory.
     """
 
     saved: int
@@ -81,14 +82,14 @@ class RankCounts(NamedTuple):
     host: int
 
     def times(self, micro_batches: int) -> RankCounts:
-        """Return the counts of that many micro-batches that take turns: at most all of each exists at once."""
+        """Return an upper bound for this many micro-batches that take turns: all of their memory at once."""
         working = {name: micro_batches * size for name, size in self.working.items()}
         return RankCounts(micro_batches * self.saved, micro_batches * self.arena, working, micro_batches * self.host)
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on the device for ranks with equally many tokens, of the rank that needs most; host: in pinned memory."""
+    """Device bytes for ranks with equally many tokens, taken from the rank that needs most. host: bytes of pinned memory."""
 
     ranks: tuple[int, ...]
     tokens: int
@@ -103,10 +104,10 @@ class RankMemory:
 
 
 class AllocationWatch(TorchDispatchMode):
-    """Counts the bytes of storages that are created on one device in its context, and their peaks by section.
+    """A counter of the bytes of storages created on one device in its context, with their peaks by section.
 
-    alive: bytes now. peaks: the highest `alive` by section. arena: see `RankCounts`; neither of the two includes it.
-    host: the peak bytes of a `CountingOffload` on the host.
+    alive: the bytes alive now. peaks: the highest `alive` in each section. arena: see `RankCounts`; `alive` and `peaks` do not
+    include it. host: the peak bytes of a `CountingOffload` on the host.
     """
 
     def __init__(self, device: torch.device | str = "meta") -> None:
@@ -114,7 +115,7 @@ class AllocationWatch(TorchDispatchMode):
         self.device = torch.device(device)
         self.alive, self.section = 0, OTHER
         self._largest_arena = self._most_repeated = 0
-        # bytes that repeated passes have received for their backward pass, by storage
+        # bytes that recomputed passes have received for their backward pass, by storage
         self._repeated: dict[int, int] = {}
         self.peaks = dict.fromkeys(SECTIONS, 0)
         self.host = self._host_alive = 0
@@ -124,7 +125,7 @@ class AllocationWatch(TorchDispatchMode):
 
     @property
     def arena(self) -> int:
-        """Bytes that attention keeps between passes."""
+        """The bytes that attention keeps between passes."""
         return self._largest_arena + self._most_repeated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,11 +138,11 @@ class AllocationWatch(TorchDispatchMode):
             executable = EXECUTABLES.by_handle(args[number])
             memory = executable.memory()[direction]
             self._largest_arena = max(self._largest_arena, memory.arena)
-            # what a repeated pass receives for its backward is counted with the arena: see `_repeat`
+            # `_repeat` counts what a recomputed pass receives for its backward pass together with the arena
             kept = executable.program.kept_places.bytes if direction == "forward" and runs_backward() else 0
             self._note(self.alive + memory.beside_arena - kept)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # a model that needs a value, as transformers does to detect a packed batch, gets 0
+            # a model that reads a value, as transformers does to detect a packed batch, gets 0
             return torch.zeros((), dtype=args[0].dtype).item()
         out = func(*args, **(kwargs or {}))
         if direction == "forward" and runs_backward():
@@ -153,7 +154,7 @@ class AllocationWatch(TorchDispatchMode):
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """Count storages that are created in this context as the host's."""
+        """Count storages created in this context as host memory."""
         self._to_host = True
         try:
             yield
@@ -161,7 +162,7 @@ class AllocationWatch(TorchDispatchMode):
             self._to_host = False
 
     def _exclude(self, x: Tensor) -> None:
-        """Exclude an older storage and views of it from the count while it lives; its address may be reused afterwards."""
+        """Exclude an older storage and its views from the count while it is alive. Its address may be reused afterwards."""
         storage = x.untyped_storage()
         key = storage._cdata
         if key not in self._sizes and key not in self._older:
@@ -183,7 +184,7 @@ class AllocationWatch(TorchDispatchMode):
         self._note(self.alive)
 
     def _repeat(self, received: Tensor) -> None:
-        """Count the data that a repeated pass received for its backward pass, in the pool's memory (see `runtime.arenas`)."""
+        """Count the data that a recomputed pass received for its backward pass in the pool's memory (see `runtime.arenas`)."""
         storage = received.untyped_storage()
         if storage._cdata not in self._repeated:
             self._repeated[storage._cdata] = storage.nbytes()
@@ -202,23 +203,23 @@ class AllocationWatch(TorchDispatchMode):
 
 
 class CountingOffload(HostOffload):
-    """An offload on a device without streams; a watch counts its copies as the host's."""
+    """An offload on a device without streams, whose copies a watch counts as host memory."""
 
     def __init__(self, watch: AllocationWatch, in_flight: int = 2):
         super().__init__(in_flight)
         self._watch = watch
 
     def put(self, x: Tensor) -> Ticket:
-        """Copy a tensor as `HostOffload.put` does, and count the copy as the host's."""
+        """Copy a tensor as `HostOffload.put` does, and count the copy as host memory."""
         with self._watch.on_host():
             return super().put(x)
 
 
 def count_step(watch: AllocationWatch, model: nn.Module, parts: Mapping[nn.Module, str], forward: Any) -> RankCounts:
-    """Count a step: `forward()` returns the loss for the backward pass. Gradients of weights are dropped at once.
+    """Count the memory of a step whose weight gradients are dropped at once. forward: returns the loss to differentiate.
 
-    parts: modules that are sections of the step, one of them the loss. A section is the module's forward pass, and in the
-    backward pass the time between the gradients of its outputs and of its inputs.
+    parts: the modules that are sections of the step, one of them the loss. A section is the module's forward pass and, in the
+    backward pass, the time between the gradients of its outputs and of its inputs.
     """
 
     def drop(parameter: Tensor) -> None:
@@ -242,7 +243,7 @@ def count_step(watch: AllocationWatch, model: nn.Module, parts: Mapping[nn.Modul
 
 
 def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
-    """Make a module's passes a section of a watch; return the hooks. A repeated forward pass returns to the outer section."""
+    """Make a module's passes a section of a watch, and return the hooks. A recomputed forward pass ends in the outer section."""
     before: list[str] = []
 
     def enter(*_: Any) -> None:
@@ -250,10 +251,10 @@ def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
         watch.section = name
 
     def leave(module: nn.Module, inputs: Any, out: Any) -> None:
-        # computing with the logits belongs to the loss, too
+        # work on the logits after the module belongs to the loss, too
         watch.section = name if name == LOSS else before.pop()
         y = out[0] if isinstance(out, tuple) else out
-        # a repetition may end early, without output
+        # a recomputation may end early, without output
         if isinstance(y, Tensor) and y.requires_grad:
             y.register_hook(lambda gradient: setattr(watch, "section", name))
             for x in inputs:
@@ -264,17 +265,17 @@ def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
 
 
 class PlannedAttention:
-    """Attention of a batch by one executable, which need not be able to run, since meta tensors are not computed."""
+    """A batch's attention with one executable, which need not be runnable, since nothing is computed on meta tensors."""
 
     used = True
-    # any length is fine, since the frequencies of positions have no values
+    # any length is fine, since rotary frequencies have no values on the meta device
     longest_document = 1
 
     def __init__(self, executable: Executable):
         self.executable = executable
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any) -> Tensor:
-        """Return `distattn.attention` of this rank's tokens, (T, heads, dim); all layers have one shape."""
+        """Return `distattn.attention` of this rank's tokens, (T, heads, dim). All layers share one shape."""
         modifiers = {name: value for name, value in options.items() if name not in ("window", "layer")}
         out: Tensor = attention(q, k, v, self.executable, scale=scale, **modifiers)
         return out
@@ -287,4 +288,4 @@ class PlannedAttention:
         return out
 
     def check_positions(self, positions: Tensor) -> None:
-        """Accept any positions, which meta tensors do not have."""
+        """Accept any positions, since positions on the meta device have no values."""

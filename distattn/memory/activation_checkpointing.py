@@ -1,6 +1,6 @@
-"""Activation checkpointing of layers: each keeps its input, possibly on the host, and is computed again in the backward pass.
+"""Activation checkpointing: each layer keeps only its input, possibly on the host, and is recomputed in the backward pass.
 
-Chen et al. 2016, arXiv 1604.06174, by `torch.utils.checkpoint`. Attention's outputs may be saved together with the input, so that
+Chen et al. 2016, arXiv 1604.06174, with `torch.utils.checkpoint`. Attention's outputs may be saved along with the input, so that
 attention is neither communicated nor computed again.
 """
 
@@ -21,7 +21,7 @@ from distattn.ops.attention import save_attention
 from distattn.ops.current_micro_batch import current_micro_batch
 
 SAVED = ("nothing", "attention")
-# returns what `torch.utils.checkpoint` needs: a context for the forward pass, and one for its repetition
+# returns what `torch.utils.checkpoint` needs: a context for the forward pass, and one for its recomputation
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
@@ -30,14 +30,14 @@ def checkpoint_layers(
 ) -> None:
     """Make layers keep only their input between the forward and the backward pass.
 
-    The first argument of a layer's forward is its input, a tensor of hidden states; all other arguments, such as the batch, are
-    kept as they are. save: "nothing" else, or also attention's outputs ("attention"), which are then not computed again. offload:
-    copies inputs to the host and back in time.
+    The first argument of a layer's forward is its input, a tensor of hidden states. All other arguments, such as the batch, are
+    kept as they are. save: "nothing" more, or "attention" to keep attention's outputs as well and not recompute them. offload:
+    copies inputs to the host, and back in time.
 
-    Call it before or after `fully_shard`; parameters are gathered around the layer. Compile a layer afterwards, by
-    `layer.compile()`. With offload compile it before, by `layer.forward = torch.compile(layer.forward)`, since copies to the host
-    are not compiled; with save="attention" leave such layers uncompiled, since the policy does not see inside compiled code.
-    Switch a trainer's own checkpointing off. Raise DistattnError if there are no layers, or if one is checkpointed already.
+    Call this before or after `fully_shard`; parameters are gathered around the layer. Compile a layer afterwards, with
+    `layer.compile()`. With offload, compile it before, with `layer.forward = torch.compile(layer.forward)`, since copies to the
+    host are not compiled. With offload and save="attention", leave layers uncompiled, since the policy cannot see inside compiled
+    code. Switch off the trainer's own checkpointing. Raises DistattnError if there are no layers or one is already checkpointed.
     """
     if save not in SAVED:
         raise DistattnError(f"save is one of {', '.join(SAVED)}, not {save!r}.")
@@ -56,11 +56,11 @@ def checkpoint_layers(
 
 
 class CheckpointedForward:
-    """The forward of a checkpointed layer."""
+    """The forward function of a checkpointed layer."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Any], save: str, offload: HostOffload | None):
         self._layer, self._name, self._forward, self._offload = layer, type(layer).__name__, forward, offload
-        # without a policy leave context_fn out: torch.compile does not accept one that does nothing
+        # without a policy, leave context_fn out, since torch.compile does not accept one that does nothing
         self._options: dict[str, Any] = {}
         if save == "attention":
             self._options["context_fn"] = partial(create_selective_checkpoint_contexts, save_attention)
@@ -94,7 +94,7 @@ class CheckpointedForward:
 
 
 class _InputSource:
-    """The source of a layer's input: the caller in the forward pass, the host before the layer is computed again."""
+    """The source of a layer's input: the caller in the forward pass, the host when the layer is recomputed."""
 
     def __init__(self, ticket: Ticket, requires_grad: bool, contexts: Contexts):
         self._ticket, self._requires_grad, self._contexts = ticket, requires_grad, contexts
@@ -107,7 +107,7 @@ class _InputSource:
         return x
 
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Return the contexts of the forward pass and of its repetition. The latter fetches the input outside of the policy."""
+        """Return the contexts of the forward pass and of its recomputation. The latter fetches the input outside the policy."""
         forward, repetition = self._contexts()
         return forward, _Fetched(self, repetition)
 
@@ -127,6 +127,6 @@ class _Fetched:
         self._inner.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:
-        # the repetition may end before the layer has taken its input
+        # the recomputation may end before the layer has taken its input
         self._source.input = None
         return self._inner.__exit__(*error)

@@ -1,4 +1,4 @@
-"""The modes of activation checkpointing. Needs no torch, so that a run's configuration can be read without it."""
+"""The modes of activation checkpointing. This module does not need torch, so that a run file can be read without it."""
 
-# no layer is checkpointed; a layer keeps its input; it keeps attention's outputs as well
+# respectively: layers keep all activations, only their input, or their input and attention's outputs
 CHECKPOINTING = ("none", "full", "save_attention")

@@ -9,7 +9,7 @@ _NO_LIMIT = 1 << 60
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Return the bytes available to new processes on the machine, or within its cgroups. None if unknown (not on Linux)."""
+    """Return the bytes available to new processes within the limits of the machine and its cgroups. None if not on Linux."""
     available = _cgroup_bytes(root)
     try:
         for line in (root / "proc/meminfo").read_text("ascii").splitlines():
@@ -21,7 +21,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _cgroup_bytes(root: Path) -> list[int]:
-    """Return the bytes that are left below each memory limit of this process's cgroup and of its parents."""
+    """Return the bytes left below each memory limit of this process's cgroup and its parents."""
     try:
         lines = (root / "proc/self/cgroup").read_text("utf-8").splitlines()
     except OSError:
@@ -48,7 +48,7 @@ def _cgroup_bytes(root: Path) -> list[int]:
 
 
 def _bytes_left(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """Return the bytes left below a limit, None without one. Inactive file pages, which can be reclaimed, count as free."""
+    """Return the bytes left below a limit, or None without one. Inactive file pages count as free, since they are reclaimable."""
     try:
         most = (folder / limit).read_text("ascii").strip()
         if most == "max" or int(most) >= _NO_LIMIT:

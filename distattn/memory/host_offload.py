@@ -1,8 +1,7 @@
 """Tensors that wait for the backward pass in pinned host memory: copied out during the forward pass, and back in time.
 
-Copies run on a separate stream. A tensor keeps its memory on the device until it has been copied. A few copies may be in flight;
-then the next layer waits for the oldest. In the backward pass tensors return in the opposite order, a few ahead of the one that
-is requested.
+Copies run on a separate stream. A tensor keeps its device memory until it has been copied. A few copies may be in flight; beyond
+that, the next layer waits for the oldest. In the backward pass, tensors return in reverse order, a few ahead of their use.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from distattn.memory import pinned_memory
 
 
 class HostOffload:
-    """The tensors of a rank that wait on the host, in the order in which they were copied there.
+    """A rank's tensors that wait on the host, in the order in which they were copied there.
 
-    in_flight: number of tensors that may be on the device in addition to those in use while they are copied, in each direction;
-    at least 1. On a device without streams, a CPU, tensors are copied synchronously.
+    in_flight: how many tensors may be on the device only because they are being copied, in each direction; at least 1. On a
+    device without streams, such as a CPU, tensors are copied synchronously.
     """
 
     def __init__(self, in_flight: int = 2):
@@ -33,14 +32,14 @@ class HostOffload:
             raise DistattnError(f"in_flight is at least 1, not {in_flight}.")
         self.in_flight = in_flight
         self._lock = threading.RLock()
-        # tensors being copied out, oldest first; tensors that may be requested, in the order in which they were put
+        # tensors being copied out, oldest first, and all tensors that may be requested, in the order of `put`
         self._leaving: deque[Ticket] = deque()
         self._waiting: list[weakref.ref[Ticket]] = []
-        # pinned bytes of dead tickets; all copies of a device are on one stream, so reuse follows the stream's order
+        # pinned buffers of dead tickets; a device's copies all run on one stream, so reuse follows stream order
         self._free: dict[torch.device, list[Tensor]] = {}
 
     def put(self, x: Tensor) -> Ticket:
-        """Copy a tensor to the host; the caller drops it. Call it on the current stream that computed the tensor."""
+        """Copy a tensor to the host. The caller then drops it. The current stream must be the one that computed the tensor."""
         with self._lock:
             ticket = Ticket(self, x, self._stream(x.device))
             self._waiting = [waiting for waiting in self._waiting if waiting() is not None]
@@ -52,11 +51,11 @@ class HostOffload:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes on the host now."""
+        """The bytes on the host now."""
         return sum(ticket.host.nbytes for waiting in self._waiting if (ticket := waiting()) is not None)
 
     def get(self, ticket: Ticket) -> Tensor:
-        """Return the tensor of a ticket on its device, and begin to copy back the tensors that were put before it."""
+        """Return a ticket's tensor on its device, and start copying back the tensors that were put before it."""
         with self._lock:
             if ticket in self._leaving:
                 self._leaving.remove(ticket)
@@ -69,7 +68,7 @@ class HostOffload:
         return x
 
     def take_pinned(self, x: Tensor) -> Tensor:
-        """Return at least as many pinned bytes as x has, free ones if some are large enough, since pinning is slow."""
+        """Return a pinned buffer with at least as many bytes as x. Reuse a free one if it is large enough: pinning is slow."""
         with self._lock:
             free = self._free.setdefault(x.device, [])
             fitting = [number for number, buffer in enumerate(free) if buffer.nbytes >= x.nbytes]
@@ -83,12 +82,12 @@ class HostOffload:
             return pinned_memory.pinned_bytes(x.nbytes)
 
     def give_pinned(self, device: torch.device, buffer: Tensor) -> None:
-        """Add the pinned bytes of a dead ticket to the free ones of its device."""
+        """Add a dead ticket's pinned buffer to the free ones for its device."""
         with self._lock:
             self._free[device].append(buffer)
 
     def __del__(self) -> None:
-        # PyTorch's allocator does not know these pages: copies from and to them must be complete before they are freed
+        # PyTorch's allocator does not know these pages, so copies from and to them must be complete before they are freed
         for stream in self._streams.values():
             stream.synchronize()
 
@@ -105,7 +104,7 @@ class Ticket:
 
     def __init__(self, owner: HostOffload, x: Tensor, stream: Any):
         self._owner, self._stream, self._like = owner, stream, x.new_empty(0)
-        # the event after the latest copy; the tensor on the device, while it is there
+        # the event after the latest copy, and the device tensor while there is one
         self._event: Any = None
         self._device: Tensor | None = x
         self._pinned: Tensor | None = None
@@ -130,16 +129,16 @@ class Ticket:
         return self._owner.get(self)
 
     def leave(self) -> None:
-        """Release the tensor's memory on the device; the current stream waits until it has been copied."""
+        """Release the tensor's device memory. The current stream waits until the tensor has been copied."""
         if self._event is not None:
             torch.cuda.current_stream(self._like.device).wait_event(self._event)
         self._device = self._event = None
 
     def fetch(self) -> None:
-        """Begin to copy the tensor back, unless it is on the device or being copied."""
+        """Start copying the tensor back, unless it is on the device or being copied."""
         if self._device is not None:
             return
-        # allocated on the current stream, where it is used and freed; the copy waits for work on the memory's previous tensor
+        # allocate on the current stream, where the tensor is used and freed; the copy waits for earlier work on this memory
         self._device = torch.empty(self.host.shape, dtype=self.host.dtype, device=self._like.device)
         if self._stream is None:
             self._device.copy_(self.host)
@@ -150,7 +149,7 @@ class Ticket:
             self._event = self._stream.record_event()
 
     def arrive(self) -> Tensor:
-        """Return the tensor after the current stream has waited for it; the ticket drops its reference."""
+        """Make the current stream wait for the tensor, and return it. The ticket drops its reference."""
         self.fetch()
         if self._event is not None:
             torch.cuda.current_stream(self._like.device).wait_event(self._event)

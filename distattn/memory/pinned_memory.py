@@ -1,7 +1,7 @@
 """Pinned host memory of exactly the required size.
 
 PyTorch rounds each pinned allocation up to a power of two (CachingHostAllocator.h, `PowerOf2Ceil`), so 1.1 GB takes 2.1 GB.
-Here distattn maps pages and has CUDA pin them, which takes at most a page more.
+Here, pages are mapped and then pinned by CUDA, which takes at most one extra page.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _PORTABLE = 1
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
-    """Return an empty, contiguous tensor of a tensor's shape and dtype in pinned memory. Raise as `pinned_bytes`."""
-    # pinning uses the current device, and a new thread begins with device 0
+    """Return an empty, contiguous tensor in pinned memory with a tensor's shape and dtype. Raises as `pinned_bytes` does."""
+    # pinning uses the current device, and a new thread starts on device 0
     with current_device(tensor.device):
         return pinned_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
 
 
 def pinned_bytes(size: int) -> Tensor:
-    """Return bytes (size,) of pinned memory. Raise DistattnError if CUDA cannot pin that many."""
+    """Return a uint8 tensor (size,) of pinned memory. Raises DistattnError if CUDA cannot pin that many bytes."""
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     pages = mmap.mmap(-1, size)
@@ -38,7 +38,7 @@ def pinned_bytes(size: int) -> Tensor:
             f"CUDA cannot pin {size / 1e9:.3g} GB of host memory (error {error}); use fewer ranks on this machine, or raise its "
             "limit of locked memory."
         )
-    # the finalizer keeps the pages until they are no longer pinned
+    # the finalizer keeps the pages alive until they are unpinned
     weakref.finalize(flat.untyped_storage(), _unpin, pages, flat.data_ptr()).atexit = False
     return flat
 

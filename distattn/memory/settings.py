@@ -1,4 +1,4 @@
-"""The settings by which a run saves memory, as one value for the run and for the count of its bytes."""
+"""A run's memory-saving settings, as one value that both the run and its memory estimate use."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from distattn.memory.tiled_mlp import tile_feed_forward
 class MemorySettings:
     """Settings that save memory.
 
-    loss_tile_tokens, mlp_tile_tokens: tokens in a tile of the loss and of feed-forward layers, 0 for all tokens at once.
-    activation_checkpointing: "none"; "full", which keeps each layer's input; "save_attention", which keeps attention's outputs as
-    well. offload: whether the inputs wait on the host.
+    loss_tile_tokens, mlp_tile_tokens: tokens per tile of the loss and of feed-forward layers, 0 for all tokens at once.
+    activation_checkpointing: "none", "full" (keeps each layer's input) or "save_attention" (keeps attention's outputs as well).
+    offload: True if these inputs wait on the host.
     """
 
     loss_tile_tokens: Annotated[int, Number(ge=0)] = 0
@@ -43,7 +43,7 @@ class MemorySettings:
         return TiledLoss(self.loss_tile_tokens) if self.loss_tile_tokens else None
 
     def apply(self, model: Any, offload: HostOffload | None = None) -> None:
-        """Change a transformers model, once, before or after its parameters are sharded. offload: used instead of a new one."""
+        """Apply the settings to a transformers model, once, before or after it is sharded. offload: used instead of a new one."""
         if self.mlp_tile_tokens:
             tile_feed_forward(model, self.mlp_tile_tokens)
         if self.activation_checkpointing != "none":

@@ -1,10 +1,10 @@
-"""The loss of a language model over tiles of tokens, without the logits of all tokens in memory at once.
+"""A language model's loss over tiles of tokens, without the logits of all tokens in memory at once.
 
-Losses are summed, not averaged, so tiles and ranks weigh as much as they have labels. The backward pass computes a tile's logits
-again, with the log-sum-exps of the forward pass, so that only hidden states and log-sum-exps are kept for it.
+Losses are summed, not averaged, so tiles and ranks count in proportion to their labels. The backward pass recomputes a tile's
+logits with the log-sum-exps of the forward pass, so only hidden states and log-sum-exps are kept for it.
 """
 
-# T tokens on this rank, H width of the hidden states, V vocabulary, t tokens of a tile
+# T tokens on this rank, H width of the hidden states, V vocabulary, t tokens in a tile
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
-# elements of a weight's gradient that are computed at once in half precision before they are added to a wider sum
+# how many elements of a weight's gradient are computed at once in half precision before they are added to a wider sum
 _SLICE = 1 << 24
-# the model gets this number in place of logits: so large that a soft cap changes it, and exact in half precision
+# the model gets this number instead of logits: large enough for a soft cap to change it, and exact in half precision
 _STAND_IN = 96.0
 
 
 class LogitChange(NamedTuple):
-    """A model's change of the output layer's logits: logits times scale, then cap * tanh(logits / cap), cap 0 for none."""
+    """A model's change to its output layer's logits: logits * scale, then cap * tanh(logits / cap) unless soft_cap is 0."""
 
     scale: float = 1.0
     soft_cap: float = 0.0
@@ -53,15 +53,15 @@ def tiled_loss(
     logit_scale: float = 1.0,
     bias_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (loss_sum, token_losses_T) of the labels under softmax(hidden @ weight^T + bias), by tiles.
+    """Return (loss_sum, token_losses_T) of the labels under softmax(hidden @ weight^T + bias), computed tile by tile.
 
-    loss_sum: the sum over tokens with a label, a scalar with gradients for hidden, weight and bias; token_losses_T: each
-    token's cross-entropy, 0 without a label (-100), detached. Both are fp32, or fp64 for fp64. At most tile_tokens x V logits are
-    in memory. z_loss: adds z_loss * lse^2 of each token to loss_sum. Logits are multiplied by logit_scale, then become
-    soft_cap * tanh(logits / soft_cap) unless soft_cap is 0.
+    loss_sum: the sum over tokens with a label, a scalar with gradients for hidden, weight and bias. token_losses_T: each
+    token's cross-entropy, 0 without a label (-100), detached. Both are fp32, or fp64 for fp64 inputs. At most tile_tokens x V
+    logits are in memory. z_loss: adds z_loss * lse^2 for each token to loss_sum. Logits are multiplied by logit_scale, then
+    become soft_cap * tanh(logits / soft_cap) unless soft_cap is 0.
 
-    The gradient of a weight in half precision is summed over tiles in fp32. Under autocast, products have autocast's dtype. A
-    weight that is a DTensor (FSDP2's, outside of the module's forward) is gathered; its gradient is the sum over ranks.
+    The gradient of a half-precision weight is summed over tiles in fp32. Under autocast, products have autocast's dtype. A
+    DTensor weight (FSDP2's, outside the module's forward) is gathered, and its gradient is the sum over ranks.
     """
     loss_sum, token_losses_T, _ = _losses(
         hidden_TH, weight_VH, labels_T, bias_V, tile_tokens, z_loss, LogitChange(logit_scale, soft_cap or 0.0)
@@ -71,10 +71,10 @@ def tiled_loss(
 
 @dataclass(frozen=True)
 class TiledLoss:
-    """The loss of a model over tiles of its tokens, for `distattn.adapters.pytorch.local_loss(model, batch, loss=TiledLoss())`.
+    """A model's loss over tiles of its tokens, for `distattn.adapters.pytorch.local_loss(model, batch, loss=TiledLoss())`.
 
-    tile_tokens: a tile's logits are tile_tokens x vocabulary numbers, in fp32 and in the weight's dtype, in the forward pass and
-    again in the backward pass. z_loss: see `tiled_loss`.
+    tile_tokens: the tokens per tile. The forward and the backward pass each hold tile_tokens x vocabulary logits, in fp32 and in
+    the weight's dtype. z_loss: see `tiled_loss`.
     """
 
     tile_tokens: int = 1024
@@ -86,10 +86,10 @@ class TiledLoss:
 
     @contextmanager
     def instead_of_logits(self, layer: nn.Module, labels: Tensor, change: LogitChange) -> Iterator[TiledOutput]:
-        """Make the output layer compute losses instead of logits in this context, for models that this thread calls.
+        """Make the output layer compute losses instead of logits in this context, for models called by this thread.
 
-        The layer runs inside the model's forward, where FSDP2 and ZeRO 3 have gathered its weight. labels: of all tokens, any
-        shape. change: the model's change of the layer's logits. Raise DistattnError if the layer is not linear.
+        The layer runs inside the model's forward, where FSDP2 and ZeRO 3 have gathered its weight. labels: those of all tokens,
+        in any shape. change: the model's change to the layer's logits. Raises DistattnError if the layer is not linear.
         """
         if not isinstance(layer, nn.Linear):
             raise DistattnError(
@@ -107,9 +107,9 @@ class TiledLoss:
 
 
 class TiledOutput:
-    """The losses that the output layer has computed in one call of a model.
+    """The losses that the output layer computed in one call of a model.
 
-    loss_sum and token_losses_T are as in `tiled_loss`, token_losses_T (T,) in the order of the labels.
+    loss_sum and token_losses_T are those of `tiled_loss`; token_losses_T (T,) is in the order of the labels.
     """
 
     def __init__(self, settings: TiledLoss, layer: nn.Module, labels_T: Tensor, change: LogitChange):
@@ -118,10 +118,10 @@ class TiledOutput:
         self.token_losses_T: Tensor | None = None
 
     def loss_sum(self, stand_in: Tensor, model: nn.Module) -> Tensor:
-        """Return the summed loss. stand_in: the tensor that the model has returned as its logits.
+        """Return the summed loss. stand_in: the tensor that the model returned as its logits.
 
-        The gradient also flows through it, so that hooks on the model's outputs run, from which FSDP2 and ZeRO 3 learn that the
-        backward pass begins. Raise DistattnError if the model has not called the layer, or changes its logits in an unknown way.
+        The gradient also flows through the stand-in, so that hooks on the model's outputs run; they tell FSDP2 and ZeRO 3 that
+        the backward pass begins. Raises DistattnError if the model did not call the layer or changes logits in an unknown way.
         """
         name = type(model).__name__
         if self._loss_sum is None:
@@ -131,7 +131,7 @@ class TiledOutput:
         return joined
 
     def compute(self, hidden: Tensor) -> Tensor:
-        """Compute the losses of hidden states (..., H) in place of the layer; return a stand-in (1, 1, 1) for its logits."""
+        """Compute the losses of hidden states (..., H) instead of logits. Return a stand-in (1, 1, 1) for the logits."""
         if self._loss_sum is not None:
             raise DistattnError("the output layer is called twice in one forward pass: a tiled loss is of one output.")
         hidden_TH = hidden.flatten(0, -2)
@@ -149,7 +149,7 @@ class TiledOutput:
         return self._settings.tile_tokens, self._settings.z_loss, self._change
 
     def _check_change(self, stand_in: Tensor, name: str) -> None:
-        """Raise DistattnError if a model changes logits in another way. Check once a layer, since the host waits for it."""
+        """Raise DistattnError if the model changes logits in another way. Check each layer once, since the host waits for it."""
         forward: Any = self.layer.forward
         # a meta tensor has no value to check
         if forward.checked == self._change or stand_in.is_meta:
@@ -163,9 +163,9 @@ class TiledOutput:
 
 
 class _OutputForward:
-    """The forward of an output layer: computes losses inside `TiledLoss.instead_of_logits`, else logits as before.
+    """The forward function of an output layer: it computes losses inside `TiledLoss.instead_of_logits`, otherwise logits.
 
-    checked: the change of logits that the model was found to make, None before the check.
+    checked: the change to the logits that the check has confirmed; None before the check.
     """
 
     def __init__(self, forward: Any):
@@ -181,7 +181,7 @@ class _OutputForward:
 
 
 class _PerThread(threading.local):
-    """The output that the losses of this thread go to."""
+    """The output that receives this thread's losses."""
 
     output: TiledOutput | None = None
 
@@ -206,7 +206,7 @@ def _losses(
     z_loss: float,
     change: LogitChange,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss_sum, token_losses_T, a stand-in (1, 1, 1) for the logits, connected to the loss in autograd's graph)."""
+    """Return loss_sum, token_losses_T, and a stand-in (1, 1, 1) for the logits that autograd's graph connects to the loss."""
     _check_numbers(tile_tokens, z_loss, change.soft_cap)
     if hidden_TH.dim() != 2 or weight_VH.dim() != 2 or hidden_TH.shape[1] != weight_VH.shape[1]:
         raise DistattnError(
@@ -221,21 +221,21 @@ def _losses(
     dtype = torch.get_autocast_dtype(kind) if has_autocast and torch.is_autocast_enabled(kind) else weight_VH.dtype
     settings = _Settings(tile_tokens, z_loss, change, torch.float64 if hidden_TH.dtype == torch.float64 else dtype)
     labels_T = int64_labels(labels_T)
-    # `_TiledLoss` casts the products' operands itself; all else is in the accumulation dtype
+    # `_TiledLoss` casts the products' operands itself; everything else is in the accumulation dtype
     with torch.autocast(kind, enabled=False) if has_autocast else nullcontext():
         losses: tuple[Tensor, Tensor, Tensor] = _TiledLoss.apply(hidden_TH, weight_VH, bias_V, labels_T, settings)
     return losses
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """Return a parameter as a plain tensor; each rank's gradient is added to the gradient of a sharded parameter."""
+    """Return a parameter as a plain tensor. The gradient of a sharded parameter is the sum of all ranks' gradients."""
     if not isinstance(weight, DTensor):
         return weight
     return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
 
 
 class _Settings(NamedTuple):
-    """Settings of a tiled loss. dtype: of the products' operands."""
+    """The settings of a tiled loss. dtype: the dtype of the products' operands."""
 
     tile_tokens: int
     z_loss: float
@@ -244,7 +244,7 @@ class _Settings(NamedTuple):
 
 
 class _TiledLoss(torch.autograd.Function):
-    """Losses by tiles of tokens; logits are computed twice, so that none are kept."""
+    """Losses over tiles of tokens. Logits are computed twice, so that they need not be kept."""
 
     @staticmethod
     def forward(
@@ -255,7 +255,7 @@ class _TiledLoss(torch.autograd.Function):
         lse_T = torch.empty_like(losses_T)
         weight = weight_VH.to(settings.dtype)
         valid_T = labels_T != IGNORE_INDEX
-        # a token without a label is computed with label 0, and masked afterwards
+        # tokens without a label are computed with label 0 and masked afterwards
         targets_T = labels_T.where(valid_T, 0)
         for tile in _tiles(len(hidden_TH), settings.tile_tokens):
             logits_tV = settings.change.of(_logits(hidden_TH[tile], weight, bias_V, settings.dtype))
@@ -302,7 +302,7 @@ def _tiles(tokens: int, tile_tokens: int) -> Iterator[slice]:
 
 
 def _logits(hidden_tH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the output layer's logits of a tile, (t, V) in the accumulation dtype."""
+    """Return the output layer's logits (t, V) for a tile, in the accumulation dtype."""
     logits_tV = (hidden_tH.to(dtype) @ weight_VH.t()).to(accumulation_dtype(dtype))
     return logits_tV if bias_V is None else logits_tV + bias_V.to(logits_tV.dtype)
 
@@ -325,7 +325,7 @@ def _logit_gradient(
 
 
 def _add_product(sum_VH: Tensor, gradient_tV: Tensor, hidden_tH: Tensor) -> None:
-    """Add gradient^T @ hidden to a sum; in half precision by slices, so that the product is smaller than the weight."""
+    """Add gradient^T @ hidden to a sum. In half precision, add it in slices, so that no product is as large as the weight."""
     if sum_VH.dtype == gradient_tV.dtype:
         sum_VH.addmm_(gradient_tV.t(), hidden_tH)
         return
@@ -335,7 +335,7 @@ def _add_product(sum_VH: Tensor, gradient_tV: Tensor, hidden_tH: Tensor) -> None
 
 
 class _Join(torch.autograd.Function):
-    """The identity of a loss; a second tensor joins the graph, and gets a gradient of zeros."""
+    """The identity of a loss that also connects a second tensor to the graph. That tensor gets a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Feed-forward layers and norms over tiles of tokens, computed again in the backward pass, so that one tile is in memory.
+"""Feed-forward layers and norms over tiles of tokens, recomputed in the backward pass, so that one tile at a time is in memory.
 
-A layer's weights get one gradient, the sum over its tiles, so trainers' hooks run as without tiles. Tiles are local: they need no
+A layer's weights get one gradient, the sum over its tiles, so trainers' hooks run as they do without tiles. Tiles need no
 communication, so ranks may have different numbers of them, or none.
 """
 
-# T tokens on this rank, H width of the hidden states, t tokens of a tile
+# T tokens on this rank, H width of the hidden states, t tokens in a tile
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from distattn.kernels.merge import accumulation_dtype
 
 # names of dense feed-forward layers in transformers and in other models
 _NAMES = ("mlp", "feed_forward")
-# endings of the names of classes that normalize over the width
+# suffixes of the names of classes that normalize over the width
 _NORMS = ("RMSNorm", "LayerNorm")
-# names of children of layers that send tokens to experts
+# names of child modules in layers that send tokens to experts
 _OF_EXPERTS = ("experts", "router", "gate")
 
 
 def tile_feed_forward(model: nn.Module, tile_tokens: int) -> int:
-    """Make a model's norms and its modules named mlp or feed_forward compute `tile_tokens` tokens at a time.
+    """Make a model's norms and its modules named mlp or feed_forward process `tile_tokens` tokens at a time.
 
-    Norms in eager mode have several tensors in fp32, which would take more memory than tiled feed-forward layers. Return the
-    number of feed-forward layers. Call it before or after `fully_shard`. Raise DistattnError without any, and, by name, for
-    a module that has experts, dropout, or parts that FSDP2 shards separately.
+    Norms are tiled because in eager mode they allocate several fp32 tensors, which would take more memory than tiled feed-forward
+    layers. Return the number of feed-forward layers. Call this before or after `fully_shard`. Raises DistattnError if there are
+    no such layers, or if one (named in the error) has experts, dropout, or parts that FSDP2 shards separately.
     """
     if tile_tokens < 1:
         raise DistattnError(f"tile_tokens is at least 1, not {tile_tokens}.")
@@ -50,20 +50,20 @@ def tile_feed_forward(model: nn.Module, tile_tokens: int) -> int:
 
 
 class TiledForward:
-    """The forward of a module whose tokens are independent, (..., T, H) to (..., T, H'), by tiles of tokens.
+    """The forward function of a module that treats tokens independently, (..., T, H) -> (..., T, H'), run tile by tile.
 
-    Norms of queries and keys take four dims, (1, T, heads, D).
+    Query and key norms take four dimensions, (1, T, heads, D).
     """
 
     def __init__(self, module: nn.Module, forward: Callable[[Tensor], Tensor], tile_tokens: int):
         self.module, self.forward, self.tile_tokens = module, forward, tile_tokens
 
-    # torch.compile cannot trace a function that differentiates inside
+    # torch.compile cannot trace a function that calls autograd inside
     @torch.compiler.disable
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() < 2:
             raise DistattnError(f"{type(self.module).__name__}: {tuple(x.shape)} are no (..., tokens, width).")
-        # every rank refuses, however few tokens it has
+        # refuse on every rank, however few tokens it has
         if any(hasattr(parameter, "ds_id") for parameter in self.module.parameters()):
             raise DistattnError(
                 f"{type(self.module).__name__}: ZeRO 3 would gather its weights for every tile, and wait for ranks that "
@@ -71,9 +71,9 @@ class TiledForward:
             )
         dim = -3 if x.dim() == 4 else -2
         if x.shape[dim] <= self.tile_tokens:
-            # also for no tokens at all, since hooks on gradients have to run on every rank
+            # this also holds for ranks without tokens, since gradient hooks must run on every rank
             return self.forward(x)
-        # looked up here, while they are gathered: FSDP2 replaces the parameters between passes
+        # look parameters up here, while they are gathered, since FSDP2 replaces them between passes
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if not torch.is_grad_enabled() or not (parameters or x.requires_grad):
             return torch.cat([self.forward(tile) for tile in x.split(self.tile_tokens, dim)], dim)
@@ -83,7 +83,7 @@ class TiledForward:
 
 
 class _Autocast(NamedTuple):
-    """Autocast's state in the forward pass; a backward pass, on another thread, has none."""
+    """Autocast's state in the forward pass. The backward pass runs on another thread, which does not have it."""
 
     kind: str
     enabled: bool
@@ -97,7 +97,9 @@ class _Autocast(NamedTuple):
 
 
 class _Tiled(torch.autograd.Function):
-    """Saves its input only. Parameters are passed twice: as a list to differentiate for, and as inputs that get gradients."""
+    """A function that saves only its input. Parameters are passed twice: as a list for autograd.grad, and as inputs that
+    receive gradients.
+    """
 
     @staticmethod
     def forward(
@@ -154,7 +156,7 @@ class _Tiled(torch.autograd.Function):
 
 
 def _check_module(name: str, module: nn.Module) -> None:
-    """Raise DistattnError if tiles would not compute the same as the whole, or would communicate."""
+    """Raise DistattnError if tiles would not give the same result as the whole, or would need communication."""
     label = f"{name} ({type(module).__name__})"
     children = dict(module.named_children())
     if experts := [child for child in _OF_EXPERTS if child in children]:

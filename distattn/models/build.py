@@ -1,11 +1,11 @@
-"""Models of transformers, from a configuration to this rank's shards of the initial weights.
+"""Build transformers models, from a configuration to this rank's shards of the initial weights.
 
     model = meta_model(model_config("folder/of/a/model"), dtype=torch.bfloat16)
     pytorch.shard_parameters(model, mesh)
     materialise(model, seed=1)          # or load_pretrained(model, "folder/of/a/model")
 
-The model is built on the meta device, where tensors have shapes and no bytes. `materialise` gives each rank its shards and
-fills them one module at a time, so that the model exists whole on no rank.
+The model is built on the meta device, where tensors have shapes but no storage. `materialise` gives each rank its shards and
+fills them one module at a time, so that no rank ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _OTHER_INPUTS = ("vision_config", "audio_config")
 
 
 def model_config(folder: str | Path) -> PretrainedConfig:
-    """Read the configuration of a causal language model from a folder's config.json; nothing is downloaded.
+    """Read a causal language model's configuration from a folder's config.json. Nothing is downloaded.
 
     Raises DistattnError if there is no such file, if transformers has no causal language model of its `model_type`, or if its
-    attention cannot be split; DamagedDataError if it is not JSON.
+    attention cannot be split. Raises DamagedDataError if the file is not JSON.
     """
     file = Path(folder) / "config.json"
     try:
@@ -56,7 +56,7 @@ def model_config(folder: str | Path) -> PretrainedConfig:
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        # its classes raise many kinds of errors for wrong values
+        # transformers' classes raise many kinds of errors for wrong values
         kind = content["model_type"]
         raise DistattnError(f"{file}: transformers cannot read it (model_type {kind!r}): {_one_line(error)}") from error
     check_model(config)
@@ -74,7 +74,7 @@ def llama_config(
     vocab_size: int,
     max_position_embeddings: int,
 ) -> PretrainedConfig:
-    """Make the configuration of a Llama from its shape, with the keys of a run file's [model]."""
+    """Build the configuration of a Llama from its shape, given by the keys of a run file's [model] table."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -84,7 +84,7 @@ def llama_config(
         num_key_value_heads=num_key_value_heads,
         head_dim=head_dim or hidden_size // num_attention_heads,
         max_position_embeddings=max_position_embeddings,
-        # transformers' 0.02 suits widths of thousands; narrow models learn half as fast with it
+        # transformers' default of 0.02 suits widths in the thousands; narrow models learn half as fast with it
         initializer_range=hidden_size**-0.5,
         tie_word_embeddings=False,
         bos_token_id=None,
@@ -93,7 +93,7 @@ def llama_config(
 
 
 def check_model(config: PretrainedConfig) -> None:
-    """Raise DistattnError with the reason if a configuration is not of a causal language model that can be split."""
+    """Raise DistattnError, with the reason, unless the configuration is that of a causal language model that can be split."""
     kind = config.model_type
     other = [name for name in _OTHER_INPUTS if getattr(config, name, None) is not None]
     if other:
@@ -108,10 +108,10 @@ def check_model(config: PretrainedConfig) -> None:
 def meta_model(
     config: PretrainedConfig, attention: str = huggingface.NAME, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """Build a causal language model on the meta device; no tensor of it has bytes.
+    """Build a causal language model on the meta device, so that its tensors have no storage.
 
-    attention: an attention implementation of transformers. dtype: of parameters; rotary frequencies stay in float32. Raises
-    DistattnError with the reason if the model's attention cannot be split.
+    attention: the name of a transformers attention implementation. dtype: the parameters' dtype; rotary frequencies stay in
+    float32. Raises DistattnError, with the reason, if the model's attention cannot be split.
     """
     check_model(config)
     if attention == huggingface.NAME:
@@ -126,7 +126,7 @@ def meta_model(
 
 
 def untied_meta_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Make the same model on the meta device, neither sharded nor wrapped, with a separate tensor for every name."""
+    """Build a copy of the model on the meta device, neither sharded nor wrapped, with a separate tensor for every name."""
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     # parameters do not depend on the attention implementation
@@ -134,13 +134,13 @@ def untied_meta_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = "cpu") -> None:
-    """Give a model on the meta device its initial weights; each rank gets its shards of them.
+    """Give a model on the meta device its initial weights. Each rank gets its shards of them.
 
-    Transformers' own `_init_weights` initialises each whole module from numbers seeded by (seed, the module's name), and a rank
-    keeps its part. So the weights do not depend on the number of ranks or on the sharding. In addition to its shards a rank holds
-    one module's weights at a time; the largest, an embedding of 128,256 x 8,192, has 2.1 GB in bfloat16. device: of the shards
-    and of the random numbers: a CPU and a GPU draw different ones. torch's own seeds do not change. Raises DistattnError that
-    names the tensor if tensors would stay without values.
+    transformers' own `_init_weights` initialises each whole module from random numbers seeded by (seed, module name), and a rank
+    keeps its part. So the weights do not depend on the number of ranks or on the sharding. Besides its shards, a rank holds one
+    module's weights at a time. The largest, an embedding of 128,256 x 8,192, takes 2.1 GB in bfloat16. device: where the shards
+    are allocated and the random numbers drawn; CPUs and GPUs draw different numbers. torch's own seeds do not change. Raises
+    DistattnError naming the tensor if a tensor would stay uninitialised.
     """
     blueprint = untied_meta_model(model)
     check_unfilled(model, blueprint)
@@ -151,9 +151,9 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
 
 
 def materialise_buffers(model: PreTrainedModel, device: str | torch.device = "cpu") -> None:
-    """Allocate all tensors of a model on the meta device, and fill the buffers that checkpoints and safetensors do not hold.
+    """Allocate all tensors of a model on the meta device, and fill the buffers that checkpoints and safetensors leave out.
 
-    These are rotary frequencies, with the scaling of the configuration. Load everything else afterwards. Raises DistattnError as
+    These are rotary frequencies, scaled as in the configuration. Load everything else afterwards. Raises DistattnError as
     `materialise` does.
     """
     blueprint = untied_meta_model(model)
@@ -167,19 +167,19 @@ def materialise_buffers(model: PreTrainedModel, device: str | torch.device = "cp
 
 
 def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
-    """Allocate all tensors of a model on the meta device; tied tensors stay tied."""
+    """Allocate storage for all tensors of a model on the meta device. Tied tensors stay tied."""
     model.to_empty(device=device)
     for target, source in model.all_tied_weights_keys.items():
-        # to_empty replaces plain parameters one by one
+        # to_empty replaces plain parameters one by one, which unties them
         if model.get_parameter(target) is not model.get_parameter(source):
             module, _, leaf = target.rpartition(".")
             setattr(model.get_submodule(module), leaf, model.get_parameter(source))
 
 
 def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
-    """Raise DistattnError that names the tensor if a model differs from its configuration, or is not on the meta device.
+    """Raise DistattnError naming the tensor if a model differs from its configuration or is not on the meta device.
 
-    blueprint: its `untied_meta_model`.
+    blueprint: the model's `untied_meta_model`.
     """
     for target, source in model.all_tied_weights_keys.items():
         if model.get_parameter(target) is not model.get_parameter(source):
@@ -205,22 +205,22 @@ def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
 
 
 def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name; tied ones once."""
+    """Return parameters and buffers by name, with tied ones only once."""
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 class _Initialisation(NamedTuple):
-    """Modules that write the same tensors when they are initialised, in order, and these tensors."""
+    """Modules whose initialisation writes the same tensors, in order, and those tensors."""
 
     modules: list[tuple[str, PreTrainedModel, torch.nn.Module]]
     tensors: set[str]
 
 
 def _initialisations(blueprint: PreTrainedModel, wanted: Collection[str]) -> list[_Initialisation]:
-    """Find the tensors that have to be initialised together, by initialising the model on the meta device.
+    """Find the tensors that must be initialised together, by initialising the model on the meta device.
 
-    Most modules write only their own tensors. Some write their children's, too: GPT-2 scales projections in the module
-    above. blueprint: on the meta device. Raises DistattnError if nothing writes one of the wanted tensors.
+    Most modules write only their own tensors. Some also write their children's: in GPT-2, a parent module scales projections.
+    blueprint: the model on the meta device. Raises DistattnError if no module writes one of the wanted tensors.
     """
     initialisations: list[_Initialisation] = []
     with torch.no_grad():
@@ -252,7 +252,7 @@ def _initialisations(blueprint: PreTrainedModel, wanted: Collection[str]) -> lis
 def _modules_from_below(
     name: str, module: torch.nn.Module, owner: PreTrainedModel
 ) -> Iterator[tuple[str, PreTrainedModel, torch.nn.Module]]:
-    """Yield every module after its children, with the innermost model around it, whose `_init_weights` transformers calls."""
+    """Yield every module after its children, with the innermost model that contains it, whose `_init_weights` applies."""
     owner = module if isinstance(module, PreTrainedModel) else owner
     for leaf, child in module.named_children():
         yield from _modules_from_below(f"{name}.{leaf}" if name else leaf, child, owner)
@@ -288,7 +288,7 @@ def _initialise(
 def _real_tensors(
     blueprint: PreTrainedModel, names: Collection[str], targets: dict[str, Tensor], device: torch.device
 ) -> Iterator[None]:
-    """Allocate these tensors of a model on the meta device while the context is open; parameters in the dtype of the target."""
+    """Allocate these tensors of a meta-device model while the context is open. Parameters get their targets' dtypes."""
     meta = {name: _get(blueprint, name) for name in names}
     for name in names:
         if isinstance(meta[name], torch.nn.Parameter):
@@ -316,13 +316,13 @@ def _set(model: torch.nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _seed_of(seed: int, name: str) -> int:
-    """Compute a seed of 63 bits for torch from a run's seed and a module's name."""
+    """Compute a 63-bit seed for torch from a run's seed and a module's name."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _seed_generators(seed: int, device: torch.device) -> None:
-    """Set the seed of the generators that initialisation draws from, and of no others."""
+    """Set the seed of only those generators that initialisation draws from."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Read and write a model's tensors in a checkpoint of torch.distributed.checkpoint, one at a time in one process.
+"""Read and write a model's tensors in a torch.distributed.checkpoint checkpoint, one at a time, in one process.
 
-Checkpoints of `distattn train` name parameters `model.<name in transformers>`, and have the model's config.json next to them. One
-process can read a checkpoint of many ranks, and the other way round.
+Checkpoints of `distattn train` name parameters `model.<name in transformers>` and have the model's config.json next to them. One
+process can read a checkpoint written by many ranks, and vice versa.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from distattn.checkpoints.dcp_storage import CheckpointReader, PlainLoadPlanner, file_writer
 from distattn.checkpoints.manifest import FileDigests
-from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.errors import DamagedDataError, DistattnError, first_line
 
 PREFIX = "model."
 
 
 def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's whole tensors of a checkpoint by name, one after another.
+    """Yield the names and full tensors of a checkpoint's model, one at a time.
 
-    Raises DistattnError if the checkpoint has no model, DamagedDataError if a tensor cannot be read, or a pickle contains a name
-    that no checkpoint has.
+    Raises DistattnError if the checkpoint has no model, and DamagedDataError if a tensor cannot be read or a pickle contains a
+    name that no checkpoint needs.
     """
     reader = CheckpointReader(Path(folder))
     stored = reader.read_metadata().state_dict_metadata
@@ -46,18 +46,18 @@ def checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         except dcp.CheckpointException as error:
             if isinstance(cause := _cause(error), DistattnError):
                 raise cause from None
-            raise DamagedDataError(f"{folder}: {key} cannot be read: {_first_line(_cause(error))}.") from error
+            raise DamagedDataError(f"{folder}: {key} cannot be read: {first_line(_cause(error))}.") from error
         yield key.removeprefix(PREFIX), state[key]
 
 
 def write_checkpoint(
     folder: str | Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]
 ) -> list[FileDigests]:
-    """Write a checkpoint of a model without an optimizer, one tensor at a time, into an existing folder.
+    """Write a model's checkpoint, without an optimizer, into an existing folder, one tensor at a time.
 
-    tensors: by name, on the meta device, with the shapes and dtypes to write. read: returns a tensor's values when it is written.
-    Return the digests of the files, which are on the disk. Raises DistattnError if the folder cannot be written, and passes on
-    DistattnErrors of `read`.
+    tensors: tensors on the meta device, by name, with the shapes and dtypes to write. read: returns a tensor's values; it is
+    called when the tensor is written. Return the digests of the files, which are then on disk. Raises DistattnError if the folder
+    cannot be written, and passes on DistattnErrors from `read`.
     """
     writer, files = file_writer(Path(folder))
     state = {PREFIX + name: tensor for name, tensor in tensors.items()}
@@ -68,17 +68,17 @@ def write_checkpoint(
         cause = _cause(error)
         if isinstance(cause, DistattnError):
             raise cause from None
-        raise DistattnError(f"{folder}: could not be written: {_first_line(cause)}.") from error
+        raise DistattnError(f"{folder}: could not be written: {first_line(cause)}.") from error
     return files.digests()
 
 
 def config_folder(checkpoint: str | Path) -> Path:
-    """Return the folder with a checkpoint's model configuration: its own, or one above.
+    """Return the folder that contains a checkpoint's model configuration: its own or one of the three above.
 
-    Raises DistattnError without such a folder.
+    Raises DistattnError if there is no such folder.
     """
     checkpoint = Path(checkpoint).absolute()
-    # a state may be in a step's folder, inside a folder of checkpoints, inside that of a run
+    # a state may be in a step's folder, inside a checkpoint folder, inside a run's folder
     for folder in (checkpoint, *checkpoint.parents[:3]):
         if (folder / "config.json").is_file():
             return folder
@@ -87,30 +87,26 @@ def config_folder(checkpoint: str | Path) -> Path:
 
 @contextmanager
 def _without_group_warning() -> Iterator[None]:
-    """Ignore DCP's warning about a missing process group while the context is open: a single process is intended."""
+    """Ignore DCP's warning about a missing process group while the context is open, since a single process is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):
-    """A planner that plans by the shapes of meta tensors, and reads values when they are written."""
+    """A save planner that plans with the shapes of meta tensors and reads values only when they are written."""
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__()
         self._read = read
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """Return the data of an item for the writer: the whole tensor, since one process writes everything."""
+        """Return an item's data for the writer. This is the whole tensor, since one process writes everything."""
         if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
         return self._read(write_item.index.fqn.removeprefix(PREFIX))
 
 
 def _cause(error: dcp.CheckpointException) -> BaseException:
-    """Return the error of the only rank."""
+    """Return the only rank's error."""
     return next(iter(error.failures.values()))[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

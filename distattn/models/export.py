@@ -1,10 +1,10 @@
-"""Export weights to a Hugging Face folder: safetensors, one file or many with an index, next to the configuration.
+"""Export weights to a Hugging Face folder: safetensors, in one file or in many with an index, next to the configuration.
 
     export_model(model, "folder/to/make")              # all ranks call this; the model may be sharded
     export_safetensors(named_tensors, config, "folder/to/make")
 
-Names and layouts are the published ones: transformers' own conversion mapping splits tensors that transformers keeps in one and
-publishes in many (experts). The folder appears at once with all its files, or not at all.
+Names and layouts are the published ones: transformers' own conversion mapping splits tensors that transformers keeps as one but
+publishes as many (experts). The folder appears at once with all its files, or not at all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 class ExportedFiles(NamedTuple):
-    """The result of an export: names of safetensors files, bytes of all tensors, and the dtype of most numbers."""
+    """The result of an export: the safetensors file names, the total bytes of all tensors, and the most common dtype."""
 
     files: tuple[str, ...]
     total_bytes: int
@@ -54,10 +54,10 @@ def export_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> ExportedFiles | None:
-    """Export a model whose parameters are plain tensors or DTensors. All ranks call this; rank 0 returns the written files.
+    """Export a model whose parameters are plain tensors or DTensors. All ranks call this, and rank 0 returns the written files.
 
-    Tensors are gathered one at a time. Rank 0 holds the tensors of at most one file, other ranks one tensor. Raises on all ranks
-    if rank 0 could not write. The rest is as in `export_safetensors`.
+    Tensors are gathered one at a time. Rank 0 holds at most one file's tensors, other ranks one tensor. All ranks raise an error
+    if rank 0 could not write. For everything else, see `export_safetensors`.
     """
     tied = model.all_tied_weights_keys
     tensors = ((name, _whole(tensor)) for name, tensor in model.state_dict().items() if name not in tied)
@@ -78,7 +78,7 @@ def export_model(
             )
         except Exception as error:
             failure = error
-    # other ranks gather together with rank 0, which also gathers the rest after an error
+    # other ranks take part in rank 0's gathers; after an error, rank 0 gathers the remaining tensors here
     for _ in tensors:
         pass
     assert dist.group.WORLD is not None
@@ -99,12 +99,12 @@ def export_safetensors(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
 ) -> ExportedFiles:
-    """Write whole tensors, named like the parameters of transformers' model, into a folder that plain transformers loads.
+    """Write full tensors, named like the parameters of transformers' model, to a folder that plain transformers can load.
 
-    named_tensors: every tensor of the model, tied ones once, in any order; they are read one by one, so that only the tensors of
-    one file are held at a time. tokenizer_files: copied into the folder. max_shard_bytes: the limit of a file with more than one
-    tensor. dtype: of floating-point tensors in the files; by default unchanged. Raises DistattnError if the folder exists, and
-    with the tensor's name if one is missing, unknown, repeated or of another shape.
+    named_tensors: every tensor of the model, tied ones once, in any order. They are read one by one, so that only one file's
+    tensors are held at a time. tokenizer_files: files to copy into the folder. max_shard_bytes: the size limit of a file with
+    more than one tensor. dtype: the dtype of floating-point tensors in the files; unchanged by default. Raises DistattnError if
+    the folder exists, or if a tensor is missing, unknown, repeated or of another shape (the error names the tensor).
     """
     folder = Path(folder).absolute()
     if folder.exists() or folder.is_symlink():
@@ -117,7 +117,7 @@ def export_safetensors(
     blueprint = meta_model(config, "eager")
     _refuse_fused(blueprint)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # a unique name, so that the rest of a killed export does not disturb another one
+    # use a unique name, so that the remains of a killed export do not disturb another export
     aside = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     aside.mkdir()
     try:
@@ -138,12 +138,12 @@ def export_safetensors(
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Return a whole tensor; gather it if it is sharded. All ranks call this."""
+    """Return a full tensor, gathering it if it is sharded. All ranks call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _refuse_fused(blueprint: PreTrainedModel) -> None:
-    """Raise DistattnError for models that publish several tensors in one: they would have to be held until all are there."""
+    """Raise DistattnError for models that publish several tensors as one, since all of these would have to be held at once."""
     for transform in get_model_conversion_mapping(blueprint, add_legacy=False):
         if len(transform.target_patterns) > 1:
             raise DistattnError(
@@ -153,7 +153,7 @@ def _refuse_fused(blueprint: PreTrainedModel) -> None:
 
 
 def _checked(named_tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same tensors. Raises DistattnError for tensors that the model does not have, and at the end for missing ones."""
+    """Yield the same tensors. Raises DistattnError for tensors that the model does not have and, at the end, for missing ones."""
     tied = blueprint.all_tied_weights_keys
     left = {name: tuple(tensor.shape) for name, tensor in blueprint.state_dict().items() if name not in tied}
     kind = type(blueprint).__name__
@@ -171,26 +171,26 @@ def _checked(named_tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedM
 def _published(
     tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedModel, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the same tensors with the names, layouts and dtype of the files, on the host."""
+    """Yield the tensors on the host, with the names, layouts and dtype that the files have."""
     for name, tensor in tensors:
         on_host = tensor.detach().cpu()
         if dtype is not None and on_host.is_floating_point():
             on_host = on_host.to(dtype)
         for published, part in revert_weight_conversion(blueprint, {name: on_host}).items():
-            # parts of one tensor share memory, which tensors of a file must not
+            # parts of one tensor share memory, which tensors in a file must not do
             yield published, part.contiguous() if part.numel() == on_host.numel() else part.clone()
 
 
 def _write_files(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> ExportedFiles:
-    """Write tensors into as many files as they need."""
+    """Write tensors to as many files as they need."""
     names: list[list[str]] = []
     held: dict[str, Tensor] = {}
     total = held_bytes = 0
-    # numbers by dtype
+    # the number of elements by dtype
     counts: Counter[torch.dtype] = Counter()
 
     def flush() -> None:
-        # the number of files, which is part of their names, is only known at the end
+        # use temporary names, since the final ones contain the number of files, which is known only at the end
         save_file(held, _part(folder, len(names)), metadata={"format": "pt"})
         names.append(list(held))
         held.clear()
@@ -233,7 +233,7 @@ def _write_config(config: PretrainedConfig, blueprint: PreTrainedModel, folder: 
 
 
 def _fsync(path: Path) -> None:
-    """Write a file, or the entries of a folder, through to the disk."""
+    """Flush a file, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,14 +1,15 @@
-"""Convert weights between transformers' names and layouts and those of Megatron-core's GPTModel, both ways.
+"""Convert weights between transformers' names and layouts and those of Megatron-core's GPTModel, in both directions.
 
     shard = MegatronShard.even(config, tensor_rank, tensor_ranks, pipeline_rank, pipeline_ranks)
     model.load_state_dict(dict(to_megatron(tensors.__getitem__, config, shard)), strict=False)
 
-It supports layers of `get_gpt_layer_local_spec(normalization="RMSNorm")` with gated MLPs, and does not import Megatron. Megatron
-keeps queries, keys and values of a layer in one matrix, group after group (a key/value head with its query heads), and gate and
-up projection in one. Tensor-parallel ranks hold rows of these and of the vocabulary, and columns of the matrices after them.
+This supports layers of `get_gpt_layer_local_spec(normalization="RMSNorm")` with gated MLPs, and does not import Megatron.
+Megatron keeps a layer's query, key and value projections in one matrix, group by group (a key/value head with its query heads),
+and the gate and up projections in another. Tensor-parallel ranks hold rows of these and of the vocabulary, and columns of the
+matrices that follow.
 """
 
-# G key/value heads (groups), Q query heads of a group, D head dim, C hidden size, F width of the MLP
+# G key/value heads (groups), Q query heads per group, D head dim, C hidden size, F MLP width
 
 from __future__ import annotations
 
@@ -21,10 +22,10 @@ from transformers import PretrainedConfig
 
 from distattn.ir.errors import DistattnError
 
-# Llamas, and Llamas with biases of queries, keys and values, or norms of queries and keys
+# Llama, and its variants with query, key and value biases or with query and key norms
 _KINDS = ("llama", "mistral", "qwen2", "qwen3")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-# tensors of a layer that Megatron keeps unchanged, whole on every rank
+# a layer's tensors that Megatron keeps unchanged, and whole on every rank
 _SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
@@ -33,7 +34,7 @@ _QK_NORMS = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
 }
-# columns of these are divided over tensor-parallel ranks
+# tensors whose columns are split over tensor-parallel ranks
 _BY_COLUMNS = {
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
@@ -41,7 +42,7 @@ _BY_COLUMNS = {
 
 
 class MegatronShard(NamedTuple):
-    """The part of a GPTModel that a rank holds. layers: numbers in the whole model, from 0; Megatron counts in each stage."""
+    """The part of a GPTModel that a rank holds. layers: numbers within the whole model, from 0; Megatron counts in each stage."""
 
     tensor_rank: int
     tensor_ranks: int
@@ -59,7 +60,7 @@ class MegatronShard(NamedTuple):
         pipeline_rank: int = 0,
         pipeline_ranks: int = 1,
     ) -> MegatronShard:
-        """Divide layers over stages like Megatron's default. Raises DistattnError if they do not divide."""
+        """Divide layers over stages as Megatron does by default. Raises DistattnError if they do not divide evenly."""
         count = config.num_hidden_layers
         if count % pipeline_ranks:
             raise DistattnError(f"{count} layers do not divide into {pipeline_ranks} pipeline stages.")
@@ -69,7 +70,7 @@ class MegatronShard(NamedTuple):
 
 
 def check_megatron(config: PretrainedConfig, tensor_ranks: int = 1) -> None:
-    """Raise DistattnError with the reason if a model's Megatron layout is unknown, or it does not divide."""
+    """Raise DistattnError, with the reason, if a model's Megatron layout is unknown or does not divide over the ranks."""
     kind = config.model_type
     if kind not in _KINDS:
         raise DistattnError(f"the Megatron layout of {kind} models is not known; those of {', '.join(_KINDS)} are.")
@@ -89,9 +90,9 @@ def check_megatron(config: PretrainedConfig, tensor_ranks: int = 1) -> None:
 def to_megatron(
     read: Callable[[str], Tensor], config: PretrainedConfig, shard: MegatronShard
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a rank's GPTModel by name, from transformers' tensors.
+    """Yield the names and values of a rank's GPTModel parameters, computed from transformers' tensors.
 
-    read: returns the whole tensor of a name in transformers; it is called once for each tensor that the rank needs. Raises
+    read: returns a full tensor by its name in transformers; it is called once for each tensor that the rank needs. Raises
     DistattnError as `check_megatron` does.
     """
     check_megatron(config, shard.tensor_ranks)
@@ -103,7 +104,7 @@ def to_megatron(
             yield f"decoder.layers.{local}.{name}", tensor
     if shard.last:
         yield "decoder.final_layernorm.weight", read("model.norm.weight")
-        # if one stage has both ends, Megatron keeps a tied embedding once
+        # if one stage has both ends, Megatron keeps a tied embedding only once
         if not (tied and shard.first):
             yield _OUTPUT, _part(read("model.embed_tokens.weight" if tied else "lm_head.weight"), 0, shard)
 
@@ -111,10 +112,10 @@ def to_megatron(
 def to_huggingface(
     parts: Sequence[Mapping[str, Tensor]], config: PretrainedConfig, shard: MegatronShard
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield transformers' whole tensors by name, from the parameters of a pipeline stage.
+    """Yield the names and values of transformers' full tensors, computed from the parameters of a pipeline stage.
 
-    parts: the parameters of every tensor-parallel rank of the stage, in order. shard: of any of them. A tied embedding comes from
-    the first stage. Raises DistattnError as `check_megatron` does, and if parts are missing.
+    parts: the parameters of every tensor-parallel rank of the stage, in order. shard: the shard of any of these ranks. A tied
+    embedding comes from the first stage. Raises DistattnError as `check_megatron` does, and if parts are missing.
     """
     check_megatron(config, shard.tensor_ranks)
     if len(parts) != shard.tensor_ranks:
@@ -173,7 +174,7 @@ def _unsplit_names(config: PretrainedConfig) -> dict[str, str]:
 
 
 def _qkv_kinds(config: PretrainedConfig) -> tuple[str, ...]:
-    """Return the kinds of parameters of the query, key and value projections."""
+    """Return the names of the parameters that each query, key and value projection has."""
     return ("weight", "bias") if config.model_type == "qwen2" else ("weight",)
 
 

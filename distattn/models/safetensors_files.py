@@ -1,9 +1,9 @@
-"""Load weights from a folder of safetensors, as Hugging Face publishes them: each rank reads its shards.
+"""Load weights from a folder of safetensors, as Hugging Face publishes them. Each rank reads its shards.
 
     load_pretrained(model, "folder/of/a/model")    # model: on the meta device, sharded or not
 
-Names and layouts of published files may differ from the model's: transformers 5 keeps all experts of a layer in one tensor, files
-have a tensor for each. Transformers' own conversion mapping renames tensors and computes one tensor from several.
+Names and layouts in published files may differ from the model's: transformers 5 keeps all experts of a layer in one tensor, but
+files have one tensor per expert. transformers' own conversion mapping renames tensors and computes one tensor from several.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from distattn.models.shards import local_slices, local_tensor, shape_of
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# names of dtypes in safetensors
+# dtype names in safetensors
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# buffers that are stored in old files, but that models compute
+# buffers that old files store but models compute
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)attention\.(masked_)?bias$")
 
 
 def load_pretrained(model: PreTrainedModel, folder: str | Path, device: str | torch.device = "cpu") -> int:
-    """Load the weights of a folder into a model on the meta device, on each rank its shards; return the bytes that it has read.
+    """Load this rank's shards of a folder's weights into a model on the meta device. Return the number of bytes read.
 
-    Values are converted to the dtypes of the model. In addition to its shards a rank holds one tensor's part at a time. Raises
-    DistattnError with tensor and file for tensors that are missing, unknown to the model, of another shape or quantised;
-    DamagedDataError for files that cannot be read. Errors that show without reading values are raised before anything is
+    Values are converted to the model's dtypes. Besides its shards, a rank holds one tensor's part at a time. Raises DistattnError
+    naming the tensor and the file if a tensor is missing, unknown to the model, of another shape or quantised, and
+    DamagedDataError if a file cannot be read. Errors that can be detected without reading values are raised before anything is
     allocated.
     """
     blueprint = untied_meta_model(model)
-    # check the model before shapes are compared with those of files
+    # check the model before comparing its shapes with those in the files
     check_unfilled(model, blueprint)
     weights = PretrainedWeights(folder, blueprint)
     weights.check(model.all_tied_weights_keys)
@@ -79,7 +79,7 @@ class _Stored(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """The sources of a model's tensor: one stored tensor, or the inputs of a converter by its patterns."""
+    """The sources of a model's tensor: one stored tensor, or a converter's inputs by pattern."""
 
     stored: dict[str, list[_Stored]]
     converter: WeightConverter | None
@@ -90,10 +90,10 @@ class _Sources(NamedTuple):
 
 
 class PretrainedWeights:
-    """The tensors of a folder of safetensors, by the names and in the layouts of a model.
+    """The tensors in a folder of safetensors, under a model's names and in its layouts.
 
-    blueprint: the model on the meta device, with a separate tensor for every name (`untied_meta_model`). bytes_read: bytes of
-    values that have been read so far.
+    blueprint: the model on the meta device, with a separate tensor for every name (`untied_meta_model`). bytes_read: the bytes
+    of values read so far.
     """
 
     def __init__(self, folder: str | Path, blueprint: PreTrainedModel):
@@ -107,7 +107,7 @@ class PretrainedWeights:
 
     @property
     def names(self) -> set[str]:
-        """The model's tensors that the files hold."""
+        """The names of the model's tensors that the files contain."""
         return set(self._sources)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -115,7 +115,7 @@ class PretrainedWeights:
         return _DTYPES[self._sources[name].first.dtype]
 
     def check(self, tied: dict[str, str]) -> None:
-        """Raise DistattnError that names a missing tensor of the model. tied: names to names of the same tensor."""
+        """Raise DistattnError naming a tensor of the model that the files lack. tied: maps names of tied tensors to sources."""
         sources = {target: source for target, source in tied.items()} | {
             source: target for target, source in tied.items()
         }
@@ -126,7 +126,7 @@ class PretrainedWeights:
                 )
 
     def read(self, name: str, slices: Sequence[slice] | None = None) -> Tensor:
-        """Read a tensor of the model, or the part in the slices, in its stored dtype."""
+        """Read a tensor of the model, or the part of it given by `slices`, in its stored dtype."""
         shape = tuple(self._targets[name].shape)
         slices = tuple(slices) if slices is not None else tuple(slice(0, size) for size in shape)
         sources = self._sources[name]
@@ -135,14 +135,14 @@ class PretrainedWeights:
         return self._convert(name, sources, slices)
 
     def _convert(self, name: str, sources: _Sources, slices: tuple[slice, ...]) -> Tensor:
-        """Read stored tensors, and let transformers' converter compute the model's tensor from them."""
+        """Read the stored tensors, and let transformers' converter compute the model's tensor from them."""
         assert sources.converter is not None
         stored, rows = sources.stored, slice(0, self._targets[name].shape[0])
         if _stacks_rows(sources.converter):
             # row e depends only on the e-th tensor of each pattern
             rows = slices[0]
             stored = {pattern: tensors[rows] for pattern, tensors in stored.items()}
-        # copy the converter, because it collects tensors
+        # copy the converter, since it accumulates tensors
         converter = copy.deepcopy(sources.converter)
         for pattern, tensors in stored.items():
             for item in tensors:
@@ -156,7 +156,7 @@ class PretrainedWeights:
         return tensor[(inside, *slices[1:])]
 
     def _read_stored(self, stored: _Stored, slices: tuple[slice, ...]) -> Tensor:
-        """Read a part of a stored tensor; the whole tensor if it has no dims."""
+        """Read a part of a stored tensor, or all of it if it is a scalar."""
         try:
             handle = self._open(stored.file)
             tensor: Tensor = handle.get_slice(stored.name)[slices] if slices else handle.get_tensor(stored.name)
@@ -167,7 +167,7 @@ class PretrainedWeights:
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:
-            # safe_open maps the file, so only the slices are read
+            # safe_open maps the file into memory, so only the requested slices are read
             self._handles[file] = safe_open(str(self.folder / file), framework="pt", device="cpu")
         return self._handles[file]
 
@@ -185,7 +185,7 @@ class PretrainedWeights:
         return DamagedDataError(f"{self.folder / file}: cannot be read as safetensors: {error}.")
 
     def _find_sources(self, stored: Sequence[_Stored]) -> dict[str, _Sources]:
-        """Find the sources of each tensor of the model. Raises DistattnError for stored tensors that belong to none."""
+        """Find the sources of each of the model's tensors. Raises DistattnError for stored tensors that the model lacks."""
         model = self._blueprint
         transforms = get_model_conversion_mapping(model)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -232,7 +232,7 @@ class PretrainedWeights:
             )
 
     def _check_counts(self, target: str, patterns: dict[str, list[_Stored]], converter: WeightConverter | None) -> None:
-        """Raise DistattnError if some of the sources of a tensor are missing."""
+        """Raise DistattnError if some of a tensor's sources are missing."""
         if converter is None:
             return
         sample = next(iter(patterns.values()))[0]
@@ -253,7 +253,7 @@ class PretrainedWeights:
 
 
 def _fill(weights: PretrainedWeights, stored: str, name: str, tensor: Tensor) -> None:
-    """Read this rank's part of a tensor into it."""
+    """Read this rank's part of a stored tensor into `tensor`."""
     slices = local_slices(name, tensor)
     if 0 not in shape_of(slices):
         with torch.no_grad():
@@ -261,7 +261,7 @@ def _fill(weights: PretrainedWeights, stored: str, name: str, tensor: Tensor) ->
 
 
 def _check_tied(weights: PretrainedWeights, target: str, source: str, tensor: Tensor) -> None:
-    """Raise DistattnError for files with two different tensors that the configuration ties."""
+    """Raise DistattnError if the files contain two different tensors that the configuration ties."""
     slices = local_slices(source, tensor)
     held = local_tensor(tensor)
     if 0 not in shape_of(slices) and not torch.equal(held, weights.read(target, slices).to(held)):
@@ -278,7 +278,7 @@ def _stacks_rows(converter: WeightConverter) -> bool:
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Return the names of the files of a model: one, or those in the index."""
+    """Return the names of a model's files: the single file, or those in the index."""
     index = folder / INDEX
     if not index.exists():
         if (folder / ONE_FILE).exists():

@@ -1,6 +1,6 @@
 """This rank's parts of plain tensors and DTensors, and gathering a model module by module.
 
-An engine with its own layout of parameters gets them one module at a time:
+An engine with its own parameter layout gets the parameters one module at a time:
 
     shard_rows(model, mesh)             # on the meta device
     materialise(model, seed=1)          # or load_pretrained(model, folder)
@@ -22,10 +22,10 @@ from distattn.ir.errors import DistattnError
 
 
 def local_slices(name: str, tensor: Tensor) -> tuple[slice, ...]:
-    """Return the part of a whole tensor that this rank holds, one slice per dim; the whole of a plain tensor.
+    """Return the part of the full tensor that this rank holds, one slice per dimension. For a plain tensor, this is all of it.
 
-    Mesh dims shard one after another, each like `torch.chunk`, as `fully_shard` and `distribute_tensor` place rows. Raises
-    DistattnError with the tensor's name for placements other than Shard and Replicate.
+    Mesh dimensions shard one after another, each like `torch.chunk`, as `fully_shard` and `distribute_tensor` place rows. Raises
+    DistattnError naming the tensor for placements other than Shard and Replicate.
     """
     bounds = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
@@ -47,17 +47,17 @@ def local_slices(name: str, tensor: Tensor) -> tuple[slice, ...]:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor; writing to it changes the tensor."""
+    """Return this rank's part of a tensor. Writing to it changes the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shape_of(slices: Sequence[slice]) -> tuple[int, ...]:
-    """Return the shape of the part in these slices."""
+    """Return the shape of the part that these slices select."""
     return tuple(part.stop - part.start for part in slices)
 
 
 def copy_part(name: str, tensor: Tensor, whole: Tensor) -> None:
-    """Copy this rank's part of a whole tensor into a tensor of the same (global) shape."""
+    """Copy this rank's part of a full tensor into a tensor of the same global shape."""
     if tuple(whole.shape) != tuple(tensor.shape):
         raise DistattnError(
             f"{name} is {tuple(tensor.shape)} in the model, but the tensor to copy is {tuple(whole.shape)}."
@@ -67,9 +67,9 @@ def copy_part(name: str, tensor: Tensor, whole: Tensor) -> None:
 
 
 def shard_rows(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Replace each parameter by a DTensor whose rows are divided over a mesh; nothing wraps the modules.
+    """Replace each parameter with a DTensor whose rows are split over a mesh. The modules are not wrapped.
 
-    model: on the meta device. Tied parameters stay tied, and scalars are replicated.
+    model: a model on the meta device. Tied parameters stay tied, and scalars are replicated.
     """
     for parameter, places in _places(model).items():
         placement = Shard(0) if parameter.dim() else Replicate()
@@ -79,14 +79,14 @@ def shard_rows(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 
 
 def whole_modules(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.nn.Module]:
-    """Gather the parameters of a model that `shard_rows` has sharded, one module at a time, and yield each such module.
+    """Gather the parameters of a model sharded by `shard_rows`, one module at a time, and yield each such module.
 
-    dtype: of the gathered parameters. A rank's rows are freed when they are gathered, so that a rank holds its share, the
-    caller's copies of modules, and one whole parameter. A tied parameter is gathered with the first module that has it. A
-    collective call of all ranks of the mesh.
+    dtype: the dtype of the gathered parameters. A rank's rows are freed once they are gathered, so a rank holds only its share,
+    the caller's copies of modules, and one full parameter. A tied parameter is gathered with the first module that has it. This
+    is a collective call of all ranks of the mesh.
     """
     places = {id(parameter): owners for parameter, owners in _places(model).items()}
-    # children before parents: the caller may take the parameters of a module's children together with the module's
+    # yield children before parents, since the caller may take a module's parameters together with its children's
     for module in reversed(list(model.modules())):
         sharded = [name for name, tensor in module.named_parameters(recurse=False) if isinstance(tensor, DTensor)]
         for name in sharded:
@@ -100,7 +100,7 @@ def whole_modules(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.
 
 
 def _places(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]]:
-    """Return the modules of each parameter, with its name there; several modules for a tied parameter."""
+    """Return the modules that hold each parameter, and its name in each. A tied parameter has several."""
     places: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -109,6 +109,6 @@ def _places(model: torch.nn.Module) -> dict[torch.nn.Parameter, list[tuple[torch
 
 
 def _chunk(begin: int, end: int, index: int, count: int) -> tuple[int, int]:
-    """Return the bounds of one of `torch.chunk`'s parts of a range; the last parts may be short or empty."""
+    """Return the bounds of chunk `index` of a range split like `torch.chunk`. The last chunks may be short or empty."""
     size = -(-(end - begin) // count)
     return min(begin + index * size, end), min(begin + (index + 1) * size, end)

@@ -1,6 +1,6 @@
 """`attention`: core attention of a planned call, as a pair of torch library operators with one autograd formula.
 
-The operators get the plan as a whole number, the handle of its executable (see `executable`).
+The operators receive the plan as an integer, the handle of its executable (see `executable`).
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -50,21 +50,21 @@ def attention(
     kernel: str | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Compute core attention of this rank's tokens, differentiable. A collective call of all ranks of the plan.
+    """Compute core attention for this rank's tokens; differentiable. A collective call of all ranks of the plan.
 
     q_THD (T, H, D), k_TKD (T, K, D), v_TKE (T, K, E) hold this rank's T tokens in the layout's local order;
-    the result o_THE (T, H, E) has q's dtype. Under autocast they are cast first, as for PyTorch's own attention.
+    the result o_THE (T, H, E) has q's dtype. Under autocast the inputs are cast first, as for PyTorch's own attention.
     scale defaults to D ** -0.5.
 
     softcap: scores s become softcap * tanh(s / softcap). alibi_slopes (H,): slope * distance in tokens is subtracted
-    (after the cap); no gradient. sink (H,): a logit per head that takes part in the softmax and has no value; its
+    after the cap, without a gradient. sink (H,): a logit per head that takes part in the softmax but has no value; its
     gradient is this rank's share, to be summed over ranks like any parameter's. gate (T, H) or (T, H, E): multiplies the
-    output. dropout is refused. With return_lse also return lse_HT, natural log (with the sink), fp32 (fp64 for fp64), -inf
-    for rows without an allowed key; only some kernels have gradients through it ("reference" has).
+    output. dropout: must be 0. With return_lse also return lse_HT, the natural log-sum-exp (including the sink) in fp32 (fp64
+    for fp64), -inf for rows without an allowed key. Only some kernels, such as "reference", have gradients through it.
 
-    plan: a Plan, which ranks then compare at every call, or its executable from `prepare`: made once per batch, and required
-    inside torch.compile. group defaults to the default process group; a plan for one rank needs none. Raise PlanError if the
-    plan cannot be proven or ranks have different ones, DistattnError if the tensors do not fit it.
+    plan: a Plan, which ranks compare at every call, or its executable from `prepare`, which is made once per batch and required
+    inside torch.compile. group: by default the default process group; a plan for one rank needs no group. Raise PlanError if the
+    plan cannot be proven or differs between ranks, DistattnError if the tensors do not fit it.
     """
     for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if not isinstance(operand, Tensor):
@@ -72,13 +72,13 @@ def attention(
     if not isinstance(return_lse, bool):
         raise DistattnError(f"return_lse is True or False, not a {type(return_lse).__name__}.")
     q_THD, k_TKD, v_TKE = autocast_inputs(q_THD, k_TKD, v_TKE)
-    # fused projections often give strided tensors; kernels and messages read whole rows
+    # fused projections often return strided tensors, but kernels and messages read whole rows
     q_THD, k_TKD, v_TKE = q_THD.contiguous(), k_TKD.contiguous(), v_TKE.contiguous()
     for name, operand in (("q", q_THD), ("k", k_TKD), ("v", v_TKE)):
         if operand.dim() != 3:
             raise DistattnError(f"{name} has {operand.dim()} dims; three are needed: (tokens, heads, dim).")
     for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
-        # floats first: asking an abstract class takes long
+        # test for float first, because isinstance with an abstract class is slow
         if type(number) is not float and (not isinstance(number, (Real, type(None))) or isinstance(number, bool)):
             hint = "; a tensor's gradient would be lost" if isinstance(number, Tensor) else ""
             raise DistattnError(f"{name} is a number, not a {type(number).__name__}{hint}.")
@@ -108,13 +108,13 @@ def attention(
         )
     interleaved = current_micro_batch()
     if interleaved is not None:
-        # the micro-batch lets others run while its messages travel
+        # the micro-batch lets other micro-batches run while its messages travel
         if return_lse:
             raise DistattnError("return_lse is not possible where micro-batches take turns; leave OverlapSchedule out.")
         o_THE = interleaved.attention(ready, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
         layer = current_layer()
         if o_THE.requires_grad:
-            # called right before the gradient goes through what was computed
+            # the hook runs right before this call's backward pass
             o_THE.register_hook(lambda _: set_layer(layer))
         return o_THE if gate is None else (o_THE * gate).to(q_THD.dtype)
     o_THE, lse_TH, _ = torch.ops.distattn.forward(
@@ -126,14 +126,14 @@ def attention(
 
 
 def score_modifiers(softcap: Any, alibi_slopes: Any) -> tuple[str, ...]:
-    """Return the names of the score modifiers of a call."""
+    """Return the names of a call's score modifiers."""
     return (("softcap",) if softcap else ()) + (("alibi_slopes",) if alibi_slopes is not None else ())
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast q, k and v to autocast's dtype if it is on: rotary embeddings leave q and k in fp32, but not v.
+    """Cast inputs to autocast's dtype if autocast is on. Rotary embeddings, for example, leave q and k in fp32, but not v.
 
-    fp64 stays, as in PyTorch's list of operators that autocast to lower precision.
+    fp64 is not cast, just as by PyTorch's operators that autocast to lower precision.
     """
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -145,10 +145,10 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Save outputs of attention and recurrences and recompute the rest: a policy for selective activation checkpointing.
 
-    Recomputation then neither communicates nor repeats them:
+    With this policy, recomputation neither communicates nor repeats these calls:
     checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
     """
-    # by name: some of their modules may not be imported
+    # matched by name, because some of these operators' modules may not be imported
     if str(op) in _SAVED_BY_CHECKPOINTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
@@ -200,7 +200,7 @@ def _score(executable: Executable, scale: float, softcap: float, slopes: Tensor 
 
 
 def _finite(lse: Tensor) -> Tensor:
-    # -inf - -inf is NaN: an absent sink and a row without keys
+    # a row without keys and a sink of -inf would give -inf - -inf, which is NaN
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
@@ -222,9 +222,9 @@ def forward_pass(
     run = execute.forward(executable.program, transport or executable.transport, executable.kernel, q, k, v, score)
     o, lse_TH, kept = yield from run
     if sink is not None:
-        # a key without value: it only widens the softmax
+        # the sink is a key without a value, which only adds to the softmax's denominator
         wider_TH = torch.logaddexp(lse_TH, sink.to(lse_TH.dtype))
-        # in place: no other code has it yet
+        # in place, because no other code has this tensor yet
         o *= torch.exp(lse_TH - _finite(wider_TH))[..., None]
         lse_TH = wider_TH
     return o.to(q.dtype), lse_TH, kept
@@ -246,13 +246,14 @@ def backward_pass(
     softcap: float,
     transport: Transport | None = None,
 ) -> execute.PausableRun[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Compute (dq, dk, dv, dsink), and pause while messages travel. dsink is empty without a sink."""
+    """Compute (dq, dk, dv, dsink) like the operator, but pause while messages travel. dsink is empty without a sink."""
     if dlse_TH is not None and not executable.kernel.DIFFERENTIABLE_LSE:
         raise DistattnError('this kernel has no gradient for the log-sum-exp; use kernel="reference", or lse.detach().')
-    # the gradient of the log-sum-exp enters together with delta: ds = p * (dp - (delta - dlse)); autograd may give it any strides
+    # autograd may pass any strides
     do = do.contiguous()
     is_read = sink is not None or dlse_TH is not None or not executable.program.sums_where_copied
     delta_TH = row_products(do, o) if is_read else None
+    # the gradient of the log-sum-exp enters together with delta: ds = p * (dp - (delta - dlse))
     if delta_TH is not None and dlse_TH is not None:
         delta_TH -= dlse_TH
     score = _score(executable, scale, softcap, slopes)
@@ -262,7 +263,7 @@ def backward_pass(
     dq, dk, dv = yield from run
     if sink is None or delta_TH is None:
         return dq, dk, dv, q.new_empty(0)
-    # as for a key whose value is zero: dp = 0
+    # dp is 0, as for a key whose value is 0
     weight_TH = torch.exp(sink.to(lse_TH.dtype) - _finite(lse_TH))
     return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
 

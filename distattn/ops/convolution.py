@@ -1,4 +1,4 @@
-"""`causal_conv1d` and `token_shift`: ops that read a few tokens before each, in documents, by a plan, differentiable."""
+"""`causal_conv1d` and `token_shift`: differentiable ops that read a few neighbouring tokens of the same document, with a plan."""
 
 # T tokens on this rank, C channels, H heads of C / H channels each, W taps, G groups of C / G channels each, M documents
 
@@ -30,7 +30,7 @@ from distattn.parallel.runtime.execution import execute_convolution
 from distattn.parallel.runtime.execution.execute_convolution import ConvolutionKernel
 
 _NO_SCORE = ScoreMod(1.0)
-# whole numbers up to it are exact in float64, the dtype of their messages
+# integers up to this are exact in float64, the dtype in which they are sent
 _MOST_WHOLE = 1 << 52
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -46,24 +46,23 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Any:
-    """Compute a causal convolution of this rank's tokens, differentiable. A collective call of all ranks of the plan.
+    """Compute a causal convolution over this rank's tokens; differentiable. A collective call of all ranks of the plan.
 
     y_t = activation(sum_i weight[..., i] x_(t - W + 1 + i) + bias), over the tokens of t's document only. x_TC (T, C) holds
-    this rank's T tokens in the layout's local order. weight is (C, W), one filter per channel, or (C, C / G, W) of G groups,
+    this rank's T tokens in the layout's local order. weight is (C, W), one filter per channel, or (C, C / G, W) with G groups,
     as in `torch.nn.Conv1d(C, C, W, groups=G)`. bias: (C,). activation: "silu" or None. The result has x's dtype.
 
-    initial_state: (M, C, W - 1), the inputs before the first token of each of all M documents, on every rank; 0 by default.
-    weight and bias are also the same on all ranks; gradients of all three are this rank's share, to be summed over ranks like
-    any parameter's. With return_final_state also return (M, C, W - 1) in x's dtype, the last W - 1 inputs of each document,
-    after its initial state if it is shorter: those that this rank has, 0 for others, so that their sum over ranks is
-    complete; not inside torch.compile.
+    initial_state: (M, C, W - 1), the inputs before the first token of each of the M documents, on every rank; 0 by default.
+    weight and bias are the same on all ranks, too. The gradients of all three are this rank's share, to be summed over ranks like
+    any parameter's. With return_final_state also return (M, C, W - 1) in x's dtype: the last W - 1 inputs of each document,
+    preceded by its initial state if the document is shorter. Inputs that this rank does not have are 0, so that the sum over
+    ranks is complete. Final states are refused inside torch.compile.
 
-    plan: of op "convolution" on the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C (G heads with
-    groups), which ranks compare at every call, or its executable from `prepare`. The W - 1 tokens before each segment are
-    sent. Raise PlanError if the plan cannot be proven or ranks have different ones, DistattnError if the tensors do not fit
-    it.
+    plan: a plan of op "convolution" for the mask `Mask.documents(lengths, (W - 1, 0))` with heads x v_head_dim = C (G heads with
+    groups), which ranks compare at every call, or its executable from `prepare`. The W - 1 tokens before each segment are sent.
+    Raise PlanError if the plan cannot be proven or differs between ranks, DistattnError if the tensors do not fit it.
     """
-    # `arguments.checked` would break the graph of torch.compile
+    # `arguments.checked` would cause a graph break in torch.compile
     tensors = {"x": x_TC, "weight": weight, "bias": bias, "initial_state": initial_state}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight")):
@@ -93,16 +92,16 @@ def causal_conv1d(
 def token_shift(
     x_T: Tensor, plan: Plan | Executable, group: dist.ProcessGroup | None = None, *, fill: int = 0
 ) -> Tensor:
-    """Return an earlier or a later token of the same document for each of this rank's tokens: y_t = x_(t - distance).
+    """Return an earlier or later token of the same document for each of this rank's tokens: y_t = x_(t - distance).
 
-    x_T: (T, ...), this rank's T tokens in the layout's local order; y_t is 0 if there is no such token. A collective call of
-    all ranks of the plan; differentiable in x. Whole numbers, such as labels, are sent as float64: x may be of int64 and the
-    plan of float64, and y_t is `fill` if there is no such token.
+    x_T (T, ...) holds this rank's T tokens in the layout's local order. y_t is 0 if there is no such token. This is a collective
+    call of all ranks of the plan, and differentiable in x. Integers, such as labels, are sent as float64: x may be int64 if the
+    plan is for float64, and y_t is `fill` if there is no such token.
 
-    plan: of op "token_shift" on the mask `Mask.token_shift(lengths, distance)` with heads x v_head_dim numbers per token, or
-    its executable from `prepare`. `distance` tokens per segment are sent. Raise PlanError if the plan cannot be proven or
-    ranks have different ones, DistattnError if x does not fit it, or has whole numbers of 2^52 or more; for a tensor on a GPU
-    that is an assertion of the device, after which the process cannot use the GPU any more.
+    plan: a plan of op "token_shift" for the mask `Mask.token_shift(lengths, distance)` with heads x v_head_dim numbers per token,
+    or its executable from `prepare`. Each segment sends `distance` tokens. Raise PlanError if the plan cannot be proven or
+    differs between ranks, DistattnError if x does not fit it, or has integers of 2^52 or more. On a GPU such integers cause a
+    device-side assertion, after which the process can no longer use the GPU.
     """
     if not isinstance(x_T, Tensor):
         raise DistattnError(f"x is a {type(x_T).__name__}; a tensor is needed.")
@@ -123,7 +122,7 @@ def token_shift(
     call, program = executable.program.call, executable.program
     if call.op != TOKEN_SHIFT:
         raise DistattnError(f'the plan is of {call.op.name}, not of a token shift; make_plan takes op="token_shift".')
-    # missing tokens are 0
+    # a missing token is 0, so numbers are sent relative to `fill`
     x = x_T.double() - fill if whole else x_T
     _check_tokens(executable, x.reshape(len(x), math.prod(x.shape[1:])))
     by_heads = x.reshape(program.tokens, call.heads, call.v_head_dim)
@@ -133,7 +132,7 @@ def token_shift(
 
 
 def _check_whole(x_T: Tensor) -> None:
-    """Raise if a number of int64 is 2^52 or more. On a GPU the device raises later, so that the host does not wait."""
+    """Raise DistattnError if an int64 number is 2^52 or more. On a GPU a device-side assertion fails later instead."""
     too_large = "x has whole numbers of 2^52 or more; whole numbers below 2^52 are needed."
     fits = ((x_T < _MOST_WHOLE) & (x_T > -_MOST_WHOLE)).all()
     if has_streams(x_T.device):
@@ -179,7 +178,10 @@ def _check_tokens(executable: Executable, x: Tensor) -> None:
 
 
 def _check_taps(call: Call, taps: int) -> None:
-    """Check the taps against the plan's mask; not called while torch.compile traces, because masks are NumPy's."""
+    """Raise DistattnError if the plan's mask is for a different number of taps.
+
+    Not called while torch.compile traces, because masks are NumPy arrays.
+    """
     planned = _taps(call)
     if planned not in (None, taps):
         raise DistattnError(
@@ -189,7 +191,7 @@ def _check_taps(call: Call, taps: int) -> None:
 
 
 def _check_kernel(executable: Executable, grouped: bool) -> None:
-    """Check the kernel of an executable that a caller has prepared: it may support only filters of one channel."""
+    """Raise DistattnError if a prepared executable's kernel does not support the filters, such as those of groups."""
     key = executable.key
     needed = kernel_requirements(executable.program.call, key.device, ["grouped"] if grouped else [])
     if why := load_kernel(key.kernel).unsupported_reason(needed):
@@ -199,7 +201,7 @@ def _check_kernel(executable: Executable, grouped: bool) -> None:
 
 
 def _check_distance(call: Call) -> None:
-    """Check that the mask is a token shift; not called while torch.compile traces."""
+    """Raise DistattnError if the mask is not a token shift. Not called while torch.compile traces."""
     pieces = call.mask.pieces
     if len(np.unique(pieces[:, [LO, HI]] + (pieces[:, OK] - pieces[:, OQ])[:, None])) > 1:
         raise DistattnError(
@@ -208,7 +210,7 @@ def _check_distance(call: Call) -> None:
 
 
 def _taps(call: Call) -> int | None:
-    """Return the number of tokens that each sees, including itself; None if every document is shorter. Raise if it varies."""
+    """Return how many tokens each token sees, including itself; None if all documents are shorter. Raise if it varies."""
     pieces = call.mask.pieces
     shift = pieces[:, OK] - pieces[:, OQ]
     reach, length = -(pieces[:, LO] + shift), pieces[:, Q1] - pieces[:, Q0]
@@ -265,7 +267,7 @@ def _backward_fake(dy, x, weight, initial, kept, plan):  # noqa: ANN001, ANN202
 
 
 class _FirstTokens(NamedTuple):
-    """Tokens of this rank among the first W - 1 of their document: rows, documents and positions in these."""
+    """This rank's tokens among the first W - 1 of their document: their rows, and their documents and positions there."""
 
     rows: Tensor
     documents: Tensor
@@ -285,7 +287,7 @@ def _first_tokens(executable: Executable, taps: int, device: torch.device) -> _F
 
 
 def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtype: torch.dtype) -> Tensor:
-    """Compute the part of first tokens that depends on earlier inputs, (rows, H, D), in the dtype of sums. Differentiable."""
+    """Compute what first tokens receive from the initial state, (rows, H, D), in the accumulation dtype. Differentiable."""
     wide = accumulation_dtype(dtype)
     heads, dim, taps = weight.shape[0], weight.shape[1], weight.shape[-1]
     one_filter_a_channel = weight.dim() == 3
@@ -296,7 +298,7 @@ def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtyp
 
 
 def _final_state(executable: Executable, x_TC: Tensor, initial_MCW: Tensor | None, taps: int) -> Tensor:
-    """Return (M, C, W - 1), the last inputs of all documents as far as this rank has them, 0 for others. Differentiable."""
+    """Return the last inputs of all documents, (M, C, W - 1), and 0 for those on other ranks. Differentiable."""
     call = executable.program.call
     _check_documents(call)
     ends, width, tokens = call.layout.ends, taps - 1, call.layout.tokens(executable.program.rank)
@@ -311,7 +313,7 @@ def _final_state(executable: Executable, x_TC: Tensor, initial_MCW: Tensor | Non
     states_NC = x_TC.new_zeros(len(ends) * width, x_TC.shape[1])
     states_NC = states_NC.index_copy(0, on_device(document[rows] * width + column[rows]), x_TC[on_device(rows)])
     if initial_MCW is not None:
-        # for shorter documents, at the rank of their last token
+        # shorter documents keep part of their initial state, on the rank of their last token
         ended, lengths = document[tokens == ends[document] - 1], np.array(call.layout.lengths)
         number, column = np.nonzero(lengths[ended][:, None] + np.arange(width) < width)
         to, short = ended[number] * width + column, lengths[ended[number]]

@@ -1,4 +1,4 @@
-"""Micro-batches that take turns on one rank: which of them an operator or a checkpointed layer is called for."""
+"""The micro-batch that operators and checkpointed layers are called for, if several take turns on a rank."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from distattn.ops.executable import Executable
 
 
 class InterleavedBatch(Protocol):
-    """A micro-batch that takes turns with others on this rank (see `driver.overlap`): it runs its own attention calls."""
+    """A micro-batch that takes turns with others on this rank (see `driver.overlap`), and runs its own attention calls."""
 
     @property
     def layer(self) -> nn.Module | None:
-        """The layer that is computed for it; None outside of the schedule's layers, and in a layer's repetition."""
+        """The layer that the micro-batch is in; None outside the schedule's layers, and while a layer is recomputed."""
 
     def attention(
         self,
@@ -37,9 +37,9 @@ class InterleavedBatch(Protocol):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Compute `layer`, of which only the input and attention's outputs are kept; return its output.
+        """Run `layer`, keeping only its input and attention's outputs; return its output.
 
-        put: takes the input to the host, and returns an object whose `get` brings it back.
+        put: moves the input to the host, and returns an object whose `get` brings it back. None: the input stays.
         """
 
 
@@ -50,7 +50,7 @@ class _PerThread(threading.local):
 
 
 INTERLEAVED = _PerThread()
-# micro-batches whose backward pass runs: a recomputed forward in it may be on a thread of autograd
+# micro-batches in their backward pass, which may recompute a forward pass on an autograd thread
 RECOMPUTING: list[InterleavedBatch] = []
 
 

@@ -1,7 +1,7 @@
-"""Executables: plans made ready to run on this rank, identified in operators by a whole number, their handle.
+"""Executables: plans made ready to run on this rank. Operators refer to them by an integer handle.
 
-Lowering a plan to this rank's program involves no other rank and may happen on a thread ahead of time (`EXECUTABLES.program`).
-Agreement with the other ranks and opening a communicator are collective and happen in `prepare`, on the caller's thread.
+Lowering a plan to this rank's program involves no other rank and may happen ahead of time on a thread (`EXECUTABLES.program`).
+Agreeing with the other ranks and opening a communicator are collective; `prepare` does both on the caller's thread.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from distattn.parallel.runtime.program import Program
 
 
 class ExecutionKey(NamedTuple):
-    """Identity of an execution: rank of the plan, name of the kernel, device."""
+    """The key of a program: the rank in the plan, the kernel's name, and the device."""
 
     rank: int
     kernel: str
@@ -59,9 +59,9 @@ class ExecutionKey(NamedTuple):
 
 
 class PassObserver(Protocol):
-    """Observer that is called before each forward or backward pass of an executable, and may wrap its kernel."""
+    """An observer that is called before each forward or backward pass of an executable, and may wrap its kernel."""
 
-    # passes of two micro-batches may interleave on this rank
+    # True if passes of two micro-batches may interleave on this rank
     allows_interleaving: bool
 
     def on_pass_begin(self, direction: str, score: ScoreMod) -> None: ...
@@ -72,25 +72,26 @@ class PassObserver(Protocol):
 class Executable:
     """A plan ready to run on this rank: its program, kernel and transport.
 
-    `handle` and `kept_elements` (elements that the forward keeps for the backward) are plain whole numbers, so that under
-    torch.compile the second executable recompiles once, and later ones not at all. Hold it until the backward has run.
+    `handle` and `kept_elements` (how many elements the forward pass keeps for the backward pass) are plain integers, so that
+    under torch.compile only the second executable triggers a recompilation. Keep a reference to it until the backward pass has
+    run.
     """
 
     def __init__(self, program: Program, key: ExecutionKey, transport: Transport, observer: PassObserver | None = None):
         self.program, self.key, self.transport, self.observer = program, key, transport, observer
         kernel: Kernel = load_kernel(key.kernel)
         self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
-        # in bytes for a recurrence, whose kept tensors have several dtypes
+        # counted in bytes for a recurrence, because its kept tensors have several dtypes
         is_recurrence = program.forward_states is not None
         self.kept_elements = kept_size(program) if is_recurrence else program.kept_places.numbers
         self.handle = EXECUTABLES.add(self)
         self._memory: dict[str, PassMemory] = {}
 
     def memory(self) -> dict[str, PassMemory]:
-        """Return the memory that a layer's "forward" and "backward" pass need on this rank's device, in bytes.
+        """Return the memory that a layer's "forward" and "backward" passes need on this rank's device, in bytes.
 
-        It is exact for the triton and gluon kernels, and an upper bound for "flash". For recurrences it counts the launch that
-        needs most, with kernels "chunked" and "triton_chunked"; allocations inside fla-core and PyTorch's operators are unknown.
+        It is exact for the triton and gluon kernels, and an upper bound for "flash". For recurrences with the kernels "chunked"
+        and "triton_chunked" it includes the largest launch. Allocations inside fla-core and PyTorch's operators are unknown.
         """
         if not self._memory:
             self._memory = self._count_memory()
@@ -111,7 +112,7 @@ class Executable:
         return passes
 
     def begin_pass(self, direction: str, score: ScoreMod) -> None:
-        """Begin a pass in the current stream of this thread."""
+        """Begin a pass on this thread's current stream."""
         if self.program.uploaded is not None:
             self.program.uploaded.join()
         if self.observer is not None:
@@ -119,13 +120,13 @@ class Executable:
 
 
 class ExecutableCache:
-    """Cache of programs of plans, communicators of groups, and executables by handle.
+    """A cache of programs by plan, communicators by group, and executables by handle.
 
     Programs live as long as their plan, communicators as long as their group, handles as long as their executable.
     """
 
     def __init__(self) -> None:
-        # torch.compile specialises on 0 and 1
+        # handles start at 2, because torch.compile specialises on 0 and 1
         self._handles = itertools.count(2)
         self._by_handle: weakref.WeakValueDictionary[int, Executable] = weakref.WeakValueDictionary()
         self._programs: weakref.WeakKeyDictionary[Plan, dict[ExecutionKey, Program]] = weakref.WeakKeyDictionary()
@@ -135,17 +136,17 @@ class ExecutableCache:
         self._lock = threading.Lock()
 
     def forget_locks(self) -> None:
-        """Make new locks in a forked process: the threads that held the old ones do not exist there."""
+        """Make new locks in a forked process, where the threads that held the old ones do not exist."""
         self._lock, self._plan_locks = threading.Lock(), weakref.WeakKeyDictionary()
 
     def add(self, executable: Executable) -> int:
-        """Return a new handle for an executable; the cache does not keep it alive."""
+        """Return a new handle for an executable. The cache does not keep the executable alive."""
         handle = next(self._handles)
         self._by_handle[handle] = executable
         return handle
 
     def by_handle(self, handle: int) -> Executable:
-        """Return the executable of a handle. Raise DistattnError if it has been freed."""
+        """Return the executable with this handle. Raise DistattnError if it has been freed."""
         executable = self._by_handle.get(handle)
         if executable is None:
             raise DistattnError(
@@ -155,10 +156,10 @@ class ExecutableCache:
         return executable
 
     def program(self, plan: Plan, key: ExecutionKey, proven: bool = True) -> Program:
-        """Return the program of a plan, made at the first call, with a proof if `proven`. May be called on any thread."""
+        """Return a plan's program, lowered at the first call, and proven if `proven`. May be called on any thread."""
         with self._lock:
             lock = self._plan_locks.setdefault(plan, threading.Lock())
-        # one lock per plan: other plans' programs need not wait for this one
+        # one lock per plan, so that other plans' programs need not wait for this one
         with lock:
             programs = self._programs.setdefault(plan, {})
             if key not in programs:
@@ -173,9 +174,9 @@ class ExecutableCache:
     def transport(
         self, group: dist.ProcessGroup, device: torch.device, timeout: timedelta | None = None
     ) -> GroupTransport:
-        """Return the communicator of a group's plans for such devices; the first call opens it and is collective.
+        """Return a group's communicator for this type of device. The first call opens it and is collective.
 
-        timeout: the longest time of a message; by default the group's own.
+        timeout: the longest time that a message may take; by default the group's time-out.
         """
         transports = self._transports.setdefault(group, {})
         if (device.type, timeout) not in transports or not transports[device.type, timeout].is_open:
@@ -184,7 +185,7 @@ class ExecutableCache:
         return transports[device.type, timeout]
 
     def host(self, group: dist.ProcessGroup) -> Any:
-        """Return a communicator between the processes of a group; the first call opens it and is collective."""
+        """Return a host-side communicator of a group. The first call opens it and is collective."""
         if group not in self._hosts:
             self._hosts[group] = open_host_communicator(group, timeout_of(group))
         return self._hosts[group]
@@ -206,19 +207,19 @@ def prepare(
     proven: bool = True,
     modifiers: Sequence[str] = (),
 ) -> Executable:
-    """Make a plan ready to run: a collective call of all its ranks, which compare their plans every time.
+    """Make a plan ready to run. A collective call of all its ranks, which compare their plans every time.
 
-    group defaults to the default process group; a plan for one rank needs none. kernel: a name of KERNELS, or of
-    OTHER_KERNELS for other ops, by default "auto": on GPUs the fastest of those that a trial found correct (see
+    group: by default the default process group; a plan for one rank needs no group. kernel: a key of KERNELS, or of OTHER_KERNELS
+    for ops other than attention. On GPUs the default, "auto", is the fastest kernel that a trial found correct (see
     `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: for that choice, "softcap" and
-    "alibi_slopes" if calls will have them, "lse" if gradients go through it. max_buffer_bytes: the most bytes of buffers that
-    a rank may need at once (see `verify`). proven=False: without a proof, for callers that prove only some plans of one kind;
-    max_buffer_bytes requires the proof all the same. Hold the result until the backward has run: under torch.compile nothing
-    else keeps its program.
+    "alibi_slopes" if calls will use them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the most bytes of
+    buffers that a rank may need at once (see `verify`). proven: False skips the proof, for callers that prove only some plans of
+    a kind; max_buffer_bytes requires the proof in any case. Keep the result until the backward pass has run: under torch.compile
+    nothing else keeps its program alive.
 
-    Raise PlanError if the plan cannot be proven or needs more than max_buffer_bytes, or if ranks have different plans;
-    DistattnError if it does not fit the kernel. If one rank refuses, all do. A group of another size is refused without
-    asking the other ranks.
+    Raise PlanError if the plan cannot be proven, needs more than max_buffer_bytes, or differs between ranks; DistattnError if it
+    does not fit the kernel. If one rank refuses the plan, all do. A group of the wrong size is refused without asking the other
+    ranks.
     """
     rank, group = _membership(plan, group)
     device = with_device_index(device)
@@ -257,7 +258,7 @@ def _gather_over(group: dist.ProcessGroup | None) -> Callable[[Any], list[Any]]:
 
 
 def with_device_index(device: torch.device | str | int) -> torch.device:
-    """Return the device with its index: "cuda" is the current one of this thread, which may differ on another thread.
+    """Return the device with its index; "cuda" becomes this thread's current device, which may differ between threads.
 
     Raise DistattnError if there is no such device.
     """
@@ -273,7 +274,7 @@ def with_device_index(device: torch.device | str | int) -> torch.device:
 def checked_program(
     plan: Plan, rank: int, kernel: str | None, device: torch.device, max_buffer_bytes: int | None, proven: bool
 ) -> tuple[ExecutionKey, Program]:
-    """Return this rank's program of a plan, with its key. Raise what `prepare` raises; communicate with no other rank."""
+    """Return the key and the program of this rank's part of a plan, without communication. Raise the errors of `prepare`."""
     key = ExecutionKey(rank, choose_kernel(kernel, kernel_requirements(plan.call, device)), device)
     program = EXECUTABLES.program(plan, key, proven)
     if max_buffer_bytes is not None:
@@ -282,7 +283,7 @@ def checked_program(
 
 
 def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[str] = ()) -> KernelRequirements:
-    """Return what a call requires of a kernel, as far as its plan tells.
+    """Return a call's requirements for its kernel, as far as the plan determines them.
 
     modifiers: "softcap", "alibi_slopes", "lse", "grouped".
     """
@@ -303,8 +304,8 @@ def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[st
 
 
 def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:
-    """Return a sentence that names the ranks whose plan differs from the others', and the difference. Both lists are by rank."""
-    # the majority is right; in a tie the group with rank 0
+    """Return a sentence that names the ranks whose plan differs, and the difference. Both lists have one entry per rank."""
+    # the majority is assumed to be right; in a tie, the ranks that agree with rank 0
     counts = Counter(digests)
     usual = max(counts, key=lambda digest: (counts[digest], digest == digests[0]))
     odd = [rank for rank, digest in enumerate(digests) if digest != usual]
@@ -325,7 +326,7 @@ def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
-    """Return a description of the call that can be compared between ranks."""
+    """Return a description of a plan's call that can be compared between ranks."""
     call = plan.call
     starts = [0, *call.layout.ends.tolist()]
     return {
@@ -357,9 +358,9 @@ def _membership(plan: Plan, group: dist.ProcessGroup | None) -> tuple[int, dist.
 
 
 def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) -> None:
-    """Compare the plans' digests and refusals of all ranks, on the host. On any disagreement every rank raises.
+    """Compare all ranks' plan digests and refusals on the host. On any disagreement, every rank raises.
 
-    They compare every time, not only if this rank has not seen the plan: a plan may be new to one rank only.
+    Ranks compare every time, even a plan that this rank has seen before, because it may be new to another rank.
     """
     host = EXECUTABLES.host(group)
     mine = plan.digest, refusal is not None
@@ -372,7 +373,7 @@ def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) 
 
 
 def raise_disagreement(digests: list[str], summaries: list[dict[str, Any]], refusal: DistattnError | None) -> None:
-    """Raise this rank's refusal, or the first other rank's, or name the difference between the ranks' plans."""
+    """Raise this rank's refusal, or that of the first rank with one, or a PlanError if plans differ."""
     if refusal is not None:
         raise refusal
     refused = next((rank for rank, summary in enumerate(summaries) if summary["refusal"]), None)

@@ -1,6 +1,6 @@
-"""`kernel="auto"`: the choice of a kernel for a plan, by trial (see `kernels.trials`), the same on all ranks.
+"""`kernel="auto"`: the choice of a plan's kernel by trial (see `kernels.trials`), the same on all ranks.
 
-Kernels of recurrences and convolutions are tried, too, on tokens of the call's shape (see `kernels.recurrence.trial` and
+Kernels of recurrences and convolutions are tried on tokens of the call's shape (see `kernels.recurrence.trial` and
 `kernels.convolution.trial`).
 """
 
@@ -29,34 +29,34 @@ from distattn.kernels.trial_cache import read_trials, trial_key, trial_key_of_op
 from distattn.kernels.trials import Trial, rank_kernels, try_kernels
 from distattn.parallel.runtime.lowering.lower import lower
 
-# by plan, for plans that are prepared repeatedly
+# trials by plan, for plans that are prepared repeatedly
 _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
-# by kernels, requirements and heads, for recurrences and convolutions, independently of their plans
+# trials of recurrences and convolutions by kernels, requirements and heads, independently of plans
 _TRIALS_OF_SHAPE: dict[Any, dict[str, Trial]] = {}
 # trials that ran out of memory, by key and kernel: they are repeated once more memory is free
 _OUT_OF_MEMORY: dict[tuple[str, str], Trial] = {}
-# for other kinds of ops than attention: tried on calls of the plan's shape
+# for kinds of ops other than attention: functions that try kernels on calls of the plan's shape
 _TRIALS_OF_KIND = {"recurrence": try_recurrence, "convolution": try_convolution}
 _LOG = logging.getLogger("distattn")
 
 
 def may_choose_kernel(op: Op) -> bool:
-    """Return whether "auto" may choose among several kernels of an op, by trial."""
+    """Return whether "auto" can choose among several kernels of an op by trial."""
     return op == ATTENTION or op.kind in _TRIALS_OF_KIND
 
 
 def in_larger_job() -> bool:
-    """Return whether this process is one of several ranks, whatever plans it has a part in."""
+    """Return whether this process is one of several ranks, even if its plan is for a single rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def common_kernel_ranking(
     trials: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]], op: Op = ATTENTION
 ) -> list[str]:
-    """Return the correct kernels, fastest first, by the trials of all ranks. A collective call, also of ranks without trials.
+    """Return the correct kernels, fastest first, from all ranks' trials. A collective call, even for ranks without trials.
 
-    trials: of this rank. gather: returns a value of every rank, by rank. Return [] if no rank has tried any. Raise
-    DistattnError on all ranks if no kernel is correct, or if ranks compute on different kinds of devices.
+    trials: this rank's trials. gather: gathers a value from every rank, and returns them by rank. Return [] if no rank has tried
+    a kernel. Raise DistattnError on all ranks if no kernel is correct, or if ranks compute on different types of devices.
     """
     trials_by_rank = gather((device.type, trials))
     odd = next((rank for rank, (kind, _) in enumerate(trials_by_rank) if kind != trials_by_rank[0][0]), None)
@@ -69,9 +69,9 @@ def common_kernel_ranking(
 
 
 def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
-    """Return this rank's trials of kernels on its launches of a plan, if possible from the cache; {} without a choice.
+    """Return this rank's trials of kernels on its launches of a plan, from the cache if possible; {} if there is no choice.
 
-    A trial that ran out of memory is repeated, a few times in a process, if more memory is free by then.
+    A trial that ran out of memory is repeated when more memory is free, a few times per process.
     """
     names = candidate_kernels(requirements.device, requirements.op)
     if len(names) < 2:
@@ -94,12 +94,12 @@ def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements)
 def _trials_of_launches(
     plan: Plan, rank: int, requirements: KernelRequirements, names: tuple[str, ...]
 ) -> dict[str, Trial]:
-    """Return the trials of kernels on a rank's launches of a plan of attention."""
+    """Return the trials of kernels on a rank's launches of an attention plan."""
     masks: list[LaunchMask] = []
     # the comparison of plans reports why a plan is refused
     with suppress(DistattnError):
         program = lower(plan, rank, lambda mask: mask, in_larger_job=in_larger_job())
-        # equal launches count as often as they occur
+        # a launch that occurs several times is counted several times
         masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
     key = trial_key(masks, requirements)
     trials = _with_retries(key, names, requirements, lambda rest: try_kernels(rest, masks, requirements, _LOG.info))
@@ -112,7 +112,7 @@ def _trials_of_launches(
 def _trials_of_shape(
     names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
 ) -> dict[str, Trial]:
-    """Return the trials of kernels on calls of such a shape, for any documents."""
+    """Return the trials of kernels on calls of a shape, which hold for any documents."""
     key, try_op = trial_key_of_op(requirements, heads, key_heads), _TRIALS_OF_KIND[requirements.op.kind]
     trials = _with_retries(
         key, names, requirements, lambda rest: try_op(rest, requirements, heads, key_heads, _LOG.info)
@@ -129,7 +129,7 @@ def _with_retries(
     requirements: KernelRequirements,
     attempt: Callable[[tuple[str, ...]], dict[str, Trial]],
 ) -> dict[str, Trial]:
-    """Return the trials of a key, known or new ones. Those that lacked memory are not repeated until more is free."""
+    """Return the trials of a key, old or new. Those that ran out of memory are not repeated until more memory is free."""
     out_of_memory = {name: _OUT_OF_MEMORY[key, name] for name in names if (key, name) in _OUT_OF_MEMORY}
     too_large = {name: old for name, old in out_of_memory.items() if not old.may_succeed_now(requirements.device)}
     rest = tuple(name for name in names if name not in too_large)
@@ -144,7 +144,7 @@ def _with_retries(
 
 
 def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[str, Trial]]) -> dict[str, Trial]:
-    """Return the trials of a key from the cache, or try the kernels and store the trials."""
+    """Return the cached trials of a key, or try the kernels and cache the trials."""
     trials = read_trials(key, names)
     if trials is None:
         trials = attempt()
@@ -159,5 +159,5 @@ def _warn(name: str, key: str, fault: str) -> None:
 
 
 def first_supported(ranked: list[str], requirements: KernelRequirements) -> str:
-    """Return the first kernel of a ranking that serves such a call, or the first of all, which then raises the reason."""
+    """Return the first kernel in a ranking that supports a call. If no kernel does, return the first, whose error says why."""
     return next((name for name in ranked if not load_kernel(name).unsupported_reason(requirements)), ranked[0])

@@ -1,4 +1,4 @@
-"""`latent_attention`: multi-head latent attention (DeepSeek's MLA) by a plan: either latents move, or their keys and values."""
+"""`latent_attention`: multi-head latent attention (DeepSeek's MLA) with a plan that moves latents, or keys and values."""
 
 # T tokens on this rank, H query heads, N key dim without the rotary part, R rotary dim, D = N + R, L latent dim, E value head dim
 
@@ -39,16 +39,16 @@ def latent_attention(
     scale: float | None = None,
     kernel: str | None = None,
 ) -> Tensor:
-    """Compute latent attention of this rank's tokens, differentiable. A collective call of all ranks of the plan.
+    """Compute latent attention for this rank's tokens; differentiable. A collective call of all ranks of the plan.
 
-    Head h attends with keys [up_h[:N] c | rope] to values up_h[N:] c, of latents c. q_THD (T, H, N + R) has its rotary part
-    last; rope_TR (T, R) is the rotary key of all heads, latent_TL (T, L) the latent after its norm. up_HEL (H, N + E, L) is
+    For a latent c, head h has the key [up_h[:N] c | rope] and the value up_h[N:] c. q_THD (T, H, N + R) has its rotary part last.
+    rope_TR (T, R) is the rotary key that all heads share, and latent_TL (T, L) the latent after its norm. up_HEL (H, N + E, L) is
     the weight of the up-projection (`kv_b_proj.weight.view(H, N + E, L)`), the same on all ranks; its gradient is this rank's
     share, to be summed over ranks like any parameter's. The result o_THE has q's dtype. scale defaults to (N + R) ** -0.5.
 
-    plan: a result of `make_latent_plan`: of op `distattn.latent_op(R, L)` with kv_heads=1, head_dim=N + R and v_head_dim=E,
-    or of attention with kv_heads=H: then each rank expands its own latents, and keys and values move. Raise PlanError if the
-    plan cannot be proven or ranks have different ones, DistattnError if the tensors do not fit it.
+    plan: a result of `make_latent_plan`. With op `distattn.latent_op(R, L)`, kv_heads=1, head_dim=N + R and v_head_dim=E, latents
+    move. With op attention and kv_heads=H, each rank expands its own latents, and keys and values move. Raise PlanError if the
+    plan cannot be proven or differs between ranks, DistattnError if the tensors do not fit it.
     """
     q_THD, rope_TR, latent_TL, up_HEL = autocast_inputs(q_THD, rope_TR, latent_TL, up_HEL)
     if kernel is None and isinstance(plan, Plan):
@@ -69,7 +69,7 @@ def latent_attention(
 
 
 def latent_kernel(call: Call, device: torch.device) -> str:
-    """Return the default kernel for either plan of latent attention; some kernels do not take keys wider than values."""
+    """Return the default kernel for either kind of latent plan. Some kernels do not support keys wider than values."""
     return choose_kernel(None, kernel_requirements(call, device)._replace(op=latent_op(1, 1)))
 
 
@@ -78,7 +78,7 @@ def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tenso
     call, op, tokens = program.call, program.call.op, program.tokens
     rotary, width = op.rotary_dim, op.latent_dim
     if op == ATTENTION and call.kv_heads == call.heads:
-        # any sizes that fit each other: keys and values are made before the call
+        # any consistent sizes will do, because keys and values are expanded before the call
         rotary, width = min(rope.shape[-1], call.head_dim - 1), latent.shape[-1]
     elif op.kind != "latent_attention":
         raise DistattnError(

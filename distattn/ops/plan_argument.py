@@ -1,4 +1,4 @@
-"""The plan argument of all ops: common errors, and plans made ready to run."""
+"""The plan argument of all ops: common errors, and the preparation of plans."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def executable_of(
     modifiers: Sequence[str] = (),
     can_interleave: bool = False,
 ) -> Executable:
-    """Return the executable that an op's plan argument is, or prepare one for this call, which is then collective.
+    """Return an op's plan argument if it is an executable; otherwise prepare the plan, which is a collective call.
 
-    op: the name of the public function, for errors. device, kernel and modifiers are for `prepare`. can_interleave: the op
-    may be called while micro-batches take turns.
+    op: the name of the public function, for errors. device, kernel, modifiers: see `prepare`. can_interleave: the op may be
+    called while micro-batches take turns.
 
-    Raise what `prepare` raises, and DistattnError for other objects than plans, for an executable together with a group or a
+    Raise the errors of `prepare`, and DistattnError for objects other than plans, for an executable together with a group or a
     kernel, for a plan inside torch.compile, and for an op that cannot take turns with other micro-batches.
     """
     if not isinstance(plan, (Plan, Executable)):

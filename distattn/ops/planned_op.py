@@ -1,6 +1,6 @@
-"""Operators of PyTorch that run a plan: what all of them do around their passes is written once, here.
+"""PyTorch operators that run a plan: their registration, and the code around the passes that they share.
 
-An operator takes tensors, the handle of an executable, and numbers. Its backward pass is an operator, too, which has no gradient.
+An operator takes tensors, the handle of an executable, and numbers. Its backward pass is an operator, too, without a gradient.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from distattn.ops.executable import EXECUTABLES
 from distattn.parallel.runtime.execution.execute import PausableRun
 from distattn.supervision.heartbeats import current_layer, set_layer
 
-# Tags of operators that run a plan: they send messages, and wait for events of other streams. Inductor partitions a graph at such
-# operators, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
+# Operators that run a plan send messages and wait for events of other streams. Inductor partitions a graph at operators with this
+# tag, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
 NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 _HERE = nullcontext()
-# the functions of operators, by name; and those that save for the backward pass and compute gradients, by prefix
+# operators' functions, by name; the functions that save for the backward pass and compute gradients, by prefix
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 AUTOGRAD: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {}
 
 
 class PlannedPass(NamedTuple):
-    """One direction of an operator. tensors, numbers: its arguments, and its results, as a schema of PyTorch has them.
+    """One direction of an operator. tensors, numbers, results: its arguments and results, as in a PyTorch schema.
 
-    run: gets the executable, the tensors and the numbers; returns a run whose result is that of the operator. fake: gets all
-    arguments, and returns tensors of the results' shapes and dtypes.
+    run: takes the executable, the tensors and the numbers; returns a run that ends with the operator's results. fake: takes all
+    arguments; returns tensors with the results' shapes and dtypes.
     """
 
     tensors: tuple[str, ...]
@@ -51,14 +51,15 @@ def register_planned_op(
     saved_outputs: slice = slice(-1, None),
     fixed_outputs: slice = slice(-1, None),
 ) -> None:
-    """Register distattn::PREFIXforward, differentiable, and distattn::PREFIXbackward.
+    """Register distattn::PREFIXforward, which is differentiable, and distattn::PREFIXbackward.
 
-    subject: of the sentence that refuses second derivatives. gradients: gets the context, the tensors that were saved and the
-    gradients of all outputs; returns the gradients of all tensors that the forward pass takes. saved_outputs: of the forward
-    pass, saved behind its tensors; fixed_outputs: those without a gradient. The last output is what is kept for the backward.
+    subject: the subject of the error that refuses second derivatives. gradients: takes the context, the saved tensors and the
+    gradients of all outputs; returns the gradients of all tensors that the forward pass takes. saved_outputs: the outputs of the
+    forward pass to save after its tensors. fixed_outputs: the outputs without a gradient. The last output contains the tensors
+    kept for the backward pass.
     """
     names, tensors = (f"distattn::{prefix}forward", f"distattn::{prefix}backward"), len(forward.tensors)
-    # a handle follows the tensors, and in the forward pass how much is kept for the backward
+    # a handle follows the tensors; in the forward pass, the number of elements kept for the backward pass comes next
     facts = ("SymInt plan", "SymInt kept_elements"), ("SymInt plan",)
     for name, one_pass, between in zip(names, (forward, backward), facts, strict=True):
         arguments = ", ".join((*one_pass.tensors, *between, *one_pass.numbers))
@@ -72,13 +73,13 @@ def register_planned_op(
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensors], *output[saved_outputs])
         ctx.plan, ctx.numbers, ctx.layer = inputs[tensors], inputs[tensors + 2 :], current_layer()
-        # the executable outlives its plan until the backward has run; under torch.compile the caller holds it
+        # keep the executable alive until the backward pass has run; under torch.compile the caller does so
         ctx.executable = EXECUTABLES.by_handle(ctx.plan) if type(ctx.plan) is int else None
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # messages of this pass belong to the layer of the forward pass, or to none
+        # messages of this pass belong to the layer of the forward pass, if it had one
         set_layer(ctx.layer)
-        # once: a checkpoint recomputes them then
+        # read saved_tensors only once, because under a checkpoint reading them triggers the recomputation
         of_tensors = gradients(ctx, ctx.saved_tensors, *grads)
         return *of_tensors, None, None, *(None for _ in ctx.numbers)
 
@@ -91,14 +92,14 @@ def register_planned_op(
 
 
 def _runner(run: Callable[..., PausableRun[Any]], tensors: int, facts: int) -> Callable[..., Any]:
-    """Return the function of an operator, which runs on the device of its first tensor. facts: arguments behind the tensors."""
+    """Return an operator's function, which runs on its first tensor's device. facts: how many arguments follow the tensors."""
 
     def run_plan(*arguments: Any) -> Any:
         device = arguments[0].device
         with current_device(device) if has_streams(device) else _HERE:
             executable = EXECUTABLES.by_handle(arguments[tensors])
             steps = run(executable, *arguments[:tensors], *arguments[tensors + facts :])
-            # as `run_to_completion` does, with one frame less on the way to every kernel
+            # `run_to_completion` written out, which saves a frame on the way to every kernel
             while True:
                 try:
                     next(steps)

@@ -1,6 +1,6 @@
-"""`prefix_max`: the maximum over the earlier tokens of a document, by a plan. It keeps running softmaxes finite."""
+"""`prefix_max`: the maximum over a document's earlier tokens, computed with a plan. It keeps running softmaxes finite."""
 
-# T tokens on this rank, H heads, V numbers a head, M documents
+# T tokens on this rank, H heads, V numbers per head, M documents
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distattn.parallel.runtime.execution.execute_prefix_max import PrefixMaxKern
 _NO_SCORE = ScoreMod(1.0)
 
 
-# ranks compare plans, and states are combined one by one: only layers before and after it are compiled
+# excluded from torch.compile, because ranks compare plans and states are combined one by one
 @torch.compiler.disable
 def prefix_max(
     x_THV: Tensor,
@@ -33,18 +33,18 @@ def prefix_max(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Any:
-    """Compute the elementwise maximum over the tokens before each of this rank's. A collective call of all ranks of the plan.
+    """Compute the elementwise maximum over the tokens before each of this rank's tokens. A collective call of the plan's ranks.
 
-    before_t = max(initial, x_s of all earlier tokens s of t's document), -inf for a first token; the maximum including t is
-    torch.maximum(before, x). x_THV (T, H, V) holds this rank's T tokens in the layout's local order; the result has its shape
-    and dtype. It has no gradient: a maximum that is subtracted inside a softmax cancels.
+    before_t = max(initial, x_s for all earlier tokens s of t's document). By default it is -inf for a first token. The maximum
+    including t is torch.maximum(before, x). x_THV (T, H, V) holds this rank's T tokens in the layout's local order; the result
+    has its shape and dtype. It has no gradient, because a maximum subtracted inside a softmax cancels.
 
-    initial_state: (M, H, V) of all M documents, on every rank; -inf by default. With return_final_state also return the
-    maxima over whole documents, (M, H, V) in fp32 (fp64): those of documents that end on this rank, 0 for others.
+    initial_state: (M, H, V), for all M documents, on every rank; -inf by default. With return_final_state also return the maxima
+    over whole documents, (M, H, V) in fp32 (fp64 for fp64): those of documents that end on this rank, 0 for others.
 
-    plan: of op "prefix_max" with head_dim 1, which ranks compare at every call, or its executable from `prepare`. For each
-    segment H x V numbers are sent. Raise PlanError if the plan cannot be proven or ranks have different ones, DistattnError
-    if the tensors do not fit it.
+    plan: a plan of op "prefix_max" with head_dim 1, which ranks compare at every call, or its executable from `prepare`. Each
+    segment sends H x V numbers. Raise PlanError if the plan cannot be proven or differs between ranks, DistattnError if the
+    tensors do not fit it.
     """
     for name, tensor in (("x", x_THV), ("initial_state", initial_state)):
         if not isinstance(tensor, Tensor) and (tensor is not None or name == "x"):

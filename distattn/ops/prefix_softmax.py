@@ -1,7 +1,7 @@
-"""`prefix_softmax`: values weighted by softmaxes over the preceding tokens, in documents, by plans, differentiable.
+"""`prefix_softmax`: values weighted by softmaxes over a document's preceding tokens, computed with plans; differentiable.
 
 Let m_t be the maximum of the logits k up to token t, computed by `prefix_max`. Then both sums of a softmax are recurrences with
-decays exp(m_(t-1) - m_t) and inputs exp(k_t - m_t): no exponent is positive, and the sum of exponentials is at least 1.
+decays exp(m_(t-1) - m_t) and inputs exp(k_t - m_t). No exponent is positive, and the sum of exponentials is at least 1.
 Sums are relative to the last maximum, as in online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Results do not depend
 on the maximum, so it needs no gradient.
 """
@@ -29,10 +29,11 @@ from distattn.parallel.prefix_softmax_plans import PrefixSoftmaxPlans
 
 
 class PrefixSoftmaxState(NamedTuple):
-    """Sums over the preceding tokens of documents, in fp32 (fp64): the state of `prefix_softmax`.
+    """The state of `prefix_softmax`: sums over the preceding tokens of each document, in fp32 (fp64 for fp64).
 
-    maximum: (M, H, L), of logits. total: (M, H, L), sums of exp(logit - maximum). weighted: (M, H, L, V), sums of the same
-    times values. Without tokens: -inf, 0 and 0. total and weighted have gradients; those of the maximum cancel.
+    maximum: the maximum of logits, (M, H, L). total: sums of exp(logit - maximum), (M, H, L). weighted: sums of exp(logit -
+    maximum) times values, (M, H, L, V). Without tokens, they are -inf, 0 and 0. total and weighted have gradients; the maximum
+    needs no gradient.
     """
 
     maximum: Tensor
@@ -40,7 +41,7 @@ class PrefixSoftmaxState(NamedTuple):
     weighted: Tensor
 
 
-# like `prefix_max`, without which there is nothing to compile
+# excluded from torch.compile, like `prefix_max`
 @torch.compiler.disable
 def prefix_softmax(
     weights_THL: Tensor,
@@ -57,7 +58,7 @@ def prefix_softmax(
         o_t = sum_l weights_tl sum_(s <= t) exp(logits_sl) v_s / sum_(s <= t) exp(logits_sl)
 
     weights and logits (T, H, L) and v_THV (T, H, V) hold this rank's T tokens in the layout's local order; the result (T, H,
-    V) has v's dtype. logits are finite, and are widened to fp32 (fp64 for fp64) before anything is computed.
+    V) has v's dtype. Logits must be finite; they are converted to fp32 (fp64 for fp64) first.
 
     - Latte (Dolga et al. 2024, arXiv 2402.17512): weights are the softmax of a token's scores over L latents, logits its scores
       as a key.
@@ -65,13 +66,13 @@ def prefix_softmax(
     - Efficient Attention (Shen et al. 2018, arXiv 1812.01243), over the preceding tokens: weights are the softmax of a query over
       its L channels, logits are keys.
 
-    initial_state: of all M documents, on every rank; gradients of its sums are this rank's share, to be summed over ranks.
-    With return_final_state also return the states after all documents: those of documents that end on this rank, 0 for
+    initial_state: the state of all M documents, on every rank; the gradients of its sums are this rank's share, to be summed over
+    ranks. With return_final_state also return the state after all documents: that of documents that end on this rank, 0 for
     others.
 
-    plans: the result of `make_prefix_softmax_plans`, or executables of its plans from `prepare`. For each head and segment L
-    numbers are sent twice, and then L x V. Raise PlanError if a plan cannot be proven or ranks have different ones,
-    DistattnError if the tensors do not fit them.
+    plans: the result of `make_prefix_softmax_plans`, or executables of its plans from `prepare`. For each head, a segment sends L
+    numbers twice, and L x V numbers once. Raise PlanError if a plan cannot be proven or differs between ranks, DistattnError if
+    the tensors do not fit the plans.
     """
     if not isinstance(plans, PrefixSoftmaxPlans):
         raise DistattnError(f"plans are what make_prefix_softmax_plans returned, not a {type(plans).__name__}.")
@@ -87,7 +88,7 @@ def prefix_softmax(
     _check_plans(plans)
     _check_state(initial_state, logits_THL, v_THV)
     (v_THV,) = autocast_inputs(v_THV)
-    # sums of exponentials have the wider dtype
+    # autocast must not narrow the sums of exponentials
     with torch.autocast(v_THV.device.type, enabled=False):
         return _computed(weights_THL, logits_THL, v_THV, plans, group, initial_state, return_final_state)
 
@@ -130,7 +131,7 @@ def _computed(
     maximum_MHL = total_M11 = weighted_MHLV = None
     if initial is not None:
         maximum_MHL, total_MHL, weighted_MHLV = initial
-        # without earlier tokens the maximum is that of no tokens
+        # a maximum of -inf means that there are no earlier tokens, whose sums are 0
         none_MHL = maximum_MHL == -torch.inf
         total_M11 = total_MHL.masked_fill(none_MHL, 0.0).reshape(-1, heads_and_latents, 1, 1)
         weighted_MHLV = weighted_MHLV.masked_fill(none_MHL[..., None], 0.0)

@@ -1,4 +1,4 @@
-"""`recurrence`: the core of a recurrent layer (Gated DeltaNet, KDA, GLA, Mamba-2, ...) by a plan, differentiable."""
+"""`recurrence`: the core of a recurrent layer (Gated DeltaNet, KDA, GLA, Mamba-2, ...), computed with a plan; differentiable."""
 
 # T tokens on this rank, H heads of values, G heads of queries and keys, K key dim, V value dim, M documents
 
@@ -24,7 +24,7 @@ from distattn.ops.planned_op import PlannedPass, register_planned_op
 from distattn.parallel.runtime.execution import execute_recurrence
 from distattn.parallel.runtime.execution.execute_recurrence import RecurrenceKernel
 
-# attention's score is unused in a recurrence
+# recurrences do not use attention's scores
 _NO_SCORE = ScoreMod(1.0)
 
 
@@ -42,28 +42,28 @@ def recurrence(
     kernel: str | None = None,
     return_final_state: bool = False,
 ) -> Any:
-    """Compute a recurrence over this rank's tokens, differentiable. A collective call of all ranks of the plan.
+    """Compute a recurrence over this rank's tokens; differentiable. A collective call of all ranks of the plan.
 
         S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_(t-1) + beta_t k_t v_t^T,    o_t = scale S_t^T q_t
 
-    Without beta the first factor is I and the last beta is 1. Every document of the plan begins with its initial state.
+    Without beta, the first factor is I and the last beta is 1. Every document of the plan begins with its initial state.
     q_TGK, k_TGK (T, G, K) and v_THV (T, H, V) hold this rank's T tokens in the layout's local order; H is a multiple of G,
     and consecutive heads share queries and keys. The result o_THV has q's dtype. scale defaults to K ** -0.5.
 
-    g: logarithms of decays, at most 0, in fp32 (fp64 for fp64): (T, H) for ops "ssd" and "gated_delta_rule", (T, H, K) for
+    g: log decays, at most 0, in fp32 (fp64 for fp64): (T, H) for ops "ssd" and "gated_delta_rule", (T, H, K) for
     "gla" and "kda", (H,) without gradient for "retention". beta: (T, H) in q's dtype, for "delta_rule", "gated_delta_rule"
     and "kda".
 
     Under autocast q, k, v and beta are cast first; g never is.
 
-    initial_state: (M, H, K, V) of all M documents, on every rank; 0 by default. Its gradient is this rank's share, to be
+    initial_state: (M, H, K, V), for all M documents, on every rank; 0 by default. Its gradient is this rank's share, to be
     summed over ranks like any parameter's. With return_final_state also return the states after all documents, (M, H, K, V)
-    in fp32 (fp64): those of documents that end on this rank, 0 for others.
+    in fp32 (fp64 for fp64): those of documents that end on this rank, 0 for others.
 
-    plan: a Plan of that op, which ranks compare at every call, or its executable from `prepare`. Raise PlanError if the plan
-    cannot be proven or ranks have different ones, DistattnError if the tensors do not fit it.
+    plan: a plan of one of these ops, which ranks compare at every call, or its executable from `prepare`. Raise PlanError if the
+    plan cannot be proven or differs between ranks, DistattnError if the tensors do not fit it.
     """
-    # `arguments.checked` would break the graph of torch.compile
+    # `arguments.checked` would cause a graph break in torch.compile
     for name, tensor in (
         ("q", q_TGK),
         ("k", k_TGK),
@@ -85,8 +85,8 @@ def recurrence(
     scale = 1.0 / math.sqrt(q_TGK.shape[-1]) if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale is a positive number, not {scale}.")
-    # o is linear in q
     documents = len(executable.program.call.documents) if return_final_state else 0
+    # scale q instead of o, which is linear in q
     o_THV, final, _ = torch.ops.distattn.recurrence_forward(
         q_TGK * scale, k_TGK, v_THV, g, beta, initial_state, executable.handle, executable.kept_elements, documents
     )
@@ -145,7 +145,7 @@ def _forward(executable, q, k, v, g, beta, initial, final_states):  # noqa: ANN0
 
 
 def _forward_fake(q, k, v, g, beta, initial, plan, kept_bytes, final_states):  # noqa: ANN001, ANN202
-    # final_states: how many documents have one that is wanted
+    # final_states: the number of documents whose final states are returned
     shape = (final_states, v.shape[1], q.shape[2], v.shape[2]) if final_states else (0,)
     wide = accumulation_dtype(q.dtype)
     return v.new_empty(v.shape), v.new_empty(shape, dtype=wide), v.new_empty(kept_bytes, dtype=torch.uint8)
@@ -171,7 +171,7 @@ def _gradients(ctx, saved, do, dfinal, dkept):  # noqa: ANN001, ANN202
     do = torch.zeros_like(v) if do is None else do
     dfinal = None if dfinal is None or dfinal.dim() == 1 else dfinal
     gradients = torch.ops.distattn.recurrence_backward(do, dfinal, *saved, ctx.plan)
-    # a decay of each head has no gradient
+    # decays per head have no gradient
     has = (True, True, True, g is not None and g.dim() > 1, beta is not None, initial is not None)
     return tuple(y if is_there else None for y, is_there in zip(gradients, has, strict=True))
 

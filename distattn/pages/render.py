@@ -1,4 +1,4 @@
-"""Pages for people: each is one HTML file that works offline."""
+"""Render HTML pages. Each is a single file that works offline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TEMPLATES = Environment(loader=PackageLoader("distattn.pages"), undefined=Stric
 
 
 def render_page(template: str, data: Any, **values: Any) -> str:
-    """Fill a template of `pages/templates`. data: for the page's script, as JSON. values: the template's variables."""
-    # a script would end at the first "</" in the data
+    """Fill a template of `pages/templates`. data: passed to the page's script as JSON. values: the template's variables."""
+    # escape "</": the browser would end the script there
     written = Markup(json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
     return _TEMPLATES.get_template(template).render(data=written, **values)

@@ -1,4 +1,4 @@
-"""Compare strategies: plan one attention call by each of them, and simulate its time on a described cluster."""
+"""Compare strategies: plan one attention call with each of them, and simulate its time on a described cluster."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from distattn.parallel.analysis.timeline import Timeline
 from distattn.training.config.plan_settings import PlanSettings
 from distattn.training.config.run_file import Config
 
-# a strategy or a layout that takes more than this many times as long as the fastest gets a sentence
+# a chosen strategy or layout that takes more than this many times as long as the fastest is reported
 _NOTABLY_SLOWER = 1.02
-# limits, so that planning ends in reasonable time and numbers fit in 64 bits
+# limits that keep planning times reasonable and numbers within 64 bits
 _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One attention call to be planned by several strategies, and the settings that they share.
+    """One attention call to be planned with several strategies, and the settings that they share.
 
-    packs: document lengths of each pack, in tokens: one pack that all ranks split, or one for each data-parallel rank.
+    packs: the document lengths of each pack, in tokens. There is one pack that all ranks split, or one per data-parallel rank.
     """
 
     packs: tuple[tuple[int, ...], ...]
     settings: PlanSettings
 
     def timeline(self, strategy: str, cluster: ClusterSpec) -> Timeline:
-        """Plan the call by one strategy for a cluster, prove the plan, and simulate it."""
+        """Plan the call with one strategy for a cluster, prove the plan, and simulate it."""
         config = replace(self.settings.config, strategy=strategy, cluster=cluster)
         return simulate(replace(self.settings, config=config).plan(*self.packs), cluster)
 
@@ -56,7 +56,7 @@ class PlanRequest:
 
 
 def cluster_for_run(config: Config, name: str) -> ClusterSpec:
-    """Load the cluster on which a run is timed, cut to the run's ranks. Raises DistattnError if its nodes have other sizes."""
+    """Load the cluster on which to time a run, reduced to the run's ranks. Raise DistattnError if its node size differs."""
     cluster = describe.load(name, config.parallel.ranks)
     per_node = config.parallel.devices_per_node or config.parallel.ranks
     if cluster.devices != per_node:
@@ -73,9 +73,9 @@ def compare_strategies(
     cluster: ClusterSpec,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timeline | str]:
-    """Plan and simulate a request by every strategy. Return by strategy its timeline, or the text of its refusal.
+    """Plan and simulate a request with every strategy. Return for each its timeline, or the reason why it is refused.
 
-    Raises DistattnError if all strategies refuse.
+    Raises DistattnError if all strategies are refused.
     """
     out: dict[str, Timeline | str] = {}
     for strategy in strategies:
@@ -85,7 +85,7 @@ def compare_strategies(
         except DistattnError as error:
             out[strategy] = str(error)
     if all(isinstance(result, str) for result in out.values()):
-        # report an error of the call itself only once
+        # an error of the call itself is the same for all strategies; report it once
         same = len(set(map(str, out.values()))) == 1
         lines = [str(result) if same else f"{strategy}: {result}" for strategy, result in out.items()]
         raise DistattnError("\n".join(dict.fromkeys(lines)))
@@ -93,9 +93,9 @@ def compare_strategies(
 
 
 def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -> dict[str, str]:
-    """Return the lines of a text table with one line per strategy; the fastest is marked. All times are simulated.
+    """Return the lines of a text table with one row per strategy, as a dict from line to kind: "fastest", "refused" or "".
 
-    results: from `compare_strategies`. By line: "fastest", "refused" or "".
+    results: from `compare_strategies`. All times are simulated.
     """
     timed = {name: result for name, result in results.items() if isinstance(result, Timeline)}
     fastest = min(timed, key=lambda name: _seconds(timed[name]))
@@ -110,16 +110,16 @@ def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -
 
 
 def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:
-    """Return the simulated seconds of the request's strategy, forward and backward, by layout, the fastest first.
+    """Return the simulated seconds of forward and backward pass for each layout with the request's strategy, fastest first.
 
-    Layouts that are refused are left out. Return an empty dict if each rank has its own packs, since no layout spreads them.
+    Refused layouts are left out. Return an empty dict if each rank has packs of its own, because no layout spreads those.
     """
     settings, config = request.settings, request.settings.config
     if settings.ranks == settings.data_parallel_size:
         return {}
     seconds: dict[str, float] = {}
     for layout in LAYOUTS:
-        # options belong to the layout that the request names
+        # the request's options apply only to the request's layout
         options = config.layout_options if layout == config.layout else None
         of_layout = replace(config, layout=layout, layout_options=options)
         other = replace(request, settings=replace(settings, config=of_layout))
@@ -129,7 +129,7 @@ def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, flo
 
 
 def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
-    """Return a line with the time of each layout, and a line that names a faster layout than the request's, if there is one."""
+    """Return a line with each layout's time, and one that recommends a faster layout than the request's, if there is any."""
     if not seconds:
         return []
     times = ", ".join(f"{name} {value * 1e3:,.2f} ms" for name, value in seconds.items())
@@ -138,18 +138,18 @@ def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
 
 
 def strategy_lines(results: dict[str, Timeline | str], strategy: str) -> list[str]:
-    """Return a line if a run's strategy is refused or another one is faster, else no line.
+    """Return a line that recommends the fastest strategy if the run's is refused or notably slower, otherwise no lines.
 
-    results: from `compare_strategies`; a strategy that was not compared has no line.
+    results: from `compare_strategies`. Return no lines if `strategy` was not compared.
     """
     seconds = {name: _seconds(result) for name, result in results.items() if isinstance(result, Timeline)}
     return _faster_choice("strategy", strategy, seconds) if strategy in results else []
 
 
 def _faster_choice(kind: str, chosen: str, seconds: dict[str, float]) -> list[str]:
-    """Return a sentence that says which key to set, if the run's choice is refused or notably slower than another.
+    """Return a sentence that says which key to set if the run's choice is refused or notably slower than another.
 
-    kind: layout or strategy. seconds: simulated, by choice.
+    kind: "layout" or "strategy". seconds: simulated seconds by choice.
     """
     fastest = min(seconds, key=lambda name: seconds[name])
     remedy = f'set parallel.{kind} = "{fastest}".'
@@ -163,12 +163,12 @@ def _faster_choice(kind: str, chosen: str, seconds: dict[str, float]) -> list[st
     ]
 
 
-# columns of the comparison
+# the columns of the comparison
 COMPARED = ("forward", "backward", "TFLOP/s fwd", "TFLOP/s bwd", "across nodes", "waiting", "balance", "buffers")
 
 
 def comparison_cells(timelines: Sequence[Timeline]) -> list[list[str]]:
-    """Return the table's cells under COMPARED, one row per strategy; the numbers of a column have one unit."""
+    """Return the cells for the columns COMPARED, one row per strategy. All numbers in a column have the same unit."""
     facts = [timeline.as_dict() for timeline in timelines]
 
     def sum_of_passes(name: str) -> list[float]:
@@ -204,7 +204,7 @@ def comparison_facts(results: dict[str, Timeline | str], request: PlanRequest) -
 def parse_document_lengths(option: str) -> list[int]:
     """Read document lengths from text such as 4096,1024x8 or from a file (a JSON list, or numbers separated by spaces).
 
-    Raises DistattnError that names the first word that is not a length.
+    Raises DistattnError naming the first word that is not a length.
     """
     text = option
     if Path(option).is_file():
@@ -232,7 +232,7 @@ def parse_document_lengths(option: str) -> list[int]:
 
 
 def _tokens(word: str) -> int | None:
-    """Parse a number of tokens: 4096, 128K, 1.5M, 1e6, or 128Ki and 1Mi in powers of 1024. Return None for other words."""
+    """Parse a number of tokens such as 4096, 128K, 1.5M, 1e6, or 128Ki (x 1024). Return None for other words."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([kKmMgG]?)(i?)", word)
     if match is None or (match[3] and not match[2]):
         return None
@@ -241,7 +241,7 @@ def _tokens(word: str) -> int | None:
 
 
 def truncate_documents(lengths: Sequence[int], tokens: int) -> list[int]:
-    """Return the lengths of the first documents that have `tokens` tokens together; the last document is cut."""
+    """Return the lengths of the first documents, up to `tokens` tokens in total. The last document is cut to fit."""
     out: list[int] = []
     left = tokens
     for length in lengths:
@@ -257,5 +257,5 @@ def truncate_documents(lengths: Sequence[int], tokens: int) -> list[int]:
 
 
 def _seconds(timeline: Timeline) -> float:
-    """Return the simulated seconds of the forward and the backward pass together."""
+    """Return the simulated seconds of the forward and backward pass together."""
     return timeline.forward.seconds + timeline.backward.seconds

@@ -1,4 +1,4 @@
-"""The page of `distattn plan --html`: bars of all strategies, then the timeline of one strategy. It loads no other file."""
+"""The page of `distattn plan --html`: bars for all strategies, then the timeline of one of them. It loads no other files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.planning.compare_strategies import COMPARED, comparison_cells
 
-# the largest number of ranks whose timelines are drawn; they are spread evenly
+# the maximum number of ranks whose timelines are drawn; if there are more, evenly spaced ones are chosen
 _MAX_DRAWN = 128
 
 
 def comparison_page(results: dict[str, Timeline | str], title: str) -> str:
-    """Return the page as one HTML file. results: from `compare_strategies`; title: names the planned call."""
+    """Return the page's HTML. results: from `compare_strategies`. title: a description of the planned call."""
     timelines = [result for result in results.values() if isinstance(result, Timeline)]
     timelines.sort(key=lambda timeline: timeline.forward.seconds + timeline.backward.seconds)
     longest = max(part.seconds for timeline in timelines for part in timeline.passes) or 1.0
@@ -43,7 +43,7 @@ def comparison_page(results: dict[str, Timeline | str], title: str) -> str:
 
 
 def write_comparison_page(path: Path, results: dict[str, Timeline | str], title: str) -> None:
-    """Write the page. Raises DistattnError if it cannot be written."""
+    """Write the page to a file. Raise DistattnError if it cannot be written."""
     try:
         path.write_text(comparison_page(results, title), "utf-8")
     except OSError as error:
@@ -51,14 +51,14 @@ def write_comparison_page(path: Path, results: dict[str, Timeline | str], title:
 
 
 def _row(number: int, timeline: Timeline, cells: list[str], longest: float) -> dict[str, Any]:
-    """Return a strategy's data for the summary and the table."""
+    """Return the template's values for one strategy in the summary and the table."""
     explanation = Markup(explain(timeline.plan, timeline.cluster).html())
     passes = [_bar(part, longest) for part in timeline.passes]
     return dict(index=number, strategy=timeline.plan.strategy, cells=cells, passes=passes, explanation=explanation)
 
 
 def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
-    """Return the shares of kernels, waiting and idle time in a pass, means over ranks, and the bar's width, all in per cent."""
+    """Return a pass's bar: its width, its text, and the percentages of kernel, waiting and idle time, averaged over ranks."""
     seconds = part.seconds or 1.0
     kernels, waiting = float(part.busy.mean()) / seconds, float(part.exposed.mean()) / seconds
     shares = dict(kernels=100 * kernels, waiting=100 * waiting, idle=100 * max(1 - kernels - waiting, 0.0))
@@ -68,7 +68,11 @@ def _bar(part: PassTimeline, longest: float) -> dict[str, Any]:
 
 
 def _pass_data(plan: Plan, part: PassTimeline) -> dict[str, Any]:
-    """Return for each step and rank the begin, the ends of kernels and messages, and the counts of tasks, messages and bytes."""
+    """Return the data of a pass's timeline.
+
+    For each step and rank it has the start, the ends of kernels and messages, and the numbers of tasks, messages and received
+    bytes.
+    """
     ranks = np.unique(np.linspace(0, plan.call.ranks - 1, min(plan.call.ranks, _MAX_DRAWN)).astype(int))
     table = plan.forward if part.direction == "forward" else plan.backward
     shape = part.begin.shape

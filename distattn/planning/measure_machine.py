@@ -1,6 +1,6 @@
-"""Measure this machine's kernels, matrix products, copies and links, as numbers for a cluster description.
+"""Measure this machine's kernels, matrix products, copies and links, to create a cluster description.
 
-All ranks measure the same thing at the same time, so the figures include that ranks share cores and memory. Times are medians
+All ranks measure the same thing at the same time, so the figures include the effect of shared cores and memory. Times are medians
 of the slowest rank's times.
 """
 
@@ -28,17 +28,17 @@ from distattn.ops.attention import attention
 from distattn.ops.executable import prepare
 from distattn.parallel.make_plan import make_plan
 
-# numbers of queries and of keys in the kernel table; accelerators have larger ones
+# the numbers of queries and of keys in the kernel table; GPUs need larger ones
 _SIDES = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192, 32768)}
 _HEADS = {"cpu": 4, "cuda": 32}
 _HEAD_DIMS = (64, 128)
-# duration of a batch of calls that are timed together
+# the target duration of a batch of calls that are timed together
 _BATCH_SECONDS = 0.1
 _MESSAGES = {"cpu": (1 << 12, 1 << 20, 1 << 23), "cuda": (1 << 12, 1 << 22, 1 << 26)}
 
 
 def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None]) -> ClusterSpec:
-    """Describe this machine while `ranks` ranks work. Call it on every rank of a process group of that size."""
+    """Measure this machine with `ranks` ranks working at once. Call it on every rank of a process group of that size."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     report_progress("matrix products and copies")
     product, copy = _matmul_tflops(device), _copy_gbs(device)
@@ -57,7 +57,7 @@ def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None
     described = Device(
         name=properties.name if properties else f"CPU, {torch.get_num_threads()} threads a rank",
         memory_gb=round((properties.total_memory if properties else _memory_bytes()) / 1e9, 3),
-        # the peak of this machine is not published; the speed of matrix products is a lower bound
+        # the peak of this machine is not known; the measured speed of matrix products is a lower bound
         peak_tflops=product,
         gemm_tflops=product,
         copy_gbs=copy,
@@ -71,9 +71,10 @@ def measure_machine(ranks: int, name: str, report_progress: Callable[[str], None
 
 
 def _seconds_of_call(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """Measure the seconds of one call: the median of batches of calls, each from a common start to the slowest rank's end.
+    """Measure the seconds per call: the median over batches of calls, each timed from a common start to the slowest rank's end.
 
-    A batch is long compared with the time slices of an operating system, so that ranks that share a core slow each other down.
+    A batch is long compared with the operating system's time slices, so the result includes the slowdown of ranks that share a
+    core.
     """
     work()
     calls = max(1, round(_BATCH_SECONDS / max(_seconds_of_calls(work, 1, device), 1e-9)))
@@ -81,7 +82,7 @@ def _seconds_of_call(work: Callable[[], Any], device: torch.device, repeats: int
 
 
 def _seconds_of_calls(work: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Measure the seconds of `calls` calls on every rank; all ranks return the slowest rank's time."""
+    """Measure the seconds that `calls` calls take on every rank. All ranks return the slowest rank's time."""
     if dist.is_initialized():
         dist.barrier()
     _synchronize(device)
@@ -101,7 +102,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _matmul_tflops(device: torch.device) -> float:
-    """Measure the TFLOP/s of a large matrix product, in bf16 on accelerators and fp32 on CPUs."""
+    """Measure the TFLOP/s of a large matrix product, in bf16 on GPUs and fp32 on CPUs."""
     side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     return 2 * side**3 / _seconds_of_call(lambda: a @ b, device) / 1e12
@@ -115,9 +116,9 @@ def _copy_gbs(device: torch.device) -> float:
 
 
 def _measure_link(device: torch.device, ranks: int) -> Link:
-    """Measure a rank's link by messages of three sizes, while all ranks send to their neighbours, and by all-to-alls.
+    """Measure a rank's link with messages of three sizes, which all ranks send at once: to their neighbours, and as all-to-alls.
 
-    The slower of the two counts. On CPUs all ranks share the memory.
+    The slower of the two counts. On CPUs the link is shared, because all ranks share the memory.
     """
     if ranks == 1:
         return Link(gbs=_copy_gbs(device), latency_us=1.0, shared=device.type == "cpu")
@@ -147,7 +148,7 @@ def _measure_link(device: torch.device, ranks: int) -> Link:
     (small, quick), (large, slow) = points[0], points[-1]
     per_byte = (slow - quick) / (large - small)
     if slow < 2 * quick:
-        # other work took longer than the message, so the link is at least this fast
+        # latency dominates even the largest message, so use a lower bound of the link's speed
         per_byte = slow / large
     shared = device.type == "cpu"
     return Link(
@@ -158,7 +159,7 @@ def _measure_link(device: torch.device, ranks: int) -> Link:
 
 
 def _step_microseconds(device: torch.device, ranks: int) -> float:
-    """Measure the microseconds of one ring step with very few tokens: the time that is neither arithmetic nor bytes."""
+    """Measure the microseconds of a ring step with very few tokens: the overhead besides arithmetic and data transfer."""
     tokens, dtype = 16 * ranks, torch.bfloat16 if device.type == "cuda" else torch.float32
     mask, layout = Mask.full(tokens), Layout.contiguous([tokens], ranks)
     plan = make_plan(mask, layout, strategy="ring", heads=4, kv_heads=4, head_dim=64, dtype=dtype)
@@ -169,11 +170,11 @@ def _step_microseconds(device: torch.device, ranks: int) -> float:
 
 
 def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: int) -> list[KernelThroughput]:
-    """Measure the forward and backward TFLOP/s of the device's default kernel on a full rectangle."""
+    """Measure the forward and backward TFLOP/s of the device's default kernel on a full rectangle of queries x keys."""
     heads, dtype = _HEADS[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     demand = KernelRequirements(dtype, head_dim, head_dim, device)
     kernel = load_kernel(choose_kernel(None, demand))
-    # a mask of one rectangle of queries x keys
+    # `Mask` is square, so take the rectangle as one piece of a larger mask
     n = max(queries, keys)
     mask = Mask.from_pieces([[0, queries, 0, keys, -n, n]], n)
     cells = LaunchMask.from_mask(mask, heads, heads)._replace(rows=queries, keys=keys)
@@ -194,6 +195,6 @@ def _attention_speeds(device: torch.device, head_dim: int, queries: int, keys: i
 
 
 def _memory_bytes() -> int:
-    """Read the bytes of memory of this machine."""
+    """Read the size of this machine's memory in bytes."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return int(file.readline().split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Compare the facts of a run's ranks before the first step: sentences about problems, which name host, rank and remedy."""
+"""Compare the facts of a run's ranks before the first step. The results are sentences that name host, rank and remedy."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from distattn.ir.text_format import readable_bytes
 from distattn.preflight.facts import RankFacts
 
 Key = TypeVar("Key")
-# the largest number of hosts that a sentence names
+# the maximum number of hosts that a sentence names
 _MOST_HOSTS = 4
-# a step that needs a larger share of a device's free memory leaves little for kernels, NCCL and the allocator
+# a step that needs more than this share of a device's free memory leaves little for kernels, NCCL and the allocator
 _CLOSE = 0.9
 
 
 def named_places(ranks: Iterable[RankFacts]) -> str:
-    """Name ranks by their hosts, such as "rank 3 on node-b"."""
+    """Name ranks with their hosts, such as "rank 3 on node-b"."""
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
         by_host.setdefault(rank.host, []).append(rank.rank)
@@ -28,7 +28,7 @@ def named_places(ranks: Iterable[RankFacts]) -> str:
 
 
 def code_problems(hosts: Sequence[str], digests: Sequence[str]) -> list[str]:
-    """Return a sentence for each host whose ranks run other code than most ranks. hosts, digests: by rank."""
+    """Return a sentence for each host on which the code differs from that of most ranks. hosts, digests: indexed by rank."""
     common = Counter(digests).most_common(1)[0][0]
     others: dict[str, list[int]] = {}
     for rank, (host, digest) in enumerate(zip(hosts, digests, strict=True)):
@@ -42,7 +42,7 @@ def code_problems(hosts: Sequence[str], digests: Sequence[str]) -> list[str]:
 
 
 def problems_of(facts: Sequence[RankFacts]) -> list[str]:
-    """Return the problems that make a run fail, or train something other than was asked for. facts: by rank."""
+    """Return the problems that would make a run fail, or train something other than what was asked for. facts: one per rank."""
     return [
         *(f"{named_places([rank])}: {rank.failure}" for rank in facts if rank.failure),
         *_config_problems(facts),
@@ -55,7 +55,7 @@ def problems_of(facts: Sequence[RankFacts]) -> list[str]:
 
 
 def warnings_of(facts: Sequence[RankFacts]) -> list[str]:
-    """Return warnings: unusual facts with which a run can start. A full disk is one if the run has steps: it then trains on."""
+    """Return warnings about unusual facts with which a run can start. If it has done steps before, a full disk is one of them."""
     warnings = list(_disk_shortages([rank for rank in facts if rank.goes_on]))
     warnings += [
         f"{places} has the device {there}, most ranks {common}; the slowest device sets the pace."
@@ -143,7 +143,7 @@ def _grouped(facts: Sequence[RankFacts], key: Callable[[RankFacts], Key]) -> dic
 def _differing(facts: Sequence[RankFacts], value: Callable[[RankFacts], str]) -> Iterator[tuple[str, str, str]]:
     """Yield (named ranks, their value, the common value) for each value that differs from the most frequent one.
 
-    If several values are equally frequent, rank 0's counts as common.
+    In a tie, the value that the lowest rank has counts as common.
     """
     groups = _grouped(facts, value)
     if len(groups) > 1:

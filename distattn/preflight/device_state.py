@@ -1,4 +1,4 @@
-"""The state of a rank's device: its name and memory; for a GPU also the driver, and the clock from nvidia-smi."""
+"""Read the state of a rank's device: its name and memory, and for a GPU also the driver version and the clock."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from distattn.memory.host_memory import available_bytes
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-# time limit for nvidia-smi, which may have to wake up the driver
+# time limit in seconds for nvidia-smi, which may have to wake up the driver
 _SMI_SECONDS = 5.0
 
 
 class DeviceState(NamedTuple):
     """A device and its memory in bytes.
 
-    name: of the device, or "CPU". free: free memory; for a CPU that of the machine. total: None for a CPU.
+    name: the device's name, or "CPU". free: free device memory; on a CPU, free memory of the machine. total: None on a CPU.
     """
 
     name: str
@@ -28,7 +28,7 @@ class DeviceState(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """The current and the highest clock of a GPU's multiprocessors, in MHz."""
+    """The current and the maximum clock of a GPU's multiprocessors, in MHz."""
 
     now: int
     most: int
@@ -43,7 +43,7 @@ def device_state(device: torch.device) -> DeviceState:
 
 
 def driver_version() -> str | None:
-    """Return the version of NVIDIA's driver on this machine, None without a driver."""
+    """Return the version of NVIDIA's driver on this machine, or None if there is no driver."""
     try:
         match = re.search(r"\d{3,}\.\d+(\.\d+)*", _DRIVER.read_text("ascii", "replace"))
     except OSError:
@@ -52,7 +52,7 @@ def driver_version() -> str | None:
 
 
 def gpu_clock(device: torch.device) -> Clock | None:
-    """Return a GPU's clock from nvidia-smi; None on a CPU, and if nvidia-smi is missing or does not print it."""
+    """Return a GPU's clock as reported by nvidia-smi, or None on a CPU or if nvidia-smi is missing or does not report it."""
     if device.type == "cpu":
         return None
     device_option = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"

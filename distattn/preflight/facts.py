@@ -1,4 +1,4 @@
-"""Facts that each rank collects before a run: its code, configuration, packages, device, disk, data and memory forecast."""
+"""The facts that each rank collects before a run: code, configuration, packages, device, disk, data and memory forecast."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from distattn.training.state_bytes import model_parameters
 
 # suffixes of the files that count as code
 _CODE = (".py", ".json", ".j2")
-# entries of `resume_facts` that are compared, with their names in sentences
+# the entries of `resume_facts` to compare, with their names in sentences
 _DIGESTS = {"model": "model configuration", "plan": "plan of packs"}
 
 
@@ -43,11 +43,11 @@ _DIGESTS = {"model": "model configuration", "plan": "plan of packs"}
 class RankFacts:
     """The facts of one rank.
 
-    rank: its number in the job, from 0. host: the host's name; machine: an identifier that tells hosts of the same name apart.
-    config: key to value. host_free: bytes of memory. disk_free: bytes on the run folder's disk; disk_needed: bytes that its
-    checkpoints still need. goes_on: the run has done steps before. digests: of the data and model, by name. failure: a
-    sentence if something could not be read; facts that depend on it are left out. advice: a package to install so that a faster
-    kernel can be used.
+    rank: its number in the job, from 0. host: the host's name. machine: an identifier that tells hosts with the same name apart.
+    config: the settings' values by key. versions: package versions by name. host_free: free host memory in bytes. disk_free: free
+    bytes on the run folder's disk. disk_needed: bytes that the run's checkpoints still need. goes_on: True if the run has done
+    steps before. digests: digests of the data and the model by name. failure: a sentence if something could not be read, in which
+    case the facts that depend on it are missing. advice: a sentence about a package to install for a faster kernel.
     """
 
     rank: int
@@ -66,12 +66,12 @@ class RankFacts:
     advice: str = ""
 
     def as_json(self) -> str:
-        """Return the facts as text for `from_json`."""
+        """Return the facts as JSON text for `from_json`."""
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> RankFacts:
-        """Read the facts that `as_json` wrote."""
+        """Build the facts from the output of `as_json`."""
         fields = json.loads(text)
         forecast = fields.pop("forecast")
         fields["device"] = DeviceState(*fields["device"])
@@ -79,12 +79,12 @@ class RankFacts:
 
     @property
     def place(self) -> tuple[str, str]:
-        """The machine; ranks of the same machine share its memory."""
+        """The identity of the rank's machine. Ranks on the same machine share its memory."""
         return self.host, self.machine
 
 
 def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankFacts:
-    """Collect the facts of this rank. Errors are not raised but put into `failure`, so that all ranks learn of them."""
+    """Collect the facts of this rank. Errors are stored in `failure` instead of being raised, so that all ranks learn of them."""
     fields: dict[str, Any] = {
         "rank": dist.get_rank(),
         "host": socket.gethostname(),
@@ -107,9 +107,9 @@ def collect_facts(run: RunFolder, config: Config, device: torch.device) -> RankF
 
 
 def kernel_advice(device: torch.device, model: Any) -> str:
-    """Return advice to install a package, so that a model's fast kernels can be used on this device; "" if nothing is missing.
+    """Return advice to install a package that a model's fast kernels need on this device, or "" if nothing is missing.
 
-    model: its configuration of transformers.
+    model: the model's transformers configuration.
     """
     op = recurrent_op(model)
     if device.type != "cuda" or op is None or OPS[op].decay != "token":
@@ -119,10 +119,10 @@ def kernel_advice(device: torch.device, model: Any) -> str:
 
 
 def code_digest() -> str:
-    """Return a digest of all source files of this package on this rank's disk, 16 hexadecimal digits."""
+    """Return a digest of all source files of this package on this rank's disk, as 16 hexadecimal digits."""
     root = Path(__file__).parents[1]
     hashed = xxhash.xxh3_64()
-    # parallel, kernels and others are links in the package's folder
+    # follow links: parallel, kernels and others are links in the package's folder
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         for name in sorted(files):
@@ -134,7 +134,7 @@ def code_digest() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python, of the packages that a run computes with, and of NVIDIA's driver, if they are installed."""
+    """Return the versions of Python, CUDA, NVIDIA's driver and the packages that a run uses, as far as they are installed."""
     versions: dict[str, str | None] = {"Python": platform.python_version()}
     for name in ("distattn", *PACKAGES):
         try:
@@ -146,23 +146,24 @@ def package_versions() -> dict[str, str]:
 
 
 def checkpoint_bytes(run: RunFolder, config: Config) -> int:
-    """Return the bytes that checkpoints of a run will need in addition to those that it has.
+    """Return the bytes that a run's checkpoints will need on top of those that exist.
 
-    Count as many checkpoints as `[checkpoint]` keeps, and the one that is being written. Checkpoints that
-    checkpoint.keep_every_hours keeps for good are not counted.
+    Count the checkpoints that `[checkpoint]` keeps, and the one being written, but not those that checkpoint.keep_every_hours
+    keeps for good.
     """
     every, steps = config.checkpoint.every_steps, config.train.steps
     if every < 0:
         return 0
     saves = -(-steps // every) if every else 1
     at_once = min(saves, config.checkpoint.keep_last + 1)
-    # weights and both moments of AdamW; the next checkpoint has to fit in any case
+    # weights and both moments of AdamW
     each = 3 * model_parameters(config) * (8 if config.model.dtype == "float64" else 4)
+    # the next checkpoint must fit in any case
     return each * max(at_once - len(list_checkpoints(run.checkpoints)), 1)
 
 
 def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: int) -> dict[str, Any]:
-    """Return digests of the model, the data and the plans, with the memory forecast and the advice on kernels."""
+    """Return the digests of the model, the data and the plans, the memory forecast, and the advice on kernels."""
     data = open_data(run, config)
     with data.plan:
         model = configured_model(config, data.vocabulary, data.context)
@@ -177,7 +178,7 @@ def _facts_of_data(run: RunFolder, config: Config, device: torch.device, rank: i
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values by their keys on the command line, such as "train.steps"."""
+    """Flatten nested settings. Return their values by their command-line keys, such as "train.steps"."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""Forecast the memory that a rank needs: a whole step if meta tensors can count it, else only the state of the model."""
+"""Forecast the memory that a rank needs: for a whole step if meta tensors can count it, otherwise for the model's state only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distattn.training.state_bytes import state_bytes
 
 
 class MemoryForecast(NamedTuple):
-    """Bytes that a rank needs on its device and host. whole_step: activations are counted, not only the model's state."""
+    """The bytes that a rank needs on its device and host. whole_step: True if activations are counted, not only the state."""
 
     device: int
     host: int
@@ -26,10 +26,10 @@ class MemoryForecast(NamedTuple):
 def forecast_memory(
     config: Config, data: RunData, device: torch.device, plan: Plan | None, rank: int
 ) -> MemoryForecast:
-    """Return the forecast of one rank. plan: of the run's first step, if there is one.
+    """Return the forecast for one rank. plan: the attention plan of the run's first step, if there is one.
 
-    For GPUs a step is counted like `distattn plan --memory` does. Ranks on a CPU keep everything in the host's memory; for them
-    the model's state is a lower bound.
+    On GPUs a whole step is counted, as by `distattn plan --memory`. On CPUs everything is in the host's memory, and only the
+    model's state is counted, a lower bound.
     """
     state = state_bytes(config)
     if device.type == "cpu" or config.memory.state_on_host:
@@ -48,7 +48,7 @@ def forecast_memory(
 
 
 def _is_planned(config: Config, plan: Plan) -> bool:
-    """Return whether a run's first plan has these settings: a run may be resumed on another number of ranks."""
+    """Return True if the run's first plan has the configured settings. They differ if, say, it resumes on fewer ranks."""
     wanted, call = PlanSettings.of_config(config), plan.call
     shapes = (wanted.ranks, wanted.heads, wanted.kv_heads, wanted.head_dim, wanted.dtype)
     return (

@@ -1,4 +1,4 @@
-"""Name devices and links that are much slower than the median, with both speeds."""
+"""Report devices and links that are much slower than the median."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from distattn.preflight.device_state import Clock
 from distattn.preflight.facts import RankFacts
 from distattn.preflight.probes import Link, RankSpeed
 
-# a device or link that is slower than the median by this factor is named: ranks that share CPU cores may lose a time slice or two
-# to each other, while GPUs of one kind differ by a few per cent
+# a device or link more than this many times slower than the median is reported; ranks that share CPU cores may lose a time slice
+# or two to each other, while GPUs of the same model differ by only a few percent
 SLOW_FACTOR = {"cpu": 30.0, "cuda": 1.25}
 # advice for slow links
 _INSIDE_REMEDY = {
@@ -19,16 +19,19 @@ _INSIDE_REMEDY = {
     "cuda": "nvidia-smi topo -m and nvidia-smi nvlink -s show how it is connected",
 }
 _ACROSS_REMEDY = "look at the network adapter, its cable and its switch"
-# the largest number of slow links that are named one by one
+# the maximum number of slow links to report one by one
 _MOST_LINKS = 8
-# the two ranks of a link, the lower one first
+# the two ranks of a link, lower rank first
 Pair = tuple[int, int]
 
 
 def outliers_of(
     facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequence[Clock | None], device_type: str
 ) -> list[str]:
-    """Return sentences about slow devices, ranks whose links are all slow, and slow links of other ranks. All by rank."""
+    """Return sentences about slow devices, about ranks whose links are all slow, and about slow links between other ranks.
+
+    facts, speeds, clocks: indexed by rank.
+    """
     factor = SLOW_FACTOR[device_type]
     sentences = list(_slow_devices(facts, speeds, clocks, factor))
     inside, across = pair_speeds(speed.inside for speed in speeds), pair_speeds(speed.across for speed in speeds)
@@ -38,7 +41,7 @@ def outliers_of(
 
 
 def pair_speeds(links: Iterable[Sequence[Link]]) -> dict[Pair, float]:
-    """Return the 10^9 bytes per second of each pair of ranks, the lower number first: those of the slower direction."""
+    """Return the speed between each pair of ranks in its slower direction, in 10^9 bytes per second. links: indexed by rank."""
     slower: dict[Pair, float] = {}
     for rank, measured in enumerate(links):
         for link in measured:
@@ -48,9 +51,9 @@ def pair_speeds(links: Iterable[Sequence[Link]]) -> dict[Pair, float]:
 
 
 def slow_ranks(links: Mapping[Pair, float], factor: float) -> dict[int, float]:
-    """Return the ranks whose best link is slower than the median of all ranks' best links by a factor, with its speed.
+    """Return the ranks whose best link is more than `factor` times slower than the median of best links, with its speed.
 
-    Ranks with a single link are left out: only the link can be judged, not the rank.
+    Ranks with a single link are left out, because only the link can be judged, not the rank.
     """
     measured: dict[int, list[float]] = {}
     for pair, gbs in links.items():
@@ -62,7 +65,7 @@ def slow_ranks(links: Mapping[Pair, float], factor: float) -> dict[int, float]:
 
 
 def slow_pairs(links: Mapping[Pair, float], factor: float) -> dict[Pair, float]:
-    """Return the links that are slower than the median by a factor."""
+    """Return the links that are more than `factor` times slower than the median, with their speeds."""
     if not links:
         return {}
     usual = statistics.median(links.values())

@@ -1,7 +1,7 @@
-"""Compare and measure all ranks before the first step, and name problems before they cost GPU hours.
+"""Compare and measure all ranks before the first step, to find problems before they cost GPU hours.
 
-Ranks exchange facts over a separate gloo communicator; measured messages are sent like those of attention. Nothing here depends
-on the engine that will train.
+Ranks exchange facts over a gloo communicator of their own, while links are measured with the transport of attention. Nothing here
+depends on the training engine.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import json_text, write_whole
 from distattn.training.run_folder import RunFolder
 
-# how much longer than others a rank may take to open its data, or to answer
+# how much longer than the others a rank may take to open its data or to answer
 _LIMIT = timedelta(seconds=120)
 
 
 class PreflightReport(NamedTuple):
-    """The result of a preflight, the same on all ranks except `seconds`.
+    """The result of a preflight. It is the same on all ranks except for `seconds`.
 
-    problems: sentences about faults that make the run fail; warnings: about slow or unusual parts. facts, speeds, clocks: by
-    rank. If there are problems, nothing is measured, so speeds and clocks are empty; if ranks run different code, so are facts.
+    problems: sentences about faults that would make the run fail. warnings: sentences about slow or unusual parts. facts, speeds,
+    clocks: indexed by rank. If there are problems, nothing is measured, and speeds and clocks are empty. If ranks run different
+    code, facts are empty, too.
     """
 
     problems: list[str]
@@ -54,10 +55,10 @@ class PreflightReport(NamedTuple):
 
 
 def check_run(run: RunFolder, config: Config, device: torch.device, report_progress: Callable[[str], None]) -> bool:
-    """Check all ranks as `preflight.action` says; return whether the run may begin or, for "only", has no problems. Collective.
+    """Check all ranks according to `preflight.action`. Return True if the run may begin or, for "only", has no problems.
 
-    Rank 0 prints problems and warnings on stderr and a short table by `report_progress`, and writes the report to the run folder.
-    Raises LostRankError that names ranks which do not answer.
+    This is a collective call. Rank 0 prints problems and warnings to stderr and a short table with `report_progress`, and writes
+    the report to the run folder. Raises LostRankError naming the ranks that do not answer.
     """
     if config.preflight.action == "off":
         return True
@@ -77,10 +78,10 @@ def preflight(
     publish: Callable[[PreflightReport], None] = lambda report: None,
     limit: timedelta = _LIMIT,
 ) -> PreflightReport:
-    """Compare and measure all ranks of the default group, which call this together. device: of this rank.
+    """Compare and measure all ranks of the default group, which must call this together. device: this rank's device.
 
     publish: called on rank 0 with the report before any rank continues. limit: how long ranks wait for each other. Raises
-    LostRankError that names ranks which do not answer in time.
+    LostRankError naming the ranks that do not answer in time.
     """
     began, group = time.monotonic(), dist.group.WORLD
     assert group is not None
@@ -96,7 +97,7 @@ def preflight(
     digests, hosts, texts = zip(*gathered, strict=True)
     report = PreflightReport(code_problems(hosts, digests), [], [], [], [], 0.0)
     if not report.problems:
-        # only ranks with the same code write facts of the same form
+        # the format of facts is the same only on ranks with the same code
         facts = list(map(RankFacts.from_json, texts))
         report = report._replace(problems=problems_of(facts), facts=facts)
     if not report.problems:
@@ -108,14 +109,14 @@ def preflight(
     report = report._replace(seconds=time.monotonic() - began)
     if mine.rank == 0:
         publish(report)
-    # wait for rank 0: a launcher ends all ranks when the first one ends
+    # wait for rank 0 to publish: a launcher ends all ranks when the first one ends
     gather(None, "end")
     end_communicator(host)
     return report
 
 
 def show_report(report: PreflightReport, report_progress: Callable[[str], None], stops: bool) -> None:
-    """Print a table by `report_progress`, and problems and warnings on stderr. stops: problems end the run."""
+    """Print a table with `report_progress`, and problems and warnings to stderr. stops: True if problems end the run."""
     for line in report_table(report.facts, report.speeds, report.clocks, report.seconds) if report.speeds else []:
         report_progress(line)
     for problem in report.problems:
@@ -128,7 +129,7 @@ def show_report(report: PreflightReport, report_progress: Callable[[str], None],
 
 
 def write_report(run: RunFolder, report: PreflightReport) -> None:
-    """Write the report to the run folder; if the disk is full, print a warning."""
+    """Write the report to the run folder. If it cannot be written, print a warning."""
     try:
         write_whole(run.preflight_file, json_text(report_json(report), indent=1) + "\n")
     except OSError as error:
@@ -149,18 +150,18 @@ def report_json(report: PreflightReport) -> dict[str, Any]:
 def _measure(
     rank: int, facts: Sequence[RankFacts], host: Any, device: torch.device, limit: timedelta
 ) -> tuple[RankSpeed, Clock | None]:
-    """Measure this rank's speed and clock; on CPUs messages go over the communicator `host`."""
+    """Measure this rank's speed and clock. On CPUs, messages are sent over the communicator `host`."""
     group, transport = dist.group.WORLD, None
     assert group is not None
     if len(facts) > 1:
         backend = host if device.type == "cpu" else open_communicator(group, device, limit)
         transport = GroupTransport(group, backend)
     speed = measure_speed(rank, _nodes(facts), transport, device, limit)
-    # read the clock before it falls because the device is idle
+    # read the clock at once, before the idle device lowers it
     clock = gpu_clock(device)
     if device.type == "cuda":
         if transport is not None:
-            # an open communicator would keep buffers for each peer
+            # close the communicator, which would keep buffers for each peer
             transport.close()
         torch.cuda.empty_cache()
     return speed, clock

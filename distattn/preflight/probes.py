@@ -1,7 +1,7 @@
-"""Measure each rank's device and the link of each pair within a second, by short products and messages; the best of a few counts.
+"""Measure each rank's device and links within a second, by short matrix products and messages. The best of a few trials counts.
 
-First the ranks of a node exchange messages two by two. Then each rank exchanges messages with the ranks that have its number in
-other nodes, so that all network adapters of two nodes work at the same time.
+First the ranks of a node exchange messages in pairs. Then each rank exchanges messages with the ranks at the same position in
+other nodes, so that all network adapters of two nodes are busy at the same time.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor
 from distattn.ir.errors import LostRankError
 from distattn.parallel.runtime.communication.transport import GroupTransport, Packet
 
-# side of the matrices, and the number of products that are timed
+# the side of the matrices, and the number of timed products
 _SIDE = {"cpu": 320, "cuda": 8192}
 _PRODUCTS = 5
-# bytes of a message between two ranks, and bytes that one rank sends to all others at once
+# the bytes of a message between two ranks, and the bytes that a rank sends to all others together in an all-to-all
 _MESSAGE = {"cpu": 1 << 18, "cuda": 1 << 26}
 _TO_ALL = {"cpu": 1 << 18, "cuda": 1 << 27}
-# about how many bytes a rank sends to other nodes, and the shortest message: with many nodes messages are shorter
+# the approximate bytes that a rank sends to other nodes in total, so messages are shorter with many nodes; the shortest message
 _ACROSS_BYTES, _LEAST_MESSAGE = 1 << 31, 1 << 22
-# numbers of short and long messages per link: short ones measure the latency, and the first one connects
+# the number of short and long messages per link; short ones measure the latency, and the first one connects
 _SHORT, _LONG = 3, 4
-# the largest number of ranks of its node to which a rank's link is measured
+# the maximum number of ranks on its own node to which a rank measures its link
 _MOST_INSIDE = 15
 
 
 class Link(NamedTuple):
-    """A link to another rank while both send: 10^9 bytes per second in one direction, and µs of a message of 8 bytes."""
+    """A link to another rank while both ranks send. gbs: 10^9 bytes per second in one direction. latency_us: µs for 8 bytes."""
 
     peer: int
     gbs: float
@@ -41,7 +41,10 @@ class Link(NamedTuple):
 
 
 class RankSpeed(NamedTuple):
-    """The speeds of one rank. tflops: of matrix products; all_to_all_gbs: while sending to all others, 0 without others."""
+    """The speeds of one rank. tflops: for matrix products. all_to_all_gbs: for sending to all other ranks, 0 for a single rank.
+
+    inside, across: the links to ranks on the same node and on other nodes.
+    """
 
     tflops: float
     all_to_all_gbs: float
@@ -52,9 +55,10 @@ class RankSpeed(NamedTuple):
 def measure_speed(
     rank: int, nodes: Sequence[Sequence[int]], transport: GroupTransport | None, device: torch.device, limit: timedelta
 ) -> RankSpeed:
-    """Measure products and links of this rank. All ranks call this together; nodes: the ranks of each node.
+    """Measure the speed of matrix products and of links on this rank. All ranks must call this together.
 
-    transport: between all ranks, None for a single rank. Raises LostRankError that names a rank which does not answer.
+    nodes: the ranks of each node. transport: connects all ranks; None for a single rank. Raises LostRankError naming the ranks
+    that do not answer.
     """
     tflops = _product_tflops(device)
     if transport is None:
@@ -71,7 +75,7 @@ def measure_speed(
 
 
 def rounds_of(members: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-    """Yield rounds of pairs that contain all pairs of members; in a round each member is in at most one pair (circle method)."""
+    """Yield rounds of pairs that together contain all pairs of members, each member at most once per round (circle method)."""
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
     half = len(circle) // 2
     for _ in range(len(circle) - 1):
@@ -81,7 +85,7 @@ def rounds_of(members: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
 
 
 def rounds_across(nodes: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
-    """Yield rounds of pairs of ranks: each pair of nodes is in one round, in which their ranks of equal numbers form pairs."""
+    """Yield rounds of rank pairs. Each pair of nodes meets in one round, where ranks at the same position form pairs."""
     for pairs in rounds_of(range(len(nodes))):
         yield [ranks for a, b in pairs for ranks in zip(nodes[a], nodes[b], strict=False)]
 
@@ -100,7 +104,7 @@ def _product_tflops(device: torch.device) -> float:
 
 
 def _peers(rank: int, rounds: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
-    """Return a rank's partners, in the order of the rounds."""
+    """Return a rank's partners in the order of the rounds."""
     return [b if a == rank else a for pairs in rounds for a, b in pairs if rank in (a, b)]
 
 
@@ -110,7 +114,7 @@ class _LinkProbe(NamedTuple):
     limit: timedelta
 
     def all_to_all(self, rank: int, ranks: Sequence[int]) -> float:
-        """Return the 10^9 bytes per second that this rank sends to all other ranks together."""
+        """Return the speed in 10^9 bytes per second at which this rank sends to all other ranks together."""
         peers = [other for other in sorted(ranks) if other != rank]
         size = max(_TO_ALL[self.device.type] // len(ranks), 1)
         out, back = self._bytes(size), {peer: self._bytes(size) for peer in peers}
@@ -119,7 +123,7 @@ class _LinkProbe(NamedTuple):
         return 1e-9 * size * len(peers) / self._best_seconds(sends, receives, True, _LONG)
 
     def link(self, peer: int, size: int) -> Link:
-        """Measure the link to a rank that does the same at the same time."""
+        """Measure the link to a rank that measures its link to this rank at the same time."""
 
         def seconds(size: int, times: int) -> float:
             sends, receives = ([Packet(peer, "message", self._bytes(size))] for _ in range(2))
@@ -142,7 +146,7 @@ class _LinkProbe(NamedTuple):
         return best
 
     def _finish(self, receives: list[Packet]) -> None:
-        """Wait for a device's messages up to the limit: NCCL itself would wait forever."""
+        """Wait for messages on a GPU, at most for the time limit, because NCCL itself would wait forever."""
         if self.device.type == "cpu":
             return
         arrived, ends = torch.cuda.Event(), time.monotonic() + self.limit.total_seconds()

@@ -1,4 +1,4 @@
-"""The result of a preflight, as a short table with a line for each host, and as rows for JSON."""
+"""Report the result of a preflight as a short table with one row per host, and as rows for JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _UNKNOWN = "-"
 def report_table(
     facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequence[Clock | None], seconds: float
 ) -> list[str]:
-    """Return the lines of a table: the least free memory, the largest need and the median speeds of each host. All by rank."""
+    """Return the lines of a table with each host's least free memory, largest need and median speeds.
+
+    facts, speeds, clocks: indexed by rank. seconds: the duration of the preflight.
+    """
     hosts: dict[tuple[str, str], list[int]] = {}
     for rank in facts:
         hosts.setdefault(rank.place, []).append(rank.rank)
@@ -38,7 +41,7 @@ def report_table(
 def report_facts(
     facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequence[Clock | None]
 ) -> list[dict[str, Any]]:
-    """Return a row for each rank. The configuration is left out: the run folder has it."""
+    """Return one row per rank. The configuration is left out, because the run folder has it."""
     rows = []
     for number, rank in enumerate(facts):
         row = asdict(rank)
@@ -84,7 +87,7 @@ def _row(facts: Sequence[RankFacts], speeds: Sequence[RankSpeed], clocks: Sequen
 
 
 def _need_legend(facts: Sequence[RankFacts]) -> list[str]:
-    """Return a line that explains the column of needed memory."""
+    """Return a line that explains the column "needed", or no lines if no memory was forecast."""
     forecasts = [rank.forecast for rank in facts if rank.forecast is not None]
     if not forecasts:
         return []

@@ -1,4 +1,4 @@
-"""Find the ranks to blame among ranks that stand still: most of them only wait for another one."""
+"""Find the ranks to blame for a hang. Most ranks that make no progress only wait for another rank."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from distattn.supervision.heartbeats import Heartbeat
 
 
 class Culprit(NamedTuple):
-    """A rank that is to blame. how: what is wrong with it, as the rest of a sentence; does: its last activity.
+    """A rank to blame. how: what is wrong with it, as the predicate of a sentence. does: its last activity.
 
-    helper: the name in sentences of a process to blame instead; `rank` is then the first rank of that process's node.
+    helper: the name in sentences of another process to blame instead; in that case `rank` is the first rank on its node.
     """
 
     rank: int
@@ -23,7 +23,7 @@ class Culprit(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return its name in sentences."""
+        """The name of the rank or helper process in sentences."""
         return self.helper or f"rank {self.rank}"
 
     def __str__(self) -> str:
@@ -31,7 +31,7 @@ class Culprit(NamedTuple):
 
 
 def process_state(pid: int) -> str:
-    """Return the state of a process as in proc(5): R, S, D, T, t, Z, or X if there is no such process."""
+    """Return the state of a process as listed in proc(5): R, S, D, T, t, Z, or X if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[0]
     except OSError:
@@ -41,10 +41,10 @@ def process_state(pid: int) -> str:
 def culprits(
     beats: Mapping[int, Heartbeat | None], states: Mapping[int, str], in_collective: Collection[int] = ()
 ) -> list[Culprit]:
-    """Return the ranks that do not merely wait for others, among ranks that stand still; at least one.
+    """Return the ranks to blame for a hang, at least one: those that do not merely wait for others.
 
-    beats: by rank, None for ranks without a heartbeat; leave out ranks that have ended. states: of their processes, from
-    `process_state`. in_collective: ranks whose stacks show a collective, which their heartbeats may not report.
+    beats: the last heartbeats by rank, None for ranks without any; leave out ranks that have ended. states: the ranks' process
+    states, from `process_state`. in_collective: ranks whose stacks show a collective, which their heartbeats may not report.
     """
     if stopped := [rank for rank, state in states.items() if state in "Tt"]:
         return [Culprit(rank, "is stopped (SIGSTOP or a debugger)", last_activity(beats[rank])) for rank in stopped]
@@ -55,10 +55,10 @@ def culprits(
         return [Culprit(rank, "waits for its disk or a device", last_activity(beats[rank])) for rank in stuck]
     busy = {rank: beat for rank, beat in last_beats.items() if not beat.waits and rank not in in_collective}
     if busy:
-        # the other busy ranks may be idle because this one does not come
+        # blame the rank that has been silent longest: the others may depend on it
         rank = min(busy, key=lambda busy_rank: busy[busy_rank].at)
         return [Culprit(rank, "waits for no other rank and makes no progress", last_activity(busy[rank]))]
-    # a collective waits for all ranks: a rank that waits for a message instead keeps it from ending
+    # a collective needs all ranks, so a rank that waits for a message instead keeps it from completing
     if waiting := _waiting_for_messages(last_beats):
         others = Counter(_call(last_beats[rank], rank in in_collective) for rank in last_beats if rank not in waiting)
         suffix = f"; the others: {others.most_common(1)[0][0]}" if others else ""
@@ -87,10 +87,10 @@ def culprits(
 
 
 def _waiting_for_messages(beats: Mapping[int, Heartbeat]) -> list[int]:
-    """Return the ranks that wait for messages, without ranks whose peers all wait for messages, too.
+    """Return the ranks that wait for messages, without those whose peers all wait for messages, too.
 
-    If all of them wait for each other, return all: the receiver of a lost message and its sender stop one message apart, in
-    either order.
+    If that leaves no ranks, return all that wait: the sender and the receiver of a lost message stop one message apart, and
+    either may be ahead.
     """
     waiting = {rank for rank, beat in beats.items() if beat.peers}
     roots = [rank for rank in sorted(waiting) if not waiting.issuperset(beats[rank].peers)]
@@ -102,7 +102,7 @@ def _call(beat: Heartbeat, in_collective: bool) -> str:
 
 
 def last_activity(beat: Heartbeat | None) -> str:
-    """Return the last activity of a rank, with its step."""
+    """Return the last activity of a rank with its step."""
     if beat is None:
         return "no heartbeat"
     return beat.words if beat.step < 0 else f"step {beat.step + 1}, {beat.words}"

@@ -1,4 +1,4 @@
-"""Keep evidence of ranks before they are killed: the stack of each thread, the last heartbeat and the flight recorder."""
+"""Save evidence about ranks before they are killed: the stack of each thread, the last heartbeat and the flight recorder."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from distattn.supervision.culprits import process_state
 from distattn.supervision.flight_recorder import save_flight_recorders
 from distattn.supervision.heartbeats import Heartbeat
 
-# batch systems send USR1 before a time limit
+# not SIGUSR1, which batch systems send before a time limit
 _TELL_STACKS = signal.SIGUSR2
 # from linux/prctl.h
 _PR_SET_PTRACER = 0x59616D61
-# limits for py-spy; for a rank to begin its answer and to end it, after the request; and at least after all other work
+# time limits in seconds: for py-spy; for a rank to begin its answer and to finish it, counted from the request; and the minimum
+# wait for answers once all other work is done
 _PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS, _LEAST_SECONDS = 10.0, 5.0, 10.0, 1.0
-# how faulthandler ends the stack of the main thread, which is the last one: at its outermost frame, or after a hundred
+# how faulthandler's output ends: with the outermost frame of the main thread, or "..." after a hundred frames
 _OUTERMOST = (" in <module>", "...", "<no Python frame>")
-# seconds without change after which an answer counts as complete: if it ends with an outermost frame, and otherwise
+# seconds without change after which an answer counts as complete if it ends like that, and if it does not
 _STILL_SECONDS, _STUCK_SECONDS = 0.05, 2.0
-# paths of collectives and of torchrun, whose frames do not count; how many innermost frames are searched
+# frames under the first path are collectives, except those under the second, which are torchrun's; how many frames to search
 _COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
 
 
 def answer_with_stacks(folder: Path, rank: int) -> None:
-    """Let this process write the stacks of its threads into stacks-RANK.txt of a folder when it gets SIGUSR2.
+    """Let this process write its threads' stacks to stacks-RANK.txt in a folder when it receives SIGUSR2.
 
-    The handler is written in C, so neither a lock nor a call that holds the interpreter is in its way. It also writes the
-    stacks at a fault such as a segmentation fault. If the file cannot be created, the stacks go to the error stream.
+    The handler is written in C, so it works even if a lock or the GIL is held. It also writes the stacks at a fault such as a
+    segmentation fault. If the file cannot be created, the stacks go to stderr.
     """
     file = _stacks_file(folder, rank)
     try:
@@ -52,16 +53,16 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
 
 
 def allow_stack_reads(pid: int) -> None:
-    """Let a process and its children read this process's stacks, which Yama may restrict to parents."""
+    """Let process `pid` and its children read this process's stacks, which Linux (Yama) may allow only to its parents."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
 
 
 def save_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
-    """Write the last heartbeat, the stacks and the flight recorder of each rank into a folder; return the stacks by rank.
+    """Write the last heartbeat, the stacks and the flight recorder of each rank to a folder. Return the stacks by rank.
 
-    pids: by rank. The ranks write their stacks themselves. A stopped rank cannot answer: py-spy reads its stacks if it is
-    installed. Raises OSError.
+    pids: process ids by rank. The ranks write their stacks themselves. A stopped rank cannot; py-spy reads its stacks if it is
+    installed. Raises OSError if a file cannot be written.
     """
     lines = [
         json.dumps({"rank": rank, "state": process_state(pid)} | _fields(beats[rank])) for rank, pid in pids.items()
@@ -82,7 +83,7 @@ def save_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Hea
 
 
 def is_in_collective(stacks: str) -> bool:
-    """Return whether the main thread, which is the last one, is in a collective of PyTorch, such as one of an engine."""
+    """Return True if the main thread, the last in `stacks`, is in a PyTorch collective, such as one called by an engine."""
     _, _, main = stacks.rpartition("hread 0x")
     innermost = main.splitlines()[1 : 1 + _INNERMOST]
     return any(_COLLECTIVES in line and _TORCHRUN not in line for line in innermost)
@@ -104,9 +105,10 @@ def _stacks_file(folder: Path, rank: int) -> Path:
 
 
 def _wait_for_answers(pids: Mapping[int, int], files: Mapping[int, tuple[Path, int]], asked: float) -> None:
-    """Wait until each rank has written its stacks into its file, after the given number of bytes, or the time is over.
+    """Wait until each rank has appended its stacks to its file, or time is up.
 
-    Threads are written one after another, the main one last, and a busy machine may interrupt a rank in between.
+    pids: process ids by rank. files: (file, its size before the request) by rank. asked: the time of the request. Threads are
+    written one by one, the main thread last, and a busy machine may pause a rank in between.
     """
     texts, changed, began = dict.fromkeys(pids, ""), dict.fromkeys(pids, asked), time.monotonic()
     left = set(pids)
@@ -137,12 +139,12 @@ def _size(file: Path) -> int:
 
 
 def _spy(pids: Mapping[Path, int]) -> None:
-    """Append the output of py-spy for processes to files. pids: by file. Do nothing if py-spy is not installed."""
+    """Append py-spy's output about processes to files. pids: process ids by file. Do nothing if py-spy is not installed."""
     if not pids or shutil.which("py-spy") is None:
         return
     ends, started = time.monotonic() + _PY_SPY_SECONDS, []
     for file, pid in pids.items():
-        # a stopped process does not answer the stop that py-spy sends; py-spy writes into the file why it cannot read
+        # use --nonblocking: a stopped process would not react to py-spy's own pause; if it fails, py-spy writes the reason
         with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as opened:
             command = ["py-spy", "dump", "--pid", str(pid), "--nonblocking"]
             started.append(subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT))

@@ -1,7 +1,7 @@
-"""Read PyTorch's flight recorder of each rank: the collective calls that it began last, in order, and which are done.
+"""Read PyTorch's flight recorder of each rank: its last collective calls in order, and which of them have completed.
 
-A rank answers from a thread of PyTorch, so neither a lock nor a call that holds the interpreter is in the way. gloo and NCCL
-record by default; gloo does not record messages between two ranks.
+A rank answers from a PyTorch thread, so it answers even if a lock or the GIL is held. gloo and NCCL record by default, but gloo
+does not record messages between two ranks.
 """
 
 from __future__ import annotations
@@ -18,46 +18,47 @@ from pathlib import Path
 from typing import Any
 
 _SOCKET = "distattn-flight-recorder"
-# names of the traces in PyTorch's server, by backend; without CUDA there is no second one
+# names of the traces on PyTorch's server by backend; NCCL's exists only with CUDA
 _TRACES = {"gloo": "fr_trace_json", "nccl": "dump_nccl_trace_json"}
 _ANSWER_SECONDS = 3.0
-# The first variable that is set counts, see FlightRecorder.hpp.
+# the first of these variables that is set determines the recorder's length (FlightRecorder.hpp)
 _LENGTHS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
-# Each message is an entry: a layer of USP has 378 and one of Ulysses 297 (8 ranks, 64:8 heads, a pack of 8 documents). Others
-# have fewer.
+# each message is an entry: a layer has 378 with USP and 297 with Ulysses (8 ranks, 64:8 heads, a pack of 8 documents), and fewer
+# with other strategies
 _ENTRIES_A_LAYER = 400
-# PyTorch's default length, and the longest record that ranks can send in time
+# PyTorch's default length, and the greatest length that ranks can send in time
 _FEWEST, _MOST = 2_000, 24_000
-# the servers of this process: a server ends when it is no longer referenced
+# references to this process's servers, because a server ends when it is no longer referenced
 _SERVERS: list[object] = []
 
 
 def answer_with_flight_recorder() -> None:
     """Serve this process's flight recorder to processes of the same user. Do nothing if PyTorch has no server."""
     with contextlib.suppress(ImportError, OSError, RuntimeError):
-        # imported here: a launcher does not need torch
+        # import it here, because a launcher does not need torch
         from torch._C._distributed_c10d import _WorkerServer
 
         with tempfile.TemporaryDirectory(prefix="distattn-") as folder, _without_stderr():
             path = os.path.join(folder, _SOCKET)
             _SERVERS.append(_WorkerServer(path))
-            # the socket loses its name and is found through this descriptor only, which closes when the process ends in any way
+            # the socket is deleted with the folder; others still find it through this descriptor, which closes with the process
             os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
 def size_flight_recorder(layers: int) -> None:
-    """Make this process's recorder hold the calls of one step of a model of `layers` layers, unless the user set its length.
+    """Make this process's recorder long enough for one step of a model with `layers` layers, unless the user has set its length.
 
-    Call it before the first process group. It holds 2,000 to 24,000 calls, each about 1.3 kB of host memory once it is made.
+    Call this before the first process group is created. The recorder holds 2,000 to 24,000 calls. Each takes about 1.3 kB of host
+    memory once recorded.
     """
     if not any(name in os.environ for name in _LENGTHS):
         os.environ[_LENGTHS[0]] = str(min(max(_ENTRIES_A_LAYER * layers, _FEWEST), _MOST))
 
 
 def save_flight_recorders(folder: Path, pids: Mapping[int, int]) -> None:
-    """Write flight-recorder-RANK.json into a folder for each rank that answers: its traces by backend. Raises OSError.
+    """Write the traces of each rank that answers, by backend, to flight-recorder-RANK.json in a folder.
 
-    pids: by rank. Takes 3 s at most, even if no rank answers.
+    pids: process ids by rank. Takes at most 3 s, even if no rank answers. Raises OSError if a file cannot be written.
     """
     ends = time.monotonic() + _ANSWER_SECONDS
     asked: dict[tuple[int, str], http.client.HTTPConnection] = {}
@@ -75,7 +76,7 @@ def save_flight_recorders(folder: Path, pids: Mapping[int, int]) -> None:
 
 
 def _ask(pid: int, trace: str, opened: contextlib.ExitStack) -> http.client.HTTPConnection:
-    """Ask a process for a trace and return the connection for its answer. Raises OSError if the process cannot be asked."""
+    """Ask a process for a trace. Return the connection for its answer. Raise OSError if the process cannot be asked."""
     connection = http.client.HTTPConnection("localhost")
     connection.sock = opened.enter_context(socket.socket(socket.AF_UNIX))
     connection.sock.settimeout(_ANSWER_SECONDS)
@@ -85,7 +86,7 @@ def _ask(pid: int, trace: str, opened: contextlib.ExitStack) -> http.client.HTTP
 
 
 def _answer(connection: http.client.HTTPConnection, ends: float) -> Any:
-    """Return the requested trace; None if it has not come at the time `ends` of the monotonic clock."""
+    """Return the requested trace, or None if it has not arrived by the time `ends` on the monotonic clock."""
     with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
         connection.sock.settimeout(max(0.01, ends - time.monotonic()))
         response = connection.getresponse()
@@ -95,9 +96,9 @@ def _answer(connection: http.client.HTTPConnection, ends: float) -> Any:
 
 
 def _socket_of(pid: int) -> str:
-    """Return the socket on which a process answers. Raises FileNotFoundError if it has none."""
+    """Return the path of the socket on which a process answers. Raise FileNotFoundError if it has no such socket."""
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        # other descriptors may be closed meanwhile
+        # the process may close descriptors meanwhile
         with contextlib.suppress(FileNotFoundError):
             if f"/{_SOCKET} (deleted)" in os.readlink(descriptor):
                 return str(descriptor)
@@ -106,7 +107,7 @@ def _socket_of(pid: int) -> str:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Discard the error stream: PyTorch prints the start of the server as if it were a warning."""
+    """Discard stderr, where PyTorch reports the start of the server as if it were a warning."""
     before = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)

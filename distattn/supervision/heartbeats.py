@@ -1,7 +1,7 @@
-"""Heartbeats of the ranks of one machine: each rank writes what it is about to do into memory that a supervisor reads.
+"""Heartbeats of the ranks on one machine: each rank writes what it is about to do to shared memory that a supervisor reads.
 
-A rank that hangs cannot report it, but its last heartbeat can still be read. A board is memory with one slot of SLOT_BYTES
-for each rank, and only that rank writes its slot.
+A rank that hangs cannot report it, but its last heartbeat can still be read. The memory, a board, has one slot of SLOT_BYTES for
+each rank, which only that rank writes.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from zlib import crc32
 from distattn.ir.errors import DistattnError, LostRankError, shows_lost_peer
 
 SLOT_BYTES = 512
-# name of the memory in /proc; another number means another layout of the slots
+# the memory's name in /proc; the number is the version of the slots' layout
 _NAME = "distattn-heartbeats-2"
-# a rank works; it has done its part, refuses to go on, or an exception was raised; it no longer waits for the others to end
+# a rank is working, has done its part, refuses to continue, raised an exception, or no longer waits for the others to end
 State = Literal["working", "ended", "refused", "raised", "left"]
 _STATES: tuple[State, ...] = get_args(State)
 # states of ranks that have done their part, and of ranks that gave a reason for their end
 DONE, WITH_REASON = ("ended", "left"), ("refused", "raised")
 # pid, attempt, nanoseconds, beats, step, first, seconds, key, exit code, waits, state, lost_peer, number of peers, bytes of the
-# activity; a checksum of all comes before, the peers and the activity follow
+# activity; a checksum precedes them, the peers and the activity follow
 _HEAD = struct.Struct("<IIQQqqfIHBBBBB")
 _SUM_BYTES = 4
 # a rank may wait for more peers than a slot has room for
@@ -42,12 +42,12 @@ _TRIES = 20
 class Heartbeat(NamedTuple):
     """The last heartbeat of a rank.
 
-    at: seconds of CLOCK_MONOTONIC. step: the training step; first: the first step of the process; both -1 before training.
-    seconds: how long the activity may take without another heartbeat; 0: the supervisor decides. waits: the rank waits for
-    other ranks, so another rank is to blame if it stands still. activity: what the rank does, or why it ends, as text that no
-    program reads. peers: the ranks whose messages it waits for; of a rank that refuses, the ranks it has lost. key: equal for
-    ranks that wait for the same, or that raised the same error. exit_code: of a rank that refuses. lost_peer: it ends because
-    it lost another rank.
+    at: its time in seconds of CLOCK_MONOTONIC. beats: the number of heartbeats so far. step: the training step. first: the first
+    step of the process. Both are -1 before training. seconds: how long the activity may take without another heartbeat, or 0 to
+    let the supervisor decide. waits: True if the rank waits for other ranks, so another rank is to blame if it makes no progress.
+    activity: what the rank does or why it ends, as text that no program parses. peers: the ranks whose messages it waits for, or
+    the ranks that it has lost if it refuses to continue. key: a number that is equal for ranks that wait for the same thing or
+    raised the same error. exit_code: set if the rank refuses. lost_peer: True if it ends because it lost another rank.
     """
 
     pid: int
@@ -67,18 +67,18 @@ class Heartbeat(NamedTuple):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Heartbeat:
-        """Build a heartbeat from its `_asdict`, which another release may have written: it may have other fields."""
+        """Build a heartbeat from its `_asdict`, which may have other fields if another release wrote it."""
         shared = {name: value for name, value in fields.items() if name in cls._fields}
         return cls(**shared)._replace(peers=tuple(shared.get("peers", ())))
 
     @property
     def has_done_its_part(self) -> bool:
-        """Return whether the rank's work is done."""
+        """True if the rank's work is done."""
         return self.state in DONE
 
     @property
     def words(self) -> str:
-        """Return what the rank does, or how it has ended and why, for people."""
+        """What the rank does, or how and why it ended, for people to read."""
         if self.state == "refused":
             return f"refused with exit code {self.exit_code}" + (f": {self.activity}" if self.activity else "")
         if self.state == "raised":
@@ -86,12 +86,12 @@ class Heartbeat(NamedTuple):
         return self.activity if self.state == "working" else self.state
 
 
-# writes a heartbeat: see `HeartbeatBoard.writer`
+# a function that writes a heartbeat, see `HeartbeatBoard.writer`
 Write = Callable[..., None]
 
 
 class Activity(NamedTuple):
-    """What a process does next. The fields are those of `Heartbeat`; key: as text."""
+    """What a process does next. The fields are those of `Heartbeat`, except that `key` is text."""
 
     text: str
     seconds: float = 0.0
@@ -104,7 +104,7 @@ class Activity(NamedTuple):
 
 
 class HeartbeatBoard:
-    """The slots of some ranks. One process reads it, each rank writes its slot; no other user can open it."""
+    """Shared memory with one slot per rank. Each rank writes its slot, and one process reads them. Other users cannot open it."""
 
     def __init__(self, descriptor: int, writable: bool = True):
         self._descriptor = descriptor
@@ -113,15 +113,15 @@ class HeartbeatBoard:
 
     @classmethod
     def make(cls, ranks: int) -> HeartbeatBoard:
-        """Make a board in memory that is freed when the last process that has it ends. Raises OSError."""
+        """Create a board. Its memory is freed when the last process that has it open ends. Raise OSError if that fails."""
         descriptor = os.memfd_create(_NAME)
         os.ftruncate(descriptor, ranks * SLOT_BYTES)
         return cls(descriptor)
 
     @classmethod
     def open(cls, path: Path, writable: bool = False) -> HeartbeatBoard:
-        """Open the board of another process by its `path`. Raises OSError, also if that process has closed the board."""
-        # do not even read it: the descriptor's number may belong to any other file of the process by now
+        """Open the board of another process by its `path`. Raise OSError if that fails or the process has closed the board."""
+        # open with O_PATH first, which does not touch the file: the descriptor's number may by now belong to any other file
         descriptor = os.open(path, os.O_PATH)
         try:
             target = os.readlink(f"/proc/self/fd/{descriptor}")
@@ -131,23 +131,23 @@ class HeartbeatBoard:
         finally:
             os.close(descriptor)
         if not os.fstat(opened).st_size:
-            # a new board that is still being made and has got the number of a closed one
+            # a new board, still being created, has the descriptor number of a closed one
             os.close(opened)
             raise FileNotFoundError(errno.ENOENT, "a board of heartbeats without slots", str(path))
         return cls(opened, writable)
 
     @property
     def slots(self) -> int:
-        """Number of ranks on the board."""
+        """The number of ranks on the board."""
         return len(self._memory) // SLOT_BYTES
 
     @property
     def path(self) -> Path:
-        """Path by which other processes of this user can open the board while this process lives."""
+        """The path by which other processes of this user can open the board while this process is alive."""
         return Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def writer(self, slot: int, attempt: int) -> Write:
-        """Return a function that writes a heartbeat into a slot, with the fields of `Heartbeat`; key: as text."""
+        """Return a function that writes a heartbeat to a slot. Its arguments are fields of `Heartbeat`, with `key` as text."""
         memory, start = self._memory, slot * SLOT_BYTES
         pack, clock, pid, beats, first = _HEAD.pack, time.monotonic_ns, os.getpid(), 0, -1
 
@@ -181,9 +181,9 @@ class HeartbeatBoard:
         return write
 
     def read(self, slot: int) -> Heartbeat | None:
-        """Return the last heartbeat of a rank, None before its first one.
+        """Return the last heartbeat of a rank, or None before its first one.
 
-        Return the heartbeat before it while the rank is writing, which may take long if the rank has lost the processor.
+        While the rank is writing, return the previous heartbeat. Writing may take long if the rank is descheduled.
         """
         start = slot * SLOT_BYTES
         for _ in range(_TRIES):
@@ -209,12 +209,12 @@ class HeartbeatBoard:
 
 @cache
 def _key_number(key: str) -> int:
-    """Return a number that identifies a key; 0 for an empty one."""
+    """Return a number that identifies a key, 0 for an empty key."""
     return crc32(key.encode(errors="replace")) if key else 0
 
 
 class _CurrentActivity:
-    """The last heartbeat of this process, and the function that writes it; None by default. Threads take turns."""
+    """The current activity of this process. write: the function that writes heartbeats, or None. A lock serializes threads."""
 
     def __init__(self) -> None:
         self.write: Write | None = None
@@ -222,7 +222,7 @@ class _CurrentActivity:
         self.step = -1
         self.layer: int | None = None
         self.last = Activity("")
-        # what other threads do, and the thread that the main thread waits for
+        # the activities of other threads, and the thread that the main thread waits for
         self.other_threads: dict[int, Activity] = {}
         self.awaited: int | None = None
 
@@ -234,7 +234,7 @@ class _CurrentActivity:
 
     def repeat(self) -> None:
         if self.write is not None:
-            # `last` is read under the lock: another thread may set a new activity meanwhile
+            # read `last` under the lock, because another thread may be setting a new activity
             with self.lock:
                 self._write_now()
 
@@ -272,17 +272,17 @@ _CURRENT = _CurrentActivity()
 
 
 def attach(path: Path, slot: int, attempt: int) -> None:
-    """Let this process write its heartbeats on a board from now on. Raises OSError if there is no board."""
+    """Let this process write its heartbeats to a board from now on. Raise OSError if there is no board."""
     _CURRENT.write = HeartbeatBoard.open(path, writable=True).writer(slot, attempt)
 
 
 def set_activity(
     text: str, *, step: int | None = None, seconds: float = 0.0, waits: bool = False, key: str = ""
 ) -> None:
-    """Report what this process does next. Takes about 1 us; does nothing without a supervisor.
+    """Report what this process does next. This takes about 1 us, and does nothing without a supervisor.
 
-    step: the training step from now on. seconds: see `Heartbeat`. waits: the process waits for other ranks. key: names the
-    activity, alike on all ranks.
+    step: the training step from now on. seconds: see `Heartbeat`. waits: True if the process waits for other ranks. key: a name
+    of the activity that is the same on all ranks.
     """
     if step is not None:
         _CURRENT.step = step
@@ -290,17 +290,17 @@ def set_activity(
 
 
 def repeat_heartbeat() -> None:
-    """Report that the last activity makes progress: more of a file is written, for example. Any thread may call it."""
+    """Report that the last activity makes progress, for example that more of a file was written. Any thread may call it."""
     _CURRENT.repeat()
 
 
 class activity:  # noqa: N801
-    """Context manager that reports an activity of this process; afterwards the activity before it goes on.
+    """Context manager that reports an activity of this process. On exit it reports the previous activity again.
 
-    peers: ranks whose messages it waits for. key: names a collective that it waits for, alike on all its ranks.
+    peers: the ranks whose messages it waits for. key: a name of the collective it waits for, the same on all ranks.
     """
 
-    # a generator would double the cost
+    # not a generator, which would double the cost
     __slots__ = ("_before", "_now")
 
     def __init__(
@@ -318,10 +318,10 @@ class activity:  # noqa: N801
 
 @contextlib.contextmanager
 def thread_activity(text: str, *, waits: bool = False, peers: tuple[int, ...] = (), key: str = "") -> Iterator[None]:
-    """Report what the calling thread does: like `activity` on the main thread; other threads add to the main thread's activity.
+    """Report what the calling thread does. On the main thread this is `activity`; other threads add to the main thread's text.
 
-    waits: the thread waits for other ranks; for a background thread this is reported while the main thread waits for it
-    (see `awaiting_thread`).
+    waits: True if the thread waits for other ranks. For a background thread this is reported only while the main thread waits for
+    it (see `awaiting_thread`).
     """
     if _CURRENT.write is None:
         yield
@@ -341,9 +341,9 @@ def thread_activity(text: str, *, waits: bool = False, peers: tuple[int, ...] = 
 
 @contextlib.contextmanager
 def awaiting_thread(thread: int) -> Iterator[None]:
-    """Report that the main thread waits for another thread, given by its ident.
+    """Report that the main thread waits for the thread with ident `thread`.
 
-    While that thread waits for other ranks, the heartbeat says that this rank waits for them, so this rank is not blamed.
+    While that thread waits for other ranks, the heartbeat says that this rank waits for them, so that it is not blamed.
     """
     before = _CURRENT.awaited
     _CURRENT.wait_for(thread)
@@ -354,22 +354,22 @@ def awaiting_thread(thread: int) -> Iterator[None]:
 
 
 def set_layer(layer: int | None) -> None:
-    """Set the layer of the model that messages belong to from now on; None: unknown."""
+    """Set the model layer to which messages belong from now on, or None if it is unknown."""
     _CURRENT.layer = layer
 
 
 def current_layer() -> int | None:
-    """Return the layer that `set_layer` has set."""
+    """Return the layer set by `set_layer`."""
     return _CURRENT.layer
 
 
 def layer_suffix() -> str:
-    """Return " of layer 17" for the layer that `set_layer` has set, "" if it is unknown."""
+    """Return text such as " of layer 17" for the layer set by `set_layer`, or "" if it is unknown."""
     return "" if _CURRENT.layer is None else f" of layer {_CURRENT.layer}"
 
 
 def set_end(code: int, error: BaseException | None = None) -> None:
-    """Report how this process ends, with the first line of the exception. An end that was already reported stays."""
+    """Report how this process ends, with the first line of the exception. Do nothing if an error was already reported."""
     if _CURRENT.last.state in WITH_REASON:
         return
     line = "" if error is None else (str(error).strip().splitlines() or [""])[0]
@@ -390,5 +390,5 @@ def set_left() -> None:
 
 
 def is_attached() -> bool:
-    """Return whether a supervisor reads the heartbeats. If none does, do not build texts that cost time."""
+    """Return True if a supervisor reads the heartbeats. Callers use it to avoid building texts that would not be read."""
     return _CURRENT.write is not None

@@ -1,4 +1,4 @@
-"""Helper processes of ranks: the fork server and the process that copies output. They are watched and named like ranks."""
+"""Helper processes of ranks: the fork server and the process that copies output. They are watched, and blamed, like ranks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from distattn.supervision.culprits import process_state
 
-# seconds between two looks at a helper
+# seconds between two checks of a helper
 LOOK_SECONDS = 0.5
-# replacements before a command gives up: a new process does not cure a fault that comes back
+# replacements before a command gives up, because a new process does not cure a persistent fault
 MOST_REPLACEMENTS = 3
-# seconds that a killed process may take to end: a process that waits for a disk ends later
+# seconds to wait for a killed process to end; one that waits for a disk ends later
 _KILLED_SECONDS = 2.0
 
 
@@ -23,8 +23,8 @@ _KILLED_SECONDS = 2.0
 class Helper:
     """A child of this process. name: its name in sentences.
 
-    replace: starts another one and returns its process id; None if the ranks end with the helper. begin_again: what a new
-    helper means for the user, as the rest of a sentence.
+    replace: a function that starts a new helper and returns its process id; None if the ranks must end with the helper.
+    begin_again: a clause that tells the user what happens when the helper is replaced.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Helper:
         return f"{self.name} (process {self.pid})"
 
     def end(self) -> str:
-        """Return how it has ended, such as "was killed by SIGKILL"; "" while it lives."""
+        """Return how the helper ended, such as "was killed by SIGKILL", or "" while it is alive."""
         if process_state(self.pid) not in "XZ":
             return ""
         return describe_exit(code) if (code := self.exit_code()) is not None else "has ended"
 
     def exit_code(self) -> int | None:
-        """Return the exit code after its end, -N for signal N; None if it is unknown. Does not reap it."""
+        """Return the exit code of a helper that has ended (-N for signal N), or None if it is unknown. Does not reap it."""
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is not None:
@@ -51,9 +51,10 @@ class Helper:
         return None
 
     def fault(self, patience: float) -> str:
-        """Return its fault, "" if there is no fault. Call it every LOOK_SECONDS.
+        """Return what is wrong with the helper, or "" if nothing is. Call this every LOOK_SECONDS.
 
-        patience: seconds that it may be stopped. Calls are counted, not seconds: while this process did not run, no time counts.
+        patience: seconds for which it may be stopped. They are measured by counting calls, so that time in which this process did
+        not run does not count.
         """
         if ended := self.end():
             return ended
@@ -61,11 +62,11 @@ class Helper:
         return "is stopped (SIGSTOP or a debugger)" if self._stopped_looks * LOOK_SECONDS > patience else ""
 
     def is_stopped(self) -> bool:
-        """Return whether it is stopped now."""
+        """Return True if the helper is currently stopped."""
         return process_state(self.pid) in "Tt"
 
     def start_again(self, fault: str) -> str:
-        """Kill it if it still lives, and replace it. Return a sentence about that, without its period."""
+        """Kill the helper if it is still alive, and replace it. Return a sentence about that, without the period."""
         assert self.replace is not None
         sentence = f"{self} {fault}: {self.begin_again}"
         self.kill()
@@ -73,7 +74,7 @@ class Helper:
         return sentence
 
     def kill(self) -> None:
-        """Send it SIGKILL and wait until it has ended. Does not reap it."""
+        """Send SIGKILL to the helper, and wait a short time for it to end. Does not reap it."""
         if not self.end():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -82,8 +83,13 @@ class Helper:
             time.sleep(0.001)
 
 
+def shell_exit_code(code: int) -> int:
+    """Return the exit code that a shell reports: 128 + N for a process that signal N killed, whose code is -N."""
+    return code if code >= 0 else 128 - code
+
+
 def describe_exit(code: int) -> str:
-    """Return how a process ended, from its exit code, which is negative if a signal killed it."""
+    """Return how a process ended, given its exit code, which is negative if a signal killed it."""
     if code >= 0:
         return f"ended with exit code {code}"
     has_name = -code in {number.value for number in signal.Signals}

@@ -1,7 +1,7 @@
 """Find which nodes of an attempt reach each other, to distinguish a cut link from ranks that hang.
 
-Each node writes its address into a file in the folder of the attempt, which all nodes share. A node is reached if it accepts
-or refuses a TCP connection, so no socket has to listen for it.
+Each node writes its address to a file in the attempt's folder, which all nodes share. A node counts as reached if it accepts or
+refuses a TCP connection, so no socket has to listen there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# longest wait for an answer; seconds between two tries for nodes that were not reached yet; number of tries: ten minutes
+# maximum seconds to wait for an answer; seconds between tries to reach the remaining nodes; number of tries (ten minutes)
 ANSWER_SECONDS, _LOOK_SECONDS, _LOOKS = 3.0, 2.0, 300
-# a node that refuses a connection is reached
+# a node that refuses a connection counts as reached
 _REACHED = (0, errno.ECONNREFUSED)
 
 
 class NodeAddress(NamedTuple):
-    """The address of a node. address: an IP number, not a name; port: for trial connections, which may be refused."""
+    """The address of a node. host: its name. address: its IP address. port: for trial connections, which may be refused."""
 
     host: str
     address: str
@@ -34,7 +34,7 @@ class NodeAddress(NamedTuple):
 
 
 class CutLink(NamedTuple):
-    """Two nodes that no longer reach each other. names and how: the subject and the rest of a sentence about them."""
+    """Two nodes that no longer reach each other. names, how: the subject and the predicate of a sentence about them."""
 
     first: int
     second: int
@@ -43,7 +43,7 @@ class CutLink(NamedTuple):
 
 
 class NodeLinks:
-    """The links from one node to the others. Only a link that once worked counts as cut: firewalls may drop connections."""
+    """The links from one node to the others. Only a link that once worked counts as cut; others may be blocked by a firewall."""
 
     def __init__(self, folder: Path, node: int, nodes: int, own_address: NodeAddress):
         self._folder, self._node, self._nodes, self._own_address = folder, node, nodes, own_address
@@ -54,14 +54,14 @@ class NodeLinks:
         threading.Thread(target=self._reach, daemon=True, name="distattn-node-links").start()
 
     def cut(self) -> list[CutLink]:
-        """Return the links that once worked and are cut now. Takes ANSWER_SECONDS at most."""
-        # a node that a scheduler restarted elsewhere has written another address; the folder may be unreachable, too
+        """Return the links that once worked and are cut now. Takes at most ANSWER_SECONDS."""
+        # skip nodes that a scheduler restarted at another address; if the folder is unreachable, keep the known address
         reached = {node: at for node, at in self._reached.items() if self._address(node) in (None, at)}
         failed = unreached(reached, ANSWER_SECONDS)
         return [self._cut(node, reached[node], why) for node, why in sorted(failed.items())]
 
     def close(self) -> None:
-        """Stop trying nodes that were not reached yet."""
+        """Stop trying to reach the remaining nodes."""
         self._closed.set()
 
     def _reach(self) -> None:
@@ -91,13 +91,13 @@ class NodeLinks:
 
 
 def blamed_nodes(cut: Iterable[CutLink]) -> list[int]:
-    """Return the nodes that most cut links have in common: one node if the others reach each other, otherwise both ends."""
+    """Return the nodes with the most cut links: one node if the others reach each other, otherwise both ends of a link."""
     counts = Counter(node for link in cut for node in (link.first, link.second))
     return sorted(node for node, count in counts.items() if count == max(counts.values()))
 
 
 def merged_links(links_by_node: Iterable[Sequence[CutLink]]) -> list[CutLink]:
-    """Return the links that several nodes have found, each pair of nodes once."""
+    """Merge the cut links found by several nodes. Return each pair of nodes once."""
     links: dict[tuple[int, int], CutLink] = {}
     for link in (link for node_links in links_by_node for link in node_links):
         links.setdefault((link.first, link.second), link)
@@ -105,7 +105,7 @@ def merged_links(links_by_node: Iterable[Sequence[CutLink]]) -> list[CutLink]:
 
 
 def unreached(places: Mapping[int, NodeAddress], seconds: float) -> dict[int, str]:
-    """Return, by node, why nodes are not reached. Try all at once, for at most `seconds`."""
+    """Try to reach all nodes at once, for at most `seconds`. Return the reason for each node that was not reached."""
     failed: dict[int, str] = {}
     waiting: dict[int, tuple[int, socket.socket]] = {}
     with contextlib.ExitStack() as opened:

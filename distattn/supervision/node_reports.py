@@ -1,7 +1,7 @@
-"""Exchange reports between the nodes of an attempt when ranks stand still, by files in the attempt's shared folder.
+"""Exchange reports between an attempt's nodes when ranks make no progress, through files in the attempt's shared folder.
 
-The rank to blame can only be found from the heartbeats of all ranks. A node whose ranks are silent asks, and all nodes answer
-with the last heartbeats of their ranks.
+Finding the rank to blame takes the heartbeats of all ranks. A node whose ranks are silent asks, and all nodes answer with the
+last heartbeats of their ranks.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from typing import Any, NamedTuple
 from distattn.supervision.heartbeats import Heartbeat
 from distattn.supervision.node_links import CutLink, NodeLinks, merged_links
 
-# longest wait for answers: network file systems show files late
+# maximum seconds to wait for answers; network file systems show new files late
 ANSWER_SECONDS = 15.0
 
 
 class NodeReport(NamedTuple):
-    """The report of a node about its ranks. beats: by rank, None without a heartbeat. silent: seconds since the last heartbeat
-    of any rank, without the time in which the machine was paused. cut: links to other nodes that worked and are cut now.
+    """A node's report about its ranks.
+
+    beats: last heartbeats by rank, None for a rank without any. states: process states by rank. in_collective: ranks whose stacks
+    show a collective. silent: seconds since the last heartbeat of any rank, without pauses of the machine. cut: links to other
+    nodes that once worked and are now cut.
     """
 
     beats: dict[int, Heartbeat | None]
@@ -34,36 +37,36 @@ class NodeReport(NamedTuple):
 
 
 class NodeReports:
-    """The questions and answers of one node. folder: of the attempt; node: its number, below `nodes`; links: to the others."""
+    """The questions and answers of one node. folder: the attempt's folder. node: the node's number. links: to other nodes."""
 
     def __init__(self, folder: Path, node: int, nodes: int, links: NodeLinks | None = None):
         self._folder, self.node, self.nodes, self._links = folder, node, nodes, links
-        # one moment by the file system's clock and by this process's clock
+        # the same moment on the file system's clock and on this process's clock
         self._moment = time.time(), time.monotonic()
-        # network file systems remember for a while that a file was not there
+        # create the files now, because network file systems cache for a while that a file did not exist
         for file in (self._question_of(node), self._answer_of(node)):
             with contextlib.suppress(OSError):
                 file.write_text("", "utf-8")
 
     def cut_links(self) -> list[CutLink]:
-        """Return the links to other nodes that are cut now. Takes some seconds if one is cut."""
+        """Return the links to other nodes that are cut now. This takes a few seconds if any is cut."""
         return self._links.cut() if self._links is not None else []
 
     def ask(self) -> float:
-        """Ask all nodes what their ranks do. Return the time by the file system's clock. Raises OSError."""
+        """Ask all nodes what their ranks do. Return the time on the file system's clock. Raise OSError if that fails."""
         file = self._question_of(self.node)
         file.write_text("what do your ranks do?\n", "utf-8")
         self._moment = file.stat().st_mtime, time.monotonic()
         return self._moment[0]
 
     def asked(self) -> float:
-        """Return when another node last asked, by the file system's clock; 0 if no node has."""
+        """Return when another node last asked, on the file system's clock, or 0 if no node has."""
         return max((_read(self._question_of(node))[0] for node in self._others()), default=0.0)
 
     def answer(self, report: NodeReport) -> None:
-        """Write this node's report for the others. Raises OSError.
+        """Write this node's report for the others. Raise OSError if that fails.
 
-        Times are written as seconds before the answer, and the file's time tells when that was: hosts' clocks may differ.
+        Times are stored relative to the answer, which the file's modification time dates, because hosts' clocks may differ.
         """
         beats = {
             rank: None if beat is None else beat._asdict() | {"at": beat.at - time.monotonic()}
@@ -73,11 +76,11 @@ class NodeReports:
         self._answer_of(self.node).write_text(text, "utf-8")
 
     def answers(self, since: float) -> dict[int, NodeReport]:
-        """Return the reports of other nodes since a time that `ask` has returned, by node."""
+        """Return the other nodes' reports that were written since a time returned by `ask`, indexed by node."""
         reports = {}
         for node in self._others():
             at, text = _read(self._answer_of(node))
-            # an answer that is being written is incomplete
+            # skip an answer that is still being written
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 if text and at >= since:
                     reports[node] = _report(json.loads(text), self._moment[1] + at - self._moment[0])
@@ -94,8 +97,8 @@ class NodeReports:
 
 
 def _read(file: Path) -> tuple[float, str]:
-    """Return when a file was last written and its text; 0 and "" if it is empty or missing."""
-    # a network file system asks the server when a file is opened, and may show an old time before that
+    """Return (the time of a file's last write, its text), or (0, "") if it is empty or missing."""
+    # open the file before reading its time: only then does a network file system ask the server
     with contextlib.suppress(OSError), open(file, encoding="utf-8") as opened:
         if text := opened.read():
             return os.fstat(opened.fileno()).st_mtime, text
@@ -103,7 +106,7 @@ def _read(file: Path) -> tuple[float, str]:
 
 
 def merged(reports: Mapping[int, NodeReport]) -> NodeReport:
-    """Merge the reports of several nodes. `silent` is that of the node whose ranks have been silent for the shortest time."""
+    """Merge the reports of several nodes. `silent` is the minimum over all nodes."""
     beats = {rank: beat for report in reports.values() for rank, beat in report.beats.items()}
     states = {rank: state for report in reports.values() for rank, state in report.states.items()}
     collective = [rank for report in reports.values() for rank in report.in_collective]
@@ -112,7 +115,7 @@ def merged(reports: Mapping[int, NodeReport]) -> NodeReport:
 
 
 def _report(fields: dict[str, Any], answered: float) -> NodeReport:
-    """Build the report of a node from its JSON. answered: its time by this process's clock."""
+    """Build a node's report from its JSON. answered: the time of the answer on this process's clock."""
     beats = {
         int(rank): None if beat is None else Heartbeat.from_fields(beat | {"at": beat["at"] + answered})
         for rank, beat in fields["beats"].items()

@@ -1,4 +1,4 @@
-"""Watch the ranks of one machine from their launcher: notice a rank's end at once, and ranks that hang by their heartbeats."""
+"""Watch the ranks on one machine from their launcher: notice at once when a rank ends, and detect hangs from the heartbeats."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from typing import Literal
 from distattn.supervision.culprits import Culprit, culprits, last_activity, process_state
 from distattn.supervision.evidence import is_in_collective, save_evidence
 from distattn.supervision.heartbeats import WITH_REASON, Heartbeat, HeartbeatBoard
-from distattn.supervision.helper_processes import LOOK_SECONDS, Helper
+from distattn.supervision.helper_processes import LOOK_SECONDS, Helper, shell_exit_code
 from distattn.supervision.node_links import CutLink, blamed_nodes
 from distattn.supervision.node_reports import ANSWER_SECONDS, NodeReport, NodeReports, merged
 
-# signal to this process itself, when only its main thread can end the ranks; no person or scheduler sends it to launchers
+# the signal that this process sends itself if only its main thread can end the ranks; users and schedulers do not send it
 INTERRUPT = signal.SIGUSR2
-# seconds between two looks for questions of other nodes
+# seconds between checks for questions from other nodes
 _ASKED_SECONDS = 0.5
-# seconds between two looks
+# seconds between checks of the heartbeats
 POLL_SECONDS = 0.02
-# seconds that a look may be late; a longer delay means that the machine or the whole job was paused
+# seconds by which a check may be late; a longer delay means that the machine or the whole job was paused
 _LATE_SECONDS = 1.0
-# looks at a stopped rank after which it counts as stopped for good
+# consecutive checks that find a stopped rank before it counts as stopped for good
 _STOPPED_LOOKS = 10
-# seconds in which torchrun notices how a rank has ended; only torchrun gets the exit code
+# seconds that torchrun has to notice how a rank ended; only torchrun gets the exit code
 _TORCHRUN_SECONDS = 5.0
 Kind = Literal["killed", "cut", "hung", "raised", "refused"]
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How many seconds all ranks may be silent.
+    """Limits on how many seconds may pass without a heartbeat from any rank.
 
-    starting: until all ranks have done two steps, which import, connect, load and compile. running: afterwards, or `factor`
-    times the longest silence since the first step if that is longer.
+    starting: the limit until all ranks have done two steps, in which they import, connect, load and compile. running: the limit
+    afterwards, or `factor` times the longest silence since the first step if that is longer.
     """
 
     starting: float = 300.0
@@ -51,11 +51,11 @@ class Patience:
 class Trouble:
     """Why the ranks of an attempt were ended, with the ranks to blame.
 
-    kind: the ranks were killed or ended without giving a reason, lost the link to other nodes, hung, raised an error, or refused
-    to go on. steps: done in this attempt by the rank that was furthest. seconds: from the last sign of life to the decision,
-    without pauses of the machine; from the rank's report of its end; or at most from its death. exit_code: of a rank that
-    refuses. nodes: to blame for a cut link. lost_peer: the ranks to blame ended because they lost another rank. error: equal for
-    equal errors that ranks raised.
+    kind: "killed" (or ended without giving a reason), "cut" (lost the link to other nodes), "hung", "raised" (an error) or
+    "refused" (to continue). steps: the steps done in this attempt by the rank that was furthest. seconds: the time until the
+    trouble was noticed, without pauses of the machine, counted from the last heartbeat or the rank's report of its end; for a
+    killed rank, an upper bound. exit_code: the exit code of a rank that refused. nodes: the nodes to blame for a cut link.
+    lost_peer: True if the ranks to blame ended because they lost another rank. error: a number that is equal for equal errors.
     """
 
     culprits: tuple[Culprit, ...]
@@ -71,7 +71,7 @@ class Trouble:
         return "; ".join(map(str, self.culprits))
 
     def facts(self) -> dict[str, object]:
-        """Return the fields that are written down, next to its sentence."""
+        """Return the fields to record next to the sentence."""
         ranks = [culprit.rank for culprit in self.culprits if not culprit.helper]
         facts: dict[str, object] = {
             "ranks": ranks,
@@ -83,7 +83,7 @@ class Trouble:
         return facts | ({"nodes": list(self.nodes)} if self.nodes else {})
 
     def repeats(self, before: Trouble | None) -> bool:
-        """Return whether the same rank has raised the same error again."""
+        """Return True if this is the same trouble, with the same ranks and the same error, as the one before."""
         return before is not None and self._identity() == before._identity()
 
     def _identity(self) -> tuple[object, ...]:
@@ -91,11 +91,11 @@ class Trouble:
 
 
 class RankWatch:
-    """A thread that watches the ranks of a board until `close`. The first trouble ends them all, by SIGKILL.
+    """A thread that watches the ranks on a board until `close`. At the first trouble, it kills them all with SIGKILL.
 
-    ranks: the numbers of this machine's ranks, each with a slot of the board. folder: for evidence of ranks that hang; it exists
-    by then. reports: exchange with other nodes, if there are any. A rank is watched from its first heartbeat on.
-    helpers: other processes to watch; notify: prints a sentence about a helper that was replaced.
+    A rank is watched from its first heartbeat on. ranks: the numbers of this machine's ranks, each with a slot on the board.
+    folder: where to save evidence about ranks that hang; it must exist by then. reports: the exchange with other nodes, if there
+    are any. helpers: other processes to watch. notify: prints a sentence about a helper that was replaced.
     """
 
     def __init__(
@@ -110,32 +110,32 @@ class RankWatch:
     ):
         self._board, self._ranks, self._patience, self._folder = board, ranks, patience, folder
         self._helpers, self._notify = helpers, notify
-        # names of helpers that could not be replaced, which is reported once
+        # names of the helpers that could not be replaced, so that this is reported only once
         self._not_replaced: set[str] = set()
-        # ignore questions from an earlier attempt under a scheduler that does not number attempts
+        # some schedulers do not number attempts, so ignore questions that an earlier attempt asked
         self._reports, self._answered = reports, reports.asked() if reports is not None else 0.0
         self.trouble: Trouble | None = None
         self._began = time.monotonic()
-        # looks in a row that have found a stopped rank, after ranks were silent for too long
+        # consecutive checks that have found a stopped rank after ranks were silent for too long
         self._stopped_looks = 0
-        # the longest silence of all ranks since all have done their first step
+        # the longest time without a heartbeat from any rank since all have done their first step
         self._longest = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-rank-watch")
         self._thread.start()
 
     def close(self) -> Trouble | None:
-        """End the thread and return the trouble, None if there was none."""
+        """End the thread. Return the trouble, or None if there was no trouble."""
         self._closed.set()
         self._thread.join()
         return self.trouble
 
     def _run(self) -> None:
         heard, last, asked_at, helped_at = self._began, -1, 0.0, 0.0
-        # pauses since `heard`, and the time of the last look
+        # seconds of pauses since `heard`, and the time of the last check
         paused, looked = 0.0, self._began
         while not self._closed.wait(POLL_SECONDS):
-            # before the board is read: a heartbeat that is written while this process waits for a core is no silence
+            # take the time before reading the board, so that a heartbeat written while this process waits for a core still counts
             now = time.monotonic()
             late, looked = max(0.0, now - looked - _LATE_SECONDS), now
             paused += late
@@ -151,7 +151,7 @@ class RankWatch:
             if latest > heard:
                 # the part of this pause that came after the heartbeat; negative if the heartbeat was written after `now`
                 after = min(late, now - latest)
-                # the first steps compile and allocate, so silences count from the second step on
+                # the first step compiles and allocates, so silences count only from the second step on
                 if last > 0 and len(beats) == len(self._ranks):
                     self._longest = max(self._longest, latest - heard - (paused - after))
                 heard, last, paused = latest, done, after
@@ -159,15 +159,15 @@ class RankWatch:
             if self._reports is not None and now > asked_at + _ASKED_SECONDS:
                 asked_at = now
                 if self._answer(self._reports, beats, silent):
-                    # the time of the answer is no pause
+                    # do not count the time of the answer as a pause
                     looked = time.monotonic()
             if self._is_too_long(silent, beats):
                 if self._hung(beats, silent, now - heard):
                     return
-                # ranks of other nodes work, and these ranks wait for them
+                # these ranks wait for ranks on other nodes, which are working
                 heard = looked = time.monotonic()
                 paused = 0.0
-        # torchrun may have noticed first that a rank has ended
+        # check once more: torchrun may have noticed first that a rank has ended
         beats = self._read()
         if (helper := self._lost_helper()) is not None:
             self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, beats)
@@ -179,27 +179,26 @@ class RankWatch:
         return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _done(self, beats: Mapping[int, Heartbeat]) -> dict[int, int]:
-        """Return the steps done in this attempt by rank, without ranks that never begin one, such as attention servers."""
+        """Return each rank's number of steps in this attempt, without ranks that never begin one, such as attention servers."""
         return {rank: beat.step - beat.first for rank, beat in beats.items() if beat.first >= 0}
 
     def _has_started(self, beats: Mapping[int, Heartbeat]) -> bool:
         return len(beats) == len(self._ranks) and min(self._done(beats).values(), default=0) > 1
 
     def _is_too_long(self, silent: float, beats: Mapping[int, Heartbeat]) -> bool:
-        """Return whether ranks hang that have been silent for `silent` seconds."""
+        """Return True if `silent` seconds without a heartbeat mean that the ranks hang."""
         if silent <= self._patience.running or beats and all(beat.has_done_its_part for beat in beats.values()):
             return False
         is_stopped = any(process_state(beat.pid) in "Tt" for beat in beats.values())
-        # when a stopped job continues, its processes continue one after another
+        # wait a few checks, because the processes of a stopped job continue one after another
         self._stopped_looks = self._stopped_looks + 1 if is_stopped else 0
         if self._stopped_looks > _STOPPED_LOOKS:
-            # regardless of its activity
             return True
         usual = max(self._patience.running, self._patience.factor * self._longest)
         return silent > max(usual if self._has_started(beats) else self._patience.starting, _announced_seconds(beats))
 
     def _end_of_one(self, beats: Mapping[int, Heartbeat]) -> bool:
-        """Return whether a rank has ended without having done its part; if so, end all others."""
+        """End all ranks if one has ended without having done its part. Return True if so."""
         dead = {
             rank: beat.pid for rank, beat in beats.items() if beat.state != "left" and process_state(beat.pid) in "XZ"
         }
@@ -212,14 +211,14 @@ class RankWatch:
         }
         if not gone:
             return False
-        # a killed rank could not report a reason; ranks that lost it report that, and end later
+        # blame ranks without a reason first: a killed rank could not report one, and ranks that lost it report that and end later
         if killed := {rank: beat for rank, beat in gone.items() if beat.state not in WITH_REASON}:
             first = tuple(
                 Culprit(rank, "ended without giving a reason", last_activity(beat)) for rank, beat in killed.items()
             )
             others = [beat.pid for rank, beat in beats.items() if rank not in gone]
             noticed = self._wait_for_torchrun(others, all(beat.state == "ended" for beat in killed.values()))
-            # ranks whose parent is a helper are killed with it
+            # if a helper was lost, blame it: the ranks that it started are killed with it
             if (helper := self._lost_helper()) is not None:
                 self._end_with_helper(helper, helper.end(), "killed", POLL_SECONDS, beats)
             else:
@@ -236,7 +235,7 @@ class RankWatch:
         return True
 
     def _fault_of_helper(self, beats: Mapping[int, Heartbeat]) -> bool:
-        """Replace helpers that were killed or are stopped; return whether the ranks ended with one that has no replacement."""
+        """Replace helpers that were killed or are stopped. If such a helper has no replacement, end the ranks and return True."""
         for helper in self._helpers:
             if not (fault := helper.fault(self._patience.running)):
                 continue
@@ -248,7 +247,7 @@ class RankWatch:
                 self._notify(f"{helper.start_again(fault)}.")
                 self._not_replaced.discard(helper.name)
             except OSError as error:
-                # if no process can be started now, try again at each look, and report it once
+                # no process can be started now: try again at each check, but report it only once
                 if helper.name not in self._not_replaced:
                     self._not_replaced.add(helper.name)
                     self._notify(
@@ -257,7 +256,7 @@ class RankWatch:
         return False
 
     def _lost_helper(self) -> Helper | None:
-        """Return a helper that has ended and ends the ranks with it; None while all such helpers live."""
+        """Return a helper that has ended and cannot be replaced, or None if all such helpers are alive."""
         return next((helper for helper in self._helpers if helper.replace is None and helper.end()), None)
 
     def _end_with_helper(
@@ -266,15 +265,16 @@ class RankWatch:
         code = helper.exit_code() or 1
         helper.kill()
         culprit = Culprit(self._ranks[0], fault, helper=str(helper))
-        # torchrun finds that all ranks have ended, so there is nothing to interrupt
+        # no interrupt is needed, because torchrun notices by itself that all ranks have ended
         done = max(self._done(beats).values(), default=0)
-        self._record(Trouble((culprit,), kind, done, seconds, code if code > 0 else 128 - code))
+        self._record(Trouble((culprit,), kind, done, seconds, shell_exit_code(code)))
 
     def _wait_for_torchrun(self, others: Sequence[int], done: bool) -> bool:
-        """Wait until torchrun has ended the other ranks, or has tried to: by then it knows how the first one has ended.
+        """Wait until torchrun ends the other ranks, or tries to. By then it knows how the first one ended.
 
-        done: the killed ranks had done their part. Ranks that have done their part wait for each other, and torchrun, about to
-        release them, waits for the dead one forever (`multiprocessing.Event.set`). Return False in that case.
+        others: process ids of the other ranks. done: True if the killed ranks had done their part. Such ranks wait for each
+        other, and torchrun, in releasing them, waits forever for a dead one (`multiprocessing.Event.set`). In that case return
+        False.
         """
         ends = time.monotonic() + _TORCHRUN_SECONDS
         while (others or done) and time.monotonic() < ends:
@@ -283,9 +283,9 @@ class RankWatch:
         return not done
 
     def _hung(self, beats: Mapping[int, Heartbeat], silent: float, ago: float) -> bool:
-        """End ranks that hang. Return False if they only wait for ranks of other nodes that work.
+        """End ranks that hang. Return False if they only wait for working ranks on other nodes.
 
-        ago: seconds since their last heartbeat, pauses included.
+        silent, ago: seconds since their last heartbeat, excluding and including pauses of the machine.
         """
         report = self._report(beats, silent)
         if self._reports is None:
@@ -310,11 +310,11 @@ class RankWatch:
         return True
 
     def _report(self, last_beats: Mapping[int, Heartbeat], silent: float) -> NodeReport:
-        """Return the report about this machine's ranks, and keep evidence in the folder."""
+        """Save evidence about this machine's ranks in the folder. Return a report about them."""
         pids = {rank: beat.pid for rank, beat in last_beats.items() if not beat.has_done_its_part}
         states = {rank: process_state(pid) for rank, pid in pids.items()}
         stacks: dict[int, str] = {}
-        # a full disk must not keep a run from going on
+        # a full disk must not stop the run
         with contextlib.suppress(OSError):
             stacks = save_evidence(self._folder, pids, last_beats)
         beats = {rank: last_beats.get(rank) for rank in self._ranks if rank not in last_beats or rank in pids}
@@ -322,7 +322,7 @@ class RankWatch:
         return NodeReport(beats, states, collective, silent, self._reports.cut_links() if self._reports else ())
 
     def _answer(self, reports: NodeReports, beats: Mapping[int, Heartbeat], silent: float) -> bool:
-        """Answer a node that has asked what these ranks do; return whether a node has asked."""
+        """Answer if another node has asked what these ranks do. Return True if so."""
         with contextlib.suppress(OSError):
             if (asked := reports.asked()) > self._answered:
                 self._answered = asked
@@ -331,22 +331,22 @@ class RankWatch:
         return False
 
     def _other_reports(self, reports: NodeReports, report: NodeReport, ago: float) -> dict[int, NodeReport] | None:
-        """Return the reports of other nodes, when all have answered or the time is over; None if they cannot be asked."""
+        """Return the reports of other nodes once all have answered or time is up, or None if they cannot be asked."""
         answers: dict[int, NodeReport] = {}
         try:
             asked, ends = reports.ask(), time.monotonic() + ANSWER_SECONDS
-            # for other nodes that ask, too
+            # answer as well, because other nodes may ask at the same time
             reports.answer(report)
         except OSError:
             return None
         while len(answers) < reports.nodes - 1 and time.monotonic() < ends and not self._closed.is_set():
             time.sleep(POLL_SECONDS)
-            # answers since the beginning of the silence count: a node that asked earlier may have ended its ranks already
+            # accept any answer since the silence began, because a node that asked earlier may already have ended its ranks
             answers = reports.answers(asked - ago)
         return answers
 
     def _end_with_cut(self, cut: Sequence[CutLink], seconds: float, beats: Mapping[int, Heartbeat]) -> None:
-        """End the ranks since nodes do not reach each other, which explains what the ranks wait for or report."""
+        """End the ranks because nodes do not reach each other, which explains what the ranks wait for or report."""
         culprits = tuple(Culprit(link.first * len(self._ranks), link.how, helper=link.names) for link in cut)
         self._end(culprits, "cut", seconds, beats, nodes=tuple(blamed_nodes(cut)))
 
@@ -367,30 +367,30 @@ class RankWatch:
             trouble = replace(trouble, lost_peer=reason.lost_peer, error=reason.key)
         self._record(trouble)
         if not beats or not noticed:
-            # no rank has reported its process id, or torchrun waits for a dead rank: it ends its ranks with this process
+            # either no rank has reported its process id, or torchrun waits for a dead rank; the main thread must end the ranks
             os.kill(os.getpid(), INTERRUPT)
 
     def _record(self, trouble: Trouble) -> None:
-        """Note the trouble, and kill all ranks whose process ids are known."""
+        """Record the trouble, and kill all ranks whose process ids are known."""
         self.trouble = trouble
         for beat in self._read().values():
-            # the process id of a rank that has ended may belong to another process by now
+            # skip ranks that have ended, whose process ids may belong to other processes by now
             if not beat.has_done_its_part:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(beat.pid, signal.SIGKILL)
-        # a stopped torchrun does not learn that the ranks ended
+        # a stopped torchrun cannot notice that the ranks ended
         for helper in self._helpers:
             if helper.replace is None and helper.is_stopped():
                 helper.kill()
 
 
 def _announced_seconds(beats: Mapping[int, Heartbeat | None]) -> float:
-    """Return how long the activities may take. Each rank may announce that; the longest announcement counts."""
+    """Return how many seconds the activities may take: the longest time announced by any rank, or 0."""
     return max((beat.seconds for beat in beats.values() if beat is not None), default=0.0)
 
 
 def _is_asked_to_end(pid: int) -> bool:
-    """Return whether a process has ended, or has a pending SIGTERM."""
+    """Return True if a process has ended or has a pending SIGTERM."""
     try:
         fields = dict(
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text("utf-8", "replace").splitlines()

@@ -26,14 +26,10 @@ from distattn.data.packing.pack_plan import StepPacks
 from distattn.data.packing.permutation import derived_key
 from distattn.ir.errors import DistattnError, RunStopped
 from distattn.ir.plan import Plan
+from distattn.ir.text_format import print_message
 from distattn.supervision.heartbeats import activity, set_activity
 from distattn.training.config.run_file import Config
-from distattn.training.config.run_settings import (
-    Utilisation,
-    configured_model,
-    schedule_settings,
-    watch_settings,
-)
+from distattn.training.config.run_settings import Utilisation, configured_model, schedule_settings, watch_settings
 from distattn.training.engines.engine import Batch, Engine, open_engine
 from distattn.training.evaluation import evaluate
 from distattn.training.health.run_health import RunHealth
@@ -41,7 +37,7 @@ from distattn.training.learning_rate import learning_rate
 from distattn.training.proposal import Proposal
 from distattn.training.reporting.json_lines import write_whole
 from distattn.training.reporting.loss_by_position import LossByPosition
-from distattn.training.reporting.metrics import MetricsReporter, warn
+from distattn.training.reporting.metrics import MetricsReporter
 from distattn.training.reporting.step_clock import StepClock
 from distattn.training.reporting.step_documents import append_documents
 from distattn.training.run_checkpoints import RunCheckpoints, describe_streak
@@ -80,7 +76,7 @@ def train(
         )
         keep = KeepRule(config.checkpoint.keep_last, config.checkpoint.keep_every_hours or None)
         checkpoints = Checkpoints(
-            run.checkpoints, group=dist.group.WORLD, facts=training_run.facts, keep=keep, warn=warn
+            run.checkpoints, group=dist.group.WORLD, facts=training_run.facts, keep=keep, warn=print_message
         )
         stack.enter_context(closing(checkpoints))
         loop = TrainingLoop(training_run, engine, checkpoints, reporter, lock, proposal)
@@ -398,4 +394,4 @@ def _write_shape(run: RunFolder, shape: Any) -> None:
         if not file.exists() or file.read_text("utf-8") != text:
             write_whole(file, text)
     except OSError as error:
-        warn(f"{file}: cannot be written: {error.strerror}; checkpoints cannot be exported without it.")
+        print_message(f"{file}: cannot be written: {error.strerror}; checkpoints cannot be exported without it.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,15 +13,15 @@ import torch.distributed as dist
 import xxhash
 
 from distattn.ir.errors import DistattnError, LostRankError
+from distattn.ir.text_format import print_message
 from distattn.supervision.flight_recorder import size_flight_recorder
 from distattn.supervision.heartbeats import activity, set_end
 from distattn.training.config import run_file as configuration
 from distattn.training.config.run_file import Config
 from distattn.training.config.run_settings import runs_on_gpus
-from distattn.training.job_store import job_store
+from distattn.training.join_job import authenticate_ranks, job_store
 from distattn.training.loop import train
 from distattn.training.proposal import Proposal
-from distattn.training.rank_authentication import authenticate_ranks
 from distattn.training.run_folder import RunFolder
 
 # timeout of requests to the store of a job that is about to end
@@ -64,8 +63,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     except DistattnError as error:
         # print once per machine, since its ranks read the same file (`is_first_to_print` needs a store, not yet open)
         if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
-            sys.stderr.write(f"distattn: rank {os.environ['RANK']}: {error}\n")
-            sys.stderr.flush()
+            print_message(f"rank {os.environ['RANK']}: {error}")
         set_end(error.exit_code, error)
         return error.exit_code
     # ranks share the machine's cores, and more threads than cores would only wait for each other
@@ -107,8 +105,7 @@ def _print_error(text: str, run: RunFolder, store: dist.Store | None) -> None:
     store: the job's store, or None if it must not be used.
     """
     if store is None or run.logs.is_dir() or is_first_to_print(text, store):
-        sys.stderr.write(f"distattn: rank {dist.get_rank()}: {text}\n")
-        sys.stderr.flush()
+        print_message(f"rank {dist.get_rank()}: {text}")
 
 
 def is_first_to_print(text: str, store: dist.Store) -> bool:

@@ -21,10 +21,10 @@ from distattn.checkpoints.run_lock import RunLock
 from distattn.checkpoints.staging import HostBuffers
 from distattn.checkpoints.verdicts import GOOD, REFUSED, CheckpointVerdict
 from distattn.ir.errors import DamagedStateError, DistattnError
-from distattn.ir.text_format import plural
+from distattn.ir.text_format import plural, print_message
 from distattn.training.engines.engine import Engine, EngineState, host_tensor
 from distattn.training.reporting.loss_by_position import LossByPosition
-from distattn.training.reporting.metrics import MetricsReporter, warn
+from distattn.training.reporting.metrics import MetricsReporter
 from distattn.training.run_facts import REQUIRED, TrainingRun
 from distattn.training.run_folder import RESUMED
 from distattn.training.watch.module_observer import gather_values
@@ -252,7 +252,7 @@ class RunCheckpoints:
         try:
             self.folder.accept_config(self.config, step)
         except OSError as error:
-            warn(
+            print_message(
                 f"{self.folder.config_file}: cannot be written: {error.strerror}; these ranks train with the new configuration, "
                 "and the next resume uses the old one, unless it gets the same keys."
             )

@@ -1,4 +1,4 @@
-"""Count the bytes that each rank of a run needs: the model on the meta device, attention by the plan of the first step."""
+"""Count the bytes that each rank of a run needs, from the model on the meta device and the attention plan of the first step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from distattn.training.config.run_settings import configured_model, memory_setti
 from distattn.training.run_data import vocabulary_size
 
 _META = torch.device("meta")
-# more layers than are copied to and from the host at the same time
+# more layers than are ever copied to and from the host at the same time
 _FEW_LAYERS = 4
 
 
@@ -55,13 +55,13 @@ def memory_of_run(
     ranks: Sequence[int] | None = None,
     extremes: bool = False,
 ) -> list[RankMemory]:
-    """Count the memory that each rank of a plan needs in a step of its model; ranks that need the same share one result.
+    """Count the memory that each rank of a plan needs in one step of the model. Ranks with equal needs share one result.
 
-    make_model: makes a transformers model with attention "distattn"; it is called on the meta device. shards: the number of
-    ranks over which parameters are sharded, by default the plan's. master_weights: see `StateBytes.of`. state_on_host:
-    parameters, gradients and moments are on the host except for the current layers, as with FSDP2's CPUOffloadPolicy. ranks: the
-    ranks to count, by default all. extremes: count only the ranks with the fewest and the most tokens, and the ranks whose
-    attention keeps most and needs most at once.
+    make_model: a function that creates a transformers model with attention "distattn"; it is called on the meta device. shards:
+    the number of ranks over which parameters are sharded, by default the plan's. master_weights: see `StateBytes.of`.
+    state_on_host: True if parameters, gradients and moments are on the host except for the current layers, as with FSDP2's
+    CPUOffloadPolicy. ranks: the ranks to count, by default all. extremes: count only the ranks with the fewest and the most
+    tokens, and those whose attention keeps the most memory or has the highest peak.
     """
     model = on_meta(make_model)
     state = StateBytes.of(
@@ -73,12 +73,12 @@ def memory_of_run(
         state = state._replace(parameters=0, gradients=0, optimizer=0)
     groups: dict[tuple[int, int], list[Executable]] = {}
     for rank in range(plan.call.ranks) if ranks is None else ranks:
-        # counting needs neither the proof nor the kernels' prepared work
+        # counting needs neither the plan's proof nor the kernels' prepared work
         program = lower(plan, rank, lambda cells: cells)
         executable = Executable(program, ExecutionKey(rank, "reference", _META), SingleRankTransport())
         groups.setdefault((program.tokens, executable.kept_elements), []).append(executable)
     if empty := [item.key.rank for (tokens, _), group in groups.items() for item in group if not tokens]:
-        # transformers' models cannot compute a step without tokens
+        # transformers models cannot run a step without tokens
         raise DistattnError(
             f"memory is only counted for ranks with tokens, and rank {min(empty)} has none of the {plan.call.mask.n:,} tokens "
             "of this step; use longer documents, or fewer ranks."
@@ -104,17 +104,17 @@ def memory_of_config(
     ranks: Sequence[int] | None = None,
     extremes: bool = False,
 ) -> list[RankMemory]:
-    """Count the memory that each rank of a run of `distattn train` needs. ranks, extremes: see `memory_of_run`.
+    """Count the memory that each rank of a `distattn train` run needs. ranks, extremes: see `memory_of_run`.
 
-    packs: document lengths of a step, as for `PlanSettings.plan`; plan: the plan of these packs, if it is made already. Raises
-    DistattnError for a run that cannot be counted.
+    packs: the document lengths of a step, see `PlanSettings.plan`. plan: the plan of these packs, if it has already been made.
+    Raises DistattnError for a run that cannot be counted.
     """
     if config.engine.name != "fsdp2":
         raise DistattnError(
             f"plan: --memory counts runs of engine fsdp2, not {config.engine.name}; set engine.name to compare."
         )
     vocabulary = config.model.vocab_size or vocabulary_size(config)
-    # the context length only sizes positions, which need no memory
+    # the context length only sets the number of positions, which take no memory
     context = max(max(map(sum, packs)), config.data.max_document_tokens)
     shape = configured_model(config, vocabulary, context)
     if huggingface.has_recurrence_or_convolution(shape):
@@ -127,9 +127,9 @@ def memory_of_config(
         )
     settings = PlanSettings.of_config(config)
     if hasattr(shape, "kv_lora_rank"):
-        # latent attention: each key head has a rotary part, and transformers' head_dim is the width of that part alone
+        # in latent attention each key head also has a rotary part, and transformers' head_dim is the width of that part alone
         rotary = shape.qk_rope_head_dim
-        # a plan made from the run file alone has other widths
+        # a plan made from the run file alone has other widths, so it cannot be used
         plan = None
         widths = dict(kv_heads=settings.heads, head_dim=shape.qk_nope_head_dim + rotary, v_head_dim=shape.v_head_dim)
         settings = replace(
@@ -144,7 +144,7 @@ def memory_of_config(
 
     memory = memory_settings(config)
     if config.parallel.overlap and memory.activation_checkpointing == "full":
-        # attention's outputs are kept where micro-batches take turns
+        # with overlapped micro-batches, the outputs of attention are kept
         memory = replace(memory, activation_checkpointing="save_attention")
     counted = memory_of_run(
         make_model,
@@ -163,14 +163,14 @@ def memory_of_config(
 
 
 def on_meta(make_model: Callable[[], Any]) -> Any:
-    """Make a model on the meta device, where it needs no memory."""
+    """Make a model on the meta device, where it takes no memory."""
     huggingface.register()
     with _META:
         return make_model()
 
 
 def step_memory(watch: AllocationWatch, model: Any, executable: Executable, settings: MemorySettings) -> RankCounts:
-    """Count a step of a fresh model on the watch's device, with the executable's number of tokens."""
+    """Count the memory of one step of a new model on the watch's device, with the executable's number of tokens."""
     settings.apply(model, CountingOffload(watch))
     ids = torch.zeros(1, executable.program.tokens, dtype=torch.int64, device=watch.device)
     batch = dict(input_ids=ids, labels=ids, position_ids=ids, loss_scale=1.0)
@@ -182,21 +182,9 @@ def step_memory(watch: AllocationWatch, model: Any, executable: Executable, sett
 
 
 def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
-    """Return the lines of a text table, one line for ranks that need the same. ranks: all ranks of the run, counted or not."""
-    head = [
-        "ranks",
-        "tokens",
-        "weights",
-        "gradients",
-        "optimizer",
-        "gathered",
-        "reduced",
-        "saved",
-        "arena",
-        *SECTIONS,
-        "total",
-        "host",
-    ]
+    """Return a text table, one row for all ranks with equal needs. ranks: the number of ranks in the run, counted or not."""
+    state = ("weights", *StateBytes._fields[1:])
+    head = ["ranks", "tokens", *state, "saved", "arena", *SECTIONS, "total", "host"]
     rows = [
         [
             *(*memory.state, memory.counts.saved, memory.counts.arena),
@@ -230,7 +218,7 @@ def fit_line(counted: Sequence[RankMemory], cluster: ClusterSpec) -> str:
 
 
 def memory_json(counted: Sequence[RankMemory], cluster: ClusterSpec | None = None) -> str:
-    """Return the numbers of `memory_table` in bytes, as JSON; with a cluster also the memory of its devices."""
+    """Return the numbers of `memory_table` in bytes, as JSON. With a cluster, add its devices' memory and whether ranks fit."""
     device_bytes = None if cluster is None else round(cluster.device.memory_gb * 1e9)
     return json.dumps(
         [
@@ -256,9 +244,10 @@ def memory_json(counted: Sequence[RankMemory], cluster: ClusterSpec | None = Non
 
 
 def _counts(make_model: Callable[[], Any], executable: Executable, settings: MemorySettings) -> RankCounts:
-    """Count a step of the model. If all layers have the same shapes, count two models of few layers and extrapolate linearly.
+    """Count one step of the model. If all layers have the same shapes, count two models with few layers and extrapolate.
 
-    This is exact: each layer saves the same, and the memory to compute a layer does not depend on the number of layers.
+    The linear extrapolation is exact: each layer saves the same number of bytes, and computing a layer takes the same memory
+    whatever the number of layers.
     """
     model = on_meta(make_model)
     layers = model.get_decoder().layers
@@ -280,7 +269,7 @@ def _shapes(layer: nn.Module) -> tuple[object, ...]:
 
 
 def _extremes(groups: Mapping[tuple[int, int], Sequence[Executable]]) -> list[tuple[int, int]]:
-    """Return the groups with the fewest and the most tokens, and those that keep most and need most at once.
+    """Return the keys of the groups with the fewest tokens, the most tokens, the most kept elements, and the highest peak.
 
     groups: executables by (tokens, kept elements).
     """

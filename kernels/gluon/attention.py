@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from distattn.kernels.gluon.backward import backward_kernel
 from distattn.kernels.gluon.forward import forward_kernel
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.kernels.spec import FinalRows, KernelRequirements, LaunchShape, ScoreMod
+from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
 from distattn.kernels.triton.attention import row_number_bytes, row_numbers_launch
@@ -32,7 +32,6 @@ from distattn.kernels.triton.launch import (
     TritonLaunch,
     call_arguments,
     compute_capability,
-    final_arguments,
     make_launch,
     multiprocessors,
     run_launch,
@@ -44,8 +43,6 @@ from distattn.kernels.triton.sums import part_bytes, scratch_of_parts, sums_laun
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
-# programs add to dQ in no fixed order, so no program is the last to add to a row
-FINISHES = ("forward",)
 # tile sizes by head dim. With 128 query rows at a time the backward spills more registers than with 64 (64 rows at head
 # dim 128: 35 spills in Triton 3.6, 44 in 3.9)
 FORWARD = {64: Tile(192, 128, 4, 3), 128: Tile(128, 128, 4, 2)}
@@ -122,16 +119,15 @@ def forward(
     score: ScoreMod,
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
-    final: FinalRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: the (o, lse) to write the result to or, with `merge`, to merge it into. final: where finished rows of o go instead.
+    into: the (o, lse) to write the result to or, with `merge`, to merge it into.
     """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    run_launch(forward_launch(q_THD, k_SKD, v_SKE, *into, schedule, score, merge=merge, final=final))
+    run_launch(forward_launch(q_THD, k_SKD, v_SKE, *into, schedule, score, merge=merge))
     return into
 
 
@@ -187,14 +183,12 @@ def forward_launch(
     score: ScoreMod,
     *,
     merge: bool = False,
-    final: FinalRows | None = None,
 ) -> TritonLaunch:
     """Return the forward launch. See `triton.attention.forward_launch`."""
     (rows, heads, dim), keys = q.shape, len(k)
     tile = FORWARD[dim]
     arguments = _operands(q=(q, 64), k=(k, tile.keys), v=(v, tile.keys))
-    arguments |= tensor_arguments(o=o, lse=lse) | final_arguments(o, final)
-    arguments |= {"slopes_": o if score.slopes_H is None else score.slopes_H}
+    arguments |= tensor_arguments(o=o, lse=lse) | {"slopes_": o if score.slopes_H is None else score.slopes_H}
     arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments |= dict(BM=tile.rows, BN=tile.keys, D=dim, E=v.shape[2], STAGES=tile.stages)
     arguments["MERGE"] = merge

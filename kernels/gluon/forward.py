@@ -24,16 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from distattn.kernels.gluon.tiles import copy_in, product_layout
-from distattn.kernels.triton.tiles import (
-    LN2,
-    LOG2E,
-    capped,
-    is_last,
-    load_run,
-    merge_shares,
-    row_keys,
-    was_written,
-)
+from distattn.kernels.triton.tiles import LN2, LOG2E, capped, load_run, merge_shares, row_keys
 
 
 @gluon.jit
@@ -128,7 +119,7 @@ def _multiply(
     arguments,
     PART: gl.constexpr, WARPGROUPS: gl.constexpr, HM: gl.constexpr,
     BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
-    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr,
+    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """Run a multiplying warpgroup on rows [PART * HM, (PART + 1) * HM) of each tile.
 
@@ -136,8 +127,8 @@ def _multiply(
     """
     (
         q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
-        o_, lse_, final_, turn_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_,
-        rows, heads, tiles, number, o_row, o_head, lse_row, lse_head, scale, cap,
+        o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
+        o_row, o_head, lse_row, lse_head, scale, cap,
     ) = arguments  # fmt: skip
     S: gl.constexpr = product_layout(BN)
     O: gl.constexpr = product_layout(E)
@@ -216,16 +207,13 @@ def _multiply(
             acc_later = warpgroup_mma(weights, v_s.index(last_at), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc_later,))
             mbarrier.arrive(v_free.index(last_at), count=1)
-        _write(
-            o_, lse_, final_, turn_, acc, m, l, row, head, rows, number, o_row, o_head, lse_row, lse_head,
-            HM, E, S, O, MERGE, FINAL,
-        )  # fmt: skip
+        _write(o_, lse_, acc, m, l, row, head, rows, o_row, o_head, lse_row, lse_head, HM, E, S, O, MERGE)
 
 
 @gluon.jit
 def _write(
-    o_, lse_, final_, turn_, acc, m, l, row, head, rows, number, o_row, o_head, lse_row, lse_head,
-    HM: gl.constexpr, E: gl.constexpr, S: gl.constexpr, O: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr,
+    o_, lse_, acc, m, l, row, head, rows, o_row, o_head, lse_row, lse_head,
+    HM: gl.constexpr, E: gl.constexpr, S: gl.constexpr, O: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """Write the results of a warpgroup's rows. acc: sums of weighted values. l: sums of weights. m: maxima in base 2."""
     OUT_ROWS: gl.constexpr = gl.SliceLayout(1, O)
@@ -242,39 +230,25 @@ def _write(
     inside = (r_out < rows)[:, None]
     at = far[:, None] * o_row + far_head * o_head + column[None, :]
     o = acc
-    held = inside
-    if FINAL:
-        turn = gl.load(turn_ + r_out, mask=r_out < rows, other=0)
-        held = inside & was_written(turn, number)[:, None]
     if MERGE:
         old, fresh, lse = merge_shares(gl.load(lse_at, mask=r < rows, other=-float("inf")), lse)
         inverse = inverse * fresh
         o = o * gl.convert_layout(inverse, OUT_ROWS)[:, None]
-        o += gl.load(o_ + at, mask=held, other=0.0) * gl.convert_layout(old, OUT_ROWS)[:, None]
+        o += gl.load(o_ + at, mask=inside, other=0.0) * gl.convert_layout(old, OUT_ROWS)[:, None]
     else:
         o = o * gl.convert_layout(inverse, OUT_ROWS)[:, None]
-    # one branch after the other: both at once would take more registers
-    if FINAL:
-        last = is_last(turn, number)
-        if gl.max(last.to(gl.int32), 0) > 0:
-            gl.store(final_ + at, o, mask=inside & last[:, None])
-        if gl.max((~last).to(gl.int32), 0) > 0:
-            gl.store(o_ + at, o, mask=inside & ~last[:, None])
-    else:
-        gl.store(o_ + at, o, mask=inside)
+    gl.store(o_ + at, o, mask=inside)
     gl.store(lse_at, lse, mask=r < rows)
 
 
-@gluon.jit(
-    do_not_specialize=["rows", "heads", "tiles", "shift", "number"], do_not_specialize_on_alignment=["lse_", "turn_"]
-)
+@gluon.jit(do_not_specialize=["rows", "heads", "tiles", "shift"], do_not_specialize_on_alignment=["lse_"])
 def forward_kernel(
-    q_, k_, v_, o_, lse_, final_, turn_, slopes_,
+    q_, k_, v_, o_, lse_, slopes_,
     first_, run_, band_, row_band_, group_, order_,
-    rows, heads, tiles, shift, number,
+    rows, heads, tiles, shift,
     q_head, k_head, v_head, o_row, o_head, lse_row, lse_head, scale, cap,
     GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
-    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr, FINAL: gl.constexpr,
+    CAP: gl.constexpr, ALIBI: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """Compute o (rows, heads, E) and natural lse (rows, heads), as the plain Triton kernel of this name does."""
     HM: gl.constexpr = 64
@@ -307,8 +281,8 @@ def forward_kernel(
     fence_async_shared()
     multiply = (
         q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free, turn,
-        o_, lse_, final_, turn_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_,
-        rows, heads, tiles, number, o_row, o_head, lse_row, lse_head, scale, cap,
+        o_, lse_, slopes_, program, programs, rounds, first_, run_, band_, row_band_, group_, order_, rows, heads, tiles,
+        o_row, o_head, lse_row, lse_head, scale, cap,
     )  # fmt: skip
     fetch = (
         q_, k_, v_, q_s, k_s, v_s, q_full, q_free, k_full, k_free, v_full, v_free,
@@ -318,8 +292,8 @@ def forward_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (multiply, 0, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL)),
-                (_multiply, (multiply, 1, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL)),
+                (_multiply, (multiply, 0, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
+                (_multiply, (multiply, 1, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
                 (_fetch, (fetch, GROUP, WARPGROUPS, HM, BN, D, E, STAGES)),
             ],
             [4, 1],
@@ -328,9 +302,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_multiply, (multiply, 0, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL)),
-                (_multiply, (multiply, 1, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL)),
-                (_multiply, (multiply, 2, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE, FINAL)),
+                (_multiply, (multiply, 0, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
+                (_multiply, (multiply, 1, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
+                (_multiply, (multiply, 2, WARPGROUPS, HM, BN, D, E, STAGES, CAP, ALIBI, MERGE)),
                 (_fetch, (fetch, GROUP, WARPGROUPS, HM, BN, D, E, STAGES)),
             ],
             [4, 4, 1],

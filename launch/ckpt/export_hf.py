@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distattn.checkpoints.checkpoint_folder import by_preference, find_checkpoints, first_problem
 from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.text_format import print_message
 from distattn.launch.command_line import CommandParser
 
 USAGE = """usage: distattn ckpt export-hf CHECKPOINT FOLDER [--dtype NAME] [--tokenizer FOLDER] [--max-shard-bytes N]
@@ -22,7 +23,7 @@ time.
 """
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
-# names of files of transformers and tokenizers
+# the names of tokenizer files that transformers writes
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -37,10 +38,7 @@ _TOKENIZER_FILES = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
+    """Run the command. Return the exit code."""
     parser = CommandParser("ckpt export-hf")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
@@ -50,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     files = [] if options.tokenizer is None else _tokenizer_files(options.tokenizer)
     state = _verified(options.checkpoint)
-    # 4 s to import
+    # import torch only here: the import takes 4 s
     import torch
 
     from distattn.models.build import model_config
@@ -75,13 +73,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _verified(path: Path) -> Path:
-    """Return the folder of a checkpoint whose files have not changed: one of them is a pickle. path: of a checkpoint or run."""
+    """Return the folder of a checkpoint after verifying that its files have not changed, because one of them is a pickle.
+
+    path: a checkpoint, or a run, of which the preferred checkpoint is chosen.
+    """
     checkpoints = find_checkpoints(path)
     newest = next(iter(by_preference(checkpoints)), checkpoints[-1])
     if newest.manifest is None:
         raise DamagedDataError(newest.problem)
     if newest.verdict.is_doubtful:
-        sys.stderr.write(f"distattn: {newest.folder}: {newest.verdict.kind}: {newest.verdict.text}.\n")
+        print_message(f"{newest.folder}: {newest.verdict.kind}: {newest.verdict.text}.")
     problem = first_problem(newest.folder, newest.manifest)
     if problem is not None:
         raise DamagedDataError(str(problem))

@@ -27,10 +27,7 @@ _DTYPES = ("float32", "float64", "bfloat16")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
+    """Run the command. Return the exit code."""
     parser = CommandParser("ckpt import-hf")
     parser.add_argument("folder", type=Path)
     parser.add_argument("checkpoint", type=Path)
@@ -45,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _import(folder: Path, checkpoint: Path, dtype_name: str | None) -> int:
-    """Write the checkpoint under another name, and rename it when it is whole. Return the number of tensors."""
-    # 4 s to import
+    """Write the checkpoint under a temporary name, and rename it when it is complete. Return the number of tensors."""
+    # import torch only here: the import takes 4 s
     import torch
 
     from distattn.models.build import meta_model, model_config, untied_meta_model
@@ -58,7 +55,7 @@ def _import(folder: Path, checkpoint: Path, dtype_name: str | None) -> int:
     weights = PretrainedWeights(folder, untied_meta_model(model))
     tied = model.all_tied_weights_keys
     weights.check(tied)
-    # files may have either name of a tied tensor
+    # a tied tensor may be stored under either of its names
     stored = {name: name for name in model.state_dict() if name not in tied}
     stored |= {source: target for target, source in tied.items() if source not in weights.names}
     chosen = None if dtype_name is None else getattr(torch, dtype_name)

@@ -25,10 +25,7 @@ documents' lengths alone, not on the number of ranks or workers, and the state o
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
+    """Run the command. Return the exit code."""
     parser = CommandParser("data pack")
     parser.add_argument("config")
     for name in ("force", "json"):
@@ -40,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{config.plan}: exists already, and runs may depend on it; add --force, or name another plan."
         )
     corpora = open_corpora(config)
-    # without a number of steps, a plan ends with its corpora
+    # without a number of steps, the plan ends with its corpora
     epochs = [corpus.max_epochs or 1.0 for corpus in config.corpus]
     corpora_tokens = sum(int(corpus.tokens * times) for corpus, times in zip(corpora, epochs, strict=True))
     total = corpora_tokens if config.steps is None else config.steps * config.rule.tokens_per_step

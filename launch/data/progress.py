@@ -1,4 +1,4 @@
-"""The progress of a data command on the error stream: a bar on a terminal, a line now and then elsewhere."""
+"""Show the progress of a data command on stderr: as a bar on a terminal, otherwise as a line now and then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LINE_SECONDS = 10.0
 
 
 class ProgressReporter:
-    """A context that shows progress; call `advance` with the amount done. total: in the unit that is counted, such as bytes."""
+    """A context manager that shows progress. Call `advance` with each amount done. total: the amount to do, such as bytes."""
 
     def __init__(self, name: str, total: int):
         self.name, self.total = name, total
@@ -44,18 +44,18 @@ class ProgressReporter:
             self._bar.stop()
 
     def begin_at(self, done: int) -> None:
-        """Set the amount that an earlier command did, which does not count in the rate."""
+        """Set the amount done by an earlier command, which does not count in the rate."""
         self.done = self.before = done
         if self._bar:
             self._bar.reset(self._bar.task_ids[0], completed=done, rates="")
 
     @property
     def seconds(self) -> float:
-        """Seconds since the context was entered."""
+        """The seconds since the context was entered."""
         return max(time.monotonic() - self._began, 1e-9)
 
     def advance(self, amount: int, rates: str = "") -> None:
-        """Add an amount that was done. rates: a text to show with it, such as tokens per second."""
+        """Add an amount done. rates: text to show with the progress, such as tokens per second."""
         self.done += amount
         now = time.monotonic()
         if self._bar:

@@ -39,19 +39,16 @@ Step 18 of metrics.jsonl is step 17 here.
 If the tokenizer that made the tokens is not available any more, token ids are shown instead.
 """
 
-# characters in the lines above packs and documents
+# width in characters of the lines above packs and documents
 _LINE_WIDTH = 100
-# (first token, count, size of the vocabulary or None) to tokens of a document
+# a function of (first token, count, size of the vocabulary or None) that reads a document's tokens
 _Read = Callable[[int, int, int | None], np.ndarray]
-# control characters but line feeds and tabs: a terminal would obey them
+# control characters except line feed and tab, which a terminal would obey
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
+    """Run the command. Return the exit code."""
     parser = CommandParser("data show")
     parser.add_argument("config")
     parser.add_argument("step", type=int)
@@ -89,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _show_run(run: RunFolder, step: int, pack: int | None, most: int, as_json: bool) -> None:
-    """Print the packs of a step that a run has trained, from the run's record of it. most: see `_Texts.print`."""
+    """Print the packs of a step that a run has trained, from the run's records. most: see `_Texts.print`."""
     if step < 0:
         raise DistattnError(f"data show: there is no step {step}; steps are counted from 0.")
     rows = documents_of_step(run.documents_file, step)
@@ -116,7 +113,7 @@ def _show_run(run: RunFolder, step: int, pack: int | None, most: int, as_json: b
 
 
 def _read_row(row: Mapping[str, Any], first: int, count: int, vocabulary: int | None) -> np.ndarray:
-    """Return `count` tokens of a row's document, from token `first` on. Raise DamagedDataError if the file lacks them now."""
+    """Return `count` tokens of a row's document, from token `first` on. Raise DamagedDataError if the file no longer has them."""
     dtype = np.dtype(row["dtype"])
     offset = row["byte"] + (first - row["start"]) * dtype.itemsize
     try:
@@ -131,12 +128,12 @@ def _read_row(row: Mapping[str, Any], first: int, count: int, vocabulary: int | 
 
 
 def _print_line(title: str, fill: str, style: str) -> None:
-    """Print a line of _LINE_WIDTH characters that stands out, in color on a terminal."""
+    """Print a title padded to _LINE_WIDTH characters with `fill`, in color on a terminal."""
     ResultConsole(highlight=False).print(Text(title.ljust(_LINE_WIDTH, fill), style), soft_wrap=True)
 
 
 def _title(corpus: Corpus, document: int, epoch: int, start: int, length: int) -> str:
-    """Describe a piece: its document, and where it lies in the document."""
+    """Describe a piece: its document, and its place in the document."""
     file, number = corpus.file_of(document)
     document_length = int(corpus.lengths_of(np.array([document]))[0])
     part = "" if length == document_length else f" of {document_length:,} from {start:,} on"
@@ -144,21 +141,21 @@ def _title(corpus: Corpus, document: int, epoch: int, start: int, length: int) -
 
 
 class _Texts:
-    """Tokens as text, by the tokenizers that the files' manifests name. of_bytes: a file whose tokens are bytes."""
+    """A printer of tokens as text, with the tokenizers named in the files' manifests. of_bytes: a file whose tokens are bytes."""
 
     def __init__(self, of_bytes: str | None = None) -> None:
-        # by file, with the size of the vocabulary
+        # (tokenizer, size of its vocabulary) by file
         self._tokenizers: dict[str, tuple[Tokenizer | None, int | None]] = {}
         if of_bytes is not None:
             self._tokenizers[os.path.abspath(of_bytes)] = load_tokenizer("bytes"), VOCABULARY
 
     def print(self, prefix: str, read: _Read, start: int, length: int, most: int) -> None:
-        """Print a piece of a document: the whole piece if most is 0, else at most `most` tokens from its start and its end."""
+        """Print a piece of a document: all of it if `most` is 0, otherwise at most `most` tokens from its start and its end."""
         text = self._of(prefix, read, start, length, most)
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
 
     def _of(self, prefix: str, read: _Read, start: int, length: int, most: int) -> str:
-        """Return a piece as text, with escaped control characters."""
+        """Return the text that `print` prints, with control characters escaped."""
         tokenizer, vocabulary = self._tokenizer_of(prefix)
 
         def text(first: int, count: int) -> str:
@@ -173,7 +170,7 @@ class _Texts:
     def _tokenizer_of(self, prefix: str) -> tuple[Tokenizer | None, int | None]:
         """Return (the tokenizer of a file, the size of its vocabulary), each None if it is not known.
 
-        Print once for each file on the error stream why token ids are shown: the tokenizer is unknown, missing, or another one.
+        If the tokenizer is unknown, missing or a different one, print to stderr, once per file, why token ids are shown instead.
         """
         if prefix not in self._tokenizers:
             manifest, tokenizer, why = (

@@ -1,4 +1,4 @@
-"""`distattn data stats`: show the data of a run by corpus and by length, as a table and as a picture."""
+"""`distattn data stats`: show a run's data by corpus and by document length, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -25,16 +25,13 @@ attention work of a step's packs is. distattn data pack makes the plan.
   --json           the result as JSON
 """
 
-# evenly spaced steps of a long plan whose packs are examined
+# the maximum number of steps whose packs are examined; in a longer plan they are evenly spaced
 _MOST_STEPS = 2000
 _BINS = 64
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
+    """Run the command. Return the exit code."""
     parser = CommandParser("data stats")
     parser.add_argument("config")
     parser.add_argument("--picture")
@@ -68,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _unevenness(plan: PackPlan, step: int) -> float:
-    """Return the attention work per slot of a step's largest pack over the mean of all slots."""
+    """Return the highest attention work per slot of any pack in a step, divided by the mean over all slots."""
     packs = plan.step(step)
     work = np.array([np.square(pack.rows["length"], dtype=np.float64).sum() for pack in packs.packs])
     slots = np.array(packs.slots)
@@ -76,7 +73,7 @@ def _unevenness(plan: PackPlan, step: int) -> float:
 
 
 def _draw(corpora: Sequence[Corpus], steps: np.ndarray, unevenness: np.ndarray, file: str) -> None:
-    """Draw the tokens of each corpus by the length of their documents, and the unevenness of each step."""
+    """Draw each corpus's tokens by document length, and each step's unevenness. Write the picture to `file`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,4 +1,4 @@
-"""A pack plan as numbers and as a table, for the commands that make and show one."""
+"""Show a pack plan as numbers and as a table, for the commands that make or show plans."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def plan_facts(plan: PackPlan) -> dict[str, Any]:
         "filled": filled(plan),
         "longest_wait": plan.longest_wait,
         "rule": plan.rule.as_dict(),
-        # of a pack that one document fills; None if no device was named
+        # the time of a pack filled by one document, or None if no device was named
         "full_pack_seconds": [plan.rule.cost.seconds(tokens) or None for tokens in _context_lengths(plan)],
         "corpora": corpora,
     }
 
 
 def print_plan(plan: PackPlan) -> None:
-    """Print a table of the corpora, and lines about packs."""
+    """Print a table of the corpora, followed by lines about packs."""
     table = Table(box=None, pad_edge=False)
     for name in ("corpus", "documents", "tokens", "weight", "share", "epochs", "planned tokens", "last step"):
         table.add_column(name, justify="left" if name == "corpus" else "right", no_wrap=True)
@@ -94,12 +94,12 @@ def print_plan(plan: PackPlan) -> None:
 
 
 def filled(plan: PackPlan) -> float:
-    """Return the tokens of all steps as a fraction of the room in them."""
+    """Return the planned tokens as a fraction of the capacity of all steps."""
     return plan.tokens / (plan.steps * plan.rule.tokens_per_step)
 
 
 def _context_lengths(plan: PackPlan) -> list[int]:
-    """Return the tokens of a pack at each context length, ascending. A plan may end before its rule's last context length."""
+    """Return the context lengths of the plan, in tokens, ascending. A plan may end before the last one in its rule."""
     return sorted({tokens for first, tokens in plan.rule.context if first < plan.steps})
 
 
@@ -108,6 +108,5 @@ def _share(plan: PackPlan, source: PlannedSource) -> float:
 
 
 def _epochs_of_window(plan: PackPlan, source: PlannedSource) -> float:
-    """Return how often a corpus is read in the plan's largest window; packs are shuffled within a window."""
-    context = max(tokens for first, tokens in plan.rule.context if first < plan.steps)
-    return plan.rule.window * context * _share(plan, source) / source.tokens
+    """Return the number of epochs of a corpus in the plan's largest window, within which packs are shuffled."""
+    return plan.rule.window * _context_lengths(plan)[-1] * _share(plan, source) / source.tokens

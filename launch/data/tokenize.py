@@ -1,4 +1,4 @@
-"""`distattn data tokenize`: turn text into one indexed file of tokens on all cores; the same command resumes after a kill."""
+"""`distattn data tokenize`: turn text into one indexed file of tokens on all cores. The same command resumes after a kill."""
 
 from __future__ import annotations
 
@@ -35,10 +35,7 @@ command was stopped or killed, the same command continues where it was.
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
+    """Run the command. Return the exit code."""
     parser = CommandParser("data tokenize")
     parser.add_argument("paths", nargs="+")
     for name in ("out", "tokenizer"):

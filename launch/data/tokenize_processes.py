@@ -1,4 +1,4 @@
-"""The processes of `distattn data tokenize`: each works on one shard at a time. A process that dies or stops is replaced."""
+"""Run the worker processes of `distattn data tokenize`, one shard at a time each, and replace those that die or are stopped."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from distattn.data.tokenizing.tokenize import (
     remove_parts,
 )
 from distattn.ir.errors import DamagedDataError, DistattnError
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.supervision.helper_processes import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, describe_exit
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
 _WORKER = "distattn.data.tokenizing.tokenize_worker"
-# seconds for which a process may be stopped
+# seconds for which a process may be stopped before it is replaced
 _STOPPED_SECONDS = 10.0
 
 
 class LostProcessError(DistattnError):
-    """Too many processes were lost; the message names the last one. Exit code 1 on the command line."""
+    """An error raised when too many processes were lost. The message names the last one, and the command exits with code 1."""
 
     exit_code = 1
 
@@ -43,8 +43,9 @@ class LostProcessError(DistattnError):
 def tokenize(job: TokenizeJob, processes: int, report: Callable[[Progress], None]) -> Manifest:
     """Tokenize all unfinished shards of a job in `processes` processes, and join all shards. Return the manifest.
 
-    report: called with the progress since the last call, first with that of an earlier command. If the same job has finished
-    before, nothing is done. Raise DistattnError on a failure; finished shards are kept, and the same job continues from them.
+    report: called with the progress since the last call; the first call reports the progress of an earlier command. If the same
+    job has finished before, nothing is done. Raises DistattnError on failure. Finished shards are kept, and the same job resumes
+    from them.
     """
     with locked(job) as lock:
         manifest = finished_manifest(job)
@@ -66,10 +67,10 @@ def tokenize(job: TokenizeJob, processes: int, report: Callable[[Progress], None
 def run_workers(
     job: TokenizeJob, shards: Sequence[int], processes: int, lock: int, report: Callable[[Progress], None]
 ) -> None:
-    """Tokenize shards in at most `processes` processes. Raises DistattnError if one of them fails, after all have ended.
+    """Tokenize shards in at most `processes` processes. If one fails, end them all and raise DistattnError.
 
-    A process that dies or is stopped is replaced, and the new one begins its shard again: a shard counts once it is written
-    completely. After MOST_REPLACEMENTS replacements, the next lost process is a failure.
+    A process that dies or is stopped is replaced, and the new one starts its shard again, because only completely written shards
+    count. After MOST_REPLACEMENTS replacements, the next lost process is a failure.
     """
     waiting = deque(shards)
     if not waiting:
@@ -83,7 +84,7 @@ def run_workers(
                 selector.register(workers[-1].messages, selectors.EVENT_READ, workers[-1])
                 workers[-1].give(waiting)
             while selector.get_map():
-                # a stopped process sends nothing
+                # a stopped process sends no messages, so check it here
                 for worker in workers:
                     worker.kill_if_stopped()
                 for key, _ in selector.select(LOOK_SECONDS):
@@ -99,7 +100,7 @@ def run_workers(
                         selector.unregister(worker.messages)
                         if not (lost := worker.lost(job)):
                             continue
-                        # a process that ends by itself has a reason, which would end a new one, too
+                        # do not replace a process that ended by itself: its reason would end the new one, too
                         if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1
@@ -112,7 +113,7 @@ def run_workers(
 
 
 class _Worker:
-    """A process and its replacements. shard: the one that it works on, or None. ended: whether it has sent its last message."""
+    """A process and its replacements. shard: the shard it works on, or None. ended: True once it has sent its last message."""
 
     def __init__(self, number: int, job_file: str, lock: int):
         self.number = number
@@ -122,7 +123,7 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        # the processes share the cores, so each tokenizes in one thread
+        # the processes share the cores, so each of them tokenizes in a single thread
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pass_fds=[self._lock]
@@ -130,18 +131,18 @@ class _Worker:
         assert self._process.stdin and self._process.stdout
         self._orders, self.messages = self._process.stdin, self._process.stdout
         self._helper, self._looked = Helper(f"process {self.number}", self._process.pid), 0.0
-        # in the current shard
+        # progress in the current shard
         self._progress = Progress()
         self._rest, self._fault, self.ended = b"", "", False
 
     def give(self, waiting: deque[int]) -> None:
-        """Give it the next shard; if no shard waits, let it end."""
+        """Give the process the next shard, or let it end if no shard is waiting."""
         self.shard = waiting.popleft() if waiting else None
         self._progress = Progress()
         self._order()
 
     def _order(self) -> None:
-        # if it has died, its messages end, and the caller handles that
+        # ignore a dead process here: its messages end, and the caller handles that
         with contextlib.suppress(BrokenPipeError):
             if self.shard is None:
                 self._orders.close()
@@ -158,12 +159,12 @@ class _Worker:
             yield json.loads(line)
 
     def advance(self, progress: Progress) -> Progress:
-        """Add to the progress in the current shard. Return the progress that was added."""
+        """Add `progress` to that of the current shard, and return it."""
         self._progress = self._progress.plus(progress)
         return progress
 
     def lost(self, job: TokenizeJob) -> str:
-        """Describe, as a clause, how a process has ended in the middle of a shard; return "" if it had nothing left to do."""
+        """Describe in a clause how the process ended in the middle of a shard. Return "" if it had nothing left to do."""
         code = self._process.wait()
         if self.shard is None:
             return ""
@@ -174,18 +175,18 @@ class _Worker:
 
     @property
     def was_killed(self) -> bool:
-        """Return whether a signal has ended the process."""
+        """True if the process was killed by a signal."""
         return self._process.returncode < 0
 
     @property
     def hint(self) -> str:
-        """Return a sentence that says what to do about a process that was killed; "" if that is not known."""
-        # when memory runs out, the kernel kills a process with SIGKILL
+        """A sentence about what to do if the process was killed, or "" if the cause is not known."""
+        # when memory runs out, Linux kills a process with SIGKILL
         memory_ran_out = not self._fault and self._process.returncode == -signal.SIGKILL
         return " Where memory ran out, take fewer --processes." if memory_ran_out else ""
 
     def replace(self) -> Progress:
-        """Start another process on the shard of one that has ended. Return the progress that is lost, as negative numbers."""
+        """Start a new process on the shard of the one that ended. Return the lost progress as negative numbers."""
         lost = Progress(*(-done for done in self._progress))
         self._close_pipes()
         self._start()
@@ -193,19 +194,19 @@ class _Worker:
         return lost
 
     def kill_if_stopped(self) -> None:
-        """Kill the process if it has been stopped for _STOPPED_SECONDS, which ends its messages."""
+        """Kill the process if it has been stopped for _STOPPED_SECONDS. That ends its messages."""
         now = time.monotonic()
         if now < self._looked + LOOK_SECONDS:
             return
         self._looked = now
         fault = self._helper.fault(_STOPPED_SECONDS)
-        # the exit code explains the end of a process that has ended by itself
+        # if the process has ended by itself, its exit code explains why
         if fault and not self._fault and not self._helper.end():
             self._fault = fault
             self._process.kill()
 
     def stop(self) -> None:
-        """Kill it in any state."""
+        """Kill the process, whatever its state, and close its pipes."""
         self._process.kill()
         self._process.wait()
         self._close_pipes()
@@ -217,7 +218,7 @@ class _Worker:
 
 
 def _progress_of(job: TokenizeJob, parts: dict[int, Any]) -> Progress:
-    """Return the sum of finished shards."""
+    """Return the total progress of the finished shards."""
     total = Progress()
     for shard, part in parts.items():
         stored = sum(piece.bytes for piece in job.shards[shard])

@@ -34,12 +34,12 @@ have every token of every document of each completed epoch once. Name the corpor
 """
 
 
-# characters in a table's columns without the files' names
+# width in characters of a table's columns without the file names
 _NUMBERS_WIDTH = 100
 
 
 class VerifiedPlan(NamedTuple):
-    """A plan without faults. plan: its file. coverage: what it reads of each corpus."""
+    """A plan without faults. plan: its file. coverage: the parts of each corpus that it reads."""
 
     plan: str
     digest: str
@@ -49,10 +49,7 @@ class VerifiedPlan(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return the exit code."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(USAGE)
-        return 0 if arguments else 2
+    """Run the command. Return the exit code."""
     parser = CommandParser("data verify")
     parser.add_argument("prefixes", nargs="+")
     parser.add_argument("--vocabulary", type=int)
@@ -88,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _bytes_to_read(name: str) -> int:
     if name.endswith(".toml"):
-        # twice: for the digests, and step by step
+        # the plan is read twice: to check the digests, and step by step
         plan = load_pack_config(name).plan
         return 2 * os.path.getsize(plan) if os.path.exists(plan) else 0
     file = f"{name.removesuffix('.idx').removesuffix('.bin')}.bin"
@@ -96,10 +93,10 @@ def _bytes_to_read(name: str) -> int:
 
 
 def _verify_plan(path: str, report: Callable[[int], None]) -> VerifiedPlan:
-    """Check a plan's file, that it was made of these corpora, and that it reads them completely.
+    """Check a plan's file, that it was made from the configured corpora, and that it reads them completely.
 
-    report: called with the number of bytes read. Raise DamagedDataError naming the first fault, DistattnError if there is no plan
-    or it was made of other corpora.
+    path: the plan's TOML file. report: called with the bytes read since its last call. Raises DamagedDataError naming the first
+    fault, and DistattnError if there is no plan or it was made from other corpora.
     """
     config = load_pack_config(path)
     corpora = open_corpora(config)
@@ -120,7 +117,7 @@ def _verify_plan(path: str, report: Callable[[int], None]) -> VerifiedPlan:
 
 
 def _show(results: dict[str, VerifiedFile | str]) -> None:
-    """Print a table of the files, and below it the faults."""
+    """Print a table of the files, followed by their faults."""
     table = Table(box=None, pad_edge=False)
     for name in ("", "documents", "tokens", "size"):
         table.add_column(name, justify="right" if name else "left")
@@ -134,7 +131,7 @@ def _show(results: dict[str, VerifiedFile | str]) -> None:
         vocabulary = f"{result.vocabulary:,}" if result.vocabulary else "not known"
         digests = "yes" if result.digests else "none"
         table.add_row("[green]right[/]", *numbers, result.dtype, vocabulary, digests, escape(prefix))
-    # wide enough that no file's name is folded or cut
+    # make it wide enough that no file name is wrapped or cut
     console = ResultConsole(highlight=False, width=_NUMBERS_WIDTH + max(map(len, results)))
     console.print(table)
     for result in results.values():
@@ -143,7 +140,7 @@ def _show(results: dict[str, VerifiedFile | str]) -> None:
 
 
 def _show_plan(name: str, result: VerifiedPlan | str) -> None:
-    """Print a plan's facts, or its fault."""
+    """Print a plan's facts or its fault."""
     console = ResultConsole(highlight=False)
     if isinstance(result, str):
         console.print(f"[red]wrong[/] {escape(name)}", soft_wrap=True)

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.launch.ranks.entry import run_rank
 from distattn.launch.ranks.local import HERE, Node, RanksInterrupted, restore_process_state, torchrun_config
 from distattn.launch.ranks.loopback import gloo_on_loopback, own_place
@@ -31,7 +31,7 @@ from distattn.launch.ranks.process_title import RUN_VARIABLE
 from distattn.launch.stop_signals import STOPPING
 from distattn.supervision.culprits import Culprit
 from distattn.supervision.heartbeats import HeartbeatBoard
-from distattn.supervision.helper_processes import Helper, describe_exit
+from distattn.supervision.helper_processes import Helper, describe_exit, shell_exit_code
 from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
@@ -231,13 +231,8 @@ def _ended(codes: Mapping[int, int], trouble: Trouble) -> tuple[int, Trouble]:
         return trouble.exit_code, trouble
     first = [culprit for culprit in trouble.culprits if culprit.rank in codes]
     named = tuple(culprit._replace(how=_how_it_died(codes[culprit.rank])) for culprit in first)
-    code = _exit_code(codes[first[0].rank] if first else trouble.exit_code)
+    code = shell_exit_code(codes[first[0].rank] if first else trouble.exit_code)
     return code, replace(trouble, culprits=named or trouble.culprits)
-
-
-def _exit_code(code: int) -> int:
-    """Return the exit code that a shell reports for torchrun's code, which is -N for signal N."""
-    return code if code > 0 else 128 - code
 
 
 def _how_it_died(code: int) -> str:
@@ -248,5 +243,5 @@ def _silent_end(error: ChildFailedError) -> tuple[int, Trouble]:
     """Return the exit code and the trouble of an attempt whose ranks had no heartbeat. The rank that ended first is blamed."""
     rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
     culprits = (Culprit(rank, f"{describe_exit(failure.exitcode)} before its first heartbeat"),)
-    code = _exit_code(failure.exitcode)
+    code = shell_exit_code(failure.exitcode)
     return code, Trouble(culprits, "killed" if failure.exitcode < 0 else "raised", 0, 0.0, code)

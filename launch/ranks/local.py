@@ -17,10 +17,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, RENDEZVOUS, gloo_on_loopback
 from distattn.launch.stop_signals import STOPPING, CommandStopped
-from distattn.supervision.helper_processes import describe_exit
+from distattn.supervision.helper_processes import describe_exit, shell_exit_code
 from distattn.supervision.rank_watch import INTERRUPT
 
 _WRAPPER = "distattn.launch.ranks.die_with_launcher"
@@ -72,7 +72,7 @@ def run_ranks(ranks: int, module: str, *arguments: str) -> int:
         rank, failure = min(failures, key=lambda item: blame(item[1]))
         code = failure.exitcode
         print_message(f"rank {rank} {describe_exit(code)}; the other ranks were stopped.")
-        return code if code > 0 else 128 - code
+        return shell_exit_code(code)
     except RanksInterrupted as interrupted:
         assert interrupted.stop is not None
         raise interrupted.stop from None

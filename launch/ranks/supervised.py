@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from distattn.checkpoints.folder_handle import FolderHandle
 from distattn.checkpoints.owner import writer_name
 from distattn.ir.errors import LostRankError
+from distattn.ir.text_format import print_message
 from distattn.launch.attempt_end import RepeatedFailures
 from distattn.launch.attempts import Attempts
-from distattn.launch.command_line import print_message
 from distattn.launch.ranks.attempt import Ranks, fork_server, run_attempt
 from distattn.launch.stop_signals import CommandStopped, stop_on_signals
 from distattn.supervision.heartbeats import HeartbeatBoard

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, print_message
+from distattn.ir.text_format import print_message
+from distattn.launch.command_line import CommandParser
 from distattn.launch.node_needs import node_needs
 from distattn.launch.ray import driver as ray_driver
 from distattn.launch.ray.head import resume_command, watch_head
@@ -65,10 +66,7 @@ def main(arguments: Sequence[str]) -> int:
         options = parser.parse_args(arguments)
         with stop_on_signals():
             return _continue(RunFolder(options.run), options.address)
-    except CommandStopped as stop:
-        print_message(str(stop))
-        return stop.exit_code
-    except DistattnError as error:
+    except (CommandStopped, DistattnError) as error:
         print_message(str(error))
         return error.exit_code
 

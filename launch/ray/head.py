@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import ray
 
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 
 # seconds between requests; timeout of a request; consecutive failed requests after which the head counts as lost
 _LOOK_SECONDS, _ANSWER_SECONDS, _LOOKS = 2.0, 2.0, 5

@@ -14,8 +14,9 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from distattn.ir.errors import first_line
+from distattn.ir.text_format import print_message
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
-from distattn.launch.command_line import print_message
 from distattn.launch.node_needs import NodeNeeds
 from distattn.launch.ray.agent import NodeAgent, NodePlace
 from distattn.launch.ray.placement import NodeReservation, bundle_nodes, hold_nodes
@@ -314,7 +315,7 @@ def _answer(request: Any) -> NodePlace | str:
     except TimeoutError:
         return f"did not answer for {_ANSWER_SECONDS:.0f} s"
     except RayError as error:
-        return f"could not start: {_first_line(error)}"
+        return f"could not start: {first_line(error).rstrip(':')}"
 
 
 def _exit(request: Any) -> tuple[int | None, str]:
@@ -325,12 +326,8 @@ def _exit(request: Any) -> tuple[int | None, str]:
     try:
         code: int = ray.get(request)
     except RayError as error:
-        return None, f"was lost: {_first_line(error)}"
+        return None, f"was lost: {first_line(error).rstrip(':')}"
     return (code, "") if code >= 0 else (None, f"was killed by signal {-code}")
-
-
-def _first_line(error: RayError) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".:")
 
 
 def _end(agents: Any) -> None:

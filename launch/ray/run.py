@@ -16,7 +16,7 @@ import ray
 
 from distattn.checkpoints.owner import JOB_VARIABLE
 from distattn.ir.errors import DistattnError, RunStopped
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.launch.elastic_run import ElasticRun
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.node_needs import node_needs

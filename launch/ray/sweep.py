@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from distattn.ir.errors import RunStopped
-from distattn.launch.command_line import print_message
+from distattn.ir.text_format import print_message
 from distattn.launch.ray.head import resume_command, watch_head
 from distattn.launch.ray.placement import node_slots
 from distattn.launch.ray.run import RayRun, new_job, note_launcher, note_state, stopping

@@ -18,10 +18,12 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distattn.ir.errors import DistattnError
-from distattn.launch.command_line import CommandParser, array_words, print_line, print_message
+from distattn.ir.text_format import print_message
+from distattn.launch.command_line import CommandParser, array_words, print_line
 from distattn.launch.ray.agent import child_environment
 from distattn.launch.ray.driver import connected
 from distattn.launch.ray.nodes import node_names
+from distattn.supervision.helper_processes import shell_exit_code
 
 USAGE = """usage: python -m distattn.launch.ray.tasks FOLDER [--ray.address HOST:PORT] [--array KEY=VALUE,VALUE... | --every-node]
                                            [--gpus N] [--cpus N] -- COMMAND ARGUMENTS
@@ -165,7 +167,7 @@ def _run(arguments: Sequence[str]) -> int:
             _keep(options.folder, task, end)
             print_line(f"{task.name}: exit code {end.code}, {options.folder / task.name}.log")
             codes.append(end.code)
-    return next((code if code > 0 else 128 - code for code in codes if code), 0)
+    return next((shell_exit_code(code) for code in codes if code), 0)
 
 
 def _keep(folder: Path, task: Task, end: TaskEnd) -> None:

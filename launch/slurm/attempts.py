@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distattn.ir.errors import DistattnError, RunStopped
+from distattn.ir.text_format import print_message
 from distattn.launch.attempt_end import OTHERS_SECONDS, AttemptEnd, LeftOut
-from distattn.launch.command_line import print_message
 from distattn.launch.node_attempts import NodeAttempts, Outcome
 from distattn.launch.slurm.commands import (
     OUTAGE_SECONDS,
@@ -38,6 +38,7 @@ from distattn.launch.slurm.commands import (
     unusable_hosts,
     usable_hosts,
 )
+from distattn.supervision.helper_processes import shell_exit_code
 from distattn.training.run_folder import RunFolder
 
 # a step is killed OTHERS_SECONDS after its first failure; srun is killed if the step has not ended this much later
@@ -144,8 +145,7 @@ class JobNodes:
                     print_message(str(error))
             if waited > OTHERS_SECONDS + _ENDING_SECONDS:
                 process.kill()
-        code = process.wait()
-        end.code = code if code >= 0 else 128 - code
+        end.code = shell_exit_code(process.wait())
         return end
 
 

@@ -57,19 +57,21 @@ def host_address(host: str) -> str:
 
 def unusable_hosts(hosts: Sequence[str]) -> set[str]:
     """Return the nodes in `hosts` that are down or do not respond to Slurm."""
-    command = "sinfo", "--noheader", "--Node", f"--nodes={','.join(hosts)}", "--format=%N %T"
-    lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
-    states = [line.split() for line in lines if len(line.split()) == 2]
+    states = _node_states(f"--nodes={','.join(hosts)}")
     return {host for host, state in states if state.endswith("*") or state.startswith(_UNUSABLE)}
 
 
 def usable_hosts(partition: str) -> set[str]:
     """Return the nodes of a partition that can run jobs, whether busy or free. partition: "" for the whole cluster."""
-    command = ["sinfo", "--noheader", "--Node", "--format=%N %T", *([f"--partition={partition}"] if partition else [])]
-    lines = ask_slurm(*command, patience=OUTAGE_SECONDS).splitlines()
-    states = [line.split() for line in lines if len(line.split()) == 2]
+    states = _node_states(*([f"--partition={partition}"] if partition else []))
     unusable = *_UNUSABLE, "drain", "maint"
     return {host for host, state in states if not state.endswith("*") and not state.startswith(unusable)}
+
+
+def _node_states(*options: str) -> list[list[str]]:
+    """Return [node, state] for each node that sinfo reports. A node in several partitions occurs several times."""
+    lines = ask_slurm("sinfo", "--noheader", "--Node", *options, "--format=%N %T", patience=OUTAGE_SECONDS).splitlines()
+    return [line.split() for line in lines if len(line.split()) == 2]
 
 
 def avoided_hosts(job: str) -> list[str]:

@@ -12,17 +12,7 @@ from distattn.cluster.spec import AnyCluster
 from distattn.cluster.topology import Cluster
 from distattn.ir.arguments import checked
 from distattn.ir.errors import DistattnError
-from distattn.ir.intervals import Ints
-from distattn.ir.plan import (
-    Call,
-    Payload,
-    Plan,
-    Table,
-    move_bytes,
-    num_rows,
-    select_rows,
-    task_areas,
-)
+from distattn.ir.plan import Call, Payload, Plan, Table, move_bytes, num_rows, select_rows, task_areas
 from distattn.ir.text_format import align_columns, plural, readable_bytes
 from distattn.parallel.analysis import quality
 from distattn.parallel.analysis.lower_bounds import lower_bound, plain_ring_traffic, plan_traffic
@@ -65,7 +55,7 @@ class Explanation:
             "heads": [call.heads, call.kv_heads],
             "head_dims": [call.head_dim, call.v_head_dim],
             "dtype": call.dtype,
-            "max_over_mean": _max_over_mean(area),
+            "max_over_mean": quality.max_over_mean(area),
             "steps": {"forward": self.plan.forward.steps, "backward": self.plan.backward.steps},
             "schedules": {"forward": self.plan.forward.label, "backward": self.plan.backward.label},
             "bytes_by_payload": {p.name: int(moved["bytes"][moved["payload"] == p].sum()) for p in payloads},
@@ -195,7 +185,3 @@ def _step_table(plan: Plan, direction: str, table: Table) -> str:
         payloads.append(", ".join(Payload(p).name for p in np.unique(moves["payload"])))
     steps = [f"{line}   {names}".rstrip() for line, names in zip(align_columns(rows), payloads, strict=True)]
     return "\n".join([*schedules, *steps])
-
-
-def _max_over_mean(values: Ints) -> float:
-    return float(values.max() / values.mean()) if values.any() else 1.0

@@ -87,8 +87,8 @@ def _pass_stats(plan: Plan, direction: str, cluster: AnyCluster | None) -> PassS
     moves, size = table.moves, move_bytes(call, table.moves)
     node = np.zeros(call.ranks, np.int64) if cluster is None else cluster.node
     return PassStats(
-        cells_imbalance=_max_over_mean(cells),
-        cost_imbalance=_max_over_mean(cost),
+        cells_imbalance=max_over_mean(cells),
+        cost_imbalance=max_over_mean(cost),
         kernel_seconds=seconds,
         moved_bytes=int(size.sum()),
         max_sent_bytes=int(np.bincount(moves["src"], size, call.ranks).max()),
@@ -130,5 +130,6 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     return 2 * (whole * np.sqrt(row_times_key * portion / group_size) + np.sqrt(row_times_key * rest / group_size))
 
 
-def _max_over_mean(load: np.ndarray | Ints) -> float:
+def max_over_mean(load: np.ndarray | Ints) -> float:
+    """Return the load of the busiest rank over the mean load; 1 without any load. load: (ranks,)."""
     return float(load.max() / load.mean()) if load.any() else 1.0

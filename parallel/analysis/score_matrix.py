@@ -143,16 +143,16 @@ def _figure_html(plan: Plan, panel: Panel) -> str:
     """Return one panel as HTML: the cells are a transparent picture, the axes and the colour bar are vectors and text."""
     n, bottom, bar = plan.call.mask.n, _TOP + _SIDE, _LEFT + _SIDE + 14
     x_axis = "".join(
-        _text(_LEFT + _SIDE * share, bottom + 16, f"{round(n * share):,}", anchor)
+        svg_text(_LEFT + _SIDE * share, bottom + 16, f"{round(n * share):,}", anchor)
         for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end"))
     )
     y_axis = "".join(
-        _text(_LEFT - 6, _TOP + _SIDE * share + down, f"{round(n * share):,}", "end")
+        svg_text(_LEFT - 6, _TOP + _SIDE * share + down, f"{round(n * share):,}", "end")
         for share, down in ((0.0, 10), (0.5, 4), (1.0, 0))
     )
     height = _SIDE / panel.colours
     bar_ticks = "".join(
-        _text(bar + 20, min(_TOP + (tick + 0.5) * height + 4, bottom), str(tick), "start")
+        svg_text(bar + 20, min(_TOP + (tick + 0.5) * height + 4, bottom), str(tick), "start")
         for tick in _ticks(panel.colours)
     )
     title = html.escape(f"score matrix of {plan.strategy} on {plan.call.ranks} ranks, coloured by {panel.title}")
@@ -162,12 +162,13 @@ def _figure_html(plan: Plan, panel: Panel) -> str:
         'style="width:100%;height:auto;display:block;font:12px system-ui,sans-serif">'
         f"{_image(_cells_png(plan, panel), _LEFT, _TOP, _SIDE)}{_image(_bar_png(panel), bar, _TOP, 14)}"
         f'<path d="M{_LEFT} {_TOP}h{_SIDE}v{_SIDE}h-{_SIDE}z" fill="none" stroke="currentColor"/>'
-        f"{_text(0, 12, 'query (token)', 'start')}{_text(bar, 12, panel.colour_by, 'start')}"
-        f"{y_axis}{x_axis}{_text(_LEFT + _SIDE / 2, bottom + 34, 'key (token)', 'middle')}{bar_ticks}</svg></figure>"
+        f"{svg_text(0, 12, 'query (token)', 'start')}{svg_text(bar, 12, panel.colour_by, 'start')}"
+        f"{y_axis}{x_axis}{svg_text(_LEFT + _SIDE / 2, bottom + 34, 'key (token)', 'middle')}{bar_ticks}</svg></figure>"
     )
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def svg_text(x: float, y: float, text: str, anchor: str) -> str:
+    """Return an SVG text element. x, y: position in pixels. anchor: "start", "middle" or "end"."""
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{text}</text>'
 
 

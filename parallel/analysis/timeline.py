@@ -13,11 +13,20 @@ from distattn.cluster.spec import ClusterSpec
 from distattn.ir.cached import cached_property
 from distattn.ir.intervals import Ints
 from distattn.ir.plan import Plan
-from distattn.parallel.analysis.pass_figure import busy_intervals, pass_figure, ranks_to_draw
+from distattn.ir.text_format import with_common_unit
+from distattn.parallel.analysis.quality import max_over_mean
+from distattn.parallel.analysis.score_matrix import svg_text
 from distattn.parallel.analysis.verify import Proof
 
 Numbers = np.ndarray
+# colours of a PNG
 _KERNELS, _MESSAGES = "#1f5fa8", "#e08a1e"
+# largest number of ranks in a picture
+_MAX_DRAWN = 64
+# sizes of a vector drawing in CSS pixels. Each rank has a line, with its kernels above its messages
+_LEFT, _TOP, _WIDTH, _RIGHT, _LINE, _BAR = 40, 18, 372, 8, 14, 6
+# colours of a vector drawing: our pages define them for light and dark backgrounds; the fallbacks are visible on both
+_COLOURS = {"kernels": "var(--kernels,#4a86d0)", "messages": "var(--waiting,#d97a12)"}
 
 
 @dataclass(frozen=True)
@@ -77,8 +86,7 @@ class Timeline:
     @property
     def balance(self) -> float:
         """The cells of the busiest rank over the mean."""
-        area = self.plan.area_by_rank().astype(float)
-        return float(area.max() / area.mean()) if area.any() else 1.0
+        return max_over_mean(self.plan.area_by_rank())
 
     def as_dict(self) -> dict[str, Any]:
         """Return every number in the text, in seconds, bytes, and TFLOP/s per device."""
@@ -147,7 +155,7 @@ class Timeline:
         the page's colours.
         """
         figures = "".join(
-            pass_figure(timeline, f"{self.plan.strategy} on {self.cluster.name}") for timeline in self.passes
+            _pass_figure(timeline, f"{self.plan.strategy} on {self.cluster.name}") for timeline in self.passes
         )
         text = f'<pre style="white-space:pre-wrap">{html.escape(str(self))}</pre>'
         return f'<div style="display:flex;flex-wrap:wrap;gap:1rem">{figures}</div>\n{text}'
@@ -158,13 +166,13 @@ class Timeline:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
 
-        ranks = ranks_to_draw(self.plan.call.ranks)
+        ranks = _ranks_to_draw(self.plan.call.ranks)
         figure = Figure(figsize=(11, 1.6 + 0.16 * len(ranks)), layout="constrained")
         axis = figure.subplots()
         start = 0.0
         for timeline in self.passes:
             for ends, low, colour in ((timeline.computed, 0.0, _KERNELS), (timeline.arrived, 0.45, _MESSAGES)):
-                begin, end, line = busy_intervals(timeline, ends, ranks)
+                begin, end, line = _busy_intervals(timeline, ends, ranks)
                 x0, x1, y = (start + begin) * 1e3, (start + end) * 1e3, line + low
                 boxes = np.stack([x0, y, x1, y, x1, y + 0.42, x0, y + 0.42], 1).reshape(-1, 4, 2)
                 axis.add_collection(PolyCollection(list(boxes), facecolors=colour, edgecolors="white", linewidths=0.2))
@@ -186,3 +194,56 @@ class Timeline:
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=110)
         return out.getvalue()
+
+
+def _ranks_to_draw(ranks: int) -> Ints:
+    """Return the ranks that a picture shows: all, or an evenly spaced selection."""
+    return np.unique(np.linspace(0, ranks - 1, min(ranks, _MAX_DRAWN)).astype(np.int64))
+
+
+def _busy_intervals(timeline: PassTimeline, ends: Numbers, ranks: Ints) -> tuple[Numbers, Numbers, Ints]:
+    """Return (begin, end, line) of each rank's kernels or messages by step: times in seconds, and the rank's index in `ranks`.
+
+    ends: `computed` or `arrived` of the timeline, in seconds, (steps, all ranks).
+    """
+    step, line = np.nonzero((ends > timeline.begin)[:, ranks])
+    return timeline.begin[step, ranks[line]], ends[step, ranks[line]], line
+
+
+def _pass_figure(timeline: PassTimeline, title: str) -> str:
+    """Return a drawing of the times of each rank's kernels and messages, as an HTML figure with an inline SVG.
+
+    title: a description for screen readers.
+    """
+    ranks = _ranks_to_draw(timeline.begin.shape[1])
+    bottom, wide = _TOP + _LINE * len(ranks), _WIDTH - _LEFT - _RIGHT
+    scale = wide / (timeline.seconds or 1.0)
+    bars = "".join(
+        f'<path style="fill:{_COLOURS[kind]}" d="{_boxes(*_busy_intervals(timeline, ends, ranks), scale, down)}"/>'
+        for kind, ends, down in (("kernels", timeline.computed, 1), ("messages", timeline.arrived, 1 + _BAR))
+    )
+    names = "".join(svg_text(_LEFT - 6, _TOP + _LINE * line + 11, str(rank), "end") for line, rank in enumerate(ranks))
+    times = zip(
+        (0.0, 0.5, 1.0),
+        with_common_unit([0.0, timeline.seconds / 2, timeline.seconds], "s"),
+        ("start", "middle", "end"),
+        strict=True,
+    )
+    ticks = "".join(svg_text(_LEFT + wide * share, bottom + 16, text, anchor) for share, text, anchor in times)
+    keys = "".join(f'<span style="color:{colour}">\u25a0</span> {kind} ' for kind, colour in _COLOURS.items())
+    shown = f"{timeline.direction}, simulated"
+    some = f", {len(ranks)} of {timeline.begin.shape[1]} ranks" if len(ranks) < timeline.begin.shape[1] else ""
+    label = html.escape(f"{title}, {timeline.direction}: kernels and messages of each rank in time (simulated)")
+    return (
+        f'<figure style="margin:0;flex:1 1 18rem;max-width:34rem"><figcaption>{shown}{some}: {keys}</figcaption>'
+        f'<svg viewBox="0 0 {_WIDTH} {bottom + 22}" role="img" aria-label="{label}" fill="currentColor" '
+        'style="width:100%;height:auto;display:block;font:12px system-ui,sans-serif">'
+        f'{bars}<path d="M{_LEFT} {_TOP}h{wide}v{bottom - _TOP}h-{wide}z" fill="none" stroke="currentColor"/>'
+        f"{svg_text(0, 12, 'rank', 'start')}{names}{ticks}</svg></figure>"
+    )
+
+
+def _boxes(begin: Numbers, end: Numbers, line: Ints, scale: float, down: int) -> str:
+    """Return an SVG path of rectangles. scale: pixels per second. down: distance in pixels from the top of a rank's line."""
+    x, wide, y = _LEFT + begin * scale, (end - begin) * scale, _TOP + _LINE * line + down
+    return "".join(f"M{a:.2f} {c}h{b:.2f}v{_BAR - 1}h-{b:.2f}z" for a, b, c in zip(x, wide, y, strict=True))

@@ -25,7 +25,7 @@ def test_a_worker_that_is_killed_costs_no_step_and_checkpoints_are_reported(tmp_
     try:
         environment = os.environ | cluster.environment | {"RAY_ADDRESS": cluster.address}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, str(ROOT / "tests/support/ray_train_run.py"), str(tmp_path)]
+        command = [sys.executable, str(ROOT / "tests/support/launching/ray_train_run.py"), str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
         cluster.stop()

@@ -25,7 +25,7 @@ from distattn.data.packing.shares import deal_packs
 from distattn.ir.errors import DamagedDataError, DistattnError
 
 PACKS = 16
-SCRIPT = Path(__file__).parents[1] / "support" / "loading_process.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "launching" / "loading_process.py"
 
 
 @pytest.fixture(scope="module")

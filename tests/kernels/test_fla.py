@@ -35,8 +35,8 @@ def results(tmp_path_factory):
 
 
 def interpret(folder: Path) -> None:
-    script = ROOT / "tests" / "support" / "fla_in_interpreter.py"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{script.parent}"}
+    script = ROOT / "tests" / "support" / "gpus" / "fla_in_interpreter.py"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{script.parent}:{script.parents[1]}"}
     command = [sys.executable, str(script), str(FOLDER), *RECURRENT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr
@@ -56,14 +56,17 @@ def test_states_travel_over_ranks(results):
     assert not results["ranks"]
 
 
+@pytest.mark.full
 def test_convolutions_are_those_of_the_taps(results):
     assert all(difference < 1e-6 for difference in results["convolutions"].values()), results["convolutions"]
 
 
+@pytest.mark.full
 def test_the_operator_runs_them(results):
     assert max(results["operator"].values()) < 3e-3, results["operator"]
 
 
+@pytest.mark.full
 def test_unsupported_calls_are_refused_by_name(results):
     reasons = results["refusals"]
     assert reasons["served"] == "" and "bfloat16 and float16, not float32" in reasons["fp32"]
@@ -75,9 +78,10 @@ def test_unsupported_calls_are_refused_by_name(results):
 def test_its_own_context_parallelism_is_right_as_the_cluster_check_calls_it():
     if not FOLDER.exists():
         pytest.skip("fla-core is not there; `make fla` puts it beside the environment")
-    support = ROOT / "tests" / "support"
+    support = ROOT / "tests" / "support" / "gpus"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{support}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
+    paths = f"{ROOT}:{support}:{support.parent}:{ROOT / 'benchmarks'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     how = dict(env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     done = subprocess.run([*launcher, str(support / "fla_over_ranks.py"), str(FOLDER)], **how)
     assert done.returncode == 0, done.stderr[-3000:]

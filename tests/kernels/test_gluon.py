@@ -13,7 +13,7 @@ from pairs import all_pairs
 pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
 
 from gluon_emulator import emulate
-from test_triton import ORDERS, TOLERANCE, launches_in_turn, score_of, thirds, wanted_of
+from test_triton import TOLERANCE, score_of, thirds, wanted_of
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.layout import Layout
@@ -24,7 +24,7 @@ from distattn.kernels.gluon import forward as gluon_forward
 from distattn.kernels.gluon import split as gluon_split
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.registry import choose_kernel
-from distattn.kernels.spec import MOST_TURNS, FinalRows, KernelRequirements, ScoreMod
+from distattn.kernels.spec import KernelRequirements, ScoreMod
 from distattn.kernels.triton import launch as triton_launch
 from distattn.parallel.make_plan import make_plan
 
@@ -131,24 +131,6 @@ def test_a_ring_of_merges_equals_one_shot(monkeypatch):
         gluon_attention.forward(q, k, v, work, PLAIN, into=(o, lse), merge=i > 0)
     wanted = wanted_of(Mask.causal(n), inputs, PLAIN)
     assert relative_error(o, wanted.o) < 4e-3 and relative_error(lse, wanted.lse) < 4e-3
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_the_last_launch_of_a_row_writes_it_in_the_inputs_dtype(order):
-    n, heads = 288, 2
-    inputs = random_inputs(n, heads, 1, 64)
-    q, k, v, _ = (x.to(torch.float16) for x in inputs)
-    o, out = (torch.full((n, heads, 64), torch.nan, dtype=dtype) for dtype in (torch.float32, q.dtype))
-    lse = torch.full((n, heads), -torch.inf)
-    for number, (rows, cells, turns) in enumerate(launches_in_turn(n, heads, order)):
-        work = gluon_attention.prepare(cells, KernelRequirements(torch.float16, 64, 64, CPU))
-        final = FinalRows(out[rows], turns, number)
-        operands = q[rows], k[rows], v[rows]
-        gluon_attention.forward(*operands, work, PLAIN, into=(o[rows], lse[rows]), merge=number > 0, final=final)
-        is_finished = turns % MOST_TURNS <= number
-        assert torch.isfinite(out[rows][is_finished]).all() and torch.isnan(out[rows][~is_finished]).all()
-    wanted = wanted_of(Mask.causal(n), inputs, PLAIN)
-    assert relative_error(out, wanted.o) < 4e-3 and relative_error(lse, wanted.lse) < 4e-3
 
 
 def test_gradients_are_added_to_what_is_there():

@@ -24,8 +24,7 @@ from distattn.ir.errors import DistattnError, LostRankError
 from distattn.launch.ranks import loopback
 from distattn.launch.ranks.loopback import NODES_RENDEZVOUS, _socket_of
 from distattn.training.job_secret import read_secret, write_secret
-from distattn.training.job_store import job_store
-from distattn.training.rank_authentication import authenticate_ranks
+from distattn.training.join_job import authenticate_ranks, job_store
 
 ROOT = Path(__file__).parents[2]
 # an environment variable that must not appear in any log or report

@@ -182,8 +182,12 @@ def test_nodes_that_fail_or_do_not_answer_are_left_out(cluster, tmp_path):
     # add a node to the two that the other tests leave behind
     cluster.add("node9")
     try:
-        environment = os.environ | cluster.environment | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support"}
-        command = [sys.executable, str(ROOT / "tests/support/ray_cases.py"), cluster.address, str(tmp_path)]
+        environment = (
+            os.environ
+            | cluster.environment
+            | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests/support:{ROOT}/tests/support/launching"}
+        )
+        command = [sys.executable, str(ROOT / "tests/support/launching/ray_cases.py"), cluster.address, str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
         cluster.kill("node9")

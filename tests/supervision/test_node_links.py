@@ -19,7 +19,10 @@ from distattn.supervision import node_links
 from distattn.supervision.node_links import CutLink, NodeAddress, NodeLinks, blamed_nodes, merged_links
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "GLOO_SOCKET_IFNAME": "link0"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support' / 'launching'}",
+    "GLOO_SOCKET_IFNAME": "link0",
+}
 DIGESTS = "from distattn.checkpoints.owner import *; print(machine_digest(), writer_name().partition('-')[0])"
 
 
@@ -72,7 +75,7 @@ def test_a_link_that_is_cut_is_named_by_both_nodes_and_they_are_two_machines(tmp
         # processes in both networks see each other, but each network has its own loopback
         machines, writers = zip(*(done.stdout.split() for done in digests), strict=True)
         assert len({*machines, machine_digest()}) == 3 and {*writers} == {writer_name().partition("-")[0]}
-        script = [sys.executable, str(ROOT / "tests" / "support" / "supervised_nodes.py"), str(tmp_path)]
+        script = [sys.executable, str(ROOT / "tests" / "support" / "launching" / "supervised_nodes.py"), str(tmp_path)]
         nodes = [
             subprocess.Popen(
                 [*inside[node], *script, str(node), cases, "10.77.0.1"],

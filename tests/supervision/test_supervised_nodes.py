@@ -35,8 +35,11 @@ def run_cases(folder: Path) -> None:
         (folder / name).mkdir()
         if name != "whole":
             (folder / name / "fault.json").write_text(json.dumps({"rank": 2, "step": 5, "kind": name}))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(ROOT / "tests" / "support" / "supervised_nodes.py"), str(folder)]
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support' / 'launching'}",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    command = [sys.executable, str(ROOT / "tests" / "support" / "launching" / "supervised_nodes.py"), str(folder)]
     nodes = [
         subprocess.Popen(
             [*command, str(node), json.dumps(cases), "127.0.0.1"], env=environment, stderr=subprocess.PIPE, text=True

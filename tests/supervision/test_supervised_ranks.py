@@ -19,7 +19,7 @@ from distattn.supervision.heartbeats import Heartbeat
 pytestmark = pytest.mark.waits(4)
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support' / 'launching'}"}
 BUSY = "rank 1 waits for no other rank and makes no progress: step 6, "
 # the message for each kind of killed or hanging rank
 KINDS = {
@@ -46,7 +46,12 @@ PATIENCE, ENDLESS = 15.0, 600.0
 
 def command(folder: Path, *cases: dict) -> list[str]:
     cases = [{"patience": PATIENCE if case["name"] in HANGS else ENDLESS} | case for case in cases]
-    return [sys.executable, str(ROOT / "tests" / "support" / "supervised_cases.py"), str(folder), json.dumps(cases)]
+    return [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "launching" / "supervised_cases.py"),
+        str(folder),
+        json.dumps(cases),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """The side file PREFIX.xxh3 of an indexed file: a digest of each block of PREFIX.bin and of PREFIX.idx.
 
-The file is little endian: a header (magic, bytes of a block, sizes of both files, a root digest of each table, and a digest of
-the header itself), then the table of PREFIX.bin and the table of PREFIX.idx, with one xxh3-64 (github.com/Cyan4973/xxHash) for
-each block; the last block of a file may be shorter. A root is the xxh3-64 of the bytes of its table. The side file is optional:
-without it indexed files are read as Megatron reads them, and a token that was altered is not noticed.
+The file is little endian. The header has the magic, the block size in bytes, the sizes of both files, a root digest of each table
+and a digest of the header itself. Then follow the tables of PREFIX.bin and PREFIX.idx with one xxh3-64
+(github.com/Cyan4973/xxHash) per block; the last block of a file may be shorter. A root is the xxh3-64 of its table's bytes. The
+side file is optional: without it, indexed files are read as Megatron reads them, and altered tokens are not noticed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import xxhash
 
 from distattn.ir.errors import DamagedDataError
 
-# large enough that checking digests adds little to the time of reading, and small enough that few bytes are read that were not
-# asked for: benchmarks/LOG.md
+# large enough that checking digests adds little to the time of reading, and small enough that few bytes are read needlessly
+# (benchmarks/LOG.md)
 BLOCK_BYTES = 1 << 14
 _MAGIC = b"dattnxh3"
 _HEADER = struct.Struct("<8s5Q")
 _CHECKSUM = struct.Struct("<Q")
 _TABLES_OFFSET = _HEADER.size + _CHECKSUM.size
-# files are digested in parts of this size
+# files are hashed in parts of this size
 _PART_BYTES = 1 << 23
 Buffer = bytes | bytearray | memoryview
 
 
 class BlockDigests:
-    """The digests of one indexed file, memory-mapped. `bin_root`, `idx_root`: the digests of both tables."""
+    """The digests of one indexed file, memory-mapped. bin_root, idx_root: the root digests of the two tables."""
 
     def __init__(self, file: str, tables: np.ndarray, bin_blocks: int, roots: tuple[int, int]):
         self.file = file
@@ -42,9 +42,9 @@ class BlockDigests:
 
     @classmethod
     def open(cls, prefix: str, bin_bytes: int, idx_bytes: int) -> BlockDigests | None:
-        """Open PREFIX.xxh3 in O(1).
+        """Open PREFIX.xxh3 in O(1). Return None if it does not exist.
 
-        Return None if it does not exist. Raise DamagedDataError if it is not of files of these sizes.
+        Raise DamagedDataError if its header is damaged, or if it was written for files of other sizes.
         """
         file = f"{prefix}.xxh3"
         if not os.path.lexists(file):
@@ -76,9 +76,10 @@ class BlockDigests:
         return cls(file, tables, bin_blocks, (bin_root, idx_root))
 
     def check(self, kind: str, prefix: str, first: int, content: memoryview) -> None:
-        """Compare blocks of a file, from block number `first` on, with their digests. content: whole blocks, or up to the end.
+        """Compare the blocks of a file from block number `first` on with their digests.
 
-        kind: "bin" or "idx". Raises DamagedDataError naming the file and the bytes of the first block that differs.
+        kind: "bin" or "idx". content: whole blocks, of which only the file's last one may be shorter. Raises DamagedDataError
+        naming the file and the bytes of the first block that differs.
         """
         table = self.bin_table if kind == "bin" else self.idx_table
         digest = self._digest
@@ -94,16 +95,16 @@ class BlockDigests:
                 )
 
     def check_roots(self) -> None:
-        """Compare both whole tables with their roots. Raise DamagedDataError if one differs."""
+        """Compare both tables with their root digests. Raise DamagedDataError if one differs."""
         for table, root in ((self.bin_table, self.bin_root), (self.idx_table, self.idx_root)):
             if self._digest(table.data) != root:
                 raise DamagedDataError(f"{self.file}: a table of digests was altered; write the file again.")
 
 
 class CheckedBlocks:
-    """The set of blocks of a file that were compared with their digests.
+    """The set of those blocks of a file that have been compared with their digests.
 
-    It has one bit for each block: 8 MB for a terabyte, of which only the pages that are written to take memory.
+    It has one bit per block: 8 MB for a terabyte, of which only modified pages take memory.
     """
 
     def __init__(self, file_bytes: int) -> None:
@@ -114,17 +115,17 @@ class CheckedBlocks:
         return bool(self._bits[block >> 3] >> (block & 7) & 1)
 
     def first_missing(self, first: int, last: int) -> int:
-        """Return the first of the blocks [first, last) that is not in the set, or `last` if all are."""
+        """Return the first of the blocks [first, last) that is not in the set, or `last` if all of them are."""
         return next((block for block in range(first, last) if block not in self), last)
 
     def add(self, first: int, last: int) -> None:
-        """Add blocks [first, last). If two threads add at once, one block may be lost, and is then compared again."""
+        """Add blocks [first, last). If two threads add blocks at once, some may be lost; they are compared again later."""
         for block in range(first, last):
             self._bits[block >> 3] |= 1 << (block & 7)
 
 
 class BlockDigestsWriter:
-    """A writer of the side file, used while the files it describes are written: first all of .bin, then all of .idx."""
+    """A writer of the side file, fed with the bytes of the files as they are written: first all of .bin, then all of .idx."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
@@ -134,7 +135,7 @@ class BlockDigestsWriter:
         self._file.write(bytes(_TABLES_OFFSET))
 
     def update(self, content: Buffer) -> None:
-        """Take the next bytes of the current file."""
+        """Hash the next bytes of the current file."""
         view = memoryview(content).cast("B")
         self._sizes[-1] += len(view)
         at = 0
@@ -147,7 +148,7 @@ class BlockDigestsWriter:
             at += len(part)
 
     def end_bin(self) -> None:
-        """End the table of .bin. The bytes of .idx follow."""
+        """End the table of .bin. The bytes passed to `update` from now on are those of .idx."""
         self._end_block()
         self._sizes.append(0)
         self._roots.append(self._new_hash())
@@ -169,17 +170,17 @@ class BlockDigestsWriter:
 
 
 def root_digest(file: str) -> int:
-    """Return the root digest of a file's blocks, as the side file has it. Read the whole file."""
+    """Return the root digest of a file's blocks, the same as in a side file. Read the whole file."""
     digest, root = xxhash.xxh3_64_digest, xxhash.xxh3_64()
     with open(file, "rb") as opened:
         while part := opened.read(_PART_BYTES):
             view = memoryview(part)
             for start in range(0, len(part), BLOCK_BYTES):
-                # the canonical digest is big endian
+                # xxh3_64_digest is big endian, and the table is little endian
                 root.update(digest(view[start : start + BLOCK_BYTES])[::-1])
     return int(root.intdigest())
 
 
 def combined_digest(*facts: object) -> str:
-    """Return a digest of facts (numbers, strings, lists of them) as 32 hexadecimal digits: xxh3-128 of their JSON."""
+    """Return the xxh3-128 of facts (numbers, strings, lists of them) in JSON, as 32 hexadecimal digits."""
     return str(xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode()))

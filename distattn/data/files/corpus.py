@@ -1,4 +1,4 @@
-"""A corpus: the documents of several indexed files as one list, in the order in which the files are given."""
+"""A corpus: the documents of several indexed files as one list, in the order of the files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MOST_TOKENS = np.iinfo(np.int32).max
 
 
 class Corpus:
-    """Several indexed files, opened in O(1).
+    """The documents of several indexed files, opened in O(1).
 
-    name: used in a blend and in messages. documents, tokens: of all files together.
+    name: the corpus's name in blends and messages. documents, tokens: totals over all files.
     """
 
     def __init__(self, name: str, files: Sequence[IndexedFile]):
@@ -32,7 +32,7 @@ class Corpus:
 
     @classmethod
     def open(cls, name: str, paths: Sequence[str], check_tokens: bool = True) -> Corpus:
-        """Open the files of these prefixes, as `IndexedFile.open` does. Raise DistattnError also if there are no tokens."""
+        """Open the files with these prefixes. Raise the errors of `IndexedFile.open`, and DistattnError if all are empty."""
         corpus = cls(name, [IndexedFile.open(path, check_tokens) for path in paths])
         if not corpus.tokens:
             files = ", ".join(paths) or "no files"
@@ -41,10 +41,10 @@ class Corpus:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, int32 (documents,). Reads and checks the index of every file.
+        """The tokens of each document, int32 (documents,). The first use reads and checks the index of every file.
 
-        The array is memory-mapped if there is one file and each of its documents is one sequence. Raises DamagedDataError if an
-        index is wrong, and DistattnError for a document of more than 2,147,483,647 tokens.
+        The array is memory-mapped if there is a single file with one sequence per document. Raises DamagedDataError if an index
+        is damaged, and DistattnError for a document of more than 2,147,483,647 tokens.
         """
         for file in self.files:
             file.check_index()
@@ -65,15 +65,15 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the dtypes, sizes and indices of all files in their order; names and folders do not count.
+        """A digest of the dtypes, sizes and indices of all files in order. It does not depend on their names and folders.
 
-        With side files it is O(1), and covers the tokens, too. Without them the indices are read, and only the sizes of the
-        tokens are covered. So the digest changes when a side file is removed.
+        With side files it takes O(1) time and also covers the tokens. Without them, it reads the indices and covers only the
+        number of tokens. So the digest changes when a side file is removed.
         """
         return self._digest(True)
 
     def has_digest(self, digest: str) -> bool:
-        """Return whether `digest` is that of these files, or was theirs before all of them had side files."""
+        """Return True if `digest` is the digest of these files, now or before they had side files."""
         return digest in (self.digest, self._digest(False))
 
     def _digest(self, of_tokens: bool) -> str:
@@ -91,21 +91,21 @@ class Corpus:
 
     @cached_property
     def masks(self) -> LabelMasks | None:
-        """The files beside the corpus that say which tokens are labels, looked up at first use; None if there are no such files.
+        """The masks that say which tokens may be labels, or None if there are no mask files. They are opened at first use.
 
         Raises the errors of `LabelMasks.open`.
         """
         return LabelMasks.open(self)
 
     def read(self, document: int, start: int, count: int, vocabulary: int | None = None) -> np.ndarray:
-        """Read tokens [start, start + count) of a document, as `IndexedFile.read` does."""
+        """Read tokens [start, start + count) of a document. See `IndexedFile.read`."""
         file, number = self.file_of(document)
         return file.read(number, start, count, vocabulary)
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Return the tokens of documents, given by number; both int64 (n,).
+        """Return the lengths in tokens of the documents with these numbers. Both arrays are int64 (n,).
 
-        Like `IndexedFile.lengths_of`, it reads no index whole.
+        Like `IndexedFile.lengths_of`, it does not read whole indices.
         """
         if len(self.files) == 1:
             return self.files[0].lengths_of(documents)
@@ -117,9 +117,9 @@ class Corpus:
         return lengths
 
     def file_of(self, document: int) -> tuple[IndexedFile, int]:
-        """Return the file that has a document, and the document's number in it. Raise DistattnError if no file has it."""
+        """Return the file that contains a document, and its number in that file. Raise DistattnError if it does not exist."""
         if not 0 <= document < self.documents:
             raise DistattnError(f"corpus {self.name!r}: there is no document {document}; it has {self.documents:,}.")
-        # the last file that begins at or before the document: files without documents begin where the next file does
+        # choose the last file that begins at or before the document, because an empty file begins where the next one does
         at = bisect_right(self._first, document) - 1
         return self.files[at], document - self._first[at]

@@ -1,7 +1,7 @@
-"""Megatron's indexed format: PREFIX.bin has the tokens of all documents, PREFIX.idx says where each document lies.
+"""Megatron's indexed format: PREFIX.bin has the tokens of all documents, PREFIX.idx the place of each document.
 
-`indexed_format.py` describes the layout of the index. A document is a range of sequences; most have one. Files that distattn
-writes have the digests of all blocks in a side file (`block_digests.py`); files of other programs are read without digests.
+`indexed_format.py` describes the layout of the index. A document is a range of sequences, usually one. Files written by distattn
+have a side file with the digests of all blocks (`block_digests.py`); files of other programs are read without digests.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from distattn.supervision.heartbeats import thread_activity
 # documents are checked, and bytes are copied, in parts of these sizes
 _PART_DOCUMENTS = 1 << 20
 _PART_BYTES = 1 << 23
-# in the order in which the files get their names
+# in the order in which the files are renamed
 _SUFFIXES = (".bin", ".xxh3", ".idx")
 _NAMES = [dtype.name for dtype in DTYPES.values()]
 
 
 class IndexedFile:
-    """An indexed file, opened for reading in O(1): the index is memory-mapped, and tokens are read when they are asked for.
+    """An indexed file, opened for reading in O(1): the index is memory-mapped, and tokens are read on request.
 
-    prefix: names PREFIX.bin and PREFIX.idx. dtype: of a token as stored. documents, sequences, tokens: how many there are.
-    sequence_lengths: tokens of each sequence, int32 (S,). pointers: first byte of each in PREFIX.bin, int64 (S,).
-    document_ends: limits of the documents in sequences, int64 (D + 1,), from 0 to S; document d has sequences
-    document_ends[d] to document_ends[d + 1]. modes: int8 (S,), or None. digests: of PREFIX.xxh3, or None if it does not exist.
-    check_tokens: whether tokens are compared with their digests.
+    prefix: the path of PREFIX.bin and PREFIX.idx without suffix. dtype: the stored dtype of tokens. documents, sequences, tokens:
+    their numbers. sequence_lengths: tokens per sequence, int32 (S,). pointers: each sequence's first byte in PREFIX.bin, int64
+    (S,). document_ends: int64 (D + 1,), from 0 to S; document d has sequences document_ends[d] to document_ends[d + 1]. modes:
+    int8 (S,), or None. digests: the content of PREFIX.xxh3, or None if it does not exist. check_tokens: True if tokens are
+    compared with their digests.
 
-    Data is checked when it is read: the entries of a document are compared with each other, and a block that has a digest is
-    compared with it when it is first read. After that, only the bytes that are asked for are read from the block. So a bit that
-    flips on the disk later is noticed by the next process that opens the file, not by this one: this process usually gets the
-    right bytes from the page cache, but wrong ones from the disk if the cache dropped them. Tokens are read by `pread`, because a
-    process survives it, unlike a mapping, when the file is made shorter meanwhile.
+    Data is checked when it is read. The index entries of a document are compared with each other. A block with a digest is
+    compared with it the first time it is read; later reads of the block read only the requested bytes. So if a bit flips on the
+    disk later, the next process that opens the file notices, but this one does not: it usually gets the right bytes from the page
+    cache, and wrong ones if the cache has dropped them. Tokens are read with `pread`, not from a mapping, so the process survives
+    if the file is truncated meanwhile.
     """
 
     def __init__(self, prefix: str, index: np.ndarray, bin_file: int, check_tokens: bool):
-        # `__del__` closes it, even if this method fails
+        # set it first: `__del__` closes it even if this method fails
         self._bin_file = bin_file
         bin_bytes = os.fstat(bin_file).st_size
         _, _, code, sequences, limits = HEADER.unpack(index[: HEADER.size].tobytes())
@@ -64,12 +64,11 @@ class IndexedFile:
 
     @classmethod
     def open(cls, prefix: str, check_tokens: bool = True) -> IndexedFile:
-        """Open PREFIX.bin and PREFIX.idx; the argument may end in either suffix.
+        """Open PREFIX.bin and PREFIX.idx. `prefix` may end in either suffix.
 
-        check_tokens: compare what is read from PREFIX.bin with its digests, if there are digests. Without the check reading takes
-        about two thirds of the time (benchmarks/indexed_reading.py), and only `distattn data verify` finds a token that was
-        altered. Raises DistattnError if a file is missing, and DamagedDataError if headers, sizes and limits do not fit each
-        other.
+        check_tokens: compare what is read from PREFIX.bin with its digests, if there are any. Without this check, reading takes
+        about two thirds of the time (benchmarks/indexed_reading.py), and only `distattn data verify` finds altered tokens. Raises
+        DistattnError if a file is missing, and DamagedDataError if the headers and the sizes contradict each other.
         """
         prefix = prefix.removesuffix(".idx").removesuffix(".bin")
         index = map_index(f"{prefix}.idx")
@@ -85,7 +84,7 @@ class IndexedFile:
         os.close(self._bin_file)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # another process opens the files itself
+        # the receiving process opens the files itself
         return IndexedFile.open, (self.prefix, self.check_tokens)
 
     def __len__(self) -> int:
@@ -93,20 +92,20 @@ class IndexedFile:
 
     @cached_property
     def document_lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 (documents,). Reads and checks the whole index, as `check_index` does."""
+        """The tokens of each document, int64 (D,). The first use reads and checks the whole index, see `check_index`."""
         self.check_index()
         return np.concatenate([np.zeros(0, np.int64), *self.iterate_lengths()])
 
     @cached_property
     def index_digest(self) -> int:
-        """The root digest of the index, from the side file if there is one, and otherwise by reading the index."""
+        """The root digest of the index. It comes from the side file; without one, the whole index is read."""
         return self.digests.idx_root if self.digests else root_digest(f"{self.prefix}.idx")
 
     def read(self, document: int, start: int, count: int, vocabulary: int | None = None) -> np.ndarray:
-        """Read tokens [start, start + count) of a document, (count,) of the stored dtype; only these are copied.
+        """Read tokens [start, start + count) of a document. Return an array (count,) of the stored dtype.
 
-        vocabulary: ids must be at least 0 and below it; they are not checked by default. Raises DistattnError if the document has
-        no such tokens, and DamagedDataError naming file and byte if the file is damaged or an id is not in the vocabulary.
+        vocabulary: check that all ids are in [0, vocabulary); by default they are not checked. Raises DistattnError if the range
+        lies outside the document, and DamagedDataError naming the file and byte if the file is damaged or an id is out of range.
         """
         first, length = self._located(document)
         if start < 0 or count < 0 or start + count > length:
@@ -120,14 +119,14 @@ class IndexedFile:
         return tokens
 
     def first_byte(self, document: int) -> int:
-        """Return where a document begins in PREFIX.bin. Raise the errors of `read`."""
+        """Return the offset in PREFIX.bin at which a document begins. Raise the errors of `read`."""
         return self._located(document)[0]
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Return the tokens of documents, given by number; both int64 (n,).
+        """Return the lengths in tokens of the documents with these numbers. Both arrays are int64 (n,).
 
-        Only their entries of the index are read and checked. Raises DistattnError if there is no such document, and
-        DamagedDataError if an entry is wrong.
+        Only their index entries are read and checked. Raises DistattnError if a document does not exist, and DamagedDataError if
+        an entry is wrong.
         """
         outside = (documents < 0) | (documents >= self.documents)
         if outside.any():
@@ -147,7 +146,7 @@ class IndexedFile:
         return lengths
 
     def iterate_tokens(self, vocabulary: int | None = None) -> Iterator[np.ndarray]:
-        """Read all tokens in order, in parts of at most 8 MiB, checked as `read` checks them."""
+        """Read all tokens in order, in parts of at most 8 MiB, with the checks of `read`."""
         for offset in range(0, self.bin_bytes, _PART_BYTES):
             tokens = self._read_bytes(offset, min(_PART_BYTES, self.bin_bytes - offset)).view(self.dtype)
             if vocabulary is not None:
@@ -155,16 +154,16 @@ class IndexedFile:
             yield tokens
 
     def iterate_lengths(self) -> Iterator[np.ndarray]:
-        """Yield the tokens of each document in order, in int64 arrays of about a million. Call `check_index` first."""
+        """Yield the lengths of all documents in order, in int64 arrays of about a million each. Call `check_index` first."""
         for start in range(0, self.documents, _PART_DOCUMENTS):
             ends = self.document_ends[start : start + _PART_DOCUMENTS + 1]
             first, last = int(ends[0]), int(ends[-1])
-            # the running sum of lengths, so that documents without sequences are differences of equal numbers
+            # use the running sum of lengths, so that documents without sequences get length 0
             total = np.concatenate([[0], np.cumsum(self.sequence_lengths[first:last], dtype=np.int64)])
             yield np.diff(total[ends - first])
 
     def check_index(self) -> None:
-        """Check every entry of the index. Raise DamagedDataError naming the first byte of the first wrong entry."""
+        """Check every entry of the index. Raise DamagedDataError naming the byte at which the first wrong entry begins."""
         for offset in range(0, len(self._index), _PART_BYTES):
             self._check_index_bytes(offset, min(_PART_BYTES, len(self._index) - offset))
         for start in range(0, self.sequences, _PART_DOCUMENTS):
@@ -176,7 +175,7 @@ class IndexedFile:
 
     @cached_property
     def one_sequence_each(self) -> bool:
-        """Whether every document is one sequence, so that `sequence_lengths` are the lengths of documents."""
+        """True if every document is one sequence, so that `sequence_lengths` are the documents' lengths."""
         if self.documents != self.sequences:
             return False
         parts = range(0, self.documents, _PART_DOCUMENTS)
@@ -184,7 +183,7 @@ class IndexedFile:
         return all((part == np.arange(start, start + len(part))).all() for start, part in zip(parts, ends, strict=True))
 
     def _check_limits(self) -> None:
-        """Check the first and the last entry of each section, from which the sizes of both files follow."""
+        """Check the first and the last entries of the sections, which determine the sizes of both files."""
         limits, sequences = self.document_ends, self.sequences
         self._check_index_bytes(0, HEADER.size)
         if limits[0] != 0:
@@ -203,7 +202,7 @@ class IndexedFile:
         return self._locate(document)
 
     def _locate(self, document: int) -> tuple[int, int]:
-        """Return (first byte in PREFIX.bin, tokens) of a document, checked."""
+        """Return (first byte in PREFIX.bin, tokens) of an existing document, after checking its index entries."""
         lengths, pointers, ends = self._offsets[:3]
         self._check_index_bytes(ends + 8 * document, 16)
         first, last = self.document_ends.item(document), self.document_ends.item(document + 1)
@@ -223,7 +222,7 @@ class IndexedFile:
         return pointer, length
 
     def _check_sequences(self, first: int, last: int) -> None:
-        """Check that lengths and pointers of sequences [first, last) agree with each other, and lie in PREFIX.bin."""
+        """Check that the lengths and pointers of sequences [first, last) agree with each other, and lie within PREFIX.bin."""
         lengths = self.sequence_lengths[first:last]
         pointers = self.pointers[first : last + 1]
         if last == self.sequences:
@@ -243,13 +242,13 @@ class IndexedFile:
             )
 
     def _check_entries(self, offsets: np.ndarray, size: int) -> None:
-        """Compare the blocks of entries of the index, `size` bytes from each offset on, with their digests at first touch."""
+        """Compare the index blocks that hold entries of `size` bytes at these offsets with their digests, unless already done."""
         if self.digests is not None:
             for block in np.unique(np.stack([offsets, offsets + size - 1]) // BLOCK_BYTES).tolist():
                 self._check_index_bytes(block * BLOCK_BYTES, 1)
 
     def _check_index_bytes(self, offset: int, size: int) -> None:
-        """Compare blocks of the index with their digests at first touch, if there are digests."""
+        """Compare the index blocks that contain bytes [offset, offset + size) with their digests, unless already done."""
         if self.digests is None or not size:
             return
         first, last = offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)
@@ -262,7 +261,7 @@ class IndexedFile:
     def _read_bytes(self, offset: int, size: int) -> np.ndarray:
         """Read bytes [offset, offset + size) of PREFIX.bin, uint8 (size,).
 
-        A block with a digest is read whole, and checked, the first time.
+        The first time, a block with a digest is read whole and checked.
         """
         if self.digests is None or not self.check_tokens or not size:
             return self._pread(offset, size)
@@ -270,7 +269,7 @@ class IndexedFile:
         missing = self._checked_bin.first_missing(first, last)
         if missing == last:
             return self._pread(offset, size)
-        # read whole blocks from the first to the last that must be checked, and before and after them only the requested bytes
+        # read whole blocks from the first to the last unchecked one, and only the requested bytes before and after them
         while last - 1 in self._checked_bin:
             last -= 1
         checked_begin, checked_end = missing * BLOCK_BYTES, min(last * BLOCK_BYTES, self.bin_bytes)
@@ -289,7 +288,7 @@ class IndexedFile:
         done = 0
         while done < size:
             try:
-                # one call reads 2 GiB at most
+                # one call reads at most 2 GiB
                 got = os.preadv(self._bin_file, [content[done:].data], offset + done)
             except OSError as error:
                 raise DamagedDataError(
@@ -304,7 +303,7 @@ class IndexedFile:
         return content
 
     def _check_ids(self, tokens: np.ndarray, offset: int, vocabulary: int) -> None:
-        # the test is positive because all comparisons with NaN are false
+        # test that the ids are valid, not that they are invalid, because comparisons with NaN are always false
         if tokens.min() >= 0 and tokens.max() < vocabulary:
             return
         at = int(np.argmin((tokens >= 0) & (tokens < vocabulary)))
@@ -314,7 +313,7 @@ class IndexedFile:
         )
 
     def _refuse(self, section: int, entry: int, problem: str) -> None:
-        """Raise DamagedDataError for an entry of a section (0 lengths, 1 pointers, 2 limits of documents)."""
+        """Raise DamagedDataError for an entry of a section (0: lengths, 1: pointers, 2: document ends)."""
         offset = self._offsets[section] + entry * (4, 8, 8)[section]
         raise DamagedDataError(
             f"{self.prefix}.idx: byte {offset:,}: {problem}; take the file from a copy, or write it again."
@@ -324,10 +323,10 @@ class IndexedFile:
 class IndexedFileWriter:
     """A writer of an indexed file with one sequence per document, and of its digests. Use it as a context manager.
 
-    prefix: of the files; none of them may exist. dtype: of a token as stored, one of the format's eight. The files are written
-    under other names (.tmp). They are synchronised and renamed if the context ends without an error, and removed otherwise.
-    Memory use is small, whatever the number of documents. Raises DistattnError for tokens that the dtype does not hold, and if a
-    file cannot be written.
+    prefix: the path of the files without suffix; none of them may exist. dtype: the stored dtype of tokens, one of the format's
+    eight. The files are written under temporary names (.tmp). If the context ends without an error, they are synced to disk and
+    renamed; otherwise they are removed. Memory use is small whatever the number of documents. Raises DistattnError for tokens
+    that the dtype cannot hold, and if a file cannot be written.
     """
 
     def __init__(self, prefix: str, dtype: np.typing.DTypeLike):
@@ -365,7 +364,7 @@ class IndexedFileWriter:
         self.add_many(tokens, [len(tokens)])
 
     def add_many(self, tokens: np.typing.ArrayLike, lengths: np.typing.ArrayLike) -> None:
-        """Add documents of these lengths, (k,); `tokens` holds them one after the other, (sum of lengths,)."""
+        """Add documents of these lengths, (k,). tokens: all documents, concatenated, (sum of lengths,)."""
         tokens, lengths = np.asarray(tokens), np.asarray(lengths, np.int64)
         if tokens.ndim != 1 or len(lengths) and lengths.min() < 0 or lengths.sum() != len(tokens):
             raise DistattnError(
@@ -389,7 +388,7 @@ class IndexedFileWriter:
         self.tokens += len(tokens)
 
     def append(self, file: IndexedFile) -> None:
-        """Add all documents of another indexed file of the same dtype. If it has digests, it is checked while it is copied."""
+        """Add all documents of another indexed file with the same dtype, checking its digests if it has any."""
         if file.dtype != self.dtype:
             raise DistattnError(f"{file.prefix}: has {file.dtype.name} tokens, {self.prefix} has {self.dtype.name}.")
         file.check_index()
@@ -404,7 +403,7 @@ class IndexedFileWriter:
         self.tokens += file.tokens
 
     def _write_index(self) -> None:
-        """Write the sections after the lengths, which are in the file already, then the header. Digest all of it."""
+        """Write the header and the sections after the lengths, which are already in the file. Then hash the whole index."""
         total = 0
         for start in range(0, self.documents, _PART_DOCUMENTS):
             self._idx.seek(HEADER.size + 4 * start)
@@ -425,7 +424,7 @@ class IndexedFileWriter:
         self._digests.finish()
 
     def _publish(self) -> None:
-        """Give the files their names, the index last: if it is there, all are."""
+        """Rename the files to their final names, the index last: if it exists, all of them do."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -443,7 +442,7 @@ class IndexedFileWriter:
 
     def _discard(self) -> None:
         for name, file in self._files.items():
-            # closing may fail because the buffered bytes do not fit on the disk either
+            # closing may fail, too, if the buffered bytes do not fit on the disk
             with contextlib.suppress(OSError):
                 file.close()
             with contextlib.suppress(FileNotFoundError):
@@ -451,7 +450,7 @@ class IndexedFileWriter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Remove all files if writing fails. Raise DistattnError if one of them cannot be written."""
+        """Remove all files if the block fails, and turn an OSError into a DistattnError."""
         try:
             yield
         except BaseException as error:
@@ -464,7 +463,7 @@ class IndexedFileWriter:
 
 
 def synchronise_folder(path: str) -> None:
-    """Write a file's folder to the disk, so that the names in it survive a loss of power."""
+    """Synchronize the folder of `path` to disk, so that the names in it survive a power failure."""
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)

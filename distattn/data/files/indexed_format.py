@@ -1,9 +1,10 @@
-"""The layout of an index in Megatron's indexed format, and the checks before anything is read from it.
+"""The layout of an index in Megatron's indexed format, and the checks made when it is opened.
 
-The index is little endian: magic, version, code of the dtype, number S of sequences and D + 1 of document limits (34 bytes); then
-the tokens of each sequence, int32 (S,); the byte of PREFIX.bin where each begins, int64 (S,); the first sequence of each document
-and S, int64 (D + 1,); and in files of several modalities the mode of each sequence, int8 (S,). Sequences follow one another
-without gaps. The format is megatron-core's (megatron/core/datasets/indexed_dataset.py).
+The index is little endian. The header (34 bytes) has the magic, the version, the code of the dtype, the number S of sequences and
+the number D + 1 of document limits. Then follow the tokens per sequence, int32 (S,); the byte of PREFIX.bin at which each
+sequence begins, int64 (S,); the first sequence of each document, and S, int64 (D + 1,); and in multimodal files the mode of each
+sequence, int8 (S,). There are no gaps between sequences. The format is megatron-core's
+(megatron/core/datasets/indexed_dataset.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-# the code of each dtype
+# dtype by its code in the header
 DTYPES = {
     code: np.dtype(name).newbyteorder("<")
     for code, name in enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), 1)
@@ -27,7 +28,7 @@ DTYPES = {
 
 
 def section_offsets(sequences: int, limits: int) -> tuple[int, int, int, int, int]:
-    """Return the bytes where lengths, pointers, limits and modes begin in an index, and where it ends if it has modes."""
+    """Return the offsets at which lengths, pointers, limits and modes begin, and at which an index with modes ends."""
     pointers = HEADER.size + 4 * sequences
     ends = pointers + 8 * sequences
     modes = ends + 8 * limits
@@ -35,7 +36,7 @@ def section_offsets(sequences: int, limits: int) -> tuple[int, int, int, int, in
 
 
 def map_index(path: str) -> np.ndarray:
-    """Check the header and the size of an index, and map it into memory. Return uint8 (bytes,)."""
+    """Check the header and the size of an index, and memory-map it. Return uint8 (bytes,)."""
     try:
         with open(path, "rb") as file:
             head = file.read(HEADER.size)

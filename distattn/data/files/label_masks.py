@@ -1,10 +1,10 @@
-"""Which tokens of a corpus may be labels, from files next to those with the tokens.
+"""Masks that say which tokens of a corpus may be labels, read from files next to those with the tokens.
 
-PREFIX.loss.bin and .idx are an indexed file of uint8 with the documents and lengths of PREFIX. It has 0 for each token that is
-not to be learnt (prompts of supervised fine-tuning). PREFIX.spans.bin and .idx are an indexed file of int32 with the documents of
-PREFIX. Each document has rising pairs start, end: tokens [start, end) stand for something other than text, such as an image. They
-are not learnt either, and a document that is longer than a pack is never cut between them. Each kind is optional for each file of
-a corpus.
+PREFIX.loss.bin and .idx are an indexed file of uint8 with the same documents and lengths as PREFIX. It has 0 for each token that
+must not be learnt, such as the prompts of supervised fine-tuning. PREFIX.spans.bin and .idx are an indexed file of int32 with the
+same documents as PREFIX. Each document holds pairs (start, end) in rising order: tokens [start, end) stand for something other
+than text, such as an image. They are not learnt either, and a document longer than a pack is never cut within such a span. Each
+kind is optional for each file of a corpus.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class FileMasks(NamedTuple):
-    """The masks of one file of a corpus."""
+    """The mask files of one file of a corpus, each None if it does not exist."""
 
     loss: IndexedFile | None
     spans: IndexedFile | None
 
 
 class LabelMasks:
-    """The masks of a corpus. digest: of all mask files, computed as `Corpus.digest`.
+    """The masks of a corpus. digest: digest of all mask files, computed like `Corpus.digest`.
 
-    has_spans: whether any file of the corpus has spans.
+    has_spans: True if any file of the corpus has spans.
     """
 
     def __init__(self, corpus: Corpus, files: list[FileMasks]) -> None:
@@ -53,7 +53,7 @@ class LabelMasks:
     def open(cls, corpus: Corpus) -> LabelMasks | None:
         """Open the masks of a corpus, and check their sizes. Return None if there are no masks.
 
-        Raises the errors of `IndexedFile.open`, and DamagedDataError if a mask has other documents than its file.
+        Raises the errors of `IndexedFile.open`, and DamagedDataError if the size of a mask differs from that of its file.
         """
         files = [FileMasks(_open(file, "loss", np.uint8), _open(file, "spans", np.int32)) for file in corpus.files]
         for file, (loss, _) in zip(corpus.files, files, strict=True):
@@ -65,10 +65,10 @@ class LabelMasks:
         return cls(corpus, files) if any(any(masks) for masks in files) else None
 
     def may_be_labels(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return which of the tokens [start, start + count) of a document may be labels, bool (count,).
+        """Return a mask of those tokens [start, start + count) of a document that may be labels, bool (count,).
 
-        Reads a byte for each of them if there is a loss mask, and all spans of the document. Raises DamagedDataError if a mask
-        does not fit the document.
+        Reads one byte per token if there is a loss mask, and all spans of the document. Raises DamagedDataError if a mask does
+        not match the document.
         """
         file, number = self._corpus.file_of(document)
         loss, spans = self._of_file[file.prefix]
@@ -85,9 +85,9 @@ class LabelMasks:
         return allowed
 
     def spans_of(self, document: int) -> np.ndarray:
-        """Return the spans (start, end) of a document, in their order, int64 (S, 2).
+        """Return the spans (start, end) of a document in order, int64 (S, 2).
 
-        Raise DamagedDataError if they are impossible.
+        Raise DamagedDataError if they are not in rising order or exceed the document.
         """
         file, number = self._corpus.file_of(document)
         spans = self._of_file[file.prefix].spans
@@ -95,7 +95,7 @@ class LabelMasks:
             return np.empty((0, 2), np.int64)
         numbers, length = (int(indexed.lengths_of(np.array([number]))[0]) for indexed in (spans, file))
         limits = spans.read(number, 0, numbers).astype(np.int64)
-        # each span begins where the one before ends, or later, and has tokens
+        # a span must not be empty, and must begin at or after the end of the previous one
         wrong = np.flatnonzero((np.diff(limits, prepend=0) < (np.arange(numbers) % 2)) | (limits > length))
         if numbers % 2 or len(wrong):
             at = int(spans.pointers[spans.document_ends[number]]) + 4 * int(wrong[0] if len(wrong) else numbers - 1)
@@ -107,9 +107,10 @@ class LabelMasks:
 
 
 def check_planned_masks(path: str, planned: str | None, corpus: Corpus) -> None:
-    """Compare a corpus's masks with those it had when a plan was made of it. planned: their digest then, or None.
+    """Raise DistattnError if a corpus's masks differ from those it had when a plan was made from it.
 
-    path: of the plan. Raises DistattnError if they differ. Without side files (.xxh3) only sizes and indices are compared.
+    path: the plan's file. planned: the masks' digest in the plan, or None if there were none. Without side files (.xxh3) only
+    sizes and indices are compared.
     """
     digest = corpus.masks and corpus.masks.digest
     if digest == planned:
@@ -127,7 +128,7 @@ def check_planned_masks(path: str, planned: str | None, corpus: Corpus) -> None:
 def _open(file: IndexedFile, kind: str, dtype: type) -> IndexedFile | None:
     """Open PREFIX.kind of a file. Return None if it does not exist."""
     prefix = f"{file.prefix}.{kind}"
-    # one file of the two alone is damage
+    # if only one of the two files exists, opening them reports the damage
     if not any(os.path.lexists(prefix + suffix) for suffix in (".bin", ".idx")):
         return None
     masks = IndexedFile.open(prefix, file.check_tokens)

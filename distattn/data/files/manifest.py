@@ -1,4 +1,4 @@
-"""PREFIX.json of an indexed file: which tokenizer made it, from which files, and how much it holds."""
+"""PREFIX.json, the manifest of an indexed file: its tokenizer, its source files, and how much it holds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """A record of the file that `distattn data tokenize` wrote.
+    """The manifest that `distattn data tokenize` writes next to an indexed file.
 
-    command: digest of everything that determines the file. tokenizer: as the command named it. vocabulary: ids are below it. eos:
-    the id that ends every document, or None. field: of JSON objects and tables. text_bytes: of all documents in UTF-8. sources:
-    for each file in order its name, bytes, time of last change (nanoseconds since 1970) and documents; documents are numbered in
-    this order.
+    command: digest of everything that determines the file. tokenizer: its name on the command line. vocabulary: all ids are below
+    it. eos: the id that ends every document, or None. field: the JSON key or table column with the text. text_bytes: bytes of all
+    documents in UTF-8. sources: for each source file its name, bytes, time of last change (nanoseconds since 1970) and documents,
+    in the order in which documents are numbered.
     """
 
     command: str
@@ -35,7 +35,7 @@ class Manifest:
     sources: list[dict[str, Any]]
 
     def save(self, prefix: str) -> None:
-        """Write PREFIX.json completely or not at all."""
+        """Write PREFIX.json atomically."""
         write_json(f"{prefix}.json", {"version": _VERSION} | asdict(self))
 
     @classmethod
@@ -56,7 +56,7 @@ class Manifest:
 
 
 def write_json(file: str, content: object) -> None:
-    """Write a JSON file under another name, synchronise and rename it. Raise DistattnError if that fails."""
+    """Write a JSON file atomically: under a temporary name, synced to disk, then renamed. Raise DistattnError if that fails."""
     try:
         with open(f"{file}.tmp", "w", encoding="utf-8") as opened:
             json.dump(content, opened, indent=1)
@@ -70,7 +70,7 @@ def write_json(file: str, content: object) -> None:
 
 
 def read_json(file: str) -> Any:
-    """Read a JSON file. Raise DamagedDataError if it is not JSON, or cannot be read."""
+    """Read a JSON file. Raise DamagedDataError if it cannot be read or is not JSON."""
     try:
         with open(file, encoding="utf-8") as opened:
             return json.load(opened)

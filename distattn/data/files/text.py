@@ -1,4 +1,4 @@
-"""A folder of text files as documents of byte tokens."""
+"""Text files as documents whose tokens are bytes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 VOCABULARY = 256
 # files are checked in parts of this size
 _PART_BYTES = 1 << 20
-# and distinguished from binary files by this many bytes
+# binary files are recognised by this many of their first bytes
 _FIRST_BYTES = 4096
 _MOST_DOCUMENTS = 5_000_000
 
 
 class Document(NamedTuple):
-    """Bytes [start, end) of a file."""
+    """A document: bytes [start, end) of a file."""
 
     file: str
     start: int
@@ -37,13 +37,13 @@ class Document(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens of the document: one for each byte."""
+        """The number of tokens, one per byte."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """All documents of a set of files, in order; together they cover every byte of every file."""
+    """The documents of a set of files, in order. Together they cover every byte of the text files."""
 
     documents: list[Document]
     files: int
@@ -52,11 +52,10 @@ class TextCorpus:
 
 
 def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max_document_tokens: int) -> TextCorpus:
-    """Find the files of `path` (folder, file or glob) and cut them into documents of at most `max_document_tokens` tokens
-    (bytes).
+    """Find the files of `path` (folder, file or glob), and cut them into documents of at most `max_document_tokens` bytes.
 
-    Only the size and the first bytes of each file are looked up; `check_text` reads the files. Empty files are skipped and
-    counted, and so are binary files if there are several files. Raises DistattnError if there is no text.
+    Reads only the size and the first bytes of each file; `check_text` reads them whole. Empty files are skipped and counted, and
+    so are binary files if there are several files. Raises DistattnError if there is no text.
     """
     documents: list[Document] = []
     empty = binary = 0
@@ -64,7 +63,7 @@ def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
     for file in files:
         size = _size(file)
         empty += not size
-        # a folder may hold files that are not text, such as compiled ones or pictures
+        # a folder may also hold other files, such as compiled code or pictures
         if size and len(files) > 1 and _looks_binary(file):
             binary += 1
             continue
@@ -85,9 +84,9 @@ def find_corpus(path: str, *, suffix: str = "", exclude: Sequence[str] = (), max
 
 
 def check_text(corpus: TextCorpus) -> None:
-    """Read every file of a corpus once, in parts, and check that it is UTF-8 and has the size that was found.
+    """Read every file of a corpus once, and check that it is UTF-8 and that its size has not changed.
 
-    Raises DamagedDataError naming the first file that is not.
+    Raises DamagedDataError naming the first file that fails a check.
     """
     # the last document of a file ends where the file does
     sizes = {document.file: document.end for document in corpus.documents}
@@ -98,10 +97,7 @@ def check_text(corpus: TextCorpus) -> None:
 
 
 def read_tokens(document: Document) -> np.ndarray:
-    """Read the bytes of a document, and only those, as int64 tokens (end - start,).
-
-    Raises DamagedDataError if the file has changed.
-    """
+    """Read the bytes of a document as int64 tokens (end - start,). Raise DamagedDataError if the file has become shorter."""
     try:
         with open(document.file, "rb") as file:
             file.seek(document.start)
@@ -116,9 +112,9 @@ def read_tokens(document: Document) -> np.ndarray:
 
 
 def byte_corpus(text: TextCorpus, prefix: str, name: str = "text") -> Corpus:
-    """Write the documents of text files into PREFIX.bin and PREFIX.idx as byte tokens, and open them.
+    """Write the documents of text files to PREFIX.bin and PREFIX.idx as byte tokens, and open the result as a corpus.
 
-    Raise DamagedDataError if a file is not text.
+    Raise DamagedDataError if a file is not UTF-8 text.
     """
     check_text(text)
     with IndexedFileWriter(prefix, np.uint8) as writer:
@@ -130,9 +126,9 @@ def byte_corpus(text: TextCorpus, prefix: str, name: str = "text") -> Corpus:
 def find_files(
     path: str, suffix: str, exclude: Sequence[str], options: tuple[str, str] = ("data.path", "data.exclude")
 ) -> list[str]:
-    """Return the files of a folder, a file or a glob, by name. Raise DistattnError if there are no files.
+    """Return the files that `path` (a folder, a file or a glob) names, sorted. Raise DistattnError if there are no files.
 
-    options: what `path` and `exclude` are called where the user gives them.
+    options: the user's names for `path` and `exclude`, used in errors.
     """
     literal = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
     if os.path.exists(literal):
@@ -140,7 +136,7 @@ def find_files(
     else:
         pattern = path.replace("{stdlib}", glob.escape(sysconfig.get_path("stdlib")))
         roots = sorted(glob.glob(pattern, recursive=True))
-        # exclusions apply to the parts that the wildcards matched, not to the folders that the user's data is in
+        # exclusions apply to the path components matched by wildcards, not to the folders above them
         anchor = os.path.dirname(pattern[: re.search(r"[*?[]|$", pattern).start()])  # type: ignore[union-attr]
     if not roots:
         raise DistattnError(
@@ -164,7 +160,7 @@ def find_files(
 
 
 def _walk(root: str, exclude: Sequence[str], options: tuple[str, str]) -> Iterator[str]:
-    """Yield the paths of all files below root, relative to it. Links are followed, and each folder is entered once."""
+    """Yield the paths of all files below `root`, relative to it. Links are followed, and each folder is visited once."""
 
     def refuse(error: OSError) -> None:
         raise DistattnError(
@@ -179,7 +175,7 @@ def _walk(root: str, exclude: Sequence[str], options: tuple[str, str]) -> Iterat
             if not _excluded(name, exclude) and real not in entered:
                 entered.add(real)
                 fresh.append(name)
-        # in place, because os.walk enters the folders that are left
+        # change the list in place: os.walk visits the folders left in it
         subfolders[:] = fresh
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in names if not _excluded(name, exclude))
 
@@ -199,7 +195,7 @@ def _size(file: str) -> int:
 
 
 def _looks_binary(file: str) -> bool:
-    """Return whether a file begins with bytes that no text has in any encoding. Text that is not UTF-8 is refused later."""
+    """Return True if a file's first bytes cannot be text in any encoding. Text other than UTF-8 is refused later."""
     try:
         with open(file, "rb") as opened:
             first = opened.read(_FIRST_BYTES)
@@ -211,13 +207,13 @@ def _looks_binary(file: str) -> bool:
 
 
 def _check_utf8(file: str) -> int:
-    """Decode a file in parts. Return its bytes; raise DamagedDataError naming the first byte that is not UTF-8."""
+    """Decode a file in parts, and return its size in bytes. Raise DamagedDataError naming the first byte that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     size = 0
     try:
         with open(file, "rb") as opened:
             while part := opened.read(_PART_BYTES):
-                # the bytes of a character that the last part cut
+                # the number of bytes held back because the previous part ended within a character
                 held = len(decoder.getstate()[0])
                 decoder.decode(part)
                 size += len(part)

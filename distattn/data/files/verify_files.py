@@ -1,4 +1,4 @@
-"""Reading an indexed file from end to end, and checking everything that can be checked."""
+"""Read an indexed file from end to end, and check everything that can be checked."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PART_BYTES = 1 << 23
 
 
 class VerifiedFile(NamedTuple):
-    """A file without faults. bytes: of .bin. vocabulary: the limit that ids were compared with, or None if it is not known.
+    """A file without faults. bytes: the size of .bin. vocabulary: the limit on ids that was checked, or None if it is not known.
 
-    digests: whether there is a side file, so that tokens and borders of documents are known to be what was written.
+    digests: True if there is a side file, which proves that the tokens and document boundaries are what was written.
     """
 
     documents: int
@@ -34,10 +34,9 @@ def verify_file(
 ) -> VerifiedFile:
     """Check the sizes, every entry of the index, every id, all digests, and the manifest if there is one.
 
-    vocabulary: ids must be below it; by default the manifest's. report: called with the bytes of .bin that were read since its
-    last call. write_digests: if there are no digests and no fault is found, write PREFIX.xxh3 with the digests of the bytes that
-    were read. Raises DamagedDataError naming the file and byte of the first fault, and DistattnError if a file is missing, or
-    cannot be written.
+    vocabulary: ids must be below it; by default the manifest's. report: called with the bytes of .bin read since its last call.
+    write_digests: if there are no digests yet and no fault is found, write the digests of the bytes read to PREFIX.xxh3. Raises
+    DamagedDataError naming the file and byte of the first fault, and DistattnError if a file is missing or cannot be written.
     """
     file = IndexedFile.open(prefix)
     manifest = Manifest.load(file.prefix)
@@ -64,7 +63,7 @@ def verify_file(
 
 
 def _write_digests(file: IndexedFile, vocabulary: int | None, report: Callable[[int], None]) -> None:
-    """Read the tokens once, and write the side file completely or not at all."""
+    """Read the file once, check the ids, and write the side file atomically."""
     path = f"{file.prefix}.xxh3"
     try:
         try:

@@ -3,11 +3,11 @@
 Best-fit decreasing puts each piece, longest first, into the fullest pack that still has room for it (Johnson, Demers, Ullman,
 Garey, Graham 1974, "Worst-case performance bounds for simple one-dimensional packing algorithms"; for documents of a language
 model: Ding et al. 2024, "Fewer truncations improve language modeling", arXiv 2404.10830). Used alone, it fills the last packs
-with the shortest pieces only, with hundreds of pieces where the first packs have a few. So only long pieces and the last quarter
-of each pack are placed by best fit. The pieces in between are placed in the order in which they come.
+with hundreds of the shortest pieces each, while the first packs have only a few long ones. So best fit places only the long
+pieces, and the pieces that fill the last quarter of each pack. The others are placed in the order given.
 
-Neighbours in the sorted list often go into the same pack, until it is full or another pack fits better. Such a run of pieces
-costs a few binary searches, whatever its length, so the time depends on the number of packs and hardly on the number of pieces.
+Neighbours in the sorted list often go into the same pack, until it is full or another pack fits better. Placing such a run takes
+a few binary searches whatever its length, so the time depends mainly on the number of packs, not on the number of pieces.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import numpy as np
 
 from distattn.data.packing.pack_rule import PackLimits
 
-# an entry in the list of free room has the pack's number in its lower bits
+# an entry in the sorted list of free room holds the pack's number in its lower bits
 _PACK_BITS = 32
 _PACK_MASK = (1 << _PACK_BITS) - 1
 # pieces longer than one eighth of a pack are placed first; one quarter is kept free for the last pieces
 _LONG_PART, _LAST_PART = 8, 4
-# packs are never quite full: without a few extra packs, the shortest pieces would get packs of their own
+# packs are never completely full, so without a few extra packs the shortest pieces would get packs of their own
 _SPARE_PART = 256
 
 
 class BestFitPacks:
-    """Packs that pieces are added to. A pack never holds more than its limits allow, except for a piece that is alone in it.
+    """Packs to which pieces are added. A pack never exceeds its limits, unless it holds a single piece.
 
-    A piece longer than a pack gets a pack of several slots, whose limits are as many times higher.
+    A piece longer than a pack gets a pack of several slots, with limits as many times higher.
     """
 
     def __init__(self, limits: PackLimits) -> None:
@@ -44,18 +44,18 @@ class BestFitPacks:
 
     @property
     def slots(self) -> np.ndarray:
-        """Slots of each pack, int64 (P,)."""
+        """The slots of each pack, int64 (P,)."""
         return np.array(self._slots, np.int64)
 
     @property
     def room(self) -> np.ndarray:
-        """Tokens that each pack has free, int64 (P,)."""
+        """The free space of each pack in tokens, int64 (P,)."""
         return np.array(self._room, np.int64)
 
     def add(self, lengths: np.ndarray) -> np.ndarray:
         """Add pieces of these lengths, int64 (N,), each at least 1. Return the number of each piece's pack, int64 (N,).
 
-        Packs of earlier calls are filled further, and no pack is empty. The result depends on the order of the pieces, so shuffle
+        Packs from earlier calls are filled further. No pack is empty. The result depends on the order of the pieces, so shuffle
         them first.
         """
         packs = np.empty(len(lengths), np.int64)
@@ -67,9 +67,9 @@ class BestFitPacks:
         return packs
 
     def _place_as_they_come(self, lengths: np.ndarray, chosen: np.ndarray, packs: np.ndarray) -> int:
-        """Give the first of the chosen pieces to packs in their order, up to three quarters of each pack.
+        """Fill one pack after another with the chosen pieces, in the order given, up to three quarters of each pack.
 
-        Use about as many packs as all chosen pieces will need. Write into `packs`, and return how many pieces were placed.
+        Use about as many packs as all chosen pieces need. Write to `packs`, and return how many of the pieces were placed.
         """
         sums = self._sums(lengths[chosen].tolist())
         needed = len(self._slots) + max(0, -(-(sums.tokens[-1] - sum(self._room)) // self._limits.tokens))
@@ -81,16 +81,16 @@ class BestFitPacks:
             if pack == len(self._slots):
                 self._open(1)
             end = self._run_end(sums, first, pack, _LAST_PART)
-            # a piece may be alone in a pack whatever it costs
+            # an empty pack takes at least one piece, whatever it costs
             ends.append(end if self._pieces[pack] else max(end, first + 1))
             self._take(sums, first, ends[-1], pack)
         packs[chosen[: ends[-1]]] = np.repeat(np.arange(len(ends) - 1), np.diff(ends))
         return ends[-1]
 
     def _place_by_best_fit(self, lengths: np.ndarray, chosen: np.ndarray, packs: np.ndarray) -> None:
-        """Place the chosen pieces, longest first. Write into `packs`.
+        """Place the chosen pieces by best fit, longest first. Write to `packs`.
 
-        Among equally long pieces the first is placed first, and among packs that fit equally well the first is taken.
+        Ties go to the first piece, and to the first pack.
         """
         if not len(chosen):
             return
@@ -99,7 +99,7 @@ class BestFitPacks:
         sums = self._sums(falling)
         rising = [-length for length in falling]
         shortest = falling[-1]
-        # (longest piece that fits, pack), rising; packs that are too full for all of these pieces are left out
+        # (longest piece that fits, pack) in rising order, without the packs too full for even the shortest piece
         fits = sorted(
             fit << _PACK_BITS | pack for pack in range(len(self._room)) if (fit := self._fit(pack)) >= shortest
         )
@@ -108,10 +108,10 @@ class BestFitPacks:
         while (first := run_ends[-1]) < len(falling):
             place = bisect_left(fits, falling[first] << _PACK_BITS)
             pack = fits.pop(place) & _PACK_MASK if place < len(fits) else self._open(falling[first])
-            # a piece may be alone in a pack whatever it costs
+            # place at least one piece: a piece may be alone in a pack whatever it costs
             end = max(first + 1, self._run_end(sums, first, pack))
             if place and (better := fits[place - 1] >> _PACK_BITS) >= falling[end - 1]:
-                # pieces so short that they fit into a fuller pack
+                # end the run before the pieces that are short enough for a fuller pack
                 end = bisect_left(rising, -better, first + 1, end)
             self._take(sums, first, end, pack)
             if (fit := self._fit(pack)) >= shortest:
@@ -137,9 +137,9 @@ class BestFitPacks:
         return len(self._slots) - 1
 
     def _run_end(self, sums: _Sums, first: int, pack: int, kept_part: int = 0) -> int:
-        """Return the end of the longest run of pieces from `first` on that fits into the pack.
+        """Return the end of the longest run of pieces starting at `first` that fits into the pack.
 
-        Keep 1 / kept_part of the pack free; keep nothing free if kept_part is 0.
+        kept_part: keep 1 / kept_part of the pack free; with 0, fill it completely.
         """
         limits = self._limits
         kept = limits.tokens // kept_part if kept_part else 0
@@ -153,14 +153,14 @@ class BestFitPacks:
         return max(end, first)
 
     def _take(self, sums: _Sums, first: int, end: int, pack: int) -> None:
-        """Record that a run of pieces went into a pack."""
+        """Record that pieces [first, end) went into a pack."""
         self._room[pack] -= sums.tokens[end] - sums.tokens[first]
         self._pieces[pack] += end - first
         if sums.cells:
             self._cells_left[pack] -= sums.cells[end] - sums.cells[first]
 
     def _fit(self, pack: int) -> int:
-        """Return the longest piece that still fits into a pack, in tokens; 0 if no piece fits."""
+        """Return the length in tokens of the longest piece that still fits into a pack; 0 or less if no piece fits."""
         limits = self._limits
         if limits.max_documents is not None and self._pieces[pack] == limits.max_documents * self._slots[pack]:
             return 0
@@ -169,7 +169,7 @@ class BestFitPacks:
 
 
 class _Sums(NamedTuple):
-    """Tokens and cells of the first 0, 1, ... N pieces; `cells` is empty if the cost of packs is not capped."""
+    """Tokens and cells of the first 0, 1, ..., N pieces. `cells` is empty if the cost of packs is not capped."""
 
     tokens: list[int]
     cells: list[int]

@@ -1,12 +1,12 @@
-"""The order of documents of several corpora: each is shuffled anew for every epoch, and all are blended by weights in tokens.
+"""Order the documents of several corpora: each corpus is reshuffled every epoch, and all are blended by weights in tokens.
 
 The *turn* of a document is the number of tokens of its corpus before it, divided by the weight of the corpus. Documents are
-ordered by their turns, and ties by the number of the corpus: the corpus that is furthest behind comes next. So in every prefix a
-corpus is at most one document ahead of its share of the tokens, and at most its share of one document of each corpus behind.
-Turns are whole numbers, and the turns of a corpus do not depend on other corpora, so blocks of documents are merged by sorting,
-and the size of the blocks does not change the result.
+ordered by turn, and ties by corpus number, so the corpus that is furthest behind comes next. In every prefix a corpus is at most
+one document ahead of its share of the tokens, and at most its share of one document of each corpus behind. Turns are integers,
+and the turns of a corpus do not depend on other corpora. So blocks of documents can be merged by sorting, and the block size does
+not change the result.
 
-A corpus ends after `max_epochs`. The others go on with their turns, as if their weights were normalised anew.
+A corpus ends after `max_epochs`. The others continue with their turns, as if their weights were renormalised.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 from distattn.data.packing.permutation import derived_key, permuted
 from distattn.ir.errors import DistattnError
 
-# weights are multiples of 1 / 2^20 of all weights together, and turns of 1 / 2^20 of a token over a weight
+# weights are multiples of 1 / 2^20 of their sum, and turns are multiples of 1 / 2^20 of a token over a weight
 WEIGHT_UNITS = 1 << 20
 MOST_DOCUMENTS = (1 << 32) - 1
 MOST_CORPORA = MOST_EPOCHS = (1 << 16) - 1
 _BLOCK_DOCUMENTS = 1 << 16
-# a block of a small corpus has at most this many epochs: each is read separately, and few more than needed
+# a block of a small corpus has at most this many epochs, because each epoch is read separately and few are needed in advance
 _BLOCK_EPOCHS = 64
-# the tokens of a block times WEIGHT_UNITS fit into an int64
+# the tokens of a block times WEIGHT_UNITS must fit into an int64
 _MOST_BLOCK_TOKENS = (1 << 43) - 1
 
 
@@ -37,8 +37,8 @@ _MOST_BLOCK_TOKENS = (1 << 43) - 1
 class BlendSource:
     """One corpus of a blend.
 
-    documents, tokens: the size of the corpus. weight: its share of the tokens is weight / sum of weights. max_epochs: how often
-    its documents may be read; in a fraction of an epoch that share of the documents is read. None: as often as there are steps.
+    documents, tokens: the size of the corpus. weight: the corpus's share of the tokens is weight / sum of weights. max_epochs:
+    how often its documents may be read, or None for no limit. In a fractional last epoch, only that fraction of them is read.
     """
 
     name: str
@@ -48,7 +48,7 @@ class BlendSource:
     max_epochs: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise DistattnError naming the corpus and its first wrong value."""
+        """Raise DistattnError naming the corpus and its first invalid value."""
         if not 0 < self.documents <= MOST_DOCUMENTS:
             raise DistattnError(
                 f"corpus {self.name}: {self.documents:,} documents; it must have 1 to {MOST_DOCUMENTS:,}."
@@ -65,12 +65,12 @@ class BlendSource:
 
     @property
     def most_documents(self) -> int | None:
-        """Documents that may be read in all epochs together."""
+        """The maximum number of documents read over all epochs, or None if there is no limit."""
         return most_documents(self.documents, self.max_epochs)
 
 
 class DocumentColumns(NamedTuple):
-    """Documents in their order: numbers of corpora, of documents within them and of epochs (from 0), tokens; all int64 (D,)."""
+    """Documents in order. document: numbers within the corpus. epoch: counted from 0. length: tokens. All are int64 (D,)."""
 
     corpus: np.ndarray
     document: np.ndarray
@@ -78,17 +78,17 @@ class DocumentColumns(NamedTuple):
     length: np.ndarray
 
     def rows(self, chosen: slice | np.ndarray) -> DocumentColumns:
-        """Return some of the rows."""
+        """Return the chosen rows."""
         return DocumentColumns(*(column[chosen] for column in self))
 
 
 def most_documents(documents: int, max_epochs: float | None) -> int | None:
-    """Return how many documents of a corpus may be read in all epochs together; None if there is no limit."""
+    """Return how many documents of a corpus may be read over all epochs, or None if there is no limit."""
     return None if max_epochs is None else math.floor(Fraction(max_epochs) * documents)
 
 
 def weight_units(sources: Sequence[BlendSource]) -> list[int]:
-    """Return the weights as whole numbers, at least 1 each: multiples of 1 / 2^20 of the sum of all weights."""
+    """Return the weights as integers, at least 1 each, in units of 1 / 2^20 of their sum."""
     total = sum(Fraction(source.weight) for source in sources)
     return [max(1, round(Fraction(source.weight) / total * WEIGHT_UNITS)) for source in sources]
 
@@ -96,15 +96,15 @@ def weight_units(sources: Sequence[BlendSource]) -> list[int]:
 def blend_documents(
     sources: Sequence[BlendSource], lengths: Sequence[np.ndarray], seed: int, *, block_documents: int | None = None
 ) -> Iterator[DocumentColumns]:
-    """Yield blocks of documents of all epochs, in their order, until every corpus has ended.
+    """Yield the documents of all epochs in order, in blocks, until every corpus has ended.
 
-    lengths: tokens of each corpus's documents, integers (documents,). Documents without tokens are left out. block_documents: how
-    many documents of a corpus are read at a time; the order does not depend on it. The iterator never ends if a corpus has no
-    max_epochs. Raises DistattnError if there is no corpus, or if an epoch's number does not fit.
+    lengths: for each corpus, its tokens per document, integers (documents,). Empty documents are left out. block_documents: how
+    many documents of a corpus to read at a time; the order does not depend on it. The iterator never ends if a corpus has no
+    max_epochs. Raises DistattnError if there are no corpora or too many, and if a corpus reaches too many epochs.
     """
     if not 0 < len(sources) <= MOST_CORPORA:
         raise DistattnError(f"a blend of {len(sources):,} corpora; name 1 to {MOST_CORPORA:,}.")
-    # all blocks together stay small where there are many corpora
+    # keep the total size of the blocks small if there are many corpora
     block = block_documents or max(1024, _BLOCK_DOCUMENTS // len(sources))
     readers = [
         _CorpusReader(number, source, units, lengths[number], seed, block)
@@ -113,13 +113,13 @@ def blend_documents(
     while readers:
         for reader in readers:
             reader.fill()
-        # documents before this turn have all been read
+        # all documents before this turn have been read
         horizon = min((reader.next_turn for reader in readers if not reader.ended), default=None)
         parts = [reader.take(horizon) for reader in readers]
         turns = np.concatenate([turn for turn, _ in parts])
         columns = DocumentColumns(*map(np.concatenate, zip(*(columns for _, columns in parts), strict=True)))
         if len(readers) > 1:
-            # the sort is stable, and the columns are in the order of corpora
+            # the columns are ordered by corpus, so a stable sort breaks ties by corpus
             columns = columns.rows(np.argsort(turns, kind="stable"))
         if len(turns):
             yield columns
@@ -127,15 +127,15 @@ def blend_documents(
 
 
 def epoch_order(seed: int, corpus: int, epoch: int, documents: int, positions: np.ndarray) -> np.ndarray:
-    """Return the documents at `positions` (N,) of an epoch of a corpus that has this many documents; int64 (N,).
+    """Return the documents at `positions` (N,) of the shuffled order of an epoch, int64 (N,).
 
-    corpus, epoch: their numbers.
+    corpus, epoch: their numbers. documents: the number of documents in the corpus.
     """
     return permuted(positions, documents, derived_key(seed, corpus, epoch))
 
 
 class _CorpusReader:
-    """A reader of one corpus, which gives its documents in their order with the turn of each."""
+    """A reader that returns the documents of one corpus in order, with the turn of each."""
 
     def __init__(
         self, number: int, source: BlendSource, units: int, lengths: np.ndarray, seed: int, block: int
@@ -147,7 +147,7 @@ class _CorpusReader:
         self._seed = seed
         longest = int(lengths.max())
         self._block = max(1, min(block, _MOST_BLOCK_TOKENS // max(longest, 1), _BLOCK_EPOCHS * source.documents))
-        # documents read in all epochs, and their tokens
+        # the documents read so far over all epochs, and their tokens
         self._position = 0
         self._tokens = 0
         self._turns = np.empty(0, np.int64)
@@ -155,33 +155,33 @@ class _CorpusReader:
 
     @property
     def waiting(self) -> int:
-        """Documents that were read and not taken."""
+        """The number of documents read but not yet taken."""
         return len(self._turns)
 
     @property
     def ended(self) -> bool:
-        """Whether all documents of all epochs were read."""
+        """True if all documents of all epochs were read."""
         return self._position == self._source.most_documents
 
     @property
     def next_turn(self) -> int:
-        """The turn of the first document that was not read."""
+        """The turn of the first document not yet read."""
         return self._tokens * WEIGHT_UNITS // self._units
 
     def fill(self) -> None:
-        """Read until half a block of documents waits, or the corpus has ended."""
+        """Read until at least half a block of documents is waiting, or the corpus has ended."""
         while not self.ended and self.waiting * 2 < self._block:
             self._read()
 
     def take(self, horizon: int | None) -> tuple[np.ndarray, DocumentColumns]:
-        """Remove the waiting documents whose turns are before the horizon, or all of them. Return (turns, documents)."""
+        """Remove the waiting documents with turns before `horizon`, or all if it is None. Return them as (turns, documents)."""
         count = len(self._turns) if horizon is None else int(np.searchsorted(self._turns, horizon))
         taken = self._turns[:count], self._columns.rows(slice(count))
         self._turns, self._columns = self._turns[count:], self._columns.rows(slice(count, None))
         return taken
 
     def _read(self) -> None:
-        """Read a block of documents, or what is left of an epoch."""
+        """Read a block of documents, or the rest of the epoch if that is less."""
         documents = self._source.documents
         epoch, first = divmod(self._position, documents)
         if epoch >= MOST_EPOCHS:

@@ -1,6 +1,6 @@
-"""Cutting documents that are longer than a pack, without cutting a span of tokens that belong together.
+"""Cut documents longer than a pack, but never within a span of tokens that belong together.
 
-Spans are those of `distattn.data.files.label_masks`, such as the placeholders of an image.
+Spans are defined in `distattn.data.files.label_masks`; the placeholder tokens of an image are one example.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from distattn.ir.errors import DistattnError
 
 
 class CorpusSpans(NamedTuple):
-    """Spans of a corpus's documents.
+    """The spans of a corpus.
 
-    corpus: its name. of: returns the spans (begin, end) of a document in order, int64 (S, 2).
+    corpus: the corpus's name. of: a function that returns the spans (begin, end) of a document in order, int64 (S, 2).
     """
 
     corpus: str
@@ -24,18 +24,18 @@ class CorpusSpans(NamedTuple):
 
 
 def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans]) -> tuple[np.ndarray, np.ndarray]:
-    """Cut pieces that have more tokens than a pack. Return (pieces (N,), the number of the row that each came from (N,)).
+    """Cut rows with more tokens than a pack. Return (pieces (N,), the index of the row that each piece came from (N,)).
 
-    rows: PIECE of `pack_windows.py`, (D,). spans: of the corpora that have spans, by number. A piece has as many tokens as fit,
-    and the last piece has the rest; a piece that would end inside a span ends before the span. Raises
-    DistattnError for a span that does not fit into a pack.
+    rows: PIECE of `pack_windows.py`, (D,). tokens: tokens per pack. spans: the spans of corpora that have any, by corpus number.
+    Each piece has as many tokens as fit, and the last piece has the rest. A piece that would end inside a span ends before the
+    span instead. Raises DistattnError for a span that does not fit into a pack.
     """
     lengths = rows["length"].astype(np.int64)
     pieces = -(-lengths // tokens)
     long = np.flatnonzero(pieces > 1)
     if not len(long):
         return rows, np.arange(len(rows))
-    # where the pieces of a row begin, counted from the row's begin
+    # for rows with spans: where their pieces begin, relative to the row's start
     begins = {row: _begins(rows[row], tokens, spans[rows["corpus"][row]]) for row in _with_spans(rows, long, spans)}
     for row, row_begins in begins.items():
         pieces[row] = len(row_begins)
@@ -44,7 +44,7 @@ def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans
     begin = (np.arange(len(source)) - first[source]) * tokens
     for row, row_begins in begins.items():
         begin[first[row] : first[row] + len(row_begins)] = row_begins
-    # each piece ends where the next one of the same row begins
+    # each piece ends where the next piece of the same row begins
     is_last = np.append(source[1:] != source[:-1], True)
     end = np.where(is_last, lengths[source], np.append(begin[1:], 0))
     out = rows.take(source)
@@ -55,13 +55,13 @@ def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans
 
 
 def _with_spans(rows: np.ndarray, long: np.ndarray, spans: Mapping[int, CorpusSpans]) -> list[int]:
-    """Return the long rows whose corpora have spans."""
+    """Return the indices of those `long` rows whose corpora have spans."""
     rows_with_spans: list[int] = long[np.isin(rows["corpus"][long], list(spans))].tolist() if spans else []
     return rows_with_spans
 
 
 def _begins(row: np.void, tokens: int, spans: CorpusSpans) -> list[int]:
-    """Return where the pieces of a row begin, counted from the row's begin."""
+    """Return where the pieces of a row begin, relative to the row's start."""
     start, length, document = int(row["start"]), int(row["length"]), int(row["document"])
     limits = spans.of(document) - start
     begins = [0]

@@ -1,4 +1,4 @@
-"""Making a pack plan: corpora are blended, packed window by window, and each window is written to the plan's file at once."""
+"""Make a pack plan: blend the corpora, pack them window by window, and write each window to the plan's file at once."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SCAN_DOCUMENTS = 1 << 22
 
 
 class CorpusLengths(Protocol):
-    """A corpus as a plan sees it: a name, the tokens of each document, and a digest of the files.
+    """The parts of a corpus that planning needs: a name, the tokens per document, and a digest of the files.
 
-    It may also have `masks`, as `Corpus` has: `LabelMasks`, or None.
+    Like `Corpus`, it may also have `masks`: `LabelMasks` or None.
     """
 
     @property
@@ -32,11 +32,11 @@ class CorpusLengths(Protocol):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, integers (documents,); may be memory-mapped."""
+        """Tokens per document, integers (documents,). The array may be memory-mapped."""
 
     @property
     def digest(self) -> str:
-        """A digest that tells the corpus's files from others."""
+        """A digest that identifies the corpus's files."""
 
 
 def make_pack_plan(
@@ -53,12 +53,13 @@ def make_pack_plan(
     """Plan all steps of a run, write the plan's file, and open it.
 
     weights: each corpus's share of the tokens; by default its number of tokens. max_epochs: how often the documents of each
-    corpus may be read; by default as often as there are steps. Without `steps` the plan ends when all corpora have ended. A plan
-    with fewer steps is the beginning of one with more. progress: called after each window with (steps, tokens) planned so far.
+    corpus may be read; by default without limit. steps: the number of steps; without it the plan ends when all corpora have
+    ended. A plan with fewer steps is a prefix of one with more. progress: called after each window with the (steps, tokens)
+    planned so far.
 
-    The plan is a function of the lengths (and of spans, which are not cut) in the order of the corpora, and of seed, rule,
-    weights, max_epochs and steps. Raises DistattnError naming the argument that is wrong, for a plan that would never end, and
-    for one whose corpora end before its steps.
+    The plan depends only on the document lengths and spans in the order of the corpora, and on seed, rule, weights, max_epochs
+    and steps. Raises DistattnError naming the invalid argument. It is also raised for a plan that would never end, and if all
+    corpora end before `steps`.
     """
     sources = _sources(corpora, rule, weights, max_epochs)
     if not 0 <= seed < 1 << 64:
@@ -107,11 +108,7 @@ def make_pack_plan(
             for number, (source, corpus, corpus_masks) in enumerate(zip(sources, corpora, masks, strict=True))
         ]
         digest = writer.finish(
-            seed=seed,
-            rule=rule,
-            sources=planned,
-            longest_wait=totals.longest_wait,
-            ends_with_corpora=steps is None,
+            seed=seed, rule=rule, sources=planned, longest_wait=totals.longest_wait, ends_with_corpora=steps is None
         )
     return PackPlan.open(path, digest)
 
@@ -122,7 +119,7 @@ def _masks_of(corpus: CorpusLengths) -> LabelMasks | None:
 
 
 class _Totals:
-    """Totals of the steps so far, for each corpus."""
+    """Running totals of the planned steps, per corpus."""
 
     def __init__(self, corpora: int) -> None:
         self.tokens = [0] * corpora
@@ -131,20 +128,20 @@ class _Totals:
         self._last_step = np.full(corpora, -1)
 
     def add(self, window: PackedWindow, first_step: int) -> None:
-        """Count the pieces of a window."""
+        """Add the pieces of a window whose first step is `first_step`."""
         corpus, length = window.rows["corpus"], window.rows["length"]
-        # exact: a window has far fewer than 2^53 tokens
+        # bincount sums in float64, which is exact: a window has far fewer than 2^53 tokens
         tokens = np.bincount(corpus, length, len(self.tokens)).tolist()
         documents = np.bincount(corpus[window.rows["start"] == 0], minlength=len(self.tokens)).tolist()
         self.tokens = [a + int(b) for a, b in zip(self.tokens, tokens, strict=True)]
         self._documents = [a + b for a, b in zip(self._documents, documents, strict=True)]
         self.longest_wait = max(self.longest_wait, int(window.waited.max(initial=0)))
         step_of_pack = np.repeat(np.arange(len(window.packs)), window.packs)
-        # if a corpus occurs several times, its last value is kept, and the steps rise
+        # numpy keeps the last value assigned to a corpus, and the steps are in rising order
         self._last_step[corpus] = first_step + np.repeat(step_of_pack, window.pieces)
 
     def of(self, corpus: int) -> tuple[int, int, int]:
-        """Return (documents, tokens, last step) of a corpus."""
+        """Return (documents, tokens, last step) for a corpus."""
         return self._documents[corpus], self.tokens[corpus], int(self._last_step[corpus])
 
 
@@ -154,7 +151,7 @@ def _sources(
     weights: Sequence[float] | None,
     max_epochs: Sequence[float | None] | None,
 ) -> list[BlendSource]:
-    """Return each corpus as the blend needs it. Raise DistattnError for impossible lengths, and for lists of the wrong length."""
+    """Return the blend's sources, one per corpus. Raise DistattnError for invalid document lengths or lists of the wrong size."""
     names = [corpus.name for corpus in corpora]
     for argument, values in (("weights", weights), ("max_epochs", max_epochs)):
         if values is not None and len(values) != len(names):

@@ -1,4 +1,4 @@
-"""A TOML file that says what a pack plan is made of (corpora, their blend, and the rule) and where the plan is stored."""
+"""The TOML file that defines a pack plan: its corpora, their blend, the packing rule, and where the plan is stored."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """One corpus. files: prefixes of indexed files; * and ? are wildcards, and an ending .idx or .bin is dropped.
+    """One corpus. files: prefixes of indexed files; * and ? are wildcards, and a suffix .idx or .bin is dropped.
 
-    weight: its share of the tokens is weight / sum of weights; give all corpora a weight, or none (then shares follow their
-    tokens). max_epochs: how often its documents may be read.
+    weight: the corpus's share of the tokens is weight / sum of weights. Give all corpora a weight or none; without weights, the
+    shares are proportional to their tokens. max_epochs: how often each document may be read.
     """
 
     name: str
@@ -45,10 +45,10 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class CostConfig:
-    """The model and device that the cost of a pack is estimated for. device: such as "h100", a cluster's name, or its TOML file.
+    """The model and device for which pack costs are estimated. device: a device such as "h100", a cluster, or its TOML file.
 
-    model: a config.json that has the sizes. Without it all other fields must be given, as in `ModelShape`, except for head_dim
-    and num_key_value_heads.
+    model: a config.json with the model's sizes. Without it, all sizes of `ModelShape` must be given except head_dim and
+    num_key_value_heads.
     """
 
     device: str
@@ -64,9 +64,9 @@ class CostConfig:
 
 @dataclass(frozen=True)
 class PackConfig:
-    """The content of the TOML file. plan: the plan's file. steps: how many; None to go on until all corpora have ended.
+    """The contents of the TOML file. plan: the plan's file. steps: the number of steps, or None to plan until all corpora end.
 
-    cost: the model and device that `rule.cost` is estimated from. Paths are relative to the folder of the TOML file.
+    cost: the model and device from which `rule.cost` is estimated. Paths are relative to the TOML file's folder.
     """
 
     plan: Annotated[str, Check(lambda plan: None if plan else "is empty; name the plan's file.")]
@@ -82,9 +82,9 @@ for _section in (CorpusConfig, CostConfig, PackConfig, PackRule, PackCost):
 
 
 def load_pack_config(path: str | Path) -> PackConfig:
-    """Read the TOML file of a pack plan. Make its paths relative to the current folder.
+    """Read the TOML file of a pack plan, and make its paths relative to the current folder.
 
-    Raises DistattnError naming file, line and key.
+    Raises DistattnError naming the file, line and key of a problem.
     """
     file = TomlFile.read(path, "name the TOML file of a pack plan")
     config = parse_record(PackConfig, file.content, file.place)
@@ -116,14 +116,14 @@ def load_pack_config(path: str | Path) -> PackConfig:
 
 
 def open_corpora(config: PackConfig, check_tokens: bool = True) -> list[Corpus]:
-    """Open the corpora, in their order. Raise the errors of `Corpus.open`. check_tokens: as in `IndexedFile.open`."""
+    """Open the corpora in order. Raise the errors of `Corpus.open`. check_tokens: see `IndexedFile.open`."""
     return [Corpus.open(corpus.name, corpus.files, check_tokens) for corpus in config.corpus]
 
 
 def vocabulary_of(corpora: Sequence[Corpus]) -> int | None:
-    """Return a number that all token ids are below; None if a file has no manifest that names its tokenizer.
+    """Return the size of the tokenizer's vocabulary, or None if any file lacks a manifest.
 
-    Raises DistattnError if files were made with different tokenizers.
+    Raises DistattnError if the files were made with different tokenizers.
     """
     prefixes = [file.prefix for corpus in corpora for file in corpus.files]
     manifests = {prefix: manifest for prefix in prefixes if (manifest := Manifest.load(prefix)) is not None}
@@ -142,7 +142,7 @@ def make_configured_plan(
 ) -> PackPlan:
     """Plan all steps and write the plan's file.
 
-    Raises the errors of `make_pack_plan`, and DistattnError for corpora of several tokenizers.
+    Raises the errors of `make_pack_plan`, and DistattnError if the corpora were made with different tokenizers.
     """
     vocabulary_of(corpora)
     weights = [corpus.weight for corpus in config.corpus if corpus.weight is not None]
@@ -161,7 +161,7 @@ def make_configured_plan(
 def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackPlan:
     """Open the plan's file.
 
-    Raises DistattnError if it does not exist, or was made of other corpora or masks, or with other keys.
+    Raises DistattnError if it does not exist, or was made from other corpora or masks, or with other settings.
     """
     if not os.path.exists(config.plan):
         raise DistattnError(f"{config.plan}: there is no such plan yet; make it with distattn data pack.")
@@ -189,7 +189,7 @@ def open_configured_plan(config: PackConfig, corpora: Sequence[Corpus]) -> PackP
 
 
 def _problems(config: PackConfig, has_rule_cost: bool) -> Iterator[SettingProblem]:
-    """Yield problems of keys that do not go together. has_rule_cost: whether there is a table [rule.cost]."""
+    """Yield the problems that involve several keys. has_rule_cost: True if there is a table [rule.cost]."""
     if not config.corpus:
         yield SettingProblem("corpus", "is missing; add a [[corpus]] with a name and files.")
     names = [corpus.name for corpus in config.corpus]
@@ -214,7 +214,7 @@ def _problems(config: PackConfig, has_rule_cost: bool) -> Iterator[SettingProble
 
 
 def _estimated_cost(cost: CostConfig, folder: str) -> PackCost:
-    """Return the cost of a model on a device. Raise SettingError with a key of [cost]."""
+    """Return the estimated cost for the configured model and device. Raise SettingError with the key in [cost] that is wrong."""
     sizes = {
         name: value for name, value in asdict(cost).items() if name not in ("device", "model") and value is not None
     }
@@ -223,7 +223,7 @@ def _estimated_cost(cost: CostConfig, folder: str) -> PackCost:
             next(iter(sizes)), "is given in addition to model, which has all sizes; leave out one of the two."
         )
     try:
-        # a name that ends in .toml is a file, and any other is a device or a cluster
+        # a name that ends in .toml is a file; any other names a device or a cluster
         device = load_device(os.path.join(folder, cost.device) if cost.device.endswith(".toml") else cost.device)
     except DistattnError as error:
         raise SettingError("device", str(error)) from None
@@ -241,7 +241,7 @@ def _estimated_cost(cost: CostConfig, folder: str) -> PackCost:
 
 
 def _settings(config: PackConfig, plan: PackPlan) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, its value in a configuration, its value in a plan) of every setting of a plan except the corpora."""
+    """Yield (key, configured value, planned value) for every setting of a plan except the corpora."""
     yield "seed", config.seed, plan.seed
     planned_rule = plan.rule.as_dict()
     for key, value in config.rule.as_dict().items():
@@ -257,19 +257,19 @@ def _settings(config: PackConfig, plan: PackPlan) -> Iterator[tuple[str, Any, An
 
 
 def _is_short(source: PlannedSource) -> bool:
-    """Return whether a plan ends before a corpus does, as far as the totals show."""
+    """Return True if the totals show that the plan ends before this corpus does."""
     epochs = source.max_epochs or 0.0
-    # the documents that a part of an epoch leaves out are unknown, so all empty documents may be among those that it has
+    # which documents a partial epoch contains is not known here, so assume that it contains all empty ones
     least = math.floor(Fraction(epochs) * source.documents) - math.ceil(epochs) * source.empty_documents
     return source.planned_documents < least
 
 
 def _matching_prefixes(where: str, folder: str, pattern: str) -> Iterator[str]:
-    """Yield the prefixes that a pattern names, in their order. Raise DistattnError if it matches nothing."""
+    """Yield the prefixes that match a pattern, in sorted order. Raise DistattnError if nothing matches."""
     name = pattern.removesuffix(".idx").removesuffix(".bin") + ".idx"
-    # a file that exists is not a pattern, even if its name has brackets
+    # the name of an existing file is not a pattern, even if it has brackets
     files = [name] if os.path.exists(os.path.join(folder, name)) else sorted(glob.glob(name, root_dir=folder or None))
-    # files of masks are not token files
+    # skip mask files, which hold no tokens
     masks = tuple(f".{kind}.idx" for kind in FileMasks._fields)
     files = [file for file in files if file == name or not file.endswith(masks)]
     if not files:

@@ -1,4 +1,4 @@
-"""A pack plan that is read from its file: the packs of each step, and the pieces of documents of each pack.
+"""Read a pack plan from its file: the packs of each step, and the pieces of documents in each pack.
 
 `distattn.data.packing.pack_plan_format` describes the file's layout.
 """
@@ -35,9 +35,9 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 class PlannedSource:
     """A corpus of a plan, and how much of it the plan reads.
 
-    documents, empty_documents, tokens: sizes of the corpus. planned_documents: documents of all epochs whose first token is in
-    the plan. planned_tokens: tokens of all epochs in the plan. last_step: the last step with any token of it, or -1. digest,
-    masks: digests of its files, and of their loss masks and spans; masks is None if there were no such files.
+    documents, empty_documents, tokens: the size of the corpus. planned_documents: how many documents, over all epochs, the plan
+    reads from their first token. planned_tokens: how many tokens, over all epochs, it reads. last_step: the last step with tokens
+    of the corpus, or -1. digest: digest of its files. masks: digest of their loss masks and spans, or None if there were none.
     """
 
     name: str
@@ -54,58 +54,58 @@ class PlannedSource:
 
     @property
     def epochs(self) -> float:
-        """How often the plan reads the corpus, by tokens."""
+        """The number of epochs of the corpus that the plan reads, measured in tokens."""
         return self.planned_tokens / self.tokens
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Pieces of documents that are computed together. rows: PIECE (N,), in their order in the pack."""
+    """Pieces of documents that are computed as one sequence. rows: the pieces in order, PIECE (N,)."""
 
     rows: np.ndarray
 
     @property
     def corpus(self) -> np.ndarray:
-        """Numbers of the pieces' corpora in `PackPlan.sources`, uint16 (N,)."""
+        """The corpus of each piece, as an index into `PackPlan.sources`, uint16 (N,)."""
         return self.rows["corpus"]
 
     @property
     def document(self) -> np.ndarray:
-        """Numbers of the pieces' documents in their corpora, uint32 (N,)."""
+        """The document of each piece, as its number within the corpus, uint32 (N,)."""
         return self.rows["document"]
 
     @property
     def start(self) -> np.ndarray:
-        """First token of each piece in its document, uint32 (N,)."""
+        """The position of each piece's first token in its document, uint32 (N,)."""
         return self.rows["start"]
 
     @property
     def epoch(self) -> np.ndarray:
-        """The epoch of each piece: how often its corpus had been read completely before, uint16 (N,)."""
+        """The epoch of each piece, counted from 0, uint16 (N,)."""
         return self.rows["epoch"]
 
     @property
     def ends_document(self) -> np.ndarray:
-        """Whether each piece ends with the last token of its document, bool (N,)."""
+        """A mask of the pieces that end with the last token of their document, bool (N,)."""
         return self.rows["ends_document"]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each piece, N of them."""
+        """The tokens of each piece, a list of N integers."""
         lengths: list[int] = self.rows["length"].tolist()
         return lengths
 
     @property
     def tokens(self) -> int:
-        """Tokens of all pieces."""
+        """The total number of tokens in the pack."""
         return int(self.rows["length"].sum(dtype=np.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class StepPacks:
-    """The packs of one step. context: tokens that fit into each slot of a pack.
+    """The packs of one step. context: tokens per slot of a pack.
 
-    rows: pieces of all packs, PIECE (N,). ends: the end of each pack in `rows`, int64 (P,).
+    rows: the pieces of all packs, PIECE (N,). ends: the end of each pack in `rows`, int64 (P,).
     """
 
     step: int
@@ -115,13 +115,13 @@ class StepPacks:
 
     @cached_property
     def packs(self) -> list[Pack]:
-        """All packs, in their order."""
+        """The packs in order."""
         ends = self.ends.tolist()
         return [Pack(self.rows[begin:end]) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     @property
     def slots(self) -> list[int]:
-        """How many packs each pack takes the place of: 1, unless a document that is longer than a pack was kept whole."""
+        """The number of packs that each pack replaces: 1 unless a document longer than a pack was kept whole."""
         begins = np.concatenate([[0], self.ends[:-1]])
         slots: list[int] = (
             -(-np.maximum.reduceat(self.rows["length"], begins).astype(np.int64) // self.context)
@@ -130,25 +130,25 @@ class StepPacks:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all packs."""
+        """The total number of tokens in the step."""
         return int(self.rows["length"].sum(dtype=np.int64))
 
 
 class PackPlan:
-    """A plan that is read from its file. `open` reads only the header, and `step` only that step's record."""
+    """A plan backed by its file. `open` reads only the header, and `step` only that step's record."""
 
     def __init__(self, path: str, file: BinaryIO, digest: str, header: dict[str, Any]) -> None:
         self.path = path
-        # the digest of the header, which has the digests of everything else: two plans with equal digests are the same
+        # digest of the header, which holds the digests of everything else: plans with equal digests are the same
         self.digest = digest
         self.steps: int = header["steps"]
         self.seed: int = header["seed"]
         self.packs: int = header["packs"]
         self.pieces: int = header["pieces"]
         self.tokens: int = header["tokens"]
-        # the largest number of windows that a document was carried through
+        # the maximum number of windows through which a document was carried
         self.longest_wait: int = header["longest_wait"]
-        # whether it has all documents of all epochs, because no number of steps ended it
+        # True if the plan has all documents of all epochs, because it was made without a number of steps
         self.ends_with_corpora: bool = header["ends_with_corpora"]
         self.rule = PackRule.from_dict(header["rule"])
         self.sources = tuple(PlannedSource(**source) for source in header["sources"])
@@ -159,14 +159,14 @@ class PackPlan:
 
     @classmethod
     def open(cls, path: str | Path, digest: str | None = None) -> PackPlan:
-        """Open a plan's file; memory and time do not depend on its size.
+        """Open a plan's file. Memory and time do not depend on its size.
 
-        digest: what the plan's digest must be. Raises DamagedDataError if the file is not a plan, is damaged, was truncated or
-        has another version, and DistattnError if it cannot be read, or has another digest.
+        digest: the expected digest of the plan. Raises DamagedDataError if the file is not a plan, is damaged, was truncated or
+        has another version, and DistattnError if it cannot be read or has another digest.
         """
         path = os.fspath(path)
         try:
-            # closed by PackPlan.close, or when the plan is no longer used
+            # closed by PackPlan.close, or when the plan is garbage-collected
             file = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise DistattnError(f"{path}: cannot be read: {error.strerror}; name the file of a pack plan.") from None
@@ -184,7 +184,7 @@ class PackPlan:
         return plan
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Send the path and the digest to a loader's processes, which open the file themselves."""
+        """Return the path and the digest to pickle. A loader's worker processes open the file themselves."""
         return PackPlan.open, (self.path, self.digest)
 
     def __enter__(self) -> PackPlan:
@@ -200,7 +200,7 @@ class PackPlan:
     def step(self, step: int) -> StepPacks:
         """Read the packs of a step.
 
-        Raises DistattnError if there is no such step, and DamagedDataError if its record is not what was written.
+        Raises DistattnError if there is no such step, and DamagedDataError if its record is damaged.
         """
         if not 0 <= step < self.steps:
             raise DistattnError(f"{self.path}: there is no step {step:,}; the plan has steps 0 to {self.steps - 1:,}.")
@@ -219,11 +219,10 @@ class PackPlan:
 
     @cached_property
     def order_digest(self) -> str:
-        """A digest of everything that the order of tokens depends on, except the number of steps: a shorter plan begins a longer
-        one.
+        """A digest of everything that determines the order of tokens.
 
-        It is xxh3-128 of seed, rule, and the files, masks, weight and epochs of each corpus. Unlike `digest` it does not cover
-        the file.
+        It is the xxh3-128 of the seed, the rule, and each corpus's files, masks, weight and epochs. It does not cover the number
+        of steps, because a shorter plan is a prefix of a longer one, nor, unlike `digest`, the file's contents.
         """
         corpora = [
             (source.name, source.digest, source.masks, source.weight, source.max_epochs) for source in self.sources
@@ -233,7 +232,7 @@ class PackPlan:
 
     @cached_property
     def full_steps(self) -> int:
-        """The number of steps, without the last one if it has fewer packs than it has room for; that step is read at first use.
+        """The number of steps, not counting the last one if it has free slots. The first use reads that step.
 
         The last step of a plan that ends with its corpora has the packs that are left.
         """
@@ -241,7 +240,7 @@ class PackPlan:
         return self.steps - (sum(last.slots) < self.rule.packs_at(last.step))
 
     def find(self, corpus: int, document: int) -> list[int]:
-        """Read all steps, and list those that have a piece of a document. Raise DamagedDataError as `step` does."""
+        """Read all steps, and list those with a piece of this document. Raise the errors of `step`."""
 
         def holds(rows: np.ndarray) -> bool:
             return bool(((rows["document"] == document) & (rows["corpus"] == corpus)).any())
@@ -249,10 +248,9 @@ class PackPlan:
         return [step for step in range(self.steps) if holds(self.step(step).rows)]
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read the whole file and compare it with its digests.
+        """Read all records and the index, and compare them with their digests.
 
-        progress: called with (bytes read, bytes of all records and the index). Raises DamagedDataError naming the first wrong
-        block of 64 MiB.
+        progress: called with (bytes read, total bytes). Raises DamagedDataError naming the first damaged block of 64 MiB.
         """
         total = self._index + (2 * self.steps + 1) * OFFSET_BYTES - RECORDS_BEGIN
         for number, expected in enumerate(self._blocks):

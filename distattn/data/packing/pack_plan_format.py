@@ -1,19 +1,19 @@
-"""The format of a pack plan's file: its layout, and how header and bytes are read and checked.
+"""The format of a pack plan's file: its layout, and functions that read and check the header and other bytes.
 
 All numbers are little endian. The file is
 
     bytes 0 .. 63   magic (8 bytes), version (u32), 0 (u32), offset of the header (u64), its bytes (u64), its xxh3_128 digest
                     (16 bytes, big endian), 0 (u64), xxh3_64 of the 56 bytes before (u64)
-    step records    of each step: packs P (u32), pieces of each pack (u32 x P), and pieces, 16 bytes each: document (u32), first
-                    token (u32), tokens (u32; the highest bit, 2^31, says that the document ends with this piece), corpus (u16),
+    step records    for each step: packs P (u32), pieces per pack (u32 x P), and the pieces, 16 bytes each: document (u32), first
+                    token (u32), tokens (u32; the highest bit, 2^31, is set if the document ends with this piece), corpus (u16),
                     epoch (u16)
-    index           offset of each step's record and of the end of the last (u64 x (steps + 1)), and of each record its xxh3_64
-                    with the step as seed (u64 x steps)
-    header          JSON: rule, seed, corpora, totals, and xxh3_128 of each 64 MiB of records and index (`blocks`)
+    index           the offset of each step's record and the end of the last one (u64 x (steps + 1)), and the xxh3_64 of each
+                    record with the step as seed (u64 x steps)
+    header          JSON: rule, seed, corpora, totals, and the xxh3_128 of each 64 MiB of records and index (`blocks`)
 
-A step's record is compared with its checksum whenever it is read, so a damaged record is found before any of it is used. The
-header's digest covers all other digests, and is the digest of the plan. Files are read with pread and not mapped: if a mapped
-file becomes shorter, the process that reads it is killed.
+Each record is compared with its checksum whenever it is read, so a damaged record is found before any of it is used. The header's
+digest covers all other digests, and is the digest of the plan. Files are read with pread and not memory-mapped, because a process
+is killed if a mapped file becomes shorter while it reads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAGIC = b"DAPACKS\n"
 # magic, version, 0, header offset, header bytes, header digest, 0; a checksum follows
 _PREAMBLE = struct.Struct("<8sIIQQ16sQ")
 RECORDS_BEGIN = _PREAMBLE.size + CHECKSUM_BYTES
-# a piece in the file; no document is long enough to need the bit that _ENDS_DOCUMENT uses
+# a piece as stored in the file; no document is long enough to need the bit of _ENDS_DOCUMENT in its length
 _STORED_PIECE = np.dtype(
     [("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("corpus", "<u2"), ("epoch", "<u2")]
 )
@@ -45,13 +45,13 @@ _ENDS_DOCUMENT = np.uint32(1 << 31)
 
 
 def preamble_of(header: bytes, offset: int) -> bytes:
-    """Return the first 64 bytes of a file whose header is at an offset."""
+    """Return the first 64 bytes of a file whose header starts at `offset`."""
     preamble = _PREAMBLE.pack(_MAGIC, VERSION, 0, offset, len(header), xxhash.xxh3_128_digest(header), 0)
     return preamble + xxhash.xxh3_64_intdigest(preamble).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def stored_pieces(rows: np.ndarray) -> np.ndarray:
-    """Return pieces, PIECE (N,), in the form that the file has: uint8 (N x 16,)."""
+    """Convert pieces, PIECE (N,), to the form stored in the file, uint8 (N x 16,)."""
     stored = np.empty(len(rows), _STORED_PIECE)
     for name in _STORED_PIECE.names or ():
         stored[name] = rows[name]
@@ -60,7 +60,7 @@ def stored_pieces(rows: np.ndarray) -> np.ndarray:
 
 
 def loaded_pieces(record: bytes, offset: int) -> np.ndarray:
-    """Return the pieces of a record from an offset on, PIECE (N,)."""
+    """Return the pieces stored in a record from `offset` on, PIECE (N,)."""
     stored = np.frombuffer(record, _STORED_PIECE, offset=offset)
     rows = np.empty(len(stored), PIECE)
     for name in _STORED_PIECE.names or ():
@@ -71,7 +71,7 @@ def loaded_pieces(record: bytes, offset: int) -> np.ndarray:
 
 
 def read_header(path: str, file: BinaryIO) -> tuple[str, dict[str, Any]]:
-    """Return (digest, header) of an open plan. Raise DamagedDataError if it is not a plan, or damaged."""
+    """Return (digest, header) of an open plan file. Raise DamagedDataError if it is not a plan or is damaged."""
     size = os.fstat(file.fileno()).st_size
     if size < RECORDS_BEGIN:
         raise DamagedDataError(f"{path}: {size} bytes are not a pack plan; make one with make_pack_plan.")
@@ -97,7 +97,7 @@ def read_header(path: str, file: BinaryIO) -> tuple[str, dict[str, Any]]:
 
 
 def read_bytes(path: str, file: BinaryIO, offset: int, size: int) -> bytes:
-    """Read `size` bytes. Raise DamagedDataError if the file ends before, and DistattnError if it cannot be read."""
+    """Read `size` bytes. Raise DamagedDataError if the file is too short, and DistattnError if it cannot be read."""
     parts = []
     while size:
         try:

@@ -1,4 +1,4 @@
-"""Writing a pack plan's file, window by window. `distattn.data.packing.pack_plan_format` describes its layout."""
+"""Write a pack plan's file window by window. `distattn.data.packing.pack_plan_format` describes its layout."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _WRITE_BUFFER = 1 << 22
 
 
 class PackPlanWriter:
-    """A writer of a plan's file, which has another name until it is complete.
+    """A writer of a plan's file, which has a temporary name until it is complete.
 
-    Use it as a context manager: an unfinished file is removed at the end. Raises DistattnError if the file cannot be written.
+    Use it as a context manager, which removes an unfinished file on exit. Raises DistattnError if the file cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,7 +41,7 @@ class PackPlanWriter:
 
     @property
     def steps(self) -> int:
-        """Steps written so far."""
+        """The number of steps written so far."""
         return len(self._checksums)
 
     def __enter__(self) -> PackPlanWriter:
@@ -56,7 +56,7 @@ class PackPlanWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # closing fails, as writing did, if the disk is full
+        # if the disk is full, closing fails as writing did
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(FileNotFoundError):
@@ -90,7 +90,7 @@ class PackPlanWriter:
     def finish(
         self, *, seed: int, rule: PackRule, sources: list[PlannedSource], longest_wait: int, ends_with_corpora: bool
     ) -> str:
-        """Write index and header, and give the file its name. Return the plan's digest."""
+        """Write the index and the header, and give the file its final name. Return the plan's digest."""
         index = self._offsets[-1]
         for numbers in (self._offsets, self._checksums):
             self._write(np.array(numbers, "<u8").tobytes())
@@ -121,7 +121,7 @@ class PackPlanWriter:
         return xxhash.xxh3_128_hexdigest(header)
 
     def _write(self, content: bytes) -> None:
-        """Write bytes of records or index, and digest them by blocks."""
+        """Write bytes of the records or the index, and update the digests of their blocks."""
         self._file.write(content)
         while content:
             part = content[: BLOCK_BYTES - self._block_bytes]

@@ -1,4 +1,4 @@
-"""How documents are packed: context lengths by step, the size of a step, caps of a pack, and the treatment of long documents."""
+"""The rule by which documents are packed: context length per step, step size, caps on a pack, and treatment of long documents."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from distattn.ir.errors import SettingError
 from distattn.ir.limits import Number, OneOf, check_limits
 
 MOST_TOKENS = (1 << 31) - 1
-# the cost of a document, and that of a window, must fit into an int64
+# keep the cost of a document, and that of a window, within int64
 _MOST_CELLS = 1 << 30
 _MOST_CELLS_OF_WINDOW = 1 << 62
 
 
 @dataclass(frozen=True)
 class PackCost:
-    """The cost of computing a document, in cells of causal attention: n (n + 1) / 2 + token_cells x n + document_cells.
+    """The cost of computing a document of n tokens, in cells of causal attention.
 
-    token_cells: how many cells take as long as the rest of a token's work (products with weights). The default is that of an 8B
-    Llama: 436 million operations of a layer for a token, compared with 16 thousand for a cell. document_cells: the extra cost of
-    a document. The default is a tile of 128 rows and 1,024 keys, about what starting and ending a kernel's programs takes
-    (`overhead_keys` and `padded_cells` in `distattn.cluster.cost`) and the half-empty tile at its end. cell_femtoseconds: the
-    time of a cell, or 0 if no device was named. `training_cost.py` computes all three for a model and a device. They
-    are whole numbers, so that costs are the same everywhere.
+    The cost is n (n + 1) / 2 + token_cells x n + document_cells. token_cells: the cost of a token's products with weights. The
+    default is for Llama 8B: 436 million operations per token and layer, compared with 16 thousand per cell. document_cells: the
+    fixed cost of a document. The default is a tile of 128 rows and 1,024 keys, which roughly covers starting and ending a
+    kernel's programs (`overhead_keys` and `padded_cells` in `distattn.cluster.cost`) and the half-empty last tile.
+    cell_femtoseconds: the time of a cell, or 0 if no device was named. `training_cost.py` computes all three for a model and a
+    device. They are integers, so costs are the same on every machine.
     """
 
     token_cells: Annotated[int, Number(ge=0, le=_MOST_CELLS)] = 26_600
@@ -38,26 +38,26 @@ class PackCost:
         check_limits(self)
 
     def of(self, length: Any) -> Any:
-        """Return the cells of a document with this many tokens (a number, or int64 (N,))."""
+        """Return the cost in cells of a document with this many tokens. length: an integer, or int64 (N,)."""
         return length * (length + 1) // 2 + self.token_cells * length + self.document_cells
 
     def seconds(self, length: int) -> float:
-        """Return the estimated seconds of a training step that a document takes on one device; 0 if no device was named."""
+        """Return the estimated seconds that a document takes in a training step on one device, or 0 if no device was named."""
         return float(self.of(length)) * self.cell_femtoseconds * 1e-15
 
     def longest(self, cells: int) -> int:
-        """Return the length of the longest document that costs at most this many cells; below 1 if every document costs more."""
+        """Return the length of the longest document that costs at most `cells`, or 0 or less if every document costs more."""
         spare = cells - self.document_cells
         if spare <= 0:
             return 0
-        # n^2 + b n <= 2 x spare
+        # the largest n with n^2 + b n <= 2 x spare
         b = 2 * self.token_cells + 1
         return (math.isqrt(b * b + 8 * spare) - b) // 2
 
 
 @dataclass(frozen=True)
 class PackLimits:
-    """Caps of one pack, for a certain context length: tokens, documents and cells (`PackCost`)."""
+    """The caps of one pack at a given context length. max_cells: the maximum cost, see `PackCost`."""
 
     tokens: int
     cost: PackCost
@@ -67,19 +67,21 @@ class PackLimits:
 
 @dataclass(frozen=True)
 class PackRule:
-    """How documents become packs, and packs become steps.
+    """The rule by which documents become packs, and packs become steps.
 
-    context: ((first step, tokens of a pack), ...), a curriculum of context lengths; it begins at step 0.
-    tokens_per_step: room of all packs of a step together, whatever their context length; a multiple of each context length.
-    window: packs among which a document's place is chosen, rounded up to whole steps. A larger one fills packs better.
-    max_documents: documents (pieces, where they are cut) of a pack.
-    max_cost: cost of a pack; 1.0 is the cost of a single document that fills it. `cost` says how it is counted. Below 1.0,
-      packs of long documents are left partly empty. A single piece may always be alone in a pack, whatever it costs.
-    long_documents: "cut" makes pieces of exactly the context length, and a rest. "keep" leaves a longer document whole: its pack
-      is as large as several packs, and takes their place in its step. If all ranks split every pack, ranks have as many tokens
-      as before; of several data-parallel shares, one gets the whole pack, and so has more tokens than the others. Its free room
-      is filled as in other packs, and its caps are higher by the same factor. A document that is longer than a step is refused.
-    level: each step gets packs with nearly equal attention work (sum of squared lengths), for strategies that do not move work
+    context: ((first step, tokens per pack), ...), a curriculum of context lengths that begins at step 0.
+    tokens_per_step: the capacity of all packs in a step together, at every context length; a multiple of each context length.
+    window: the number of packs among which a document's place is chosen, rounded up to whole steps. A larger one fills packs
+      better.
+    max_documents: the maximum number of documents per pack. A piece of a cut document counts as one.
+    max_cost: the maximum cost of a pack, relative to that of a single document that fills it; `cost` defines how it is computed.
+      Below 1.0, packs of long documents are left partly empty. A piece may be alone in a pack whatever it costs.
+    long_documents: "cut" makes pieces of exactly the context length, and a shorter last one. "keep" leaves longer documents
+      whole: the pack is then as large as several packs, and replaces them in its step. Its free space is filled like that of
+      other packs, and its caps are higher by the same factor. If all ranks split every pack, each rank has as many tokens as
+      before. With several data-parallel shares, one gets the whole pack and so more tokens than the others. A document longer
+      than a step is refused.
+    level: give each step packs with nearly equal attention work (sum of squared lengths), for strategies that do not move work
       between ranks. Otherwise the packs of a window are shuffled.
     """
 
@@ -93,7 +95,7 @@ class PackRule:
     level: bool = False
 
     def __post_init__(self) -> None:
-        """Raise DistattnError naming the first field that is wrong, and a value that would work."""
+        """Raise DistattnError naming the first invalid field and a value that would work."""
         steps = [step for step, _ in self.context]
         if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
             raise SettingError("context", f"the first steps are {steps}; they must begin with 0 and rise.")
@@ -119,32 +121,32 @@ class PackRule:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PackRule:
-        """Return the rule that `as_dict` wrote."""
+        """Build the rule from the output of `as_dict`."""
         context = tuple((int(step), int(tokens)) for step, tokens in fields["context"])
         return cls(**{**fields, "context": context, "cost": PackCost(**fields["cost"])})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the rule as JSON types."""
         facts = asdict(self)
-        # without a device, a plan's file is the same as those of earlier versions
+        # without a device, keep plan files identical to those of earlier versions
         if not self.cost.cell_femtoseconds:
             del facts["cost"]["cell_femtoseconds"]
         return facts
 
     def context_at(self, step: int) -> int:
-        """Return the tokens of a pack of this step."""
+        """Return the tokens per pack in this step."""
         return max((first, tokens) for first, tokens in self.context if first <= step)[1]
 
     def packs_at(self, step: int) -> int:
-        """Return the number of packs of this step."""
+        """Return the number of packs in this step."""
         return self.tokens_per_step // self.context_at(step)
 
     def next_change(self, step: int) -> int | None:
-        """Return the first step after this one that has another context length; None if the length does not change again."""
+        """Return the first later step with another context length, or None if the length does not change again."""
         return min((first for first, _ in self.context if first > step), default=None)
 
     def limits_at(self, step: int) -> PackLimits:
-        """Return the caps of a pack of this step."""
+        """Return the caps of a pack in this step."""
         tokens = self.context_at(step)
         cells = None if self.max_cost is None else math.floor(Fraction(self.max_cost) * self.cost.of(tokens))
         return PackLimits(tokens, self.cost, self.max_documents, cells)

@@ -1,8 +1,8 @@
-"""From a stream of documents to steps of packs, one window at a time.
+"""Pack a stream of documents into steps, one window at a time.
 
-A window is a number of whole steps. Slightly more documents are read than would fill it, and packed; the fullest packs become its
-steps. The documents of the other packs are carried: the next window packs them first, fills their packs further, and
-puts these packs into its steps before any other.
+A window is a number of whole steps. Slightly more documents than would fill it are read and packed, and the fullest packs become
+its steps. The documents of the other packs are carried over: the next window packs them first, fills their packs further, and
+puts these packs into its steps before any others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distattn.data.packing.cut_documents import CorpusSpans, cut_documents
 from distattn.data.packing.pack_rule import PackLimits, PackRule
 from distattn.data.packing.permutation import derived_key, permuted
 
-# a piece of a document: tokens start .. start + length of it, the epoch in which it is read, and whether the document ends there
+# a piece of a document: tokens [start, start + length), the epoch in which it is read, and whether the document ends with it
 PIECE = np.dtype(
     [
         ("document", "<u4"),
@@ -32,19 +32,19 @@ PIECE = np.dtype(
 )
 # distinguishes the keys of windows from those of corpora, whose numbers are lower
 _WINDOW = 1 << 32
-# a document leaves at most this many windows after the one that it was read for, whatever the rule (`plan_windows`)
+# a document is packed at most this many windows after the one it was read for, whatever the rule (`plan_windows`)
 MOST_WINDOWS_WAITED = 12
-# this part of a window is read in addition: the emptiest packs are carried, and can be filled further
+# 1 / _MORE_PART of a window is read in addition, so that the emptiest packs can be carried over and filled further
 _MORE_PART = 64
-# numbers below this are sorted faster: numpy uses a radix sort for 16 bits
+# numbers below this sort faster, because numpy uses a radix sort for 16-bit integers
 _FEW = 1 << 16
 
 
 class PackedWindow(NamedTuple):
-    """Some steps of packs.
+    """The packed steps of a window.
 
-    packs: number of packs of each step, int64 (S,). pieces: number of pieces of each pack, int64 (P,). rows: all pieces, PIECE
-    (N,). waited: windows that each piece was carried through, int64 (N,).
+    packs: number of packs in each step, int64 (S,). pieces: number of pieces in each pack, int64 (P,). rows: all pieces, PIECE
+    (N,). waited: number of windows through which each piece was carried, int64 (N,).
     """
 
     packs: np.ndarray
@@ -59,15 +59,15 @@ def plan_windows(
     seed: int,
     spans: Mapping[int, CorpusSpans] = MappingProxyType({}),
 ) -> Iterator[PackedWindow]:
-    """Yield packed windows until all documents are packed; each has a whole number of steps, and at least one.
+    """Yield packed windows until all documents are packed. Each has a whole number of steps, at least one.
 
     Every document, or every piece of it, is in exactly one pack. Every step is full, except that the last may have fewer packs,
-    and that packs of several slots may leave slots free that no other pack fits into. A document leaves in the window it was read
-    for, or in one of the next two; if documents or cost of packs are capped, in one of the next six. A window in which the
-    context length changes may double that.
+    and that packs of several slots may leave slots free into which no other pack fits. A document is packed in the window it was
+    read for or in one of the next two, or one of the next six if the documents or the cost of a pack are capped. A change of the
+    context length within that time may double it.
 
-    spans: tokens that must not be separated, by the number of the corpus. Documents that are to be kept whole must fit into a
-    step (`make_pack_plan` checks this). Raises DistattnError for a span that does not fit into a pack.
+    spans: by corpus number, the tokens that must not be separated. Documents to be kept whole must fit into a step
+    (`make_pack_plan` checks this). Raises DistattnError for a span that does not fit into a pack.
     """
     reader = _DocumentReader(documents)
     rows, read_in = np.empty(0, PIECE), np.empty(0, np.int64)
@@ -81,7 +81,7 @@ def plan_windows(
         pack_of_row = packs.add(_lengths(rows))
         carried_packs = len(packs.slots)
         slots = steps * packs_per_step
-        # this runs once, unless documents were cut at spans: such pieces may cost less than was assumed
+        # this runs once unless documents were cut at spans, because such pieces may cost less than was assumed
         while packs.slots.sum() < slots:
             fresh, _ = _cut(reader.read(limits, slots + slots // _MORE_PART, _lengths(rows)), rule, step, spans)
             if not len(fresh):
@@ -108,17 +108,17 @@ def plan_windows(
 
 
 class _DocumentReader:
-    """A reader of a stream's documents, which reads as many as are needed."""
+    """A reader that takes only as many documents from a stream as are needed."""
 
     def __init__(self, documents: Iterator[DocumentColumns]) -> None:
         self._documents = documents
         self._buffer = DocumentColumns(*(np.empty(0, np.int64) for _ in range(4)))
 
     def read(self, limits: PackLimits, slots: int, carried: np.ndarray) -> np.ndarray:
-        """Read documents until they and the carried pieces cannot be packed into fewer slots. Return PIECE (D,).
+        """Read just enough documents to fill `slots` slots together with the carried pieces. Return PIECE (D,).
 
-        carried: lengths of the carried pieces. Reads as few documents as suffice, by tokens, number and cost; all that are left
-        if they are fewer.
+        carried: lengths of the carried pieces. "Enough" means that the tokens, and the capped number or cost of documents, cannot
+        fit into fewer slots. Reads all remaining documents if there are too few.
         """
         read = [np.empty(0, PIECE)]
         missing = [total - int(sums[-1]) if len(sums) else total for total, sums in self._sums(limits, slots, carried)]
@@ -143,12 +143,12 @@ class _DocumentReader:
         return np.concatenate(read)
 
     def _sums(self, limits: PackLimits, slots: int, lengths: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Return for each limit (what `slots` slots hold, running sums (D,) of what documents of these lengths use of it)."""
+        """Return for each limit (the capacity of `slots` slots, the running sums (D,) of what documents of these lengths use)."""
         sums = [(slots * limits.tokens, np.cumsum(lengths))]
         if limits.max_documents is not None:
             sums.append((slots * limits.max_documents, np.arange(1, len(lengths) + 1)))
         if limits.max_cells is not None:
-            # a piece that is alone in a pack uses at most the whole pack, whatever it costs
+            # a piece alone in a pack uses at most the whole pack, whatever it costs
             whole, rest = np.divmod(lengths, limits.tokens)
             most_of_rest = np.where(rest > 0, np.minimum(limits.cost.of(rest), limits.max_cells), 0)
             whole_cells = min(limits.cost.of(limits.tokens), limits.max_cells)
@@ -162,9 +162,9 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def _steps_of_window(rule: PackRule, step: int) -> int:
-    """Return the steps of the window that begins at this step.
+    """Return the number of steps in the window that begins at this step.
 
-    Windows before a change of the context length have similar sizes.
+    The steps up to a change of the context length are split into windows of similar size.
     """
     steps = -(-rule.window // rule.packs_at(step))
     change = rule.next_change(step)
@@ -176,7 +176,7 @@ def _steps_of_window(rule: PackRule, step: int) -> int:
 def _cut(
     rows: np.ndarray, rule: PackRule, step: int, spans: Mapping[int, CorpusSpans]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut pieces that are longer than a pack, unless the rule keeps them. Return (PIECE (N,), the source row of each (N,))."""
+    """Cut pieces longer than a pack, unless the rule keeps them whole. Return (PIECE (N,), the source row of each (N,))."""
     if rule.long_documents == "keep":
         return rows, np.arange(len(rows))
     return cut_documents(rows, rule.context_at(step), spans)
@@ -185,16 +185,16 @@ def _cut(
 def _choose_steps(
     packs: BestFitPacks, carried: int, steps: int, packs_per_step: int, work: np.ndarray | None, key: int
 ) -> np.ndarray:
-    """Return the step of each pack, from 0, or -1 for packs that stay, (P,). The first `carried` packs leave before others.
+    """Return the step of each pack, counted from 0, or -1 for packs to carry over, (P,).
 
-    work: of each pack (P,), to give each step packs with nearly equal work; None to shuffle. Steps with free slots come last, and
-    no step is empty.
+    The first `carried` packs get a step before any others. work: the work of each pack (P,), to give each step packs of nearly
+    equal work, or None to shuffle. Steps with free slots come last, and no step is empty.
     """
     slots, room = packs.slots, packs.room
     step = np.full(len(slots), -1)
     free = np.full(steps, packs_per_step)
     is_fresh = np.arange(len(slots)) >= carried
-    # packs of several slots come first, from the largest on, each in the first step with enough slots; so all carried packs fit
+    # place packs of several slots first, largest first, each in the first step with enough free slots; so all carried packs fit
     spare = steps * packs_per_step - int(slots[:carried].sum())
     large = np.flatnonzero(slots > 1)
     for pack in large[np.lexsort((-slots[large], is_fresh[large]))].tolist():
@@ -214,7 +214,7 @@ def _choose_steps(
 
 
 def _shuffle_steps(step: np.ndarray, slots: np.ndarray, packs_per_step: int, key: int) -> np.ndarray:
-    """Number the steps again: full steps shuffled, then steps with free slots; steps without packs are dropped."""
+    """Number the steps again: the full ones first, shuffled, then those with free slots. Steps without packs are dropped."""
     leaving = step >= 0
     filled = np.bincount(step[leaving], slots[leaving])
     full = np.flatnonzero(filled == packs_per_step)
@@ -231,9 +231,9 @@ def _shuffle_steps(step: np.ndarray, slots: np.ndarray, packs_per_step: int, key
 def _order_of_rows(
     step_of_pack: np.ndarray, pack_of_row: np.ndarray, is_long: np.ndarray, key: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (packs in the order in which they leave, their rows in that order).
+    """Return (the packs that have a step, ordered by step; their rows in that order).
 
-    Packs of a step are shuffled, and the rows of a pack keep their order; only a document that is longer than a pack comes first.
+    Packs within a step are shuffled. The rows of a pack keep their order, except that a document longer than a pack comes first.
     """
     leaving = np.flatnonzero(step_of_pack >= 0)
     leaving = leaving[permuted(np.arange(len(leaving)), len(leaving), derived_key(key, 2))]

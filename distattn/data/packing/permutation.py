@@ -1,8 +1,8 @@
-"""A seeded order of n numbers that is computed: nothing is stored, and no library can change it.
+"""A seeded permutation of n numbers, computed without storing it and independent of any library.
 
 A Feistel network permutes the numbers of b bits. Numbers that land outside [0, n) are permuted again until they land inside
 (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). Only additions, multiplications, shifts and
-exclusive ors of 64-bit integers are used. Golden values in tests/data/test_permutation.py fix the order for ever.
+exclusive ors of 64-bit integers are used. Golden values in tests/data/test_permutation.py fix the order forever.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ import numpy as np
 from distattn.ir.errors import DistattnError
 
 _MASK = (1 << 64) - 1
-# odd constants of well-known 64-bit mixers (SplitMix64: Steele, Lea, Flood 2014)
+# the odd constants of SplitMix64, a well-known 64-bit mixer (Steele, Lea, Flood 2014)
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ROUNDS = 6
-# with fewer bits, a half of a number has too few values to mix well
+# with fewer bits, half of a number has too few values to mix well
 _FEWEST_BITS = 6
-# how many numbers are permuted at a time, so that the temporaries stay in the cache
+# how many numbers to permute at a time, so that the temporaries stay in cache
 _BLOCK = 1 << 15
 
 
 def permuted(position: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Return the numbers at some positions of a random order of 0 .. size - 1.
+    """Return the numbers at the given positions of a random permutation of 0 .. size - 1.
 
     position: integers in [0, size), any shape. Returns int64 of the same shape. For each (size, key) this is a bijection of
-    [0, size). Memory and time depend on the number of positions, not on the size. Raises DistattnError if a position is outside.
+    [0, size). Memory and time depend on the number of positions, not on the size. Raises DistattnError if a position is out of
+    range.
     """
     flat = np.ascontiguousarray(position, np.int64).ravel()
     if flat.size and (flat.min() < 0 or flat.max() >= size):
         raise DistattnError(f"a position is outside [0, {size:,}); there are only {size:,} numbers to permute.")
-    # size - 1 has no bits if size is below 2
+    # (0).bit_length() is 0, so the minimum also covers a size of 1
     bits = max(_FEWEST_BITS, (size - 1).bit_length())
     round_keys = [derived_key(key, number) for number in range(_ROUNDS)]
     out = np.empty(len(flat), np.uint64)
@@ -46,7 +47,7 @@ def permuted(position: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def derived_key(seed: int, *numbers: int) -> int:
-    """Return a 64-bit key for a purpose that is given by numbers, such as (corpus, epoch). Use Python integers only."""
+    """Return a 64-bit key derived from the seed and `numbers`, such as (corpus, epoch). All must be Python integers."""
     state = _mixed(seed & _MASK)
     for number in numbers:
         state = _mixed(state ^ number & _MASK)
@@ -62,7 +63,7 @@ def _mixed(x: int) -> int:
 
 
 def _feistel(numbers: np.ndarray, bits: int, round_keys: list[int]) -> np.ndarray:
-    """Permute uint64 numbers of `bits` bits, (N,). The two parts of a number change in turn, so they may have different sizes."""
+    """Permute uint64 numbers of `bits` bits, (N,). The halves are updated in turn, so they may differ in size."""
     low_bits = (bits + 1) // 2
     high_bits = bits - low_bits
     low = numbers & np.uint64((1 << low_bits) - 1)
@@ -76,7 +77,7 @@ def _feistel(numbers: np.ndarray, bits: int, round_keys: list[int]) -> np.ndarra
         np.right_shift(mixed, np.uint64(32), out=shifted)
         np.bitwise_xor(mixed, shifted, out=mixed)
         np.multiply(mixed, np.uint64(_MIX_2), out=mixed)
-        # the highest bits of a product depend on all bits of its factors
+        # take the highest bits of the product, which depend on all bits of its factors
         np.right_shift(mixed, np.uint64(64 - target_bits), out=mixed)
         np.bitwise_xor(target, mixed, out=target)
     return high << np.uint64(low_bits) | low

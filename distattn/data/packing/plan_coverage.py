@@ -1,7 +1,7 @@
-"""Checking what a finished plan reads: every token of every document once in each epoch, and nothing twice.
+"""Check that a finished plan reads every token of every document exactly once in each epoch.
 
-The plan is read step by step. For each unfinished epoch the check keeps one bit for each document, and the pieces of documents
-that were cut until all of them have come. So memory does not depend on the number of steps.
+The plan is read step by step. For each unfinished epoch the check keeps one bit per document, and the pieces of each cut document
+until it has seen all of them. So memory does not depend on the number of steps.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from distattn.data.packing.pack_windows import MOST_WINDOWS_WAITED, PIECE
 from distattn.ir.errors import DamagedDataError
 
 _PART_ROWS = 1 << 20
-# steps that an error names
+# the maximum number of steps that an error lists
 _MOST_NAMED = 8
 
 
 class CorpusCoverage(NamedTuple):
     """The part of a corpus that a plan reads.
 
-    epochs: how many have every token of every document. documents: those that are complete in the epochs that the end of the plan
-    cuts off.
+    epochs: the number of complete epochs. documents: the number of complete documents in epochs that the plan's end cuts off.
     """
 
     corpus: str
@@ -40,8 +39,8 @@ def check_coverage(
 ) -> list[CorpusCoverage]:
     """Check that every token of every document is read once in every epoch. Return the coverage of each corpus.
 
-    corpora: in the order of the plan's sources. progress: called with (steps done, all steps). A plan that was ended by its
-    number of steps may lack documents of an epoch only if it began the next epoch in its last windows. Raises DamagedDataError
+    corpora: in the order of the plan's sources. progress: called with (steps done, total steps). If the plan ends after a given
+    number of steps, an epoch may lack documents only if the next epoch began in the plan's last windows. Raises DamagedDataError
     naming the first document that is read twice, not to its end, or not at all, and the errors of `PackPlan.step`.
     """
     checker = _Checker(plan, corpora)
@@ -61,7 +60,8 @@ def check_coverage(
 class _Epoch:
     """One epoch of a corpus.
 
-    done: a bit for each complete document. parts: the pieces of documents that are not complete, PIECE (N,).
+    done: one bit per document, set if complete. parts: the pieces of incomplete documents, PIECE (N,). documents: the number of
+    complete documents.
     """
 
     def __init__(self, documents: int) -> None:
@@ -70,11 +70,11 @@ class _Epoch:
         self.documents = 0
 
     def has(self, document: np.ndarray) -> np.ndarray:
-        """Return which documents are complete, bool (N,)."""
+        """Return which of these documents are complete, bool (N,)."""
         return (self.done[document >> 3] >> (document & 7) & 1).astype(np.bool_)
 
     def add(self, document: np.ndarray) -> None:
-        """Mark documents as complete; their numbers rise, int64 (N,)."""
+        """Mark documents as complete. document: their numbers in rising order, int64 (N,)."""
         if not len(document):
             return
         place = document >> 3
@@ -84,9 +84,10 @@ class _Epoch:
 
 
 class _Corpus:
-    """The checked part of a corpus.
+    """The state of the check of one corpus.
 
-    under_way, complete: its epochs. first_steps: the first step that has any token of each epoch.
+    under_way: the incomplete epochs. complete: the numbers of the complete ones. first_steps: the first step with tokens of each
+    epoch. tokens: the tokens read.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class _Corpus:
 
 
 class _Checker:
-    """The state of a check."""
+    """The state of a coverage check."""
 
     def __init__(self, plan: PackPlan, corpora: Sequence[CorpusLengths]) -> None:
         self._plan = plan
@@ -106,9 +107,9 @@ class _Checker:
         self._states = [_Corpus() for _ in corpora]
 
     def add(self, rows: np.ndarray, ends: np.ndarray, first_step: int) -> None:
-        """Check the pieces of some steps.
+        """Check the pieces of consecutive steps.
 
-        ends: the end of each step in `rows`, int64 (S,). first_step: the first step's number.
+        rows: the pieces, PIECE (N,). ends: the end of each step in `rows`, int64 (S,). first_step: the number of the first step.
         """
         keys = rows["corpus"].astype(np.int64) << 16 | rows["epoch"]
         for key in np.unique(keys).tolist():
@@ -145,7 +146,7 @@ class _Checker:
         ]
 
     def _check_pieces(self, corpus: int, epoch: int, rows: np.ndarray) -> None:
-        """Compare pieces with the lengths of their documents."""
+        """Raise DamagedDataError for a piece that lies outside its document or disagrees with the document's length."""
         lengths = self._lengths[corpus]
         outside = rows["document"] >= len(lengths)
         if outside.any():
@@ -158,13 +159,13 @@ class _Checker:
             raise self._wrong(corpus, epoch, int(rows["document"][at]), problem)
 
     def _add(self, corpus: int, epoch: int, state: _Epoch, rows: np.ndarray) -> None:
-        """Mark documents that are whole, or whose last piece has come. Raise DamagedDataError for tokens that are read twice."""
+        """Mark the documents that these pieces complete. Raise DamagedDataError for tokens that are read twice."""
         is_whole = (rows["start"] == 0) & rows["ends_document"]
         parts = np.concatenate([state.parts, rows.compress(~is_whole)])
         parts = parts.take(np.lexsort((parts["start"], parts["document"])))
         document, start = parts["document"].astype(np.int64), parts["start"].astype(np.int64)
         begins = np.flatnonzero(np.diff(document, prepend=-1))
-        # the end of the piece before in the same document
+        # the end of the previous piece of the same document
         before = np.concatenate([[0], (start + parts["length"])[:-1]])[: len(parts)]
         before[begins] = 0
         twice = (start < before) | state.has(document)
@@ -185,20 +186,20 @@ class _Checker:
         state.parts = parts.compress(~np.repeat(complete, np.diff(begins, append=len(parts))))
 
     def _check_epochs(self, corpus: int) -> None:
-        """Check that no document is missing in the epochs that should be complete."""
+        """Check that no document is missing from the epochs that should be complete."""
         plan, source, state = self._plan, self._plan.sources[corpus], self._states[corpus]
         most = most_documents(source.documents, source.max_epochs) if plan.ends_with_corpora else None
         if most is not None:
             due, rest = divmod(most, source.documents)
         else:
-            # a document that is still carried when the next epoch begins waits for at most this many steps
+            # a document still carried when the next epoch begins waits for at most MOST_WINDOWS_WAITED windows of this many steps
             steps = max(-(-plan.rule.window // plan.rule.packs_at(first)) for first, _ in plan.rule.context)
             limit = plan.steps - steps * (MOST_WINDOWS_WAITED + 1)
             due, rest = max((epoch for epoch, first in state.first_steps.items() if first < limit), default=0), 0
         for epoch in range(due):
             if epoch not in state.complete:
                 self._check_there(corpus, epoch, source.documents, lambda positions: positions)
-        # all documents that this part of an epoch leaves out may be empty
+        # the plan also ends with a partial epoch; it counts as complete if the documents that it leaves out are all empty
         if rest and due not in state.complete:
             order = partial(epoch_order, plan.seed, corpus, due, source.documents)
             self._check_there(corpus, due, rest, order)

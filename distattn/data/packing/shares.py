@@ -1,4 +1,4 @@
-"""How the packs of a step are dealt out to data-parallel shares: a computation with the same result on every rank."""
+"""Split the packs of a step over data-parallel shares. Every rank computes the same result."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from distattn.ir.errors import DistattnError
 
 
 def deal_packs(record: StepPacks, size: int) -> list[list[int]]:
-    """Return the numbers of the packs of each share, in the plan's order.
+    """Return the pack numbers of each share, in the plan's order.
 
-    Each pack, the largest first, goes to the share with the fewest slots so far (`StepPacks.slots`), and to the first of several
-    such shares. So packs of one slot are dealt out in turn, and a pack in the place of several counts as several. Every share
-    gets a pack if there are at least as many packs as shares.
+    Packs are assigned largest first. Each goes to the share with the fewest slots so far (`StepPacks.slots`), and to the first of
+    these shares in a tie. So packs of one slot are dealt out round-robin, and a pack that replaces several counts as several.
+    Every share gets a pack if there are at least as many packs as shares.
     """
     slots = record.slots
     taken = [0] * size
@@ -24,12 +24,12 @@ def deal_packs(record: StepPacks, size: int) -> list[list[int]]:
 
 
 def check_shares(plan: PackPlan, size: int, begin: int, end: int, even: bool = False) -> None:
-    """Raise DistattnError if a step from `begin` to before `end` has fewer packs than shares.
+    """Raise DistattnError if a step in [begin, end) has fewer packs than shares.
 
-    even: or if shares get unequal numbers.
+    even: also raise it if the shares would get unequal numbers of packs.
 
-    Checks the last step, which may have fewer packs than others, and full steps of each context length. If a document that is
-    kept whole takes the place of several packs, a step with too few packs may be found only when it is dealt out.
+    Only the last step, which may have fewer packs than others, and one full step of each context length are checked. If a
+    document kept whole replaces several packs, a step with too few packs may be noticed only when it is split.
     """
     if begin == end:
         return
@@ -41,10 +41,10 @@ def check_shares(plan: PackPlan, size: int, begin: int, end: int, even: bool = F
 
 
 def check_pairs(plan: PackPlan, size: int, begin: int, end: int) -> None:
-    """Raise DistattnError if the packs of a step from `begin` to before `end` are not pairs of packs for each share.
+    """Raise DistattnError if a step in [begin, end) does not give each share an even number of packs.
 
-    Checks the same steps as `check_shares`. A document that is kept whole may take the place of several packs, which leaves a
-    share with an odd number.
+    Checks the same steps as `check_shares`. In other steps, a document kept whole may replace several packs and leave a share
+    with an odd number.
     """
     steps = [begin, *(first for first, _ in plan.rule.context if begin < first < end)]
     counts = {step: plan.rule.packs_at(step) for step in steps} | {end - 1: len(plan.step(end - 1).packs)}
@@ -57,7 +57,7 @@ def check_pairs(plan: PackPlan, size: int, begin: int, end: int) -> None:
 
 
 def check_counts(plan: PackPlan, size: int, step: int, packs: int, uneven: bool) -> None:
-    """Raise DistattnError if a step has fewer packs than shares, or, if `uneven`, because shares would get unequal numbers."""
+    """Raise DistattnError if a step has fewer packs than shares, or if `uneven` says that shares would get unequal numbers."""
     if step == plan.full_steps:
         without = f"leave out step {step:,}, the plan's last and not a full one (drop_last=True)"
     else:

@@ -1,8 +1,8 @@
-"""The cost of a document in a training step of a given model on a given device, for the cap on the cost of packs.
+"""Estimate the cost of a document in a training step of a given model on a given device, to cap the cost of packs.
 
-Attention takes as long as in `distattn.cluster.cost`, the cost model that strategies are planned with. Products with weights take
-as long as the device's large ones. The result is whole numbers that a plan keeps, so a later change to the device's description
-does not change a plan.
+Attention times come from `distattn.cluster.cost`, the cost model used to plan strategies. Matrix products with weights are
+assumed to run at the device's speed for large ones. A plan stores the resulting integers, so a later change to the device's
+description does not change the plan.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from distattn.data.packing.pack_rule import PackCost
 from distattn.ir.errors import DistattnError, SettingError
 from distattn.ir.limits import Number, check_limits
 
-# products with each weight matrix: one forward, two backward
+# matrix products per weight matrix: one in the forward pass, two in the backward pass
 _PRODUCTS = 3
-# a length beyond which no kernel of a table gets faster
+# a sequence length beyond which no kernel in the speed tables gets faster
 _LONG = 1 << 20
 _TERA, _MICRO, _FEMTO = 1e12, 1e-6, 1e-15
-# the keys of a transformers configuration whose names differ from ours
+# keys of a transformers configuration that differ from the field names here
 _KEYS = {"num_hidden_layers": "num_layers"}
-# keys of models whose tokens do not all pass through the same products
+# keys of models with experts, where each token uses only some of the weights
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The parts of a decoder that determine its time: attention, a gated feed-forward layer, and an output layer.
+    """The sizes of a decoder that determine its run time: attention, a gated feed-forward layer, and an output layer.
 
     head_dim: by default hidden_size / num_attention_heads. num_key_value_heads: by default the number of query heads.
-    intermediate_size: width of the feed-forward layer; for experts, of all experts together that one token uses.
+    intermediate_size: width of the feed-forward layer; for a model with experts, the total width of the experts used per token.
     """
 
     num_layers: Annotated[int, Number(ge=1)]
@@ -48,7 +48,7 @@ class ModelShape:
     head_dim: Annotated[int, Number(ge=0)] = 0
 
     def __post_init__(self) -> None:
-        """Raise DistattnError naming the first wrong size."""
+        """Raise DistattnError naming the first invalid size."""
         check_limits(self)
         if not self.head_dim and self.hidden_size % self.num_attention_heads:
             raise SettingError(
@@ -59,9 +59,9 @@ class ModelShape:
 
     @classmethod
     def of_configuration(cls, path: str | Path) -> ModelShape:
-        """Return the shape that a model's config.json has, as transformers writes it.
+        """Return the shape given by a model's config.json in the format of transformers.
 
-        Raises DistattnError if it cannot be read, if a size is missing, and for models with experts.
+        Raises DistattnError if the file cannot be read, if a size is missing, and for models with experts.
         """
         try:
             configuration = json.loads(Path(path).read_text("utf-8"))
@@ -89,12 +89,12 @@ class ModelShape:
 
     @property
     def width(self) -> int:
-        """Width of one attention head."""
+        """The width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def multiplications(self) -> int:
-        """The number of weights that a token is multiplied with in all layers and the output layer."""
+        """The number of weights by which each token is multiplied, over all layers and the output layer."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         attention = 2 * (heads + kv_heads) * self.width
         return self.num_layers * self.hidden_size * (attention + 3 * self.intermediate_size) + (
@@ -103,23 +103,23 @@ class ModelShape:
 
 
 def load_device(name: str | Path) -> ClusterSpec:
-    """Load a shipped device ("h100"), a cluster ("h100-8x8"), or a TOML file of one. Only its device matters.
+    """Load a shipped device ("h100"), a cluster ("h100-8x8"), or a cluster's TOML file. Only the cluster's device is used.
 
-    Raises DistattnError if there is no device or cluster of this name.
+    Raises DistattnError if there is no device or cluster with this name.
     """
     return load(f"{name}-1x1" if name in shipped_names() else name)
 
 
 def training_cost(shape: ModelShape, cluster: ClusterSpec) -> PackCost:
-    """Return the time of one training step, forward and backward, on one device, as whole cells of attention.
+    """Return the cost of the forward and backward pass on one device, as integers in units of an attention cell.
 
-    A (query, key) pair costs what kernels reach on long sequences. A token costs its products with weights, and the time of a
-    kernel's row that does not depend on its keys. A document costs the empty rows of its last tile, half a tile on average, and
-    one task of the launch in each layer and direction. Recomputed activations, optimizer and messages are left out. Raises
-    DistattnError if a cost is too large for a plan.
+    A cell, one (query, key) pair, costs as much as in long sequences. A token costs its products with weights, and the part of a
+    kernel row's time that does not depend on the number of keys. A document costs the empty rows of its last tile, half a tile on
+    average, and one task in each layer and direction. Activation recomputation, the optimizer and communication are left out.
+    Raises DistattnError if a cost is too large for a plan.
     """
     device, head_dim = cluster.device, shape.width
-    # half a tile of rows is empty at a document's end
+    # on average, half a tile of rows is empty at the end of a document
     empty_rows = (device.tile[0] - 1) / 2
     cell = token = document = 0.0
     for direction in DIRECTIONS:

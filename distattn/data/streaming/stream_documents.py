@@ -1,4 +1,4 @@
-"""Turning the items of a stream, of any shape, into documents of token ids."""
+"""Turn the items of a stream, whatever their form, into documents of token ids."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MOST_ID = (1 << 31) - 1
 
 
 class StreamDocument(NamedTuple):
-    """Token ids, int32 (n,), and the label of each token itself, int32 (n,), or None if the stream has no labels.
+    """A document, or a piece of one. ids: token ids, int32 (n,). labels: each token's own label (not shifted), int32 (n,).
 
-    follows: the label of the token after the last one, if this is a piece of a document that goes on; otherwise -100.
+    labels is None if the stream has no labels. follows: the label of the token after the piece, or -100 if the document ends.
     """
 
     ids: np.ndarray
@@ -26,21 +26,21 @@ class StreamDocument(NamedTuple):
 
 
 class DocumentReader:
-    """A reader that finds the documents in items, and counts them. count: documents so far; they are numbered from 0.
+    """A reader that extracts and counts the documents in stream items. count: documents so far, numbered from 0.
 
-    An item is a document, or a batch of them. A document is a list or array of token ids, or a mapping that has them under
-    `field`, and optionally `labels` of the same length; or text, if there is a tokenizer. A batch is a list of documents, an
-    array of rows, or a mapping of lists or rows. If a mapping has an `attention_mask`, tokens whose mask is 0 are left out.
+    An item is a document or a batch of documents. A document is a list or array of token ids, text (if there is a tokenizer), or
+    a mapping with either under `field` and optionally `labels` of the same length. A batch is a list of documents, a 2-D array,
+    or a mapping of lists or 2-D arrays. If a mapping has an `attention_mask`, tokens whose mask is 0 are left out.
     """
 
     def __init__(self, field: str, tokenizer: Callable[[str], Sequence[int]] | None) -> None:
         self.count = 0
         self._field, self._tokenizer = field, tokenizer
-        # whether the first document has labels; the others must agree
+        # True if the first document has labels, None before it is read; all others must agree
         self.has_labels: bool | None = None
 
     def documents(self, item: Any) -> Iterator[StreamDocument]:
-        """Yield the documents of an item. Raise DistattnError naming by number the first that is not a document."""
+        """Yield the documents of an item. Raise DistattnError with the number of the first invalid document."""
         if isinstance(item, Mapping):
             yield from self._of_mapping(item)
         elif _holds_several(item):
@@ -97,7 +97,7 @@ class DocumentReader:
         return StreamDocument(ids.astype(np.int32), None if own_labels is None else own_labels.astype(np.int32))
 
     def _numbers(self, values: Any, field: str) -> np.ndarray:
-        """Return whole numbers (n,). Raise DistattnError for anything else."""
+        """Return the values as an integer array (n,). Raise DistattnError if they are anything else."""
         try:
             array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         except (ValueError, TypeError):
@@ -114,7 +114,7 @@ class DocumentReader:
 
 
 def _holds_several(value: Any) -> bool:
-    """Return whether a value is several documents, and not one."""
+    """Return True if a value holds several documents rather than one."""
     if isinstance(value, (np.ndarray, Tensor)):
         return value.ndim == 2
     return (

@@ -1,11 +1,11 @@
-"""Streams of documents of other programs, with the state that each kind has, and what each kind can promise.
+"""Adapters for document streams from other libraries: how each kind saves its state, and what it guarantees.
 
-Kinds are recognised by their methods, so none of the packages needs to be installed:
+Streams are recognised by their methods, so none of the libraries needs to be installed:
 
 * `state_dict(num_samples, from_beginning)`: mosaicml-streaming's `StreamingDataset`, whose samples the reader must count;
 * `state_dict()` and `load_state_dict`: `torchdata.StatefulDataLoader`, Hugging Face's `IterableDataset`, and others;
-* a length and items by number: lists, arrays, Hugging Face's `Dataset`, map-style datasets;
-* any other iterable, which has no state: items that were read before are read again and skipped.
+* a length and indexing: lists, arrays, Hugging Face's `Dataset`, map-style datasets;
+* any other iterable: it has no state, so a resume reads the earlier items again and skips them.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from distattn.ir.errors import DistattnError
 
 
 class StreamSource(Protocol):
-    """A stream and its state. promises: sentences about resuming and repeats."""
+    """A stream and its state. promises: sentences for the user about resuming and repeated documents."""
 
     promises: list[str]
 
     def items(self) -> Iterator[Any]:
-        """Yield the items from the loaded state on, or from the beginning."""
+        """Yield the items from the loaded state on, or from the start if no state was loaded."""
 
     def state(self) -> Any:
-        """Return the state after the last item that was read."""
+        """Return the state after the last item read."""
 
     def load(self, state: Any) -> None:
-        """Load a state at which `items` begins. Call this before any item is read."""
+        """Load the state from which `items` starts. Call this before any item is read."""
 
 
 def stream_source(stream: Any) -> StreamSource:
-    """Return the source for a stream, by its kind.
+    """Return the adapter for a stream.
 
-    Raises DistattnError if it is not a stream, or deals out its documents in a way that cannot be resumed.
+    Raises DistattnError if the object is not a stream, or splits its documents over ranks in a way that cannot be resumed.
     """
     if isinstance(stream, (str, bytes, Mapping)):
         raise DistattnError(f"a stream is an iterable of documents, not a {type(stream).__name__}.")
     if callable(getattr(stream, "state_dict", None)) and callable(getattr(stream, "load_state_dict", None)):
         counted = {"num_samples", "from_beginning"} <= inspect.signature(stream.state_dict).parameters.keys()
         return _CountedStream(stream) if counted else _StatefulStream(stream)
-    # a mosaicml or torch iterable dataset may have a length; if it also has items by number, reading can begin anywhere
+    # iterable datasets of mosaicml or torch may have a length, so a length alone does not mean that they can be indexed
     if hasattr(stream, "__getitem__") and hasattr(stream, "__len__"):
         return _Sequence(stream)
     if not hasattr(stream, "__iter__"):
@@ -55,7 +55,7 @@ def stream_source(stream: Any) -> StreamSource:
 
 
 class _StatefulStream:
-    """A stream that returns its own state."""
+    """A stream that saves and loads its own state."""
 
     promises = [
         "Resuming is as exact as the stream's own state_dict: documents that waited in a shuffle buffer of a Hugging Face "
@@ -65,7 +65,7 @@ class _StatefulStream:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        # some streams return the loaded state only after they were iterated
+        # some streams return the loaded state only once they have been iterated
         self._before_reading = stream.state_dict()
         self._began = False
 
@@ -83,7 +83,7 @@ class _StatefulStream:
 
 
 class _CountedStream:
-    """A stream whose samples the reader counts: a `StreamingDataset`."""
+    """A `StreamingDataset` of mosaicml-streaming, whose state depends on the number of samples read."""
 
     promises = [
         "Resuming is exact, and reads only the window's own documents again: mosaicml-streaming can begin anywhere in an epoch.",
@@ -92,7 +92,7 @@ class _CountedStream:
     ]
 
     def __init__(self, stream: Any) -> None:
-        # as the package itself counts ranks
+        # count the ranks as mosaicml-streaming does
         ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         if ranks // (getattr(stream, "replication", None) or 1) > 1:
             raise DistattnError(
@@ -121,7 +121,7 @@ class _CountedStream:
 
 
 class _Sequence:
-    """A stream with items by number; its state is the next number."""
+    """A stream that can be indexed. Its state is the next index."""
 
     promises = [
         "Resuming is exact, and reads only the window's own documents again: the stream has items by number.",
@@ -149,7 +149,7 @@ class _Sequence:
 
 
 class _PlainStream:
-    """A stream without a state. The state is the number of items that were read, which are skipped."""
+    """A stream without state of its own. Its state is the number of items read, which a resume skips."""
 
     promises = [
         "Resuming reads all earlier items again, to skip them: the stream has no state. It must begin at its beginning and "

@@ -1,6 +1,6 @@
-"""Packing the streams of other programs as they come, for data that cannot be planned because its lengths are not known before.
+"""Pack documents from a third-party stream as they arrive, for data that cannot be planned because lengths are not known ahead.
 
-A stream can keep only some of a plan's promises (`distattn.data.loader`): `StreamLoader.promises` lists them.
+A stream can give only some of the guarantees of a plan (`distattn.data.loader`). `StreamLoader.promises` lists them.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from distattn.data.streaming.stream_documents import DocumentReader, StreamDocum
 from distattn.data.streaming.stream_sources import stream_source
 from distattn.ir.errors import DistattnError
 
-# an object that no item of a stream is
+# sentinel: no item of a stream is this object
 _END = object()
 _SETTINGS = ("context", "packs_per_step", "window", "max_documents")
 
 
 class StreamLoader:
-    """An iterator over steps of packs: for each a list of this share's micro-batches, which `ContextParallel.shard` takes.
+    """An iterator over steps that yields this share's micro-batches of each step as a list, ready for `ContextParallel.shard`.
 
-    A micro-batch has `input_ids` (1, N), `document_lengths`, and `shift_labels` (1, N), each token's successor. The stream's
-    documents are packed by best fit, a window at a time; documents of the emptiest packs are carried
-    into the next window, and leave in it before others. Documents longer than `context` are cut, and the label of the last token
-    of a piece is the next token of its document, as in a plan; documents without tokens are left out.
+    A micro-batch has `input_ids` (1, N), `document_lengths`, and `shift_labels` (1, N), where a token's label is the next token.
+    Documents are packed by best fit, one window at a time. Those in the emptiest packs are carried over to the next window, which
+    packs them before any others. Documents longer than `context` are cut. As in a plan, the label of a piece's last token is the
+    next token of its document. Empty documents are left out.
 
-    A second loop over it goes on where the first one stopped. When the stream ends, the last step may have fewer packs, and some
-    shares may have no packs. Then there are no more steps; make another loader for another epoch. step: steps yielded so far.
+    A second loop over the loader continues where the first one stopped. When the stream ends, the last step may have fewer packs,
+    and some shares may get none. To start another epoch, create a new loader. step: the number of steps yielded so far.
     """
 
     def __init__(
@@ -49,16 +49,17 @@ class StreamLoader:
         window: int = 256,
         max_documents: int | None = None,
     ) -> None:
-        """Check the settings, and find out the kind of the stream; nothing is read.
+        """Check the settings and determine the kind of stream, without reading from it.
 
-        stream: documents, or batches of them, as `stream_documents.py` describes; `stream_sources.py` lists the kinds. All
-        shares give the same stream; for a stream that is already dealt out to ranks, size is 1.
+        stream: yields documents or batches of documents (see `stream_documents.py`); `stream_sources.py` lists the supported
+        kinds. Pass the same stream on all shares. If the stream already splits its documents over ranks, use size=1.
 
-        context: tokens of a pack. packs_per_step: of all shares together. rank, size: the share and the number of shares. field:
-        where a document that is a mapping has its token ids, or its text. tokenizer: from text to token ids. window: packs that
-        documents are fitted to, rounded up to whole steps; their tokens are in memory, 4 bytes each. max_documents: of a pack.
+        context: tokens per pack. packs_per_step: packs per step over all shares. rank, size: this share's number, and the number
+        of shares. field: the key of the token ids or the text in documents that are mappings. tokenizer: a function from text to
+        token ids. window: the number of packs filled at a time, rounded up to whole steps; their tokens are held in memory, 4
+        bytes each. max_documents: the maximum number of documents per pack.
 
-        Raises DistattnError naming the argument that is wrong.
+        Raises DistattnError naming the invalid argument.
         """
         self.context, self.packs_per_step, self.max_documents = context, packs_per_step, max_documents
         self.rank, self.size, self.window = rank, size, window
@@ -75,7 +76,7 @@ class StreamLoader:
         self.step = 0
         self._source = stream_source(stream)
         self._reader = DocumentReader(field, tokenizer)
-        # the window of the next step, and how many of the window's steps were yielded
+        # the window that the next step belongs to, and the number of its steps yielded so far
         self._window = _WindowState(self._source.state(), [], 0, 0, False)
         self._given = 0
         self._steps: Iterator[list[dict[str, Any]]] | None = None
@@ -89,10 +90,10 @@ class StreamLoader:
         return next(self._steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on, at any number of shares: tensors, numbers and the stream's own state.
+        """Return everything needed to resume with any number of shares: tensors, numbers and the stream's own state.
 
-        It is the state at the beginning of the window, whose documents are read again after a resume, with the tokens of the
-        documents that were carried into it: those of a few packs.
+        The state is that at the start of the current window, whose documents are read again after a resume. It includes the
+        tokens of the documents carried into the window, a few packs' worth.
         """
         carried = self._window.carried
         labels = [piece.labels for piece in carried if piece.labels is not None]
@@ -111,9 +112,9 @@ class StreamLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken. The stream must be at its beginning, and this loader must not have read from it.
+        """Resume from a state returned by `state_dict`. The stream must be at its start, and not yet read by this loader.
 
-        Raises DistattnError if the state has other settings, or the stream does not accept its own part of it.
+        Raises DistattnError if the state was saved with different settings, or if the stream rejects its part of the state.
         """
         if self._steps is not None:
             raise DistattnError(
@@ -141,7 +142,7 @@ class StreamLoader:
             self._reader.has_labels = labels is not None
 
     def promises(self) -> list[str]:
-        """Return sentences that tell a user what this loader promises for this stream, and what not."""
+        """Return sentences that tell the user what this loader guarantees for this stream and what it does not."""
         shares = f", so each of the {self.size} shares reads and packs the whole stream" if self.size > 1 else ""
         return [
             f"Packs and their order are the same at any number of shares: shares get packs of one order{shares}.",
@@ -152,7 +153,7 @@ class StreamLoader:
         ]
 
     def _packed_steps(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield steps from the window's state on, without those that were already yielded."""
+        """Yield the steps from the current window on, skipping those already yielded."""
         self._reader.count = self._window.documents
         items = self._source.items()
         ended = self._window.ended
@@ -168,7 +169,7 @@ class StreamLoader:
                 yield [_batch([pieces[piece] for piece in pack]) for pack in packs[self.rank :: self.size]]
 
     def _read_window(self, items: Iterator[Any]) -> tuple[list[StreamDocument], bool]:
-        """Return (the pieces of the window, carried ones first; whether the stream has ended)."""
+        """Return (pieces, ended): the pieces of the next window, carried ones first, and whether the stream has ended."""
         pieces = list(self._window.carried)
         tokens = self._packs_of_window * self.context - sum(len(piece.ids) for piece in pieces)
         most_pieces = self._packs_of_window * (self.max_documents or self.context)
@@ -186,7 +187,7 @@ class StreamLoader:
         return -(-self.window // self.packs_per_step) * self.packs_per_step
 
     def _pack(self, pieces: list[StreamDocument], ended: bool) -> tuple[list[list[np.ndarray]], list[StreamDocument]]:
-        """Return (the packs of each step, as numbers of pieces; the pieces that are carried)."""
+        """Return (steps, carried): for each step its packs, as arrays of indices into `pieces`, and the pieces to carry over."""
         lengths = np.array([len(piece.ids) for piece in pieces], np.int64)
         if not len(lengths):
             return [], []
@@ -195,13 +196,13 @@ class StreamLoader:
         pack_of_piece = np.concatenate(
             [packs.add(part) for part in (lengths[:carried], lengths[carried:]) if len(part)]
         )
-        # packs with carried pieces go first, then the fullest
+        # packs with carried pieces leave first, then the fullest packs
         is_fresh = np.ones(len(packs.slots), np.bool_)
         is_fresh[pack_of_piece[:carried]] = False
         leaving = np.lexsort((packs.room, is_fresh))
         if not ended:
             leaving = leaving[: self._packs_of_window]
-        # best fit puts long documents into the first packs
+        # shuffle the packs: best fit puts the long documents into the first ones
         leaving = leaving[permuted(np.arange(len(leaving)), len(leaving), derived_key(0, self._window.number))]
         members = np.split(np.argsort(pack_of_piece, kind="stable"), np.cumsum(np.bincount(pack_of_piece))[:-1])
         step = self.packs_per_step
@@ -212,9 +213,10 @@ class StreamLoader:
 
 
 class _WindowState(NamedTuple):
-    """The state at the beginning of a window: the stream's state, carried pieces, number of documents read before, window number.
+    """The state at the start of a window: the stream's state, the carried pieces, documents read so far, and the window's number.
 
-    ended: the stream has ended, and all was packed. Some streams begin again when their last state is loaded.
+    ended: True if the stream has ended and everything was packed. It is stored because some streams start over when their last
+    state is loaded.
     """
 
     stream: Any
@@ -225,7 +227,7 @@ class _WindowState(NamedTuple):
 
 
 def _cut(document: StreamDocument, context: int) -> list[StreamDocument]:
-    """Cut a document into pieces of the context length, and a rest. Return no piece for a document without tokens."""
+    """Cut a document into pieces of `context` tokens; the last may be shorter. Return no pieces for an empty document."""
     ids, labels, _ = document
     own_labels = ids if labels is None else labels
     pieces = []
@@ -237,7 +239,7 @@ def _cut(document: StreamDocument, context: int) -> list[StreamDocument]:
 
 
 def _batch(pieces: list[StreamDocument]) -> dict[str, Any]:
-    """Return a pack as a mapping."""
+    """Return the micro-batch of a pack that consists of these pieces."""
     labels = [np.append((piece.ids if piece.labels is None else piece.labels)[1:], piece.follows) for piece in pieces]
     return {
         "input_ids": torch.from_numpy(np.concatenate([piece.ids for piece in pieces]).astype(np.int64))[None],

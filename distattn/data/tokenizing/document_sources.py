@@ -1,7 +1,7 @@
-"""Files that hold documents (text, JSON lines, also compressed, and Parquet), and how they are cut into shards.
+"""Find files of documents (text, plain or compressed JSON lines, Parquet), and cut them into shards.
 
-A shard is the work that one process tokenizes at a time. The cuts depend on the files only, so shards that are done need not be
-done again, whatever the number of processes.
+A shard is the unit of work of a tokenizing process. The cuts depend only on the files, so finished shards can be reused whatever
+the number of processes.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any, NamedTuple
 
 from distattn.data.extra_packages import import_extra
 from distattn.data.files.text import find_files
-from distattn.ir.errors import DamagedDataError, DistattnError
+from distattn.ir.errors import DamagedDataError, DistattnError, first_line
 
-# bytes of text in a shard: small corpora have smaller shards so that all cores have work, but a shard must be large enough that
-# writing it safely costs little
+# bytes of text in a shard: small corpora get smaller shards so that all cores have work, but a shard must be large enough that
+# syncing its files to disk costs little
 _LARGEST_SHARD, _SMALLEST_SHARD = 1 << 26, 1 << 22
-# about how many bytes of text one stored byte expands to
+# approximate bytes of text per stored byte
 _COMPRESSION = {"gzip": 4, "zstd": 4, "parquet": 3, "lines": 1, "text": 1}
-# the kind of a file by the end of its name
+# the kind of a file by its suffix
 SUFFIXES = {".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text", ".rst": "text"}
 for _lines in (".jsonl", ".ndjson", ".json"):
     SUFFIXES |= {_lines: "lines", f"{_lines}.gz": "gzip", f"{_lines}.zst": "zstd"}
 
 
 class Source(NamedTuple):
-    """A file of documents. kind: a value of SUFFIXES. modified: nanoseconds since 1970."""
+    """A file of documents. kind: a value of SUFFIXES. modified: time of the last change, in nanoseconds since 1970."""
 
     file: str
     kind: str
@@ -36,7 +36,7 @@ class Source(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a source. source: its number. start, stop: bytes, or row groups of Parquet. bytes: its stored size."""
+    """A part of a source. source: the source's number. start, stop: range of bytes or Parquet row groups. bytes: stored size."""
 
     source: int
     start: int
@@ -45,10 +45,10 @@ class Piece(NamedTuple):
 
 
 def find_sources(paths: Sequence[str], suffix: str = "", exclude: Sequence[str] = ()) -> list[Source]:
-    """Return the files of folders, files and globs, in the order of `paths` and by name within each.
+    """Return the files that `paths` (folders, files or globs) name, in the order of `paths`, sorted by name within each.
 
-    suffix: take only files whose names end in it; files with an unknown suffix are then read as text. Raises DistattnError for
-    files of unknown kinds, and for files that are named twice.
+    suffix: take only files whose names end in it, and read those of unknown kinds as text. Raises DistattnError for files of
+    unknown kinds (without a suffix) and for files named twice.
     """
     sources: list[Source] = []
     named: dict[str, str] = {}
@@ -66,7 +66,7 @@ def find_sources(paths: Sequence[str], suffix: str = "", exclude: Sequence[str] 
 
 
 def cut_shards(sources: Sequence[Source]) -> list[list[Piece]]:
-    """Cut sources, in order, into shards of 4 to 64 MiB of text each. Only the footers of Parquet files are read."""
+    """Cut the sources, in order, into shards of 4 to 64 MiB of text each. Reads nothing but the footers of Parquet files."""
     shards: list[list[Piece]] = []
     size, room = _shard_bytes(sources), 0
     for number, source in enumerate(sources):
@@ -75,7 +75,7 @@ def cut_shards(sources: Sequence[Source]) -> list[list[Piece]]:
                 shards.append([])
                 room = size
             shards[-1].append(piece)
-            # opening a file takes time, however small it is
+            # count at least 1 KiB, because opening even a small file takes time
             room -= max(piece.bytes * _COMPRESSION[source.kind], 1024)
     return shards
 
@@ -91,13 +91,13 @@ def open_parquet(file: str) -> Any:
 
 
 def _shard_bytes(sources: Sequence[Source]) -> int:
-    """Return the bytes of a shard, a power of two: a file that is added or changed rarely changes how the others are cut."""
+    """Return the shard size in bytes. It is a power of two, so an added or changed file rarely changes how the others are cut."""
     text = sum(source.bytes * _COMPRESSION[source.kind] for source in sources)
     return max(_SMALLEST_SHARD, min(_LARGEST_SHARD, 1 << text.bit_length() >> 6))
 
 
 def _pieces(number: int, source: Source, shard_bytes: int) -> Iterator[Piece]:
-    """Yield a source in pieces of about this many bytes of text, as far as it can be cut."""
+    """Yield the pieces of a source, each about `shard_bytes` of text. A source that cannot be cut is a single piece."""
     if source.kind == "parquet":
         metadata = open_parquet(source.file).metadata
         start = size = 0
@@ -127,7 +127,3 @@ def _kind(file: str, suffix: str) -> str:
         f"{file}: unknown suffix {ending!r}; known are {', '.join(sorted(SUFFIXES))}. With --suffix {ending} such files are "
         "read as text; --exclude leaves files out."
     )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

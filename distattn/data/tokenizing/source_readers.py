@@ -1,4 +1,4 @@
-"""Reading the documents of one piece of a source of any kind. Errors name the file and line of a document that cannot be read."""
+"""Read the documents in one piece of a source of any kind. Errors name the file and line of an unreadable document."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from distattn.data.extra_packages import import_extra
-from distattn.data.tokenizing.document_sources import Piece, Source, first_line, open_parquet
-from distattn.ir.errors import DamagedDataError
+from distattn.data.tokenizing.document_sources import Piece, Source, open_parquet
+from distattn.ir.errors import DamagedDataError, first_line
 
 _PART_BYTES = 1 << 20
-# bytes of a compressed file that are read at a time; they may expand to many times as many
+# bytes read at a time from a compressed file; they may expand to many times that size
 _COMPRESSED_BYTES = 1 << 17
 _LARGEST_WINDOW = 1 << 31
 _BATCH_ROWS = 512
 
 
 def read_documents(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the documents of a piece: (text, stored bytes of the piece that were read so far).
+    """Yield the documents of a piece: (text, stored bytes of the piece read so far).
 
-    field: of JSON objects and Parquet tables. Raises DamagedDataError naming the file, and the line, row or byte, of the first
-    document that cannot be read, and if the file has changed.
+    field: the JSON key or Parquet column with the text. Raises DamagedDataError if a document cannot be read, naming the file and
+    the line, row or byte, and if the file has changed.
     """
     _check_unchanged(source)
     try:
@@ -47,10 +47,10 @@ def _read_text(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, 
 
 
 def _read_lines(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the JSON lines that begin in the bytes [start, stop) of the file."""
+    """Yield the JSON lines that start in bytes [start, stop) of the file."""
     with open(source.file, "rb") as file:
         if piece.start:
-            # a line that begins before `start` belongs to the piece before
+            # a line that starts before `start` belongs to the previous piece
             file.seek(piece.start - 1)
             file.readline()
         at = file.tell()
@@ -80,7 +80,7 @@ def _read_compressed_lines(source: Source, piece: Piece, field: str) -> Iterator
 
 
 def _read_parquet(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the rows of the row groups [start, stop); rows are numbered from 0 in the file."""
+    """Yield the rows of row groups [start, stop). Errors number rows from 0 within the file."""
     opened = open_parquet(source.file)
     arrow = import_extra("pyarrow", f"reading {source.file}")
     schema = opened.schema_arrow
@@ -140,7 +140,7 @@ def _check_unchanged(source: Source) -> None:
 
 
 def _text_of(line: bytes, field: str) -> str | None:
-    """Return the text of a line, or None if the line is blank. Raise ValueError naming the problem, but not the place."""
+    """Return the text of a line, or None if the line is blank. Raise ValueError naming the problem but not the location."""
     if line.isspace():
         return None
     try:
@@ -159,7 +159,7 @@ def _text_of(line: bytes, field: str) -> str | None:
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"field {field!r} is {_json_type(text)}, not text.")
-    # JSON can express half of a surrogate pair, but no encoding can
+    # JSON can express half of a surrogate pair, but UTF-8 cannot
     if b"\\u" in line:
         try:
             text.encode()
@@ -174,7 +174,7 @@ def _json_type(value: object) -> str:
 
 
 def _line_number(path: str, offset: int) -> int:
-    """Return the number, from 1, of the line that begins at a byte of a file."""
+    """Return the number, counted from 1, of the line that starts at byte `offset` of a file."""
     number = 1
     with open(path, "rb") as file:
         while offset and (part := file.read(min(offset, _PART_BYTES))):
@@ -194,12 +194,12 @@ def _gzip_lines(path: str, file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _zstd_lines(path: str, file: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines of all frames of a file. The library's own stream reader would accept a file that was cut."""
+    """Yield the lines in all frames of a file. zstandard's own stream reader would accept a truncated file."""
     zstandard = import_extra("zstandard", f"reading {path}")
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
     frame, begun = decompressor.decompressobj(), False
     number = 0
-    # the parts of a line whose end was not read yet
+    # the parts read so far of an unfinished line
     parts: list[bytes] = []
     try:
         while part := file.read(_COMPRESSED_BYTES):

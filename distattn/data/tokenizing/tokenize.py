@@ -1,8 +1,8 @@
-"""Tokenizing a corpus: planning the work, tokenizing one shard, and putting finished shards together.
+"""Tokenize a corpus: plan the work, tokenize one shard, and join the finished shards.
 
-Shards are tokenized into PREFIX.parts/, each into an indexed file named by a digest of everything that determines it. So a
-command that was killed goes on where it was, and uses the same shards of other commands again. Processes are started by
-`launch/data/tokenize_processes.py`.
+Each shard becomes an indexed file in PREFIX.parts/, named by a digest of everything that determines its contents. So a command
+that was killed resumes where it stopped, and reuses identical shards of other commands. `launch/data/tokenize_processes.py`
+starts the processes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from distattn.data.tokenizing.source_readers import read_documents
 from distattn.data.tokenizing.tokenizer import Tokenizer, load_tokenizer, token_dtype
 from distattn.ir.errors import DamagedDataError, DistattnError
 
-# documents are encoded together up to this many characters, or this many documents
+# a batch of documents is encoded once it has this many characters or this many documents
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
-# the longest time that the processes of a killed command may take to end
+# maximum seconds to wait for the processes of a killed command to end
 _LOCK_SECONDS = 30.0
 
 
 class Progress(NamedTuple):
-    """The amount of finished work. stored_bytes: of the sources. text_bytes: of the documents in UTF-8."""
+    """The amount of finished work. stored_bytes: bytes read from the sources. text_bytes: bytes of the documents in UTF-8."""
 
     stored_bytes: int = 0
     documents: int = 0
@@ -41,12 +41,12 @@ class Progress(NamedTuple):
     text_bytes: int = 0
 
     def plus(self, other: Progress) -> Progress:
-        """Return the sum of both."""
+        """Return the sum of `self` and `other`."""
         return Progress(*(amount + other_amount for amount, other_amount in zip(self, other, strict=True)))
 
 
 class Part(NamedTuple):
-    """The contents of a finished shard. documents: of each of its pieces."""
+    """The contents of a finished shard. documents: the number of documents in each piece."""
 
     documents: list[int]
     tokens: int
@@ -57,7 +57,7 @@ class Part(NamedTuple):
 class TokenizeJob:
     """Everything that determines the result of tokenizing a corpus, and where the result goes.
 
-    tokenizer, eos, field: as in the command's options. tokenizer_digest, vocabulary, eos_id: of the tokenizer.
+    tokenizer, eos and field are the command's options. tokenizer_digest, vocabulary and eos_id describe the loaded tokenizer.
     """
 
     prefix: str
@@ -72,16 +72,16 @@ class TokenizeJob:
 
     @property
     def parts(self) -> str:
-        """The folder of finished shards."""
+        """The folder with the finished shards."""
         return f"{self.prefix}.parts"
 
     def part_prefix(self, shard: int) -> str:
-        """Return the prefix of a shard's indexed file."""
+        """Return the path prefix of a shard's indexed file."""
         pieces = [[*self.sources[piece.source], piece.start, piece.stop] for piece in self.shards[shard]]
         return os.path.join(self.parts, combined_digest(self.tokenizer_digest, self.field, pieces))
 
     def describe(self, shard: int) -> str:
-        """Return a description of a shard for people."""
+        """Return a human-readable description of a shard."""
         first, last = self.shards[shard][0], self.shards[shard][-1]
         names = [self.sources[piece.source].file for piece in (first, last)]
         if names[0] != names[1]:
@@ -90,13 +90,13 @@ class TokenizeJob:
         return f"{unit} {first.start:,} to {last.stop:,} of {names[0]}"
 
     def save(self) -> str:
-        """Write the job into the folder of parts, for processes that work on it. Return the file."""
+        """Write the job to a file in the parts folder for the worker processes. Return the file's path."""
         write_json(os.path.join(self.parts, "job.json"), asdict(self))
         return os.path.join(self.parts, "job.json")
 
     @classmethod
     def load(cls, file: str) -> TokenizeJob:
-        """Read a job that `save` wrote."""
+        """Read a job written by `save`."""
         fields = read_json(file)
         fields["sources"] = [Source(*source) for source in fields["sources"]]
         fields["shards"] = [[Piece(*piece) for piece in shard] for shard in fields["shards"]]
@@ -113,7 +113,7 @@ def plan_job(
     suffix: str = "",
     exclude: Sequence[str] = (),
 ) -> TokenizeJob:
-    """Look up all files and the tokenizer, without writing anything. Raise DistattnError for a wrong argument."""
+    """Find all files and load the tokenizer, without writing anything. Raise DistattnError for an invalid argument."""
     folder = os.path.dirname(prefix) or "."
     if not os.path.isdir(folder) or not os.path.basename(prefix):
         raise DistattnError(f"tokenize: --out {prefix}: there is no folder {folder}; make it, or name another.")
@@ -138,10 +138,10 @@ def plan_job(
 
 @contextlib.contextmanager
 def locked(job: TokenizeJob) -> Iterator[int]:
-    """Make the folder of parts, and lock it. Yield the lock's descriptor, which processes that work there inherit.
+    """Create and lock the parts folder. Yield the lock's file descriptor, which the worker processes must inherit.
 
-    The lock is free when all processes that have the descriptor have ended, in whatever way. Raises DistattnError if another
-    command has the lock.
+    The lock is released when all processes with the descriptor have ended, however they end. Raises DistattnError if another
+    command holds the lock.
     """
     file = os.path.join(job.parts, "lock")
     end = time.monotonic() + _LOCK_SECONDS
@@ -156,7 +156,7 @@ def locked(job: TokenizeJob) -> Iterator[int]:
             raise DistattnError(f"{job.parts}: cannot be written: {error.strerror}; choose another --out.") from None
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # another command may have finished, and removed the folder, while this one waited
+            # another command may have finished and removed the folder while this one waited
             if _is_lock(lock, file):
                 break
         os.close(lock)
@@ -174,18 +174,18 @@ def locked(job: TokenizeJob) -> Iterator[int]:
 
 
 def remove_parts(job: TokenizeJob) -> None:
-    """Remove the folder of parts, with the lock that this process holds."""
-    # rename it first: a command that waits for the lock may make the folder again meanwhile
+    """Remove the parts folder, including the lock file, which this process must hold."""
+    # rename the folder first, because a command that waits for the lock may create it again meanwhile
     os.rename(job.parts, f"{job.parts}.{os.getpid()}.old")
-    # also remove what commands left that were killed at this point
+    # also remove the folders left by commands that were killed at this point
     for old in glob.glob(f"{glob.escape(job.parts)}.*.old"):
         shutil.rmtree(old, ignore_errors=True)
 
 
 def finished_manifest(job: TokenizeJob) -> Manifest | None:
-    """Return the manifest if this same command has finished before, otherwise None.
+    """Return the manifest if the same command has finished before, otherwise None.
 
-    Raise DistattnError if other files are there.
+    Raise DistattnError if the prefix is taken by other files.
     """
     files = [f"{job.prefix}{suffix}" for suffix in (".json", ".idx", ".bin", ".xxh3")]
     existing = [file for file in files if os.path.lexists(file)]
@@ -194,7 +194,7 @@ def finished_manifest(job: TokenizeJob) -> Manifest | None:
             manifest = Manifest.load(job.prefix)
             if manifest is not None and manifest.command == _command_digest(job):
                 return manifest
-    # a command left them that was killed while it gave the files their names
+    # a command that was killed while it renamed its files left them
     if existing and os.path.exists(_publishing(job)) and f"{job.prefix}.json" not in existing:
         for file in existing:
             os.unlink(file)
@@ -207,7 +207,7 @@ def finished_manifest(job: TokenizeJob) -> Manifest | None:
 
 
 def finished_parts(job: TokenizeJob) -> dict[int, Part]:
-    """Return the shards that are done, by number. Remove unfinished files that killed processes left."""
+    """Return the finished shards by number. Remove unfinished files left by killed processes."""
     for file in glob.glob(os.path.join(glob.escape(job.parts), "*.tmp")):
         os.unlink(file)
     parts = {}
@@ -220,9 +220,9 @@ def finished_parts(job: TokenizeJob) -> dict[int, Part]:
 
 
 def tokenize_shard(job: TokenizeJob, tokenizer: Tokenizer, shard: int, report: Callable[[Progress], None]) -> None:
-    """Tokenize one shard into its part. `report` is called with the work done since its last call.
+    """Tokenize one shard and write its part. `report` is called with the work done since its last call.
 
-    Raises DistattnError for text that cannot be read, and if the part cannot be written.
+    Raises DistattnError if a text cannot be read or the part cannot be written.
     """
     prefix = job.part_prefix(shard)
     for suffix in (".json", ".bin", ".idx", ".xxh3"):
@@ -241,9 +241,9 @@ def tokenize_shard(job: TokenizeJob, tokenizer: Tokenizer, shard: int, report: C
 
 
 def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
-    """Put all parts together under the final names, the manifest last. Return the manifest.
+    """Join all parts under the final names, writing the manifest last. Return the manifest.
 
-    Raises DistattnError if there is no text at all, or not enough room.
+    Raises DistattnError if there is no text at all, or not enough disk space.
     """
     total = Progress(tokens=sum(part.tokens for part in parts.values()))
     if not total.tokens:
@@ -252,7 +252,7 @@ def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
     for shard, pieces in enumerate(job.shards):
         for piece, count in zip(pieces, parts[shard].documents, strict=True):
             documents[piece.source] += count
-    # if this command is killed from here on, it may leave files under final names; the next command removes them
+    # a command killed from here on may leave files under their final names; this marker tells the next command to remove them
     with open(_publishing(job), "w"):
         pass
     try:
@@ -265,7 +265,7 @@ def publish(job: TokenizeJob, parts: Mapping[int, Part]) -> Manifest:
                     )
                 writer.append(file)
     except DistattnError:
-        # the writer has removed its files under final names
+        # the writer has already removed its files
         os.unlink(_publishing(job))
         raise
     sources = [
@@ -309,7 +309,7 @@ def _command_digest(job: TokenizeJob) -> str:
 
 
 def _is_lock(lock: int, file: str) -> bool:
-    """Return whether an open lock is still the file of that name."""
+    """Return True if the open lock is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(file))
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""One process of `distattn data tokenize`: `python -m distattn.data.tokenizing.tokenize_worker JOB_FILE`.
+"""A worker process of `distattn data tokenize`: `python -m distattn.data.tokenizing.tokenize_worker JOB_FILE`.
 
-It reads numbers of shards from its input, one a line, until the input ends. It writes JSON lines: {"progress": [...]} while it
-works, {"done": shard}, and {"error": sentence, "damaged": whether a file caused it}, after which it ends.
+It reads shard numbers from stdin, one per line, until end of file. It writes JSON lines: {"progress": [...]} as it works,
+{"done": shard} after each shard, and {"error": message, "damaged": true if a file is damaged} before it exits on an error.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 
 def main(job_file: str) -> None:
-    """Tokenize the shards that are asked for."""
-    # the output of libraries must not look like a message
+    """Tokenize the shards named on stdin."""
+    # redirect the output of libraries to stderr, so that it is not mistaken for a message
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

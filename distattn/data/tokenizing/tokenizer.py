@@ -1,4 +1,4 @@
-"""Turning text into token ids: bytes, or any tokenizer.json of Hugging Face's library `tokenizers`."""
+"""Turn text into token ids: its bytes, or the tokens of any tokenizer.json of Hugging Face's `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from distattn.ir.errors import DistattnError
 
 
 class Encoded(NamedTuple):
-    """Documents as tokens. tokens: ids of all documents in order, (sum of lengths,). lengths: of each document, (documents,)."""
+    """Tokenized documents. tokens: ids of all documents, concatenated, (sum of lengths,). lengths: tokens per document, (D,)."""
 
     tokens: np.ndarray
     lengths: np.ndarray
 
 
 class Tokenizer(Protocol):
-    """A function from texts to tokens. vocabulary: ids are below it. eos: the id that ends a document, or None."""
+    """A tokenizer. vocabulary: all ids are below it. eos: the id appended to each document, or None."""
 
     name: str
     vocabulary: int
@@ -32,18 +32,18 @@ class Tokenizer(Protocol):
     digest: str
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode documents. The only token that is added is `eos`, at the end of each document that has any text."""
+        """Encode documents. No token is added except `eos`, which ends each nonempty document."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some tokens, as far as they have one."""
+        """Return the text that these tokens encode."""
         ...
 
 
 def load_tokenizer(name: str, eos: str | None = None) -> Tokenizer:
-    """Load a tokenizer: "bytes", a tokenizer.json, or a folder that has one.
+    """Load the tokenizer `name`: "bytes", a tokenizer.json, or a folder that contains one.
 
-    eos: a token of its vocabulary, or a number. Raises DistattnError if there is no such tokenizer or token.
+    eos: a token of the vocabulary or its id. Raises DistattnError if there is no such tokenizer or token.
     """
     return ByteTokenizer(eos) if name == "bytes" else FileTokenizer(name, eos)
 
@@ -64,7 +64,7 @@ class ByteTokenizer:
         self.digest = combined_digest(self.name, self.eos)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode documents, as `Tokenizer` says. tokens: uint8."""
+        """Encode documents, see `Tokenizer.encode`. The tokens are uint8."""
         contents = [text.encode() for text in texts]
         if self.eos is not None:
             contents = [content + bytes([self.eos]) if content else content for content in contents]
@@ -73,12 +73,12 @@ class ByteTokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some tokens; bytes that are not UTF-8 are replaced."""
+        """Return the text of these tokens, with U+FFFD in place of bytes that are not valid UTF-8."""
         return bytes(ids).decode("utf-8", "replace")
 
 
 class FileTokenizer:
-    """A tokenizer.json. Special tokens that occur in a text become their ids, as in Hugging Face's tokenizers."""
+    """A tokenizer loaded from a tokenizer.json. As in Hugging Face's library, special tokens within a text become their ids."""
 
     def __init__(self, path: str, eos: str | None = None):
         file = Path(path, "tokenizer.json") if os.path.isdir(path) else Path(path)
@@ -95,7 +95,7 @@ class FileTokenizer:
         # the library raises bare Exceptions
         except Exception as error:
             raise DistattnError(f"tokenizer {path}: {file} is not a tokenizer of Hugging Face: {error}.") from None
-        # some files have settings for batches of equal length, which would cut and pad documents
+        # some files are configured for batches of equal length, which would truncate and pad documents
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # ids may have gaps
@@ -105,14 +105,14 @@ class FileTokenizer:
             raise DistattnError(f"tokenizer {path}: {file} has no tokens.")
         self.eos = None
         if eos is not None:
-            # a number is an id, even if a token is written like it
+            # a number is an id, even if there is a token with the same spelling
             named = None if eos.isdecimal() else self._tokenizer.token_to_id(eos)
             self.eos = _eos_number(eos, self.vocabulary, path) if named is None else named
         self.digest = combined_digest(content, self.eos)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode documents, as `Tokenizer` says. tokens: of `token_dtype`."""
-        # the fast method leaves out the position of each token in the text, and nothing else
+        """Encode documents, see `Tokenizer.encode`. The tokens have the dtype of `token_dtype`."""
+        # unlike encode_batch, this does not record each token's position in the text; the ids are the same
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         if self.eos is not None:
             ids = [[*document, self.eos] if document else document for document in ids]
@@ -121,7 +121,7 @@ class FileTokenizer:
         return Encoded(tokens, lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some tokens, special tokens included."""
+        """Return the text of these tokens, including special tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
@@ -465,24 +465,5 @@ class Config:
     reference_check: ReferenceCheckConfig = field(default_factory=ReferenceCheckConfig)
 
 
-for _section in (
-    RunConfig,
-    ContextPhase,
-    DataConfig,
-    ModelConfig,
-    ParallelConfig,
-    ClusterConfig,
-    SlurmConfig,
-    RayConfig,
-    EngineConfig,
-    TrainConfig,
-    CheckpointConfig,
-    MemoryConfig,
-    WatchConfig,
-    SupervisionConfig,
-    HealthConfig,
-    EvaluationConfig,
-    PreflightConfig,
-    ReferenceCheckConfig,
-):
+for _section in (ContextPhase, *(_field.default_factory for _field in fields(Config))):
     setattr(_section, "__pydantic_config__", _STRICT)  # noqa: B010

@@ -100,11 +100,7 @@ class DeepSpeedEngine:
             fused=device.type == "cuda",
         )
         self.engine: Any = deepspeed.initialize(
-            model=model,
-            optimizer=self._adam,
-            config=settings,
-            mpu=SequenceGroups(self.cp),
-            dist_init_required=False,
+            model=model, optimizer=self._adam, config=settings, mpu=SequenceGroups(self.cp), dist_init_required=False
         )[0]
         self.model: torch.nn.Module = self.engine.module
         self.cp.loss_scale(ProbeTarget(self.engine, scale_wrt_gas=False))

@@ -43,12 +43,7 @@ class Fsdp2Engine:
         if parallel.overlap:
             _check_overlap(model_shape)
         state_device = torch.device("cpu") if config.memory.state_on_host else device
-        self.model = build_model(
-            config,
-            model_shape,
-            device=state_device,
-            shard=partial(_shard, config, mesh),
-        )
+        self.model = build_model(config, model_shape, device=state_device, shard=partial(_shard, config, mesh))
         for buffer in self.model.buffers():
             # FSDP2 neither shards buffers nor moves them to the device
             buffer.data = buffer.data.to(device)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import socket
 import statistics
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +24,7 @@ from torch import Tensor
 from distattn.driver.context_parallel import ContextParallel
 from distattn.driver.message_monitor import MessageMonitor
 from distattn.parallel.runtime.communication.communicator import sendable_device
-from distattn.training.health.collective_waits import count_waits
 from distattn.training.health.device_counters import COUNTERS, DeviceCounters
-from distattn.training.health.device_probe import DeviceProbe
 from distattn.training.reporting.step_clock import StepClock, StepCosts
 
 # a rank is slow if it takes longer than the median by this share
@@ -35,13 +35,15 @@ _HOST_BYTES = 64
 # the values that each rank sends before its counters
 _TIMES = ("seconds", "data_seconds", "wait_seconds", "probe_seconds", "device", "last_xid")
 _UNKNOWN = math.nan
+# rows and columns of the probe's square matrices, and number of products: 2.7 TFLOP in total
+_PROBE_SIZE, _PROBE_PRODUCTS = 2048, 160
 
 
 @dataclass(frozen=True)
 class HealthReport:
     """A report on all ranks over the steps since the last report. Times are mean seconds per step, by rank; None: unknown.
 
-    compute_seconds: step time without waits. probe_seconds: time of `DeviceProbe`'s fixed matrix product. slowest: the
+    compute_seconds: step time without waits. probe_seconds: time of a fixed matrix product (see `probe_device`). slowest: the
     rank with the longest compute_seconds or, on GPUs, probe_seconds. over_median: its excess over the median, as a share
     of the median. slow: True if the excess is at least SLOW_SHARE. reports_in_a_row: consecutive reports, including this
     one, that name this rank. errors: a sentence for each GPU counter that increased. counters: each rank's counters, in
@@ -94,7 +96,6 @@ class HealthReports:
         self._waits.complete = self._waits.complete and device.type == "cpu"
         self._stop_counting = count_waits(self._waits)
         self._counters = counters or DeviceCounters.of_device(device)
-        self._probe = DeviceProbe(device)
         self._times = [0.0, 0.0, 0.0]
         self._steps, self._reports, self._in_a_row = 0, 0, 0
         self._named: Counter[int] = Counter()
@@ -140,7 +141,7 @@ class HealthReports:
     def _report_now(self, step: int) -> None:
         times = [seconds / self._steps for seconds in self._times]
         counters = self._counters.read()
-        local = [*times, self._probe.seconds(), float(self._counters.index), float(self._counters.last_xid)]
+        local = [*times, probe_device(self._device), float(self._counters.index), float(self._counters.last_xid)]
         rows = self._gather(local + counters)
         self._publish(self._report(step, rows))
         self._times, self._steps, self._damaged = [0.0, 0.0, 0.0], 0, ()
@@ -233,6 +234,56 @@ class HealthReports:
                     sentences.append(f"{device}: {increase:,.0f} more {counter}{code}, {now[column]:,.0f} in all.")
         self._counted = rows
         return tuple(sentences)
+
+
+def probe_device(device: torch.device) -> float:
+    """Return the seconds that matrix products take by the device's clock; NaN without a GPU or enough free memory.
+
+    The products are the same on all ranks, need no communication, and use 25 MB of device memory. Waits until the device has
+    finished all earlier work.
+    """
+    if device.type != "cuda":
+        return math.nan
+    # use random data, since zeros would draw less power than real data, and a separate generator, which leaves training's
+    # random state unchanged
+    random = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    try:
+        a, b = (torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=random, **options) for _ in range(2))
+        out = torch.empty_like(a)
+        # warm up: the first product selects and loads a kernel
+        torch.mm(a, b, out=out)
+        begin.record()
+        for _ in range(_PROBE_PRODUCTS):
+            torch.mm(a, b, out=out)
+        end.record()
+        end.synchronize()
+    except torch.OutOfMemoryError:
+        # a missing measurement must not end a run
+        return math.nan
+    return begin.elapsed_time(end) / 1e3
+
+
+def count_waits(waits: MessageMonitor) -> Callable[[], None]:
+    """Add the time that this thread spends in torch.distributed's `Work.wait` to a monitor. Returns a function to stop it.
+
+    PyTorch has no hook for this, so `Work.wait` is replaced until then. With gloo the host waits there; with NCCL only
+    the device's stream does. Waits inside C++ code, such as those of functional collectives, are not counted.
+    """
+    original, thread = dist.Work.wait, threading.get_ident()
+
+    def wait(work: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            # do not count other threads, such as those that plan or write checkpoints
+            return original(work, *args, **kwargs)
+        return waits.timed(partial(original, work, *args, **kwargs))
+
+    def stop() -> None:
+        dist.Work.wait = original  # type: ignore[method-assign]
+
+    dist.Work.wait = wait  # type: ignore[method-assign, assignment]
+    return stop
 
 
 def slowest_rank(times: Sequence[float | None]) -> tuple[int | None, float | None]:

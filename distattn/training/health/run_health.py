@@ -21,12 +21,7 @@ class RunHealth(HealthReports):
     """`HealthReports` of a run. Raises DistattnError if the configured port cannot be opened."""
 
     def __init__(
-        self,
-        cp: ContextParallel,
-        device: torch.device,
-        config: HealthConfig,
-        run: RunFolder,
-        reporter: MetricsReporter,
+        self, cp: ContextParallel, device: torch.device, config: HealthConfig, run: RunFolder, reporter: MetricsReporter
     ):
         self._opened = ExitStack()
         self._publishers: list[Callable[[HealthReport], None]] = [reporter.report_health]

@@ -10,11 +10,12 @@ import errno
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from distattn.ir.text_format import print_message
 
 Row = dict[str, Any]
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -101,7 +102,7 @@ class JsonLines:
         error = self._write()
         # a moved or deleted folder is reported by the run, in more detail
         if error is not None and not was_waiting and self._is_in_place():
-            _warn(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
+            print_message(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
 
     def move_to(self, folder: Path) -> None:
         """Continue at the new path of the folder."""
@@ -112,7 +113,7 @@ class JsonLines:
         error = self._write()
         if error is not None and self._is_in_place():
             lost = sum(len(rows()) for rows in self._waiting)
-            _warn(f"{self._path}: cannot be written: {error.strerror}; its last {lost:,} lines are lost.")
+            print_message(f"{self._path}: cannot be written: {error.strerror}; its last {lost:,} lines are lost.")
 
     def _write(self) -> OSError | None:
         if self._waiting and not self._is_in_place():
@@ -124,10 +125,6 @@ class JsonLines:
         except OSError as error:
             return error
         return None
-
-
-def _warn(text: str) -> None:
-    sys.stderr.write(f"distattn: {text}\n")
 
 
 def _encodable(value: Any) -> Any:

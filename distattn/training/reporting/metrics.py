@@ -18,10 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distattn.ir.errors import DistattnError
 from distattn.ir.plan import Plan
+from distattn.ir.text_format import print_message
 from distattn.parallel.analysis.score_matrix import draw_score_matrix
 from distattn.training.health.device_counters import COUNTERS
 from distattn.training.health.health_reports import HealthReport
@@ -29,7 +29,7 @@ from distattn.training.reporting.json_lines import json_text, write_whole
 from distattn.training.reporting.loss_by_position import LossTable
 from distattn.training.reporting.tensorboard_files import TensorBoardFiles
 from distattn.training.run_folder import EVALUATION, RunFolder, StepMetrics
-from distattn.training.watch.module_observer import plain_name
+from distattn.training.watch.module_observer import local_part, plain_name
 
 # minimum seconds between two lines, so that a log file stays readable
 _LINE_SECONDS = 2.0
@@ -188,8 +188,7 @@ class MetricsReporter:
         self._log({name: value for name, value in scalars.items() if value is not None}, report.step)
         if report.is_news:
             self.report_event(report.step, "health", report.text)
-            sys.stderr.write(f"distattn: step {report.step}: {report.text}\n")
-            sys.stderr.flush()
+            print_message(f"step {report.step}: {report.text}")
 
     def report_event(self, step: int, kind: str, text: str, facts: Mapping[str, Any] | None = None) -> None:
         """Record a rare event.
@@ -204,7 +203,7 @@ class MetricsReporter:
         """Record an event and print it to stderr. step: counted from 0. See `report_event` for the other arguments."""
         self.report_event(step + 1, kind, text)
         if self.visible:
-            warn(f"step {step + 1}: {text}")
+            print_message(f"step {step + 1}: {text}")
 
     def _log(self, scalars: Mapping[str, float], step: int) -> None:
         def add(writer: Any) -> None:
@@ -214,12 +213,6 @@ class MetricsReporter:
         self.tensorboard.write(add)
         if self._wandb:
             self._wandb.log(dict(scalars), step=step)
-
-
-def warn(text: str) -> None:
-    """Print a sentence to stderr and flush it."""
-    sys.stderr.write(f"distattn: {text}\n")
-    sys.stderr.flush()
 
 
 def _wandb_run(project: str, run: RunFolder) -> Any:
@@ -249,7 +242,7 @@ def _finite_part(values: Tensor | None) -> Tensor | None:
     """Return the finite values of this rank's shard, or None without any, since a histogram needs values."""
     if values is None:
         return None
-    local = (values.to_local() if isinstance(values, DTensor) else values).detach().float()
+    local = local_part(values).float()
     finite = local[local.isfinite()]
     return finite if finite.numel() else None
 

@@ -6,7 +6,6 @@ import hmac
 import importlib.util
 import ipaddress
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 from distattn.training.health.device_counters import COUNTERS
 from distattn.training.health.health_reports import HealthReport
 from distattn.training.reporting.json_lines import write_whole
@@ -63,7 +63,7 @@ class PrometheusFile:
             write_whole(self._path, prometheus_text(report).decode())
         except OSError as error:
             if not self._warned:
-                sys.stderr.write(f"distattn: {self._path}: cannot be written: {error.strerror}; the run goes on.\n")
+                print_message(f"{self._path}: cannot be written: {error.strerror}; the run goes on.")
             self._warned = True
 
 

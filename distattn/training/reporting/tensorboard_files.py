@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from distattn.ir.text_format import print_message
 
 # free bytes required before a new file is started
 _PROBE_BYTES = 4096
@@ -48,9 +49,7 @@ class TensorBoardFiles:
             add(self._writer)
         except OSError as error:
             if not self._warned:
-                sys.stderr.write(
-                    f"distattn: {self._folder}: cannot be written: {error.strerror}; steps are left out.\n"
-                )
+                print_message(f"{self._folder}: cannot be written: {error.strerror}; steps are left out.")
             self._warned = True
             # a writer that has failed once never works again
             self.close()

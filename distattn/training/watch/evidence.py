@@ -15,10 +15,9 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distattn.training.reporting.json_lines import json_text
-from distattn.training.watch.module_observer import plain_name
+from distattn.training.watch.module_observer import local_part, plain_name
 
 if TYPE_CHECKING:
     from distattn.training.watch.numerics_watch import StepFinding, Verdict
@@ -75,8 +74,9 @@ def weight_digests(model: Any) -> dict[str, str]:
 
 
 def _digest(parameter: Tensor) -> str:
-    local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
-    return xxhash.xxh3_128_hexdigest(local.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return xxhash.xxh3_128_hexdigest(
+        local_part(parameter).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    )
 
 
 def _remove_oldest(folder: Path, newest: Path, most: int) -> None:

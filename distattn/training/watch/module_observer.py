@@ -104,9 +104,9 @@ def observed_modules(
             turn[0] = stage.turn(backward=True)
         with torch.no_grad():
             observations.places.append((turn[0], place[0], place[1]))
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = local_part(tensor)
             observations.seen.append(ObservedTensor(module, kind, gradient, local.numel()))
-            observations.values.append(look(local.detach()))
+            observations.values.append(look(local))
 
     def record_sent(packets: Sequence[Packet]) -> None:
         place[1] += 1

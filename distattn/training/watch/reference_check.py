@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from distattn.ir.errors import DistattnError
+from distattn.ir.text_format import print_message
 from distattn.supervision.helper_processes import LOOK_SECONDS, MOST_REPLACEMENTS, Helper, describe_exit
 from distattn.training.config.run_file import Config
 from distattn.training.reporting.json_lines import json_text, read_rows
-from distattn.training.reporting.metrics import warn
 from distattn.training.run_folder import RunFolder
 
 # maximum relative difference by dtype: the replay sums in a different order
@@ -71,7 +71,7 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
         if not left:
             return process.returncode, error_output
         left -= 1
-        warn(f"{fault}; it begins again.")
+        print_message(f"{fault}; it begins again.")
 
 
 def _communicate(process: subprocess.Popen[str], helper: Helper) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from distattn.parallel.runtime.communication import communicator_end
 from distattn.parallel.runtime.communication.communicator_end import end_communicator, end_with_group
 from distattn.parallel.runtime.communication.transport import GroupTransport, Packet
 
-SUPPORT = Path(__file__).parents[2] / "support"
+SUPPORT = Path(__file__).parents[2] / "support" / "gpus"
 
 
 @pytest.fixture

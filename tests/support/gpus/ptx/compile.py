@@ -19,7 +19,7 @@ from distattn.kernels.triton.launch import TritonLaunch
 
 from .cases import HOPPER, Case, any_call
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 class Compiled(NamedTuple):
@@ -47,7 +47,7 @@ def compiled(case: Case, triton: Path | None = None) -> list[Compiled]:
 @cache
 def _compiled(case: Case, triton: Path | None) -> list[Compiled]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "tests/support", "benchmarks"))
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "tests/support", "tests/support/gpus", "benchmarks"))
     if triton:
         paths = os.pathsep.join((str(triton), paths))
     command = [sys.executable, "-W", "ignore", "-m", "ptx.compile", json.dumps(case)]

@@ -60,7 +60,7 @@ def write_run_file(folder: Path, sections: str) -> None:
     """
     (folder / "run.toml").write_text(_RUN_FILE + sections)
     (folder / "texts").mkdir()
-    (folder / "texts" / "one.txt").write_text((Path(__file__).parents[2] / "LICENSE").read_text())
+    (folder / "texts" / "one.txt").write_text((Path(__file__).parents[3] / "LICENSE").read_text())
 
 
 def new_run(config: Config) -> RunFolder:
