@@ -179,8 +179,8 @@ def backward(
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    how = dict(precision=precision, accumulate=add, final=final)
-    for launch in backward_launch(*tensors, (dq, dk, dv), schedule, score, **how):
+    grads = dq, dk, dv
+    for launch in backward_launch(*tensors, grads, schedule, score, precision=precision, accumulate=add, final=final):
         run_launch(launch)
     return dq, dk, dv
 

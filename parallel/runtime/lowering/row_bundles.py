@@ -122,7 +122,7 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
             keys = [key for key in tokens_of if is_aligned(key.payload, key.h1 - key.h0)]
             if not keys:
                 continue
-            groups = [(key,) for key in keys]
+            groups: list[Bundle] = [(key,) for key in keys]
             is_one = part > 0 or all(np.array_equal(tokens_of[key], tokens_of[keys[0]]) for key in keys[1:])
             with_some_heads = {key for key in keys if key.h1 - key.h0 < heads[key.payload]}
             if is_one and len(keys) > 1:
