@@ -45,7 +45,7 @@ from distattn.kernels.gluon import attention as gluon_attention
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 from distattn.kernels.recurrence.triton import kernel as triton_recurrence
-from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.spec import FinalRows, KernelRequirements, ScoreMod
 from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton import spinner
 from distattn.kernels.triton.launch import TritonLaunch
@@ -239,6 +239,11 @@ def launches(
             _, dkdv, dq = triton_attention.backward_launch(*operands)
             yield "backward dkdv, written", dkdv
             yield "backward dq, written", dq
+            final = finished(grads[0], dtype)
+            *_, dq = triton_attention.backward_launch(*operands, accumulate=(True, True), final=final)
+            yield "backward dq, finished", dq
+            how = dict(merge=True, final=finished(o, dtype))
+            yield "forward finish", triton_attention.forward_launch(q, k, v, o, lse, work, score, **how)
         if dtype == torch.float32 and dim == 128:
             yield "forward write tf32", triton_attention.forward_launch(q, k, v, o, lse, work, score, precision="tf32")
             _, dkdv, dq = triton_attention.backward_launch(*operands, precision="tf32")
@@ -281,6 +286,11 @@ def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the ways in which a forward can store its result: a name, and arguments of `forward_launch`."""
     yield "write", {}
     yield "merge", dict(merge=True)
+
+
+def finished(sums: torch.Tensor, dtype: torch.dtype) -> FinalRows:
+    """Return finished rows of a result that several launches sum up."""
+    return FinalRows(torch.empty_like(sums, dtype=dtype), torch.empty(TOKENS, dtype=torch.int32), 1)
 
 
 def tensors(dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool) -> tuple[Any, Any, ScoreMod]:

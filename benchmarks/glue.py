@@ -1,10 +1,12 @@
 """Messages and glue of one layer call: a rank's sends, and the bytes that it copies, adds and merges around its kernels.
 
     python benchmarks/glue.py [--tokens 65536] [--ranks 8] [--heads 64] [--kv-heads 8] [--strategies ulysses usp] [--kinds]
+        [--deepspeed]
 
 `--kinds` breaks the bytes down: "pack" and "unpack" between a rank's own tensors and messages, "copy own" of own tokens
 to where others' tokens arrive, "gather" into a kernel's operands, "write" and "add" of results to their tensors, and
-"other": row sums of dO * O and casts of results.
+"other": row sums of dO * O and casts of results. `--deepspeed` also counts the copies of DeepSpeed's Ulysses around its
+all-to-alls, without row sums and casts; DeepSpeed must be installed.
 
 Everything is counted on meta tensors at full size, and nothing is computed. Times are bytes read and written at 2.5
 TB/s. Shares are relative to a rank's mean attention time at 600 (forward) and 450 (backward) TFLOP/s. All speeds are
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import distattn as da
@@ -29,7 +32,8 @@ from distattn.parallel.make_plan import STRATEGIES
 from distattn.parallel.runtime.execution.buffers import Buffers
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "support" / "gpus"))
-from meta_run import MetaBackend, Watch, layer_call  # noqa: E402
+from meta_run import MetaBackend, Traffic, Watch, layer_call  # noqa: E402
+from waits import META  # noqa: E402
 
 DIM = 128
 BYTES_PER_SECOND = 2.5e12
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--kinds", action="store_true", help="print what the bytes of glue are")
+    parser.add_argument("--deepspeed", action="store_true", help="also count the copies of DeepSpeed's Ulysses")
     arguments = parser.parse_args()
     cases = {"one document": [arguments.tokens], "8 documents": [arguments.tokens // 8] * 8}
     for title, lengths in cases.items():
@@ -56,6 +61,8 @@ def main() -> None:
         sys.stdout.write(f"{title}: attention {' / '.join(f'{value * 1e3:.2f}' for value in seconds)} ms\n")
         for strategy in arguments.strategies:
             sys.stdout.write(f"{strategy:12} {_line(strategy, lengths, arguments, seconds)}\n")
+        if arguments.deepspeed:
+            sys.stdout.write(f"{'deepspeed':12} {_line_of_deepspeed(arguments, seconds)}\n")
 
 
 def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seconds: list[float]) -> str:
@@ -81,6 +88,42 @@ def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seco
             shares = [f"{kind} {size / BYTES_PER_SECOND / whole:.2%}" for kind, size in bytes_of.most_common() if size]
             line += f"\n             {direction}: {', '.join(shares)}"
     return line
+
+
+def _line_of_deepspeed(arguments: argparse.Namespace, seconds: list[float]) -> str:
+    """Return the glue of DeepSpeed's Ulysses and its operators. seconds: the attention time of a rank in each pass."""
+    from deepspeed.sequence import layer
+
+    ranks, tokens = arguments.ranks, arguments.tokens // arguments.ranks
+
+    def tensor(rows: int, heads: int) -> torch.Tensor:
+        return torch.empty(1, rows, heads, DIM, dtype=torch.bfloat16, device=META)
+
+    def local(heads: int) -> tuple[torch.Tensor, int, int]:
+        """Return a rank's own tokens with all heads, and the dims that are scattered and gathered."""
+        return tensor(tokens, heads), 2, 1
+
+    def gathered(heads: int) -> tuple[torch.Tensor, int, int]:
+        """Return all tokens with a rank's heads, and the dims that are scattered and gathered."""
+        return tensor(arguments.tokens, heads // ranks), 1, 2
+
+    heads, kv_heads = arguments.heads, arguments.kv_heads
+    # q, k, v and o forward; dO, dQ, dK and dV backward
+    forward = local(heads), local(kv_heads), local(kv_heads), gathered(heads)
+    backward = local(heads), gathered(heads), gathered(kv_heads), gathered(kv_heads)
+    shares, operators = [], []
+    for exchanges, whole in zip((forward, backward), seconds, strict=True):
+        traffic = Traffic()
+        with (
+            mock.patch.object(layer.dist, "get_world_size", lambda group: ranks),
+            mock.patch.object(layer.dist, "all_to_all_single", lambda *tensors, **options: None),
+            Watch(traffic),
+        ):
+            for x, scatter_dim, gather_dim in exchanges:
+                layer.single_all_to_all(x, scatter_dim, gather_dim, 0, None)
+        shares.append(traffic.seconds(BYTES_PER_SECOND) / whole)
+        operators.append(sum(traffic.launches.values()))
+    return f"glue {shares[0]:.1%} / {shares[1]:.1%}, {operators[0]} / {operators[1]} operators"
 
 
 def _counts(plan: da.Plan, rank: int):  # noqa: ANN202

@@ -189,11 +189,12 @@ class Layer:
         self.layout, self.streams, self.dtype = plan.call.layout, streams, x["q"].dtype
         self.ranks = range(plan.call.ranks)
         make = kernel_preparer(kernel, kernel_requirements(plan.call, device))
+        self.kernel = load_kernel(kernel)
+        finishes = getattr(self.kernel, "FINISHES", ())
         proof = da.verify(plan)
         self.programs: list[Program] = [
-            copy_program_to_device(lower(plan, rank, make, proof), device) for rank in self.ranks
+            copy_program_to_device(lower(plan, rank, make, proof, finishes=finishes), device) for rank in self.ranks
         ]
-        self.kernel = load_kernel(kernel)
         self.score = ScoreMod(plan.call.head_dim**-0.5)
         self.local = [{name: self.layout.shard(part, rank) for name, part in x.items()} for rank in self.ranks]
         self.steps = sum(len(program.forward) + len(program.backward) for program in self.programs)

@@ -130,7 +130,8 @@ def _plans(
 def _run_layer(plan: Plan, rank: int, kernel: str, shape: ShapeOfCall) -> None:
     """Run the forward and backward pass of one rank's layer call."""
     # bypass the cache of executables, whose key lacks the architecture
-    program = lower(plan, rank, kernel_preparer(kernel, kernel_requirements(plan.call, CPU)))
+    finishes = getattr(load_kernel(kernel), "FINISHES", ())
+    program = lower(plan, rank, kernel_preparer(kernel, kernel_requirements(plan.call, CPU)), finishes=finishes)
     ready = Executable(program, ExecutionKey(rank, kernel, CPU), _NoTransport())
 
     def tensor(heads: int, width: int) -> Tensor:

@@ -75,12 +75,14 @@ class LatentKernel:
         score: LatentScore,
         into: tuple[Tensor, tuple[Tensor, Tensor]] | None = None,
         add: tuple[bool, bool] = (False, False),
+        **final: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute (dq_THD, drope_S1R, dlatent_S1L), and add the gradient of the weights to `score.dup`. into, add: see
-        `Kernel`."""
-        dq, dk, dv = self._of_expanded(
-            (do_THE, q_THD, rope_S1R, latent_S1L, lse_TH, delta_TH), schedule, score, into, add[0]
-        )
+        """Compute (dq_THD, drope_S1R, dlatent_S1L), and add the gradient of the weights to `score.dup`.
+
+        into, add, final: see `Kernel`.
+        """
+        inputs = do_THE, q_THD, rope_S1R, latent_S1L, lse_TH, delta_TH
+        dq, dk, dv = self._of_expanded(inputs, schedule, score, into, add[0], **final)
         wide, split = dk.dtype, score.key_dim
         latent_SL = latent_S1L[:, 0].to(wide)
         drope, dlatent = dk[..., split:].sum(1, keepdim=True), torch.zeros_like(latent_SL)
@@ -103,6 +105,7 @@ class LatentKernel:
         score: LatentScore,
         into: tuple[Tensor, tuple[Tensor, Tensor]] | None,
         adds: bool,
+        **final: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute (dq_THD, dk_SHD, dv_SHE) in the accumulation dtype. Expanded keys and values are freed on return."""
         do, q, rope, latent, lse, delta = inputs
@@ -112,7 +115,7 @@ class LatentKernel:
             return self.inner.backward(*arguments)
         wide = accumulation_dtype(q.dtype)
         of_keys = tuple(torch.empty_like(x, dtype=wide) for x in (keys, values))
-        return self.inner.backward(*arguments, into=(into[0], of_keys), add=(adds, False))
+        return self.inner.backward(*arguments, into=(into[0], of_keys), add=(adds, False), **final)
 
 
 def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:

@@ -70,8 +70,9 @@ class Kernel(Protocol):
 
     DIFFERENTIABLE_LSE: `backward` is correct for any delta, so gradients may flow through the log-sum-exp. ACCUMULATES:
     `forward` and `backward` also accept `into`, the tensors to write results to, to merge them into (`merge`) or to add
-    them to (`add`). `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward`
-    receive this schedule. A kernel that can predict its memory also has `workspace_bytes(direction, shape, schedule)`.
+    them to (`add`). A kernel may have FINISHES, the directions in which it also accepts `final` (see `FinalRows`).
+    `prepare` turns a launch mask into the kernel's schedule once per plan; `forward` and `backward` receive this
+    schedule. A kernel that can predict its memory also has `workspace_bytes(direction, shape, schedule)`.
     """
 
     DIFFERENTIABLE_LSE: bool

@@ -48,6 +48,23 @@ class KernelRequirements(NamedTuple):
     grouped: bool = False
 
 
+# the launches of a pass that `FinalRows` can number
+MOST_TURNS = 1 << 15
+
+
+class FinalRows(NamedTuple):
+    """The tensor for finished rows of a result that several launches sum up, and the turn of each row.
+
+    A launch writes the rows that it is the last to add to here, in this tensor's dtype, and all other rows to the sums, which
+    have the same strides. It reads sums only in rows that an earlier launch has written. turns_T: int32, for each row the numbers
+    of the first and the last launch that write it, first * MOST_TURNS + last. number: the number of this launch.
+    """
+
+    target_THD: Tensor
+    turns_T: Tensor
+    number: int
+
+
 class LaunchShape(NamedTuple):
     """The tensor sizes of a kernel launch. dq_bytes: bytes per element of the tensor that receives dQ."""
 

@@ -29,7 +29,7 @@ from distattn.kernels.devices import current_device
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.merge import accumulation_dtype
 from distattn.kernels.registry import Kernel, load_kernel
-from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.spec import FinalRows, KernelRequirements, ScoreMod
 from distattn.kernels.triton.launch import schedule_to_device
 
 # the largest accepted relative difference: several times what the rounding of inputs and weights explains
@@ -253,10 +253,33 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
             kernel.backward(*backward, into=(places[2], (places[3], places[4])), add=(add, add))
         return _far(places, (o, lse + math.log(2), *(2 * x for x in expected[2:])) if add else expected)
 
+    def run_finished(directions: Sequence[str]) -> float:
+        """Run two launches that sum up results, the second of which returns all rows in the inputs' dtype."""
+        places = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in expected]
+        finished = [torch.zeros_like(x, dtype=requirements.dtype) for x in places]
+        turns = torch.ones(len(lse), dtype=torch.int32, device=lse.device)
+        places[1].fill_(-torch.inf)
+        # no launch reads sums that none has written
+        places[0].fill_(torch.nan), places[2].fill_(torch.nan)
+        for number in range(2):
+            of_o, of_dq = (
+                {"final": FinalRows(finished[result], turns, number)} if direction in directions else {}
+                for direction, result in (("forward", 0), ("backward", 2))
+            )
+            into = places[0], places[1]
+            kernel.forward(*inputs[:3], schedule, inputs.score, into=into, merge=number > 0, **of_o)
+            kernel.backward(*backward, into=(places[2], (places[3], places[4])), add=(number > 0, number > 0), **of_dq)
+        results = [finished[0] if "forward" in directions else places[0], places[1]]
+        results += [finished[2] if "backward" in directions else places[2], *places[3:]]
+        return _far(results, (o, lse + math.log(2), *(2 * x for x in expected[2:])))
+
     ways: list[tuple[torch.dtype | None, bool]] = [(None, False)]
     if kernel.ACCUMULATES:
         ways += [(requirements.dtype, False), (wide, True)]
-    return _largest([run(*way) for way in ways])
+    differences = [run(*way) for way in ways]
+    if finishes := getattr(kernel, "FINISHES", ()):
+        differences.append(run_finished(finishes))
+    return _largest(differences)
 
 
 def _far(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

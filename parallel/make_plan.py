@@ -124,7 +124,7 @@ def make_plan(
         chosen_tables = _fewest_bytes(call, forwards, derived, policy)
         return Plan(replace(call, written_once=written_once(call, *chosen_tables)), *chosen_tables, policy, strategy)
 
-    policy = backward or chosen.backward
+    policy = backward or chosen.default_backward(working, cluster, options or {})
     forwards = candidates("forward", policy)
     # True if the backward pass has its own tasks
     has_backward_tasks = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))

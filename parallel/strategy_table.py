@@ -18,7 +18,7 @@ from distattn.parallel.strategies.double_ring import DoubleRingOptions, double_r
 from distattn.parallel.strategies.ring import RingOptions, ring
 from distattn.parallel.strategies.scan import ScanOptions, scan
 from distattn.parallel.strategies.ulysses import ulysses
-from distattn.parallel.strategies.usp import UspOptions, usp
+from distattn.parallel.strategies.usp import UspOptions, usp, usp_backward
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Strategy:
     second. Without a ClusterSpec, the first is chosen. own_backward: candidates for direction="backward" are backward tables
     themselves, not derived from forward tables. The function then also takes working_layout and `seconds`, a function that
     simulates a table of that direction, or None if speeds are unknown. recurrent: True if it can plan recurrences. others:
-    True if it can plan all other ops.
+    True if it can plan all other ops. choose_backward: a function that returns a call's default backward policy, for
+    strategies with more than one.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -43,6 +44,7 @@ class Strategy:
     own_backward: bool = False
     recurrent: bool = False
     others: bool = True
+    choose_backward: Callable[..., str] | None = None
 
     @property
     def option_names(self) -> list[str]:
@@ -52,6 +54,12 @@ class Strategy:
     def takes(self, option: str) -> bool:
         """Return whether the strategy has an option named `option`."""
         return option in self.option_names
+
+    def default_backward(self, call: Call, cluster: AnyCluster | None, options: Mapping[str, object]) -> str:
+        """Return the backward policy of a call for which none is set."""
+        if self.choose_backward is None or self.options is None:
+            return self.backward
+        return self.choose_backward(call, cluster, self.options(**options))
 
     def candidates(
         self,
@@ -83,7 +91,7 @@ _ALL_STRATEGIES: Mapping[str, Strategy] = {
     "double_ring": Strategy(double_ring, "refetch-follow", DoubleRingOptions),
     "allgather": Strategy(allgather, "refetch-home"),
     "ulysses": Strategy(ulysses, "keep", recurrent=True),
-    "usp": Strategy(usp, "refetch-follow", UspOptions),
+    "usp": Strategy(usp, "refetch-follow", UspOptions, choose_backward=usp_backward),
     "cad": Strategy(cad, "refetch-home", CadOptions, by_direction=True, choose_by="seconds"),
     "cad_greedy": Strategy(cad_greedy, "refetch-home", CadGreedyOptions),
 }

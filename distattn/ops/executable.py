@@ -166,7 +166,8 @@ class ExecutableCache:
                 proof = next((other.proof for other in programs.values() if other.proof), None)
                 proof = verify(plan) if proof is None and proven else proof
                 make = kernel_preparer(key.kernel, kernel_requirements(plan.call, key.device))
-                lowered = lower(plan, key.rank, make, proof, in_larger_job())
+                finishes = getattr(load_kernel(key.kernel), "FINISHES", ())
+                lowered = lower(plan, key.rank, make, proof, in_larger_job(), finishes)
                 programs[key] = copy_program_to_device(lowered, key.device)
             return programs[key]
 

@@ -14,6 +14,7 @@ from distattn.kernels.triton import attention as triton_attention
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
+FINISHES = ("backward",)
 
 
 class SplitTileSchedule(NamedTuple):
@@ -58,6 +59,7 @@ def workspace_bytes(direction: str, shape: LaunchShape, schedule: SplitTileSched
 __all__ = [
     "ACCUMULATES",
     "DIFFERENTIABLE_LSE",
+    "FINISHES",
     "backward",
     "forward",
     "prepare",

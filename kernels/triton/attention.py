@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from distattn.kernels.launch_mask import LaunchMask
-from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
+from distattn.kernels.spec import FinalRows, KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import tile_runs, transposed_runs
 from distattn.kernels.triton.backward import dkdv_kernel, dq_kernel, row_numbers_kernel
@@ -29,6 +29,7 @@ from distattn.kernels.triton.launch import (
     TritonLaunch,
     call_arguments,
     compute_capability,
+    final_arguments,
     make_launch,
     multiprocessors,
     run_launch,
@@ -41,6 +42,7 @@ from distattn.kernels.triton.tiles import INTERPRETED
 
 DIFFERENTIABLE_LSE = True
 ACCUMULATES = True
+FINISHES = ("forward", "backward")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -140,16 +142,18 @@ def forward(
     score: ScoreMod,
     into: tuple[Tensor, Tensor] | None = None,
     merge: bool = False,
+    final: FinalRows | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: the (o, lse) to write the result to or, with `merge`, to merge it into.
+    into: the (o, lse) to write the result to or, with `merge`, to merge it into. final: where finished rows of o go instead.
     """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
         into = o_THE, q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
-    run_launch(forward_launch(q_THD, k_SKD, v_SKE, *into, schedule, score, precision=precision, merge=merge))
+    launch = forward_launch(q_THD, k_SKD, v_SKE, *into, schedule, score, precision=precision, merge=merge, final=final)
+    run_launch(launch)
     return into
 
 
@@ -164,17 +168,19 @@ def backward(
     score: ScoreMod,
     into: tuple[Tensor | None, tuple[Tensor, Tensor] | None] = (None, None),
     add: tuple[bool, bool] = (False, False),
+    final: FinalRows | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
     into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of
-    dq, and of dk and dv, instead of overwriting them.
+    dq, and of dk and dv, instead of overwriting them. final: where finished rows of dq go instead.
     """
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
     tensors = do_THE, q_THD, k_SKD, v_SKE, lse_TH, delta_TH
-    for launch in backward_launch(*tensors, (dq, dk, dv), schedule, score, precision=precision, accumulate=add):
+    grads = dq, dk, dv
+    for launch in backward_launch(*tensors, grads, schedule, score, precision=precision, accumulate=add, final=final):
         run_launch(launch)
     return dq, dk, dv
 
@@ -190,12 +196,17 @@ def forward_launch(
     *,
     precision: str = "ieee",
     merge: bool = False,
+    final: FinalRows | None = None,
 ) -> TritonLaunch:
-    """Return the forward launch. It writes o (T, H, E) and lse (T, H), or with `merge` merges its result into them."""
+    """Return the forward launch. It writes o (T, H, E) and lse (T, H), or with `merge` merges its result into them.
+
+    final: where finished rows of o go instead.
+    """
     (rows, heads, _), keys = q.shape, len(k)
     tile = schedule.tiles.forward
     arguments = _operands({"q": (q, tile.rows), "k": (k, tile.keys), "v": (v, tile.keys)})
-    arguments |= tensor_arguments(o=o, lse=lse) | {"slopes_": o if score.slopes_H is None else score.slopes_H}
+    arguments |= tensor_arguments(o=o, lse=lse) | final_arguments(o, final)
+    arguments |= {"slopes_": o if score.slopes_H is None else score.slopes_H}
     arguments |= call_arguments(schedule.forward, rows, keys, heads, schedule.group_size, schedule.first_head, score)
     arguments["PRECISION"] = precision
     arguments |= dict(BM=tile.rows, BN=tile.keys, MERGE=merge)
@@ -215,8 +226,12 @@ def backward_launch(
     *,
     precision: str = "ieee",
     accumulate: tuple[bool, bool] = (False, False),
+    final: FinalRows | None = None,
 ) -> list[TritonLaunch]:
-    """Return the backward launches. grads: (dq, dk, dv). accumulate: whether to add to dq, and whether to add to dk and dv."""
+    """Return the backward launches. grads: (dq, dk, dv). accumulate: whether to add to dq, and whether to add to dk and dv.
+
+    final: where finished rows of dq go instead.
+    """
     (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
     dq, dk, dv = grads
     numbers, first_launch = row_numbers_launch(lse, delta)
@@ -229,7 +244,14 @@ def backward_launch(
     launches = [first_launch]
     for kernel, lists, tile, owners, acc, results in (
         (dkdv_kernel, split.runs, schedule.tiles.dkdv, kv_heads, accumulate[1], of_keys),
-        (dq_kernel, schedule.dq, schedule.tiles.dq, heads, accumulate[0], tensor_arguments(dq=dq)),
+        (
+            dq_kernel,
+            schedule.dq,
+            schedule.tiles.dq,
+            heads,
+            accumulate[0],
+            tensor_arguments(dq=dq) | final_arguments(dq, final),
+        ),
     ):
         on_rows, on_keys = tile.rows, tile.keys
         arguments = _operands({"q": (q, on_rows), "k": (k, on_keys), "v": (v, on_keys), "do": (do, on_rows)})

@@ -12,7 +12,7 @@ gradients, as the steps of a ring need.
 import triton
 import triton.language as tl
 
-from distattn.kernels.triton.tiles import LOG2E, capped, load_run, load_tile, row_keys
+from distattn.kernels.triton.tiles import LOG2E, capped, is_last, load_run, load_tile, row_keys, was_written
 
 
 @triton.jit
@@ -62,6 +62,27 @@ def _deposit(x_, x, row, column, rows, x_row, BLOCK: tl.constexpr, WIDTH: tl.con
     if ACC:
         x += tl.load(x_ + at, mask=inside, other=0.0)
     tl.store(x_ + at, x, mask=inside)
+
+
+@triton.jit
+def _finish(
+    x_, final_, x, row, column, rows, x_row, turn_, number,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Write rows that this launch is the last to add to, to `final_`, and other rows to `x_`, which has earlier sums."""
+    r = row + tl.arange(0, BLOCK)
+    c = column + tl.arange(0, WIDTH)
+    inside = r < rows
+    at = r.to(tl.int64)[:, None] * x_row + c[None, :]
+    turn = tl.load(turn_ + r, mask=inside, other=0)
+    if ACC:
+        x += tl.load(x_ + at, mask=(inside & was_written(turn, number))[:, None], other=0.0)
+    last = is_last(turn, number)
+    # one branch after the other: both at once would take more registers
+    if tl.max(last.to(tl.int32), 0) > 0:
+        tl.store(final_ + at, x, mask=(inside & last)[:, None])
+    if tl.max((~last).to(tl.int32), 0) > 0:
+        tl.store(x_ + at, x, mask=(inside & ~last)[:, None])
 
 
 @triton.jit
@@ -220,16 +241,19 @@ def _visit_keys(
     return dq0, dq1
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "heads", "tiles", "shift"])
+@triton.jit(
+    do_not_specialize=["rows", "keys", "heads", "tiles", "shift", "number"], do_not_specialize_on_alignment=["turn_"]
+)
 def dq_kernel(
-    q_, k_, v_, do_, q1_, k1_, v1_, do1_, numbers_, dq_, slopes_,
+    q_, k_, v_, do_, q1_, k1_, v1_, do1_, numbers_, dq_, final_, turn_, slopes_,
     first_, run_, band_, row_band_, group_, order_,
-    rows, keys, heads, tiles, shift,
+    rows, keys, heads, tiles, shift, number,
     q_row, q_head, k_row, k_head, v_row, v_head, do_row, do_head, padded, plane,
     dq_row, dq_head, scale, cap,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, ACC: tl.constexpr,
+    FINAL: tl.constexpr,
 ):  # fmt: skip
     """Compute dq (rows, heads, D) in fp32."""
     pid = tl.program_id(0)
@@ -271,6 +295,13 @@ def dq_kernel(
                 slope2, scale, cap, low, high, row_shift, BN, D0, D1, E0, E1, TMA, PRECISION, CAP, ALIBI, True,
             )  # fmt: skip
     factor = 1.0 if CAP else scale
-    _deposit(dq_ + head * dq_head, dq0 * factor, row, 0, rows, dq_row, BM, D0, ACC)
-    if D1 > 0:
-        _deposit(dq_ + head * dq_head, dq1 * factor, row, D0, rows, dq_row, BM, D1, ACC)
+    dq_at = dq_ + head * dq_head
+    if FINAL:
+        final_at = final_ + head * dq_head
+        _finish(dq_at, final_at, dq0 * factor, row, 0, rows, dq_row, turn_, number, BM, D0, ACC)
+        if D1 > 0:
+            _finish(dq_at, final_at, dq1 * factor, row, D0, rows, dq_row, turn_, number, BM, D1, ACC)
+    else:
+        _deposit(dq_at, dq0 * factor, row, 0, rows, dq_row, BM, D0, ACC)
+        if D1 > 0:
+            _deposit(dq_at, dq1 * factor, row, D0, rows, dq_row, BM, D1, ACC)

@@ -10,7 +10,17 @@ second kernel.
 import triton
 import triton.language as tl
 
-from distattn.kernels.triton.tiles import LN2, LOG2E, capped, load_run, load_tile, merge_shares, row_keys
+from distattn.kernels.triton.tiles import (
+    LN2,
+    LOG2E,
+    capped,
+    is_last,
+    load_run,
+    load_tile,
+    merge_shares,
+    row_keys,
+    was_written,
+)
 
 
 @triton.jit
@@ -58,8 +68,8 @@ def _visit(
 
 @triton.jit
 def _store(
-    acc, inverse, old, fresh, o_, row, head, rows, o_row, o_head, column,
-    BM: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
+    acc, inverse, old, fresh, o_, final_, row, head, rows, o_row, o_head, column, turn, number,
+    BM: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
     """Write columns [column, column + WIDTH) of the result, or with MERGE merge them into the stored result."""
     r = row + tl.arange(0, BM)
@@ -68,19 +78,32 @@ def _store(
     at = r.to(tl.int64)[:, None] * o_row + head * o_head + c[None, :]
     o = acc * inverse[:, None]
     if MERGE:
-        o = o * fresh[:, None] + tl.load(o_ + at, mask=inside, other=0.0) * old[:, None]
-    tl.store(o_ + at, o, mask=inside)
+        held = inside & was_written(turn, number)[:, None] if FINAL else inside
+        o = o * fresh[:, None] + tl.load(o_ + at, mask=held, other=0.0) * old[:, None]
+    if FINAL:
+        last = is_last(turn, number)
+        # one branch after the other: both at once would take more registers
+        if tl.max(last.to(tl.int32), 0) > 0:
+            tl.store(final_ + at, o, mask=inside & last[:, None])
+        if tl.max((~last).to(tl.int32), 0) > 0:
+            tl.store(o_ + at, o, mask=inside & ~last[:, None])
+    else:
+        tl.store(o_ + at, o, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "keys", "heads", "tiles", "shift"], do_not_specialize_on_alignment=["lse_"])
+@triton.jit(
+    do_not_specialize=["rows", "keys", "heads", "tiles", "shift", "number"],
+    do_not_specialize_on_alignment=["lse_", "turn_"],
+)
 def forward_kernel(
-    q_, k_, v_, q1_, k1_, v1_, o_, lse_, slopes_,
+    q_, k_, v_, q1_, k1_, v1_, o_, lse_, final_, turn_, slopes_,
     first_, run_, band_, row_band_, group_, order_,
-    rows, keys, heads, tiles, shift,
+    rows, keys, heads, tiles, shift, number,
     q_row, q_head, k_row, k_head, v_row, v_head, o_row, o_head, lse_row, lse_head, scale, cap,
     GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, CAP: tl.constexpr, ALIBI: tl.constexpr, MERGE: tl.constexpr,
+    FINAL: tl.constexpr,
 ):  # fmt: skip
     """Compute o (rows, heads, E) and natural lse (rows, heads). Query head h uses KV head (h + shift) // GROUP."""
     # programs for the heads of one tile run next to each other and share keys and values in the L2 cache
@@ -137,6 +160,15 @@ def forward_kernel(
         before = tl.load(lse_at, mask=inside, other=-float("inf"))
         old, fresh, lse = merge_shares(before, lse)
     tl.store(lse_at, lse, mask=inside)
-    _store(acc0, inverse, old, fresh, o_, row, head, rows, o_row, o_head, 0, BM, E0, MERGE)
+    turn = r
+    if FINAL:
+        turn = tl.load(turn_ + r, mask=inside, other=0)
+    _store(
+        acc0, inverse, old, fresh, o_, final_, row, head, rows, o_row, o_head, 0, turn, number,
+        BM, E0, MERGE, FINAL,
+    )  # fmt: skip
     if E1 > 0:
-        _store(acc1, inverse, old, fresh, o_, row, head, rows, o_row, o_head, E0, BM, E1, MERGE)
+        _store(
+            acc1, inverse, old, fresh, o_, final_, row, head, rows, o_row, o_head, E0, turn, number,
+            BM, E1, MERGE, FINAL,
+        )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distattn.kernels.spec import ScoreMod
+from distattn.kernels.spec import FinalRows, ScoreMod
 from distattn.kernels.split_tiles import SplitTiles
 from distattn.kernels.tile_runs import TileRuns
 
@@ -104,6 +104,15 @@ def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
     for name, x in tensors.items():
         out |= {f"{name}_": x, f"{name}_row": x.stride(0), f"{name}_head": x.stride(1)}
     return out
+
+
+def final_arguments(sums: Tensor, final: FinalRows | None) -> dict[str, Any]:
+    """Return the arguments for finished rows of a result. Without such rows all are None, so the kernel has none of them."""
+    if final is None:
+        return dict(final_=None, turn_=None, number=None, FINAL=False)
+    # kernels compute one address for both
+    assert final.target_THD.stride() == sums.stride(), "finished rows have the strides of their sums"
+    return dict(final_=final.target_THD, turn_=final.turns_T, number=final.number, FINAL=True)
 
 
 def call_arguments(

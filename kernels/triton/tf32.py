@@ -6,7 +6,7 @@ from distattn.kernels.triton import attention as triton_attention
 from distattn.kernels.triton.attention import prepare, unsupported_reason, workspace_bytes
 
 DIFFERENTIABLE_LSE = triton_attention.DIFFERENTIABLE_LSE
-ACCUMULATES = triton_attention.ACCUMULATES
+ACCUMULATES, FINISHES = triton_attention.ACCUMULATES, triton_attention.FINISHES
 
 forward = partial(triton_attention.forward, precision="tf32")
 backward = partial(triton_attention.backward, precision="tf32")
@@ -14,6 +14,7 @@ backward = partial(triton_attention.backward, precision="tf32")
 __all__ = [
     "ACCUMULATES",
     "DIFFERENTIABLE_LSE",
+    "FINISHES",
     "backward",
     "forward",
     "prepare",

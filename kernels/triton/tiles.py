@@ -3,10 +3,13 @@
 import triton
 import triton.language as tl
 
+from distattn.kernels import spec
+
 # whether kernels run in the interpreter is fixed when Triton is first imported
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MOST_TURNS = tl.constexpr(spec.MOST_TURNS)
 
 
 @triton.jit
@@ -41,6 +44,18 @@ def row_keys(bands, row_bands, band, rows_at, row, i):
     high = tl.minimum(tl.load(at + 3), tl.load(at + 5) + climbed)
     inside = (r >= tl.load(at)) & (r < tl.load(at + 1))
     return low, tl.where(inside, high, low), tl.load(at + 9)
+
+
+@triton.jit
+def was_written(turn, number):
+    """Return which rows an earlier launch has written. turn: their turns (see `FinalRows`). number: this launch's."""
+    return turn // MOST_TURNS < number
+
+
+@triton.jit
+def is_last(turn, number):
+    """Return which rows this launch is the last to write. For the arguments see `was_written`."""
+    return turn % MOST_TURNS == number
 
 
 @triton.jit

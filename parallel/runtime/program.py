@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from distattn.ir.plan import Call, Payload
 from distattn.parallel.analysis.verify import Proof
 from distattn.parallel.runtime.communication.streams import Handover
@@ -46,6 +48,8 @@ class KernelLaunch(NamedTuple):
     operands: dict[Payload, View]
     schedule: Any
     results: dict[Payload, View]
+    # counted over all steps of the pass
+    number: int = 0
 
 
 @dataclass
@@ -96,9 +100,10 @@ class Program:
     tokens: the number of rows of the rank's own tensors. kept: the number of rows of each buffer kept for the backward pass,
     keyed by its forward key. kept_places: the places of these buffers in one flat tensor. proof: None for an unproven plan.
     blank: result buffers of both passes that first writes do not fill completely. unadded: own results to which this rank
-    adds nothing, so that they need no wider dtype than the inputs. own_tensors: the rank's own tensors of each payload.
-    forward_bytes, backward_bytes: the size of each pass's arena (see `memory`). uploaded: the index lists, if they are on a
-    GPU. forward_states, backward_states: the states that each task of a recurrence starts from and ends with.
+    adds nothing, so that they need no wider dtype than the inputs. turns: for each row of an own result that launches sum up
+    and finish, the first and the last launch that write it (see `final_rows`). own_tensors: the rank's own tensors of each
+    payload. forward_bytes, backward_bytes: the size of each pass's arena (see `memory`). uploaded: the index lists, if they
+    are on a GPU. forward_states, backward_states: the states that each task of a recurrence starts from and ends with.
     """
 
     # the call, not the plan: programs are cached for as long as their plan exists, so they must not keep it alive
@@ -112,6 +117,7 @@ class Program:
     kept_places: FlatPlaces
     blank: frozenset[BufferKey]
     unadded: frozenset[Payload]
+    turns: dict[Payload, Tensor]
     own_tensors: dict[Payload, OwnTensors]
     forward_bytes: int
     backward_bytes: int

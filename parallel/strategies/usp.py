@@ -69,6 +69,12 @@ def usp(call: Call, cluster: AnyCluster | None = None, options: UspOptions = Usp
     return [Table(tasks, concat_rows(MOVE_COLUMNS, moves))]
 
 
+def usp_backward(call: Call, cluster: AnyCluster | None, options: UspOptions) -> str:
+    """Return the default backward policy: that of "ulysses" if one Ulysses group has all ranks, otherwise that of "ring"."""
+    degree = _default_degree(call, cluster) if options.ulysses is None else options.ulysses
+    return "keep" if degree == call.ranks else "refetch-follow"
+
+
 def _default_degree(call: Call, cluster: AnyCluster | None) -> int:
     limit = min(call.kv_heads, call.ranks if cluster is None else cluster.devices)
     return max(u for u in range(1, limit + 1) if call.ranks % u == 0)

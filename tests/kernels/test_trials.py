@@ -35,6 +35,7 @@ def planted(name, monkeypatch, **changed):
     module = types.ModuleType(f"planted_{name}")
     for attribute in ("DIFFERENTIABLE_LSE", "ACCUMULATES", "unsupported_reason", "prepare", "forward", "backward"):
         setattr(module, attribute, changed.get(attribute, getattr(cpu, attribute)))
+    module.FINISHES = changed.get("FINISHES", ())
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(registry.KERNELS, name, module.__name__)
     return name
@@ -115,7 +116,27 @@ def merged(q, k, v, schedule, score, into=None, merge=False):
     return into
 
 
+def finishing(*args, into=None, merge=False, final=None):
+    if final is None:
+        return merged(*args, into=into, merge=merge)
+    held = into[0].nan_to_num(0.0) if final.number == 0 else into[0]
+    result, _ = merged(*args, into=(held.clone(), into[1]), merge=merge)
+    into[0].copy_(result)
+    final.target_THD.copy_(result)
+    return into
+
+
+def finishing_without_earlier_sums(*args, into=None, merge=False, final=None):
+    out = merged(*args, into=into, merge=merge)
+    if final is not None:
+        final.target_THD.copy_(cpu.forward(*args)[0] * 0.5)
+    return out
+
+
 WRONG = {
+    "finishes wrong rows": dict(
+        ACCUMULATES=True, FINISHES=("forward",), forward=finishing_without_earlier_sums, backward=added
+    ),
     "writes where it should add": dict(ACCUMULATES=True, forward=merged, backward=written_instead_of_added),
     "no number at the end": dict(backward=no_number_at_the_end),
     "one wrong row": dict(forward=one_wrong_row),
@@ -133,6 +154,13 @@ def test_a_kernel_that_accumulates_is_right(monkeypatch):
     masks_ = [LaunchMask.from_mask(Mask.from_pieces([[2, 300, 0, 290, -400, 0]], 300), 4, 2)]
     by_kernel = try_kernels([planted("adding", monkeypatch, **changed)], masks_, NEEDED)
     assert not by_kernel["adding"].fault and by_kernel["adding"].difference < 1e-12
+
+
+def test_a_kernel_that_finishes_rows_is_right(monkeypatch):
+    changed = dict(ACCUMULATES=True, FINISHES=("forward",), forward=finishing, backward=added)
+    masks_ = [LaunchMask.from_mask(Mask.from_pieces([[2, 300, 0, 290, -400, 0]], 300), 4, 2)]
+    by_kernel = try_kernels([planted("finishing", monkeypatch, **changed)], masks_, NEEDED)
+    assert not by_kernel["finishing"].fault and by_kernel["finishing"].difference < 1e-12
 
 
 @pytest.mark.parametrize("fault", WRONG)

@@ -22,7 +22,7 @@ from distattn.ir.mask import Mask
 from distattn.kernels import reference
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.registry import choose_kernel
-from distattn.kernels.spec import KernelRequirements, ScoreMod
+from distattn.kernels.spec import MOST_TURNS, FinalRows, KernelRequirements, ScoreMod
 from distattn.kernels.split_tiles import split_long_tiles
 from distattn.kernels.tile_runs import TileRuns, tile_runs, transposed_runs
 from distattn.kernels.triton import attention as triton_attention
@@ -213,6 +213,47 @@ def test_gradients_are_added_to_what_is_there():
         triton_attention.backward(do, q, k, v, wanted.lse.float(), delta, work, score, into=into, add=(True, True))
     for name, got in (("dq", dq), ("dk", dk), ("dv", dv)):
         assert relative_error(got, getattr(wanted, name)) < 1e-5, name
+
+
+def launches_in_turn(n, heads, order):
+    """Yield (rows, cells, turns) of the launches of a causal mask, by thirds of keys in this order. Rows begin with the keys."""
+    third = np.arange(n) * 3 // n
+    writers = [[number for number, part in enumerate(order) if part <= of_row] for of_row in third]
+    turns = torch.tensor([numbers[0] * MOST_TURNS + numbers[-1] for numbers in writers], dtype=torch.int32)
+    for part in order:
+        begin = part * n // 3
+        mask = Mask.from_pieces([[0, n - begin, 0, n // 3, begin - n, 0]], n - begin)
+        yield slice(begin, n), LaunchMask.from_mask(mask, heads, 1), turns[begin:]
+
+
+ORDERS = [(0, 1, 2), (2, 1, 0), (1, 0, 2)]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_last_launch_of_a_row_writes_it_in_the_inputs_dtype(order):
+    n, score, heads = 96, ScoreMod(SCALE), 2
+    inputs = random_inputs(n, heads, 1, 80, 48)
+    q, k, v, do = (x.to(torch.float16) for x in inputs)
+    wanted = wanted_of(Mask.causal(n), inputs, score)
+    lse_all, delta = wanted.lse.float(), (inputs.do * wanted.o).sum(-1).float()
+    # sums that no launch has written may be anything
+    o, dq = torch.full((n, heads, 48), torch.nan), torch.full((n, heads, 80), torch.nan)
+    out, dq_out = (torch.full_like(x, torch.nan, dtype=q.dtype) for x in (o, dq))
+    lse = torch.full((n, heads), -torch.inf)
+    for number, (rows, cells, turns) in enumerate(launches_in_turn(n, heads, order)):
+        work = triton_attention.prepare_tiles(cells, SMALL, 132)
+        operands = q[rows], k[rows], v[rows]
+        final, dq_final = (FinalRows(x[rows], turns, number) for x in (out, dq_out))
+        triton_attention.forward(*operands, work, score, into=(o[rows], lse[rows]), merge=number > 0, final=final)
+        triton_attention.backward(
+            do[rows], *operands, lse_all[rows], delta[rows], work, score,
+            into=(dq[rows], None), add=(number > 0, False), final=dq_final,
+        )  # fmt: skip
+        is_finished = turns % MOST_TURNS <= number
+        for x in (out, dq_out):
+            assert torch.isfinite(x[rows][is_finished]).all() and torch.isnan(x[rows][~is_finished]).all()
+    assert relative_error(out, wanted.o) < 4e-3 and relative_error(lse, wanted.lse) < 4e-3
+    assert relative_error(dq_out, wanted.dq) < 4e-3
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ from meta_run import Layer, MetaBackend, layer_call
 from oracle import assert_close, dense, random_inputs, run_all_ranks
 from test_budgets import packed, plan_of
 
+from distattn.ir.layout import Layout
 from distattn.ir.mask import Mask
 from distattn.ir.plan import DTYPE_BYTES, POLICIES, Payload
 from distattn.parallel.make_plan import make_plan
@@ -37,14 +38,39 @@ def test_a_rank_sends_at_most_four_messages_to_each_peer_and_pass(strategy, poli
             assert len(set(sent)) in (0, 7) and max(collections.Counter(sent).values(), default=0) <= 4
 
 
-def test_a_rank_sends_at_most_four_messages_around_a_ring_forward_and_five_backward(monkeypatch):
+def test_a_rank_sends_at_most_four_messages_around_a_ring(monkeypatch):
     for heads, kv_heads, ulysses in ((64, 8, 4), (8, 2, 2)):
         plan = plan_of("usp", [65536], heads, kv_heads, options=dict(ulysses=ulysses))
         forward, backward = sends_of_passes(plan, monkeypatch)
-        group = [rank for rank in range(ulysses) if rank != 1]
         assert max(forward.count(peer) for peer in range(8)) <= 4
-        # dQ is sent in two steps. In the first of them dK and dV are also sent, to other peers
-        assert max(backward.count(peer) for peer in group) <= 5
+        # dQ is sent in two steps, in the first of them together with dK and dV of other tokens
+        group = [rank for rank in range(ulysses) if rank != 1]
+        assert max(backward.count(peer) for peer in group) <= 4
+
+
+def test_large_keys_and_values_travel_apart_from_queries(monkeypatch):
+    # in one bundle they would be kept as long as the queries, and be copied before they are passed on
+    plan = plan_of("usp", [1 << 20], 64, 8, options=dict(ulysses=4))
+    for sent in sends_of_passes(plan, monkeypatch):
+        assert max(sent.count(peer) for peer in range(8)) == 6
+
+
+def test_gradients_of_different_tokens_share_rows():
+    mask, layout = Mask.causal(256), Layout.zigzag([256], 8)
+    shape = dict(heads=8, kv_heads=4, head_dim=16, dtype="bfloat16")
+    plan = make_plan(mask, layout, strategy="usp", options=dict(ulysses=4), **shape)
+    pairs = set()
+    for rank in range(8):
+        for step in lower(plan, rank, lambda mask: None).backward:
+            for numbers in step.joined_sends:
+                messages = [step.sends[number] for number in numbers]
+                if {payload for payload, _ in messages} == {Payload.dQ, Payload.dKV}:
+                    rows = [message.view.slices[0].rows for _, message in messages]
+                    assert rows[0] == rows[1] and len({message.bundle for _, message in messages}) == 1
+                    pairs.add((rank, messages[0][1].peer))
+    assert pairs
+    inputs = random_inputs(256, 8, 4, 16)
+    assert_close(run_all_ranks(plan, inputs), dense(mask, inputs, 16**-0.5), 2e-2)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "double_ring"])

@@ -167,7 +167,8 @@ def run_all_ranks(
     layout, ranks = plan.call.layout, range(plan.call.ranks)
     proof = verify(plan)
     make = kernel_preparer(kernel, kernel_requirements(plan.call, torch.device("cpu")))
-    programs = [lower(plan, rank, make, proof) for rank in ranks]
+    finishes = getattr(load_kernel(kernel), "FINISHES", ())
+    programs = [lower(plan, rank, make, proof, finishes=finishes) for rank in ranks]
     record.programs = programs
     kernels = [RecordingKernel(load_kernel(kernel), rank, record) for rank in ranks]
     dtype = getattr(torch, plan.call.dtype)

@@ -269,7 +269,8 @@ def count_waits(waits: MessageMonitor) -> Callable[[], None]:
     """Add the time that this thread spends in torch.distributed's `Work.wait` to a monitor. Returns a function to stop it.
 
     PyTorch has no hook for this, so `Work.wait` is replaced until that function is called. With gloo the host waits
-    there; with NCCL only the device's stream does. Waits inside C++ code, such as those of functional collectives, are not counted.
+    there; with NCCL only the device's stream does. Waits inside C++ code, such as those of functional collectives, are
+    not counted.
     """
     original, thread = dist.Work.wait, threading.get_ident()
 

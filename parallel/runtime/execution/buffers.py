@@ -10,9 +10,10 @@ from torch import Tensor
 
 from distattn.ir.plan import Payload
 from distattn.kernels.glue import RowSelection, add_rows, copy_rows, copy_rows_with_products, merge_rows
+from distattn.kernels.spec import FinalRows
 from distattn.parallel.runtime.lowering.memory import FlatPlaces, PlacedTensor, PlaceKey
 from distattn.parallel.runtime.lowering.packed_messages import PackedMessages
-from distattn.parallel.runtime.lowering.views import BufferKey, View
+from distattn.parallel.runtime.lowering.views import OWN, BufferKey, View
 
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import Program
@@ -39,7 +40,9 @@ class Buffers:
 
     def __init__(self, program: Program, arena: Tensor):
         """Start without buffers. arena: a uint8 tensor on the pass's device."""
-        self._own, self._blank = program.own_tensors, program.blank
+        self._own, self._blank, self._turns = program.own_tensors, program.blank, program.turns
+        # the tensors of finished rows of own results that launches sum up
+        self._final: dict[Payload, Tensor] = {}
         self._merges_by_lse = program.call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
         # O, in backward passes that compute rowsum(dO * O) while copying dO
@@ -56,6 +59,24 @@ class Buffers:
             fields.append(torch.empty(shape, dtype=dtype, device=device))
         self.fields[key] = out = tuple(fields)
         return self._begun(key, out) if key in self._blank else out
+
+    def new_final(self, payload: Payload, dtype: torch.dtype) -> Tensor | None:
+        """Allocate the tensor of finished rows of an own result that launches sum up; None if they do not finish it."""
+        if payload not in self._turns:
+            return None
+        key, ((_, shape), *_) = self._own[payload]
+        out = self._final[payload] = torch.empty(shape, dtype=dtype, device=self._arena[torch.uint8].device)
+        # rows that no launch writes are 0
+        return out.zero_() if key in self._blank else out
+
+    def final_rows(self, payload: Payload, view: View, number: int) -> FinalRows | None:
+        """Return the finished rows of a launch's result, None for other results. number: the launch's."""
+        target = self._final.get(payload)
+        (only,) = view.slices
+        if target is None or only.buffer.step != OWN:
+            return None
+        assert isinstance(only.rows, slice), "a part of a buffer has contiguous rows"
+        return FinalRows(target[only.rows], self._turns[payload][only.rows], number)
 
     def bind_own(self, tensors: Mapping[Payload, Fields]) -> None:
         """Use `tensors`, keyed by payload, as the rank's own tensors."""
@@ -120,6 +141,7 @@ class Buffers:
         """Drop the arena and all buffers."""
         self.fields.clear()
         self._rows.clear()
+        self._final.clear()
         self._arena.clear()
 
     def pack(self, packed: PackedMessages, places: Sequence[Places]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distattn.ir.plan import REDUCED_PAYLOADS, Payload
 from distattn.kernels.registry import Kernel
-from distattn.kernels.spec import ScoreMod
+from distattn.kernels.spec import FinalRows, ScoreMod
 from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communication.transport import Packet, Transport
 from distattn.parallel.runtime.execution.buffers import Buffers, Fields, Places, convert_sums
@@ -32,11 +32,20 @@ PausableRun = Generator[None, None, Result]
 
 class Target(NamedTuple):
     """The tensors that a kernel writes a result to. adds: True to add or merge the result. is_part: the tensors are part of a
-    buffer."""
+    buffer.
+
+    final: the tensor of the rows that this launch finishes, if rows are returned in another dtype than they are summed in.
+    """
 
     fields: Fields
     adds: bool
     is_part: bool
+    final: FinalRows | None = None
+
+    @property
+    def final_argument(self) -> dict[str, FinalRows]:
+        """The argument `final` of a kernel; no kernel need take it otherwise."""
+        return {} if self.final is None else {"final": self.final}
 
 
 # (launch, operands, targets of results) -> results; there are no targets if a kernel allocates its own tensors
@@ -54,8 +63,9 @@ def forward(
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """Compute core attention for this rank's tokens: (o_THE, lse_TH, kept).
 
-    lse is in the accumulation dtype. So is o, unless nothing is added to it; in that case it is in the inputs' dtype. `kept`
-    is one flat tensor of the received tensors that the backward pass needs (empty unless the policy is "keep").
+    lse is in the accumulation dtype. So is o, unless nothing is added to it or launches finish it; in that case it is in the
+    inputs' dtype. `kept` is one flat tensor of the received tensors that the backward pass needs (empty unless the policy is
+    "keep").
     """
 
     def compute(
@@ -66,7 +76,7 @@ def forward(
         if not targets:
             return {Payload.O: kernel.forward(*inputs)}
         target = targets[Payload.O]
-        return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds)}
+        return {Payload.O: kernel.forward(*inputs, into=target.fields, merge=target.adds, **target.final_argument)}
 
     with (
         ARENAS.kept(program.kept_places.numbers, q_THD.dtype, q_THD.device) as kept,
@@ -77,9 +87,10 @@ def forward(
         if program.kept_places.places:
             buffers.bind_flat(program.kept_places, kept)
         o_THE, lse_TH = buffers.new_own(Payload.O)
+        final_THE = buffers.new_final(Payload.O, q_THD.dtype)
         yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
-    return o_THE, lse_TH, kept
+    return o_THE if final_THE is None else final_THE, lse_TH, kept
 
 
 def backward(
@@ -112,7 +123,7 @@ def backward(
         else:
             of_q, of_kv = targets[Payload.dQ], targets[Payload.dKV]
             into = of_q.fields[0], of_kv.fields
-            dq, dk, dv = kernel.backward(*inputs, into=into, add=(of_q.adds, of_kv.adds))
+            dq, dk, dv = kernel.backward(*inputs, into=into, add=(of_q.adds, of_kv.adds), **of_q.final_argument)
         return {Payload.dQ: (dq,), Payload.dKV: (dk, dv)}
 
     with ARENAS.borrowed(program.backward_bytes, q_THD.device) as arena:
@@ -125,8 +136,11 @@ def backward(
             buffers.bind_own({Payload.dO: (do_THE, lse_TH, delta_TH)})
         buffers.bind_flat(program.kept_places, kept, kept_key)
         sums = [*buffers.new_own(Payload.dQ), *buffers.new_own(Payload.dKV)]
+        final_THD = buffers.new_final(Payload.dQ, q_THD.dtype)
         yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
+        if final_THD is not None:
+            sums[0] = final_THD
     dq_THD, dk_TKD, dv_TKE = convert_sums(sums, (q_THD.dtype, k_TKD.dtype, v_TKE.dtype))
     return dq_THD, dk_TKD, dv_TKE
 
@@ -244,7 +258,8 @@ def _targets(step: ProgramStep, number: int, buffers: Buffers) -> dict[Payload, 
     targets = {}
     for payload, view in step.launches[number].results.items():
         if view.is_part:
-            targets[payload] = Target(buffers.part(view), not view.slices[0].is_first, True)
+            final = buffers.final_rows(payload, view, step.launches[number].number)
+            targets[payload] = Target(buffers.part(view), not view.slices[0].is_first, True, final)
         else:
             targets[payload] = Target(buffers.place(step.places["result", number, payload]), False, False)
     return targets

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from distattn.ir.intervals import Ints, lexicographic_argsort, merge_intervals, run_starts, sorted_unique
 from distattn.ir.plan import (
@@ -28,6 +29,7 @@ from distattn.ir.plan import (
 )
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows
 from distattn.parallel.analysis.verify import Proof
+from distattn.parallel.runtime.lowering.final_rows import turns_of_rows
 from distattn.parallel.runtime.lowering.landing import Landing, land, may_land
 from distattn.parallel.runtime.lowering.launches import LaunchTable
 from distattn.parallel.runtime.lowering.memory import (
@@ -37,7 +39,7 @@ from distattn.parallel.runtime.lowering.memory import (
     rounded_arena_bytes,
 )
 from distattn.parallel.runtime.lowering.packed_messages import joined_messages, pack, uses_copies_of
-from distattn.parallel.runtime.lowering.row_bundles import Bundle, RowFormat, find_bundles
+from distattn.parallel.runtime.lowering.row_bundles import Bundle, RowFormat, find_bundles, result_parts
 from distattn.parallel.runtime.lowering.segment_launches import SegmentLaunches
 from distattn.parallel.runtime.lowering.staging import stage
 from distattn.parallel.runtime.lowering.state_program import lower_states
@@ -59,13 +61,19 @@ _MOST_SEGMENTS = 4
 
 
 def lower(
-    plan: Plan, rank: int, prepare: PrepareKernel, proof: Proof | None = None, in_larger_job: bool = False
+    plan: Plan,
+    rank: int,
+    prepare: PrepareKernel,
+    proof: Proof | None = None,
+    in_larger_job: bool = False,
+    finishes: Container[str] = (),
 ) -> Program:
     """Lower a plan for one rank. `prepare` derives the kernel's own schedule from a launch's mask or a recurrence's segments.
 
     The proof is stored with the program. Running an unproven plan is at the caller's risk. in_larger_job: the job has ranks
     outside the plan, so messages may be in flight even if the plan has only one rank. The arenas have room for the results of
-    kernels that accept `into`. Other kernels allocate their own results, so that room is unused.
+    kernels that accept `into`. Other kernels allocate their own results, so that room is unused. finishes: the directions
+    in which the kernel accepts `final`.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
@@ -84,11 +92,19 @@ def lower(
     kept_places = place_kept(call, kept, forward.bundles)
     blank = frozenset(forward.blank | backward.blank)
     unadded = frozenset(forward.unadded | backward.unadded)
+    turns: dict[Payload, Tensor] = {}
+    for direction, table, steps, payload in (
+        ("forward", plan.forward, ahead, Payload.O),
+        ("backward", plan.backward, back, Payload.dQ),
+    ):
+        if direction in finishes:
+            rows = turns_of_rows(call, table, rank, steps, payload, unadded)
+            turns |= {} if rows is None else {payload: rows}
     sizes = assign_places(call, ahead, forward.bundles), assign_places(call, back, backward.bundles)
     own_tensors = describe_own_tensors(call, tokens, unadded)
     sums = call.op.kind == "attention" and all(uses_copies_of(Payload.dO, step) for step in back)
     program = Program(
-        call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, own_tensors, *sizes, sums
+        call, proof, rank, tokens, ahead, back, kept, kept_places, blank, unadded, turns, own_tensors, *sizes, sums
     )
     return _with_states(plan, program) if call.op.is_recurrent else program
 
@@ -125,7 +141,8 @@ class _TableLowering:
         tasks = select_rows(tasks, tasks["rank"] == rank)
         self.tasks = select_rows(tasks, lexicographic_argsort(*(tasks[name] for name in ("step", "h0", "h1"))))
         # states are lowered separately, since they are not rows of tokens: see `state_program`
-        moves = select_rows(table.moves, ~np.isin(table.moves["payload"], STATE_PAYLOADS))
+        moves = {**table.moves, "part": result_parts(call, table)}
+        moves = select_rows(moves, ~np.isin(moves["payload"], STATE_PAYLOADS))
         self.outgoing = select_rows(moves, moves["src"] == rank)
         self.incoming = select_rows(moves, moves["dst"] == rank)
         # incoming buffers hold copies; outgoing buffers hold partial results
@@ -224,11 +241,11 @@ class _TableLowering:
         """Return a buffer for each payload, step and head range. Its rows are sorted by peer, which makes each message a
         slice."""
         moves = select_rows(moves, np.isin(moves["payload"], payloads))
-        moves, first = _grouped(moves, ("payload", "step", "h0", "h1"), (peer, "t0"))
+        moves, first = _grouped(moves, ("payload", "step", "h0", "h1", "part"), (peer, "t0"))
         before = np.append(0, np.cumsum(moves["t1"] - moves["t0"]))
         extents = []
         for a, b in itertools.pairwise(first):
-            payload, *rest = (int(moves[name][a]) for name in ("payload", "step", "h0", "h1"))
+            payload, *rest = (int(moves[name][a]) for name in ("payload", "step", "h0", "h1", "part"))
             key = BufferKey(Payload(payload), *rest)
             extents.append(BufferExtent(key, moves["t0"][a:b], moves["t1"][a:b], before[a:b] - before[a]))
         return extents
@@ -242,7 +259,7 @@ class _TableLowering:
         """
         moves, first = _grouped(moves, ("step", peer, "payload", "h0", "h1"), ("t0",))
         each = select_rows(moves, np.array(first[:-1], np.int64))
-        columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1"))
+        columns = (each[name].tolist() for name in (peer, "payload", "step", "h0", "h1", "part"))
         names = [(rank, BufferKey(Payload(payload), *rest)) for rank, payload, *rest in zip(*columns, strict=True)]
         number = np.arange(num_rows(each))
         length = moves["t1"] - moves["t0"]
@@ -297,7 +314,7 @@ class _TableLowering:
             used = [payload for payload in self.payloads if launches.uses(i, payload)]
             operands = {payload: of_payload[payload][i] for payload in used if payload in HELD_PAYLOADS}
             results = {payload: of_payload[payload][i] for payload in used if payload in REDUCED_PAYLOADS}
-            steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results))
+            steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results, i))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
         """Allocate each buffer in the first step that uses it and release it in the last. Skip those in `kept`."""

@@ -383,11 +383,26 @@ def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int,
         for payload in payloads
         for width, name in own_result_fields(call, payload, program.unadded)
     )
+    summed += sum(
+        _cells(program, payload, width) * _itemsize(program)
+        for payload in payloads
+        if payload in program.turns
+        for width, _ in call.payload_fields(payload)
+        if width
+    )
     most = now = 0
     for wide, narrow in sorted(_sums(program, payloads)):
         most = max(most, now + narrow)
         now += narrow - wide
-    return summed, most
+    # sums of finished rows are freed before the others are converted
+    freed = sum(
+        _cells(program, payload, width) * getattr(torch, name).itemsize
+        for payload in payloads
+        if payload in program.turns
+        for width, name in own_result_fields(call, payload, program.unadded)
+        if width
+    )
+    return summed, max(0, most - freed)
 
 
 def _sums(program: Program, payloads: tuple[Payload, ...]) -> list[tuple[int, int]]:
@@ -396,6 +411,7 @@ def _sums(program: Program, payloads: tuple[Payload, ...]) -> list[tuple[int, in
     return [
         (cells * getattr(torch, name).itemsize, cells * _itemsize(program))
         for payload in payloads
+        if payload not in program.turns
         for width, name in own_result_fields(call, payload, program.unadded)
         if (cells := _cells(program, payload, width)) and width and name != call.dtype
     ]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from distattn.ir.intervals import Ints, lexicographic_argsort, run_starts
+from distattn.ir.intervals import Ints, lexicographic_argsort, run_starts, sorted_unique
 from distattn.ir.plan import (
     DTYPE_BYTES,
     HELD_PAYLOADS,
@@ -100,11 +100,12 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
     All buffers that arrive at a rank in a step (or leave it, for partial results) form one bundle if they hold the same
     tokens of the same peers, at least one of them lacks some of the heads, and they have equal lifetimes. Lifetimes are equal
     if all tasks of the rank are in one step and the rank forwards nothing. Small copies form one bundle even if their
-    lifetimes differ. Otherwise each buffer is a bundle. A buffer is in no bundle if its rows would need much padding, or if
-    its tensors would not be aligned in a row, since fast kernels reject such tensors.
+    lifetimes differ. Otherwise Q and dO form one bundle, and each other buffer is a bundle. Results numbered by `result_parts`
+    form a bundle although they hold different tokens. A buffer is in no bundle if its rows would need much padding, or if its
+    tensors would not be aligned in a row, since fast kernels reject such tensors.
     """
     bundles: dict[tuple[int, BufferKey], Bundle] = {}
-    moves, tasks = table.moves, table.tasks
+    moves, tasks = {**table.moves, "part": result_parts(call, table)}, table.tasks
     heads = [call.payload_heads(payload) for payload in Payload]
     is_aligned = cache(partial(_is_aligned, call))
     # recurrence kernels would copy a tensor with gaps between its rows
@@ -116,20 +117,26 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
         # ranks that send copies of other ranks' tokens, or receive partial results for them
         is_passed_on = of_kind & ~owns_range(call, moves[peer], moves["t0"], moves["t1"])
         passing_ranks = set(np.unique(moves[peer][is_passed_on]).tolist())
-        for (rank, step), buffers in _buffers_by_step(rows, end, peer):
-            tokens_of = {BufferKey(Payload(payload), step, h0, h1): tokens for payload, h0, h1, tokens in buffers}
+        for (rank, step, part), buffers in _buffers_by_step(rows, end, peer):
+            tokens_of = {BufferKey(Payload(payload), step, h0, h1, part): tokens for payload, h0, h1, tokens in buffers}
             keys = [key for key in tokens_of if is_aligned(key.payload, key.h1 - key.h0)]
             if not keys:
                 continue
-            is_one = all(np.array_equal(tokens_of[key], tokens_of[keys[0]]) for key in keys[1:])
+            groups: list[Bundle] = [(key,) for key in keys]
+            is_one = part > 0 or all(np.array_equal(tokens_of[key], tokens_of[keys[0]]) for key in keys[1:])
             with_some_heads = {key for key in keys if key.h1 - key.h0 < heads[key.payload]}
             if is_one and len(keys) > 1:
-                lives_are_equal = (
+                lives_are_equal = part > 0 or (
                     rank not in passing_ranks and len(np.unique(tasks["step"][tasks["rank"] == rank])) <= 1
                 )
                 are_small = payloads is HELD_PAYLOADS and _extended_bytes(call, tokens_of, keys) <= _MOST_EXTENDED
-                is_one = bool(with_some_heads) and (lives_are_equal or are_small)
-            for bundle in [tuple(keys)] if is_one else [(key,) for key in keys]:
+                if with_some_heads and (lives_are_equal or are_small):
+                    groups = [tuple(keys)]
+                elif with_some_heads and payloads is HELD_PAYLOADS:
+                    # Q and dO are used by the same tasks
+                    of_keys = tuple(key for key in keys if key.payload in KEY_PAYLOADS)
+                    groups = [group for group in (tuple(key for key in keys if key not in of_keys), of_keys) if group]
+            for bundle in groups:
                 if with_some_heads.intersection(bundle) or len(call.payload_fields(bundle[0].payload)) > 1:
                     bundles.update({(rank, key): bundle for key in bundle})
     return bundles
@@ -157,18 +164,60 @@ def _extended_bytes(call: Call, tokens_of: dict[BufferKey, Ints], keys: list[Buf
     return min(sizes)
 
 
+def result_parts(call: Call, table: Table) -> Ints:
+    """Return for each move the part of its buffer: 1 for dQ and dKV that share rows although the rank's other moves do not.
+
+    A rank may send dQ and dKV of equally many tokens to some peers, and only dKV to others, all in one step. Results for the
+    former are then in separate buffers, and a row holds dQ of one token and dKV of another. This is so only for results of the
+    rank's first step with tasks, which live equally long.
+    """
+    moves, tasks = table.moves, table.tasks
+    part = np.zeros(num_rows(moves), np.int64)
+    is_query = moves["payload"] == Payload.dQ
+    chosen = np.flatnonzero(is_query | (moves["payload"] == Payload.dKV))
+    if not is_query.any() or not call.op.is_softmax:
+        return part
+    rows, is_query = select_rows(moves, chosen), is_query[chosen]
+    # the moves of a rank, step and peer, and whether they are of the same tokens
+    size = table.steps * call.ranks
+    pair, group = np.unique((rows["src"] * table.steps + rows["step"]) * call.ranks + rows["dst"], return_inverse=True)
+    sign = np.where(is_query, 1, -1)
+    tokens = np.zeros((3, len(pair)), np.int64)
+    for column, values in zip(tokens, (sign, sign * rows["t0"], sign * rows["t1"]), strict=True):
+        np.add.at(column, group, values)
+    counts = [np.bincount(group[selected], minlength=len(pair)) for selected in (is_query, ~is_query)]
+    are_equal = (tokens == 0).all(0)
+    # one interval of as many tokens each
+    are_joint = (counts[0] == 1) & (counts[1] == 1) & (tokens[1] == tokens[2])
+    source = pair // call.ranks
+    _, sender = np.unique(source, return_inverse=True)
+    differ = np.bincount(sender, ~are_equal) > 0
+    # the second step in which a rank has tasks
+    task_pairs = sorted_unique(tasks["rank"] * (table.steps + 1) + tasks["step"])
+    second = np.full(call.ranks, size)
+    is_first = np.append(True, task_pairs[1:] // (table.steps + 1) != task_pairs[:-1] // (table.steps + 1))
+    is_second = ~is_first & np.append(False, is_first[:-1])
+    second[task_pairs[is_second] // (table.steps + 1)] = task_pairs[is_second] % (table.steps + 1)
+    rank, step = np.divmod(source, table.steps)
+    part[chosen] = (are_joint & differ[sender] & (step <= second[rank]))[group]
+    return part
+
+
 def _buffers_by_step(
     moves: Columns, end: str, peer: str
-) -> Iterator[tuple[tuple[int, int], list[tuple[int, int, int, Ints]]]]:
-    """Yield ((rank, step), buffers) of moves. A buffer is (payload, h0, h1, tokens); tokens are (3, intervals): peer, t0, t1."""
-    by = (end, "step", "payload", "h0", "h1")
+) -> Iterator[tuple[tuple[int, int, int], list[tuple[int, int, int, Ints]]]]:
+    """Yield ((rank, step, part), buffers) of moves.
+
+    A buffer is (payload, h0, h1, tokens); tokens are (3, intervals): peer, t0, t1.
+    """
+    by = (end, "step", "part", "payload", "h0", "h1")
     moves = select_rows(moves, lexicographic_argsort(*(moves[name] for name in (*by, peer, "t0"))))
     tokens = np.stack([moves[name] for name in (peer, "t0", "t1")])
     first = run_starts(*(moves[name] for name in by)).tolist()
     names = zip(*(moves[name][first].tolist() for name in by), strict=True)
     buffers = [
-        (name[:2], (*name[2:], tokens[:, a:b]))
+        (name[:3], (*name[3:], tokens[:, a:b]))
         for name, (a, b) in zip(names, itertools.pairwise([*first, num_rows(moves)]), strict=True)
     ]
-    for rank_and_step, some in itertools.groupby(buffers, lambda entry: entry[0]):
-        yield rank_and_step, [buffer for _, buffer in some]
+    for place, some in itertools.groupby(buffers, lambda entry: entry[0]):
+        yield place, [buffer for _, buffer in some]

@@ -89,4 +89,5 @@ def replace_tensors(program: Program, change: Callable[[Tensor], Tensor]) -> Pro
         return replace(old, launches=launches, own_copies=own_copies, own_results=own_results, **changes)
 
     passes = [[step(part) for part in steps] for steps in (program.forward, program.backward)]
-    return replace(program, forward=passes[0], backward=passes[1])
+    turns = {payload: change(rows) for payload, rows in program.turns.items()}
+    return replace(program, forward=passes[0], backward=passes[1], turns=turns)

@@ -20,12 +20,16 @@ RowIndex = slice | Tensor
 
 
 class BufferKey(NamedTuple):
-    """The key of a buffer: the rank's own tensor of a payload (step OWN), or heads [h0, h1) of tokens that move in `step`."""
+    """The key of a buffer: the rank's own tensor of a payload (step OWN), or heads [h0, h1) of tokens that move in `step`.
+
+    part: the index of the peers that the buffer is for, if results for other peers leave in the same step (see `row_bundles`).
+    """
 
     payload: Payload
     step: int
     h0: int
     h1: int
+    part: int = 0
 
 
 OWN = -1

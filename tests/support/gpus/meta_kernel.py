@@ -10,6 +10,7 @@ from distattn.kernels.triton.sums import scratch_of_parts
 __all__ = [
     "ACCUMULATES",
     "DIFFERENTIABLE_LSE",
+    "FINISHES",
     "backward",
     "forward",
     "prepare",
@@ -18,6 +19,7 @@ __all__ = [
 ]
 
 DIFFERENTIABLE_LSE = ACCUMULATES = True
+FINISHES = ("forward", "backward")
 CAPABILITY, PROCESSORS = 90, 132
 # the directions of the calls, in order
 CALLS: list[str] = []
@@ -31,7 +33,7 @@ def prepare(mask, requirements):
     return prepare_tiles(mask, tiles_for(requirements, CAPABILITY), PROCESSORS)
 
 
-def forward(q, k, v, schedule, score, into=None, merge=False):
+def forward(q, k, v, schedule, score, into=None, merge=False, final=None):
     assert all(column.device == q.device for column in schedule.forward)
     CALLS.append("forward")
     if into is None:
@@ -40,7 +42,7 @@ def forward(q, k, v, schedule, score, into=None, merge=False):
     return into
 
 
-def backward(do, q, k, v, lse, delta, schedule, score, into=(None, None), add=(False, False)):
+def backward(do, q, k, v, lse, delta, schedule, score, into=(None, None), add=(False, False), final=None):
     CALLS.append("backward")
     dq = q.new_empty(q.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k, v))
