@@ -120,8 +120,9 @@ def plants(tier: ModuleType, tile: int) -> list[Plant]:
 
         return run
 
-    def overwriting(*operands: Any, into: Any = None, add: tuple[bool, bool] = (False, False)) -> Any:
-        return tier.backward(*operands) if into is None else tier.backward(*operands, into=into, add=(add[0], False))
+    def overwriting(*operands: Any, into: Any = None, add: tuple[bool, bool] = (False, False), **final: Any) -> Any:
+        targets = {} if into is None else dict(into=into, add=(add[0], False))
+        return tier.backward(*operands, **targets, **final)
 
     def writing_beyond(*operands: Any, **into: Any) -> Any:
         grads = tier.backward(*operands, **into)
