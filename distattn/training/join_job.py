@@ -1,7 +1,7 @@
 """Let a rank join its job: ranks rendezvous through a store, and prove to each other that they know the job's secret.
 
-PyTorch's own rendezvous by environment variables would listen on all interfaces. The proof is needed because PyTorch's
-store, gloo and NCCL let any process join.
+PyTorch's own rendezvous through environment variables is not used, because it listens on all interfaces. The proof is
+needed because PyTorch's store, gloo and NCCL let any process join.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _BYTES = 32
 def job_store() -> dict[str, Any]:
     """Return arguments for `torch.distributed.init_process_group` that join the job described by the environment.
 
-    The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. With
-    TORCHELASTIC_USE_AGENT_STORE torchrun's agent hosts the store, otherwise rank 0 does, and listens only on that address.
-    Each restart uses a different key prefix. Raises DistattnError if rank 0 cannot listen on the address.
+    The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. If TORCHELASTIC_USE_AGENT_STORE is
+    "True", torchrun's agent hosts the store; otherwise rank 0 hosts it and listens only on MASTER_ADDR. Each restart uses a
+    different key prefix. Raises DistattnError if rank 0 cannot listen there.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

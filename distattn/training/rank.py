@@ -61,7 +61,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     try:
         config = Proposal(run, proposed).load() if proposed else configuration.load(run.config_file)
     except DistattnError as error:
-        # print once per machine, since its ranks read the same file (`is_first_to_print` needs a store, not yet open)
+        # print once per machine, since its ranks read the same file (`is_first_to_print` needs the store)
         if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
             print_message(f"rank {os.environ['RANK']}: {error}")
         set_end(error.exit_code, error)
@@ -100,7 +100,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
 
 
 def _print_error(text: str, run: RunFolder, store: dist.Store | None) -> None:
-    """Print why this rank ends, unless ranks share a console and another rank has printed the same text.
+    """Print why this rank is exiting, unless ranks share a console and another rank has printed the same text.
 
     store: the job's store, or None if it must not be used.
     """

@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2: parameters, gradients and optimizer state sharded over all ranks, or over replicated groups of ranks."""
+"""PyTorch's FSDP2: parameters, gradients and optimizer state sharded over all ranks, or in each of several groups of ranks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Fsdp2Engine:
             eps=train.epsilon,
             fused=state_device.type == "cuda",
         )
-        # keep the sharded parameters: the model's own are unsharded between forward and backward
+        # keep the sharded parameters: between forward and backward, the model has unsharded parameters in their place
         self._sharded = dict(self.model.named_parameters())
         # AdamW would create its averages in the first step, but a checkpoint may be loaded into them before that
         for parameter in self.model.parameters():

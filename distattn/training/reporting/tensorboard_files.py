@@ -32,8 +32,8 @@ class TensorBoardFiles:
     def write(self, add: Callable[[Any], None]) -> None:
         """Call `add` with the `torch.utils.tensorboard.SummaryWriter`.
 
-        Warns at the first failure. TensorBoard writes in a thread, so rows added shortly before are also lost, and the
-        thread may report the same error.
+        Warns at the first failure. TensorBoard writes in a thread, so rows added shortly before the failure are also
+        lost, and the thread may report the same error.
         """
         if not self._is_in_place():
             return

@@ -37,7 +37,7 @@ class StepEvidence(NamedTuple):
 
 
 def save_evidence(evidence: StepEvidence, folder: Path, rank: int, most: int) -> None:
-    """Write one step's evidence to `folder/step-N`, and keep the newest `most` steps. Every rank calls it.
+    """Write one step's evidence to `folder/step-N`, and keep that of the newest `most` steps. Every rank calls it.
 
     Rank 0 writes `verdict.json` and `documents.jsonl`. Each rank R writes `tokens-R.npz` (arrays "I.input_ids" and so on
     for micro-batch I) and `weights-R.json` (xxh3 of its shard of each parameter). Older evidence of the same step is

@@ -80,8 +80,8 @@ class Verdict:
     """The decision on a step. action: apply, skip, stop or rollback; reason: a sentence, empty if the step is applied.
 
     streak: consecutive refused steps, including this one; for an applied step, the streak that it ends, or None.
-    recovered: for an applied step that ends a streak, False if it exceeds the limits from before the streak, so the
-    refused level has become the usual one.
+    recovered: for an applied step that ends a streak, False if its values exceed the limits from before the streak,
+    which means that the refused level has become usual.
     """
 
     step: int
@@ -105,10 +105,10 @@ class Verdict:
 class StepFinding:
     """The result of running a refused step again. text: a sentence for the user.
 
-    kind: "not finite", "large" (all values are finite, and this tensor stands out) or "clean" (the fault did not repeat).
-    tensor: its description. computed_in: the module whose code computes it. ranks: the ranks that had it first.
-    micro_batch: its index, or -1 for weights. bad, elements: numbers of non-finite values and of all values, on the first
-    of these ranks. largest: largest absolute value.
+    kind: "not finite", "large" (all values are finite, and this tensor stands out) or "clean" (the fault did not repeat). tensor:
+    its description. computed_in: the module whose code computes it. ranks: the ranks on which it occurred first. micro_batch: its
+    index, or -1 for weights. bad, elements: numbers of non-finite values and of all values, on the first of these ranks. largest:
+    largest absolute value.
     """
 
     step: int
@@ -153,7 +153,7 @@ class NumericsWatch:
             name: SpikeDetector(settings.spike_window, settings.spike_threshold, _EARLY[name]) for name in _WATCHED
         }
         self._in_a_row = 0
-        # the refused steps that end with the last judged step
+        # the streak of refused steps up to the last judged step; None if that step was applied
         self.streak: Streak | None = None
         # whether the last judged step was finite
         self._was_finite = True
@@ -181,7 +181,7 @@ class NumericsWatch:
         streak_before, limits = self.streak, {name: curve.limit() for name, curve in self._curves.items()}
         for name, value in values.items():
             self._curves[name].add(value)
-        # the detectors adopt a new level after some steps, but never non-finite values
+        # count non-finite steps, since the detectors never adopt them as a new level
         self._in_a_row = 0 if self._was_finite else self._in_a_row + 1
         if not reason:
             self.streak = None
