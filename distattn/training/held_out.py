@@ -32,7 +32,7 @@ class _Place(NamedTuple):
 
 
 def check_held_out(config: Config, data: RunData) -> None:
-    """Raise DistattnError if a held-out document is also trained on, or if `held_out_data` raises it.
+    """Raise DistattnError if a held-out document is also trained on, or if `held_out_data` does.
 
     data: the training data. Two files count as the same if they are one file on disk or have equal digests, whatever
     their corpora are called. Reads the records of all training steps.

@@ -46,7 +46,7 @@ def job_store() -> dict[str, Any]:
 def authenticate_ranks(file: Path) -> None:
     """Let all ranks of the default group prove to each other that they know the secret in `file`. A collective call.
 
-    Every rank draws a random number, and every proof covers all of them, so no proof can be replayed. Nothing is
+    Every rank draws a random number, and every proof covers all these numbers, so no proof can be replayed. Nothing is
     unpickled before the proofs have been checked. Ranks that know the secret raise DistattnError naming the ranks that
     do not.
     """
@@ -71,7 +71,7 @@ def authenticate_ranks(file: Path) -> None:
 
 
 def _listen(host: str, port: int, ranks: int) -> int:
-    """Return the file descriptor of a socket that listens on the address of `host`, a name of this machine."""
+    """Return the file descriptor of a socket that listens on the address to which `host`, a name of this machine, resolves."""
     addresses = resolve_host(host)
     if not addresses:
         raise DistattnError(f"MASTER_ADDR: {host} does not resolve; name an address of rank 0's machine.")

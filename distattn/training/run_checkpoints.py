@@ -142,8 +142,7 @@ class RunCheckpoints:
         return loaded.step
 
     def go_back(self, step: int) -> int:
-        """Load the newest checkpoint and return its step. Raises DistattnError if no checkpoint exists. step: the refused
-        step."""
+        """Load the newest checkpoint and return its step. Raises DistattnError if none exists. step: the refused step."""
         if not (checkpoint := self.resume()) and self._loaded is None:
             raise DistattnError(
                 f"step {step + 1}: there is no checkpoint to go back to, since none could be saved; see the messages above."
@@ -178,7 +177,7 @@ class RunCheckpoints:
         )
 
     def begins_at(self, step: int) -> bool:
-        """Return whether `step` is the first one after loading a checkpoint that was not in doubt."""
+        """Return whether `step` is the first step after loading a checkpoint that was not in doubt."""
         return self._loaded is not None and self._loaded.step == step and not self._loaded.doubt
 
     def judge(self, verdict: Verdict, loss: float) -> None:

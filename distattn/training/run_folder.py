@@ -137,9 +137,9 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def accept_config(self, config: Config, step: int) -> None:
-        """Replace the run's configuration, and keep the old one as config.until-STEP.toml. Call this while no rank reads it.
+        """Replace the run's configuration, and keep the old file as config.until-STEP.toml. Call this while no rank reads it.
 
-        step: the step from which the ranks continue. Later changes at the same step keep the old one as
+        step: the step from which the ranks continue. Later changes at the same step keep the old file as
         config.until-STEP-2.toml and so on. Raises OSError, leaving the run's configuration unchanged.
         """
         if configuration.load(self.config_file) == config:
@@ -149,7 +149,7 @@ class RunFolder:
         while file.exists():
             number += 1
             newest, file = file, self.folder / f"config.until-{step}-{number}.toml"
-        # a process killed between the two writes below has already kept the old configuration
+        # if a process was killed between the two writes below, the old configuration has already been kept
         if newest is None or newest.read_text("utf-8") != before:
             write_whole(file, before)
         configuration.save(config, self.config_file)

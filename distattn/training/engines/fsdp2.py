@@ -25,7 +25,7 @@ from distattn.training.watch.state_digest import state_tensors
 
 # AdamW's averages for each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
-# number of micro-batches that take turns: one computes while the other's messages are in transit
+# number of micro-batches that take turns: while the messages of one are in transit, the other computes
 _TAKE_TURNS = 2
 
 
@@ -67,8 +67,8 @@ class Fsdp2Engine:
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
         """Run the forward and backward passes. See `Engine.backward`.
 
-        Gradients are reduced after each micro-batch (or pair), so no rank keeps unsharded gradients. A single micro-batch,
-        such as one run again to examine a step, runs without taking turns.
+        Gradients are reduced after each micro-batch (or pair), so no rank keeps unsharded gradients. A single micro-batch, such
+        as in the second run of a refused step, runs without taking turns.
         """
         losses: list[Tensor] = []
         if self._schedule is not None and len(batches) > 1:

@@ -300,8 +300,7 @@ class MegatronEngine:
                 flat.copy_(part.flatten()[place])
 
     def _optimized(self, name: str, kind: str) -> tuple[Tensor, slice] | None:
-        """Return this rank's flat optimizer shard of a parameter and its slice of the flat parameter; None if there is no
-        shard."""
+        """Return this rank's flat optimizer shard of a parameter and its slice of the flat parameter; None if it is empty."""
         optimizer, parameter = self._optimizer, self._parameters[name]
         if parameter not in optimizer.model_param_gbuf_map:
             return None

@@ -110,7 +110,7 @@ class HealthReports:
             self._counted = self._gather([_UNKNOWN] * len(_TIMES) + self._counters.read())
 
     def clock(self) -> StepClock:
-        """Return a step clock that reports all counted waits as waiting."""
+        """Return a step clock whose wait_seconds include all counted waits."""
         return StepClock(self._device, self._waits)
 
     def wait(self, work: Callable[[], Any]) -> Any:

@@ -105,7 +105,7 @@ class JsonLines:
             print_message(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
 
     def move_to(self, folder: Path) -> None:
-        """Continue at the new path of the folder."""
+        """Continue in `folder`, the new path of the file's folder."""
         self._path, self._is_in_place = folder / self._path.name, lambda: True
 
     def close(self) -> None:

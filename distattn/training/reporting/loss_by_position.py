@@ -43,7 +43,7 @@ class CorpusLoss:
 
 @dataclass(frozen=True)
 class LossTable:
-    """Mean losses over some steps and all ranks.
+    """Mean losses over a number of steps and all ranks.
 
     loss: mean over all tokens with a label and a finite loss; None if there are no such tokens. not_finite: number of
     tokens whose loss is not finite; no mean includes them. by_corpus: empty if the tokens' corpora are unknown.

@@ -143,7 +143,7 @@ class MetricsReporter:
             self._show_evaluation(step, table)
 
     def _show_evaluation(self, step: int, table: LossTable) -> None:
-        """Print the loss of an evaluation, above the bar if there is one."""
+        """Print the loss of an evaluation, above the progress bar if it is shown."""
         if self.json_lines:
             row = {"step": step, "evaluation_loss": table.loss, "evaluation_tokens": table.tokens}
             sys.stdout.write(json_text(row) + "\n")

@@ -78,7 +78,7 @@ def write_report(
 
 
 def _rank_counts(run: RunFolder, config: Config) -> str:
-    """Return "4 ranks" or, if the run was resumed with a different number of ranks, "4 ranks, from step 35 on 2"."""
+    """Return text such as "4 ranks" or, if the run was resumed with another number, "4 ranks, from step 35 on 2"."""
     resumed = [event for event in run.events() if event["kind"] == RESUMED and "saved_on" in event]
     # (last step before the segment, number of ranks)
     segments = [(-1, resumed[0]["saved_on"] if resumed else config.parallel.ranks)]

@@ -82,7 +82,7 @@ class _Rows:
             size *= 2
 
     def of_step(self, begin: int, step: int) -> list[Row]:
-        """Return the rows of a step. begin: byte offset of a row from which step numbers only increase."""
+        """Return the rows of a step. begin: byte offset of a row after which step numbers never decrease."""
         # invariant: rows before `low` belong to earlier steps, rows at or after `high` do not
         low, high = begin, self._end
         while high - low > _PART_BYTES:

@@ -26,7 +26,7 @@ class TensorBoardFiles:
         self._warned = False
 
     def open(self) -> None:
-        """Start a file now instead of at the first row. Only the process that writes needs the package."""
+        """Start a file now instead of at the first row. Only a process that calls this or `write` needs the package."""
         self.write(lambda writer: None)
 
     def write(self, add: Callable[[Any], None]) -> None:

@@ -32,7 +32,7 @@ _COMPILED = "_orig_mod"
 
 @dataclass(frozen=True)
 class ObservedTensor:
-    """A tensor of one module. kind: "input", "output", a parameter's name, or a description of the message.
+    """A tensor of one module. kind: "input", "output", a parameter's name, or a description of a message.
 
     gradient: True for the gradient of that tensor. elements: number of values.
     """
@@ -61,8 +61,8 @@ class Observations:
     """The observations of a pass, in order. values: one value on the device for each tensor in `seen`.
 
     places: each tensor's place in the pass, comparable across ranks: (turn of the pipeline stage, index of the module's
-    tensor, index of the message exchange after it). The last index is 0 for the tensor itself. Ranks may send different
-    numbers of messages in one exchange.
+    tensor, index of the message exchange after it). The last index is 0 for the tensor itself. All messages of an
+    exchange share a place, since ranks may send different numbers of messages in it.
     """
 
     seen: list[ObservedTensor] = field(default_factory=list)

@@ -13,7 +13,7 @@ from torch import Tensor
 from distattn.training.engines.engine import WEIGHT, StateTensor
 from distattn.training.watch.module_observer import plain_name
 
-# an update that multiplies a weight's norm by more than this has destroyed the weight
+# an update that multiplies a weight's norm by more than this counts as having destroyed the weight
 LARGE_GROWTH = 1000.0
 # number of recent updates to compare
 _UPDATES = 16
