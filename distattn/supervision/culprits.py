@@ -43,7 +43,7 @@ def culprits(
 ) -> list[Culprit]:
     """Return the ranks to blame for a hang, at least one: those that do not merely wait for others.
 
-    beats: the last heartbeats by rank, None before a rank's first; leave out ranks that have ended. states: the ranks' process
+    beats: the last heartbeats by rank, None if a rank never sent any; leave out ranks that have ended. states: the ranks' process
     states, from `process_state`. in_collective: ranks whose stacks show a collective, which their heartbeats may not report.
     """
     if stopped := [rank for rank, state in states.items() if state in "Tt"]:

@@ -28,7 +28,7 @@ _PR_SET_PTRACER = 0x59616D61
 _PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS, _LEAST_SECONDS = 10.0, 5.0, 10.0, 1.0
 # the end of faulthandler's output: the outermost frame of the main thread, or "..." after a hundred frames
 _OUTERMOST = (" in <module>", "...", "<no Python frame>")
-# seconds without change after which an answer counts as complete, if it ends in this way and if it does not
+# seconds without change after which an answer counts as complete, if it ends with _OUTERMOST and if it does not
 _STILL_SECONDS, _STUCK_SECONDS = 0.05, 2.0
 # frames under the first path are collectives, except torchrun's, which are under the second; number of frames to search
 _COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
@@ -53,7 +53,7 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
 
 
 def allow_stack_reads(pid: int) -> None:
-    """Let process `pid` and its children read this process's stacks, which Linux (Yama) may allow only to its parents."""
+    """Let process `pid` and its children read this process's stacks, which Linux (Yama) may allow only to its ancestors."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
 

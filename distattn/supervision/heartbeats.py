@@ -47,8 +47,8 @@ class Heartbeat(NamedTuple):
     heartbeat, or 0 to let the supervisor decide. waits: True if the rank waits for other ranks, so another rank is to blame if it
     makes no progress. activity: what the rank is doing or why it is exiting, as text that no program parses. peers: the ranks
     whose messages it waits for or, if it refuses to continue, the ranks that it has lost. key: a number that is equal for ranks
-    that wait for the same event or raised the same error. exit_code: set if the rank refuses. lost_peer: True if the rank ends
-    because it lost another rank.
+    that wait for the same event or raised the same error. exit_code: set if the rank refuses to continue. lost_peer: True if the
+    rank ends because it lost another rank.
     """
 
     pid: int

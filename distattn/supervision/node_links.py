@@ -43,7 +43,7 @@ class CutLink(NamedTuple):
 
 
 class NodeLinks:
-    """The links from one node to the others. Only a link that once worked counts as cut; others may be blocked by a firewall."""
+    """The links from one node to the others. Only a link that once worked counts as cut; a firewall may block other links."""
 
     def __init__(self, folder: Path, node: int, nodes: int, own_address: NodeAddress):
         self._folder, self._node, self._nodes, self._own_address = folder, node, nodes, own_address

@@ -53,8 +53,7 @@ class NodeReports:
         return self._links.cut() if self._links is not None else []
 
     def ask(self) -> float:
-        """Ask all nodes what their ranks are doing. Return the file system's time of the question. Raise OSError if that
-        fails."""
+        """Ask all nodes about their ranks, or raise OSError. Return the time of the question on the file system's clock."""
         file = self._question_of(self.node)
         file.write_text("what do your ranks do?\n", "utf-8")
         self._moment = file.stat().st_mtime, time.monotonic()

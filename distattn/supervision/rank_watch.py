@@ -119,7 +119,7 @@ class RankWatch:
         self._began = time.monotonic()
         # number of consecutive checks that found a rank stopped after ranks were silent for too long
         self._stopped_looks = 0
-        # the longest time without a heartbeat from any rank since all have done their first step
+        # the longest time without a heartbeat from any rank since all ranks have done their first step
         self._longest = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-rank-watch")
@@ -180,8 +180,7 @@ class RankWatch:
         return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _done(self, beats: Mapping[int, Heartbeat]) -> dict[int, int]:
-        """Return each rank's number of steps in this attempt. Ranks that never begin a step are left out, such as attention
-        servers."""
+        """Return each rank's number of steps in this attempt, except for ranks that never begin a step (attention servers)."""
         return {rank: beat.step - beat.first for rank, beat in beats.items() if beat.first >= 0}
 
     def _has_started(self, beats: Mapping[int, Heartbeat]) -> bool:
@@ -206,7 +205,7 @@ class RankWatch:
         }
         if not dead:
             return False
-        # read again: a rank may have reported its reason, or that it leaves, just before it ended
+        # read again: a rank may have reported its reason, or the state "left", just before it ended
         beats = self._read()
         gone = {
             rank: beats[rank] for rank, pid in dead.items() if beats[rank].state != "left" and beats[rank].pid == pid
