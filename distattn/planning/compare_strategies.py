@@ -138,7 +138,7 @@ def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
 
 
 def strategy_lines(results: dict[str, Timeline | str], strategy: str) -> list[str]:
-    """Return a line that recommends the fastest strategy if the run's is refused or notably slower, otherwise no lines.
+    """Return a line that recommends the fastest strategy if the run's strategy is refused or notably slow, otherwise no lines.
 
     results: from `compare_strategies`. Return no lines if `strategy` was not compared.
     """
