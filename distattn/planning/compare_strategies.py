@@ -30,7 +30,7 @@ _MOST_DOCUMENTS, _MOST_TOKENS = 1_000_000, 1 << 40
 class PlanRequest:
     """One attention call to be planned with several strategies, and the settings that they share.
 
-    packs: the document lengths of each pack, in tokens. There is one pack that all ranks split, or one per data-parallel rank.
+    packs: the document lengths of each pack, in tokens: one pack that all ranks split, or one pack for each data-parallel rank.
     """
 
     packs: tuple[tuple[int, ...], ...]
@@ -56,7 +56,7 @@ class PlanRequest:
 
 
 def cluster_for_run(config: Config, name: str) -> ClusterSpec:
-    """Load the cluster on which to time a run, reduced to the run's ranks. Raise DistattnError if its node size differs."""
+    """Load the cluster on which to time a run, reduced to the run's ranks. Raise DistattnError if the node sizes differ."""
     cluster = describe.load(name, config.parallel.ranks)
     per_node = config.parallel.devices_per_node or config.parallel.ranks
     if cluster.devices != per_node:
@@ -73,7 +73,7 @@ def compare_strategies(
     cluster: ClusterSpec,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Timeline | str]:
-    """Plan and simulate a request with every strategy. Return for each its timeline, or the reason why it is refused.
+    """Plan and simulate a request with every strategy. Return each strategy's timeline, or why it is refused.
 
     Raises DistattnError if all strategies are refused.
     """
@@ -112,7 +112,7 @@ def comparison_table(results: dict[str, Timeline | str], cluster: ClusterSpec) -
 def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, float]:
     """Return the simulated seconds of the forward and backward pass for each layout with the request's strategy, fastest first.
 
-    Refused layouts are left out. Return an empty dict if each rank has packs of its own, because no layout spreads those.
+    Refused layouts are left out. Return an empty dict if each rank has its own packs, to which no layout applies.
     """
     settings, config = request.settings, request.settings.config
     if settings.ranks == settings.data_parallel_size:
@@ -129,7 +129,7 @@ def compare_layouts(request: PlanRequest, cluster: ClusterSpec) -> dict[str, flo
 
 
 def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
-    """Return a line with each layout's time, and one that recommends a faster layout than the request's, if there is any."""
+    """Return a line with each layout's time and, if the request's layout is notably slow, a line that recommends the fastest."""
     if not seconds:
         return []
     times = ", ".join(f"{name} {value * 1e3:,.2f} ms" for name, value in seconds.items())
@@ -138,7 +138,7 @@ def layout_lines(request: PlanRequest, seconds: dict[str, float]) -> list[str]:
 
 
 def strategy_lines(results: dict[str, Timeline | str], strategy: str) -> list[str]:
-    """Return a line that recommends the fastest strategy if the run's is refused or notably slower, otherwise no lines.
+    """Return a line that recommends the fastest strategy if the run's strategy is refused or notably slow, otherwise no lines.
 
     results: from `compare_strategies`. Return no lines if `strategy` was not compared.
     """
@@ -147,7 +147,7 @@ def strategy_lines(results: dict[str, Timeline | str], strategy: str) -> list[st
 
 
 def _faster_choice(kind: str, chosen: str, seconds: dict[str, float]) -> list[str]:
-    """Return a sentence that says which key to set if the run's choice is refused or notably slower than another.
+    """Return a line that says which key to set if the run's choice is refused or notably slow, otherwise no lines.
 
     kind: "layout" or "strategy". seconds: simulated seconds by choice.
     """

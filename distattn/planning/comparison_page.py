@@ -1,4 +1,4 @@
-"""The page of `distattn plan --html`: bars for all strategies, then the timeline of one of them. It loads no other files."""
+"""The page of `distattn plan --html`: bars for all strategies, then the selected strategy's timeline. It loads no other files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distattn.parallel.analysis.explain import explain
 from distattn.parallel.analysis.timeline import PassTimeline, Timeline
 from distattn.planning.compare_strategies import COMPARED, comparison_cells
 
-# the maximum number of ranks whose timelines are drawn; if there are more, evenly spaced ones are chosen
+# the maximum number of ranks whose timelines are drawn; if there are more ranks, evenly spaced ranks are drawn
 _MAX_DRAWN = 128
 
 

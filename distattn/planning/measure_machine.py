@@ -118,7 +118,7 @@ def _copy_gbs(device: torch.device) -> float:
 def _measure_link(device: torch.device, ranks: int) -> Link:
     """Measure a rank's link with messages of three sizes, sent by all ranks at the same time: to neighbours, and as all-to-alls.
 
-    The slower of the two counts. On CPUs the link is shared, because all ranks share the memory.
+    The slower of the two patterns counts. On CPUs the link is shared, because all ranks share the memory.
     """
     if ranks == 1:
         return Link(gbs=_copy_gbs(device), latency_us=1.0, shared=device.type == "cpu")

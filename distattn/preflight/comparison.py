@@ -141,7 +141,7 @@ def _grouped(facts: Sequence[RankFacts], key: Callable[[RankFacts], Key]) -> dic
 
 
 def _differing(facts: Sequence[RankFacts], value: Callable[[RankFacts], str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (named ranks, their value, the common value) for each value that differs from the most frequent one.
+    """Yield (named ranks, their value, the common value) for each value that differs from the most frequent value.
 
     In a tie, the value that the lowest rank has counts as common.
     """

@@ -134,7 +134,7 @@ def code_digest() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python, CUDA, NVIDIA's driver and the packages that a run uses, as far as they are installed."""
+    """Return the versions of Python, CUDA, NVIDIA's driver and a run's packages, leaving out those that are not installed."""
     versions: dict[str, str | None] = {"Python": platform.python_version()}
     for name in ("distattn", *PACKAGES):
         try:
@@ -148,7 +148,7 @@ def package_versions() -> dict[str, str]:
 def checkpoint_bytes(run: RunFolder, config: Config) -> int:
     """Return the bytes that a run's checkpoints will need on top of those that exist.
 
-    Counts the checkpoints that `[checkpoint]` keeps, and the one being written, but not those that
+    Counts the checkpoints that `[checkpoint]` keeps, and the checkpoint being written, but not those that
     checkpoint.keep_every_hours keeps permanently.
     """
     every, steps = config.checkpoint.every_steps, config.train.steps

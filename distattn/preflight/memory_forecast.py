@@ -28,8 +28,8 @@ def forecast_memory(
 ) -> MemoryForecast:
     """Return the forecast for one rank. plan: the attention plan of the run's first step, if there is one.
 
-    On GPUs, an entire step is counted, as by `distattn plan --memory`. On CPUs everything is in the host's memory, and only
-    the model's state is counted, a lower bound.
+    On GPUs, an entire step is counted, as by `distattn plan --memory`. On CPUs everything is in the host's memory, and only the
+    model's state is counted, which is a lower bound.
     """
     state = state_bytes(config)
     if device.type == "cpu" or config.memory.state_on_host:

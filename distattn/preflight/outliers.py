@@ -51,7 +51,7 @@ def pair_speeds(links: Iterable[Sequence[Link]]) -> dict[Pair, float]:
 
 
 def slow_ranks(links: Mapping[Pair, float], factor: float) -> dict[int, float]:
-    """Return ranks whose best link is more than `factor` times slower than the median of best links, with those links' speeds.
+    """Return ranks whose best link is more than `factor` times slower than the median of all best links, with that link's speed.
 
     Ranks with a single link are left out, because only the link can be judged, not the rank.
     """

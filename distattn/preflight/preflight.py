@@ -1,6 +1,6 @@
 """Compare and measure all ranks before the first step, to find problems before they cost GPU hours.
 
-Ranks exchange facts over a gloo communicator of their own, while links are measured with the transport of attention. Nothing here
+Ranks exchange facts over a separate gloo communicator, while links are measured with the transport of attention. Nothing here
 depends on the training engine.
 """
 
@@ -43,7 +43,7 @@ class PreflightReport(NamedTuple):
 
     problems: sentences about faults that would make the run fail. warnings: sentences about slow or unusual parts. facts, speeds,
     clocks: indexed by rank. If there are problems, nothing is measured, and speeds and clocks are empty. If ranks run different
-    code, facts are empty as well.
+    code, facts are also empty.
     """
 
     problems: list[str]
@@ -109,7 +109,7 @@ def preflight(
     report = report._replace(seconds=time.monotonic() - began)
     if mine.rank == 0:
         publish(report)
-    # wait for rank 0 to publish: a launcher ends all ranks as soon as one ends
+    # wait for rank 0 to publish: a launcher ends all ranks as soon as a rank ends
     gather(None, "end")
     end_communicator(host)
     return report

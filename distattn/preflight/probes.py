@@ -27,9 +27,9 @@ _TO_ALL = {"cpu": 1 << 18, "cuda": 1 << 27}
 # the approximate bytes that a rank sends to other nodes in total, so messages are shorter with many nodes; the minimum size of
 # a message
 _ACROSS_BYTES, _LEAST_MESSAGE = 1 << 31, 1 << 22
-# the number of short and long messages per link; short ones measure the latency, and the first one connects
+# the number of short and long messages per link; short messages measure the latency, and the first of them connects
 _SHORT, _LONG = 3, 4
-# the maximum number of ranks on its own node to which a rank measures its link
+# the maximum number of links to ranks on the same node that each rank measures
 _MOST_INSIDE = 15
 
 
@@ -42,7 +42,7 @@ class Link(NamedTuple):
 
 
 class RankSpeed(NamedTuple):
-    """The speeds of one rank. tflops: for matrix products. all_to_all_gbs: for sending to all other ranks, 0 for a single rank.
+    """The speeds of one rank. tflops: of matrix products. all_to_all_gbs: of sends to all other ranks, 0 for a single rank.
 
     inside, across: the links to ranks on the same node and on other nodes.
     """
@@ -124,7 +124,7 @@ class _LinkProbe(NamedTuple):
         return 1e-9 * size * len(peers) / self._best_seconds(sends, receives, True, _LONG)
 
     def link(self, peer: int, size: int) -> Link:
-        """Measure the link to a rank that measures its link to this rank at the same time."""
+        """Measure the link to a peer, which must measure its link to this rank at the same time."""
 
         def seconds(size: int, times: int) -> float:
             sends, receives = ([Packet(peer, "message", self._bytes(size))] for _ in range(2))

@@ -43,7 +43,7 @@ def culprits(
 ) -> list[Culprit]:
     """Return the ranks to blame for a hang, at least one: those that do not merely wait for others.
 
-    beats: the last heartbeats by rank, None for ranks without any; leave out ranks that have ended. states: the ranks' process
+    beats: the last heartbeats by rank, None if a rank never sent any; leave out ranks that have ended. states: the ranks' process
     states, from `process_state`. in_collective: ranks whose stacks show a collective, which their heartbeats may not report.
     """
     if stopped := [rank for rank, state in states.items() if state in "Tt"]:
@@ -58,7 +58,7 @@ def culprits(
         # blame the rank that has been silent longest: the others may depend on it
         rank = min(busy, key=lambda busy_rank: busy[busy_rank].at)
         return [Culprit(rank, "waits for no other rank and makes no progress", last_activity(busy[rank]))]
-    # a collective needs all ranks, so a rank that waits for a message instead keeps it from completing
+    # a collective needs all ranks, so a rank that waits for a message instead keeps the collective from completing
     if waiting := _waiting_for_messages(last_beats):
         others = Counter(_call(last_beats[rank], rank in in_collective) for rank in last_beats if rank not in waiting)
         suffix = f"; the others: {others.most_common(1)[0][0]}" if others else ""
@@ -87,9 +87,9 @@ def culprits(
 
 
 def _waiting_for_messages(beats: Mapping[int, Heartbeat]) -> list[int]:
-    """Return the ranks that wait for messages, without those whose peers all wait for messages as well.
+    """Return the ranks that wait for messages, except ranks whose peers are all waiting for messages, too.
 
-    If that leaves no ranks, return all that wait: the sender and the receiver of a lost message stop one message apart, and
+    If that leaves no ranks, return all waiting ranks: the sender and the receiver of a lost message stop one message apart, and
     either may be ahead.
     """
     waiting = {rank for rank, beat in beats.items() if beat.peers}

@@ -23,12 +23,12 @@ from distattn.supervision.heartbeats import Heartbeat
 _TELL_STACKS = signal.SIGUSR2
 # from linux/prctl.h
 _PR_SET_PTRACER = 0x59616D61
-# in seconds: the time limits for py-spy and for a rank to begin and finish its answer (counted from the request), and the
+# in seconds: the time limits for py-spy, and for a rank to begin and to finish its answer (counted from the request), and the
 # minimum wait for answers once all other work is done
 _PY_SPY_SECONDS, _BEGIN_SECONDS, _ANSWER_SECONDS, _LEAST_SECONDS = 10.0, 5.0, 10.0, 1.0
 # the end of faulthandler's output: the outermost frame of the main thread, or "..." after a hundred frames
 _OUTERMOST = (" in <module>", "...", "<no Python frame>")
-# seconds without change after which an answer counts as complete, with such an end and without it
+# seconds without change after which an answer counts as complete, if it ends with _OUTERMOST and if it does not
 _STILL_SECONDS, _STUCK_SECONDS = 0.05, 2.0
 # frames under the first path are collectives, except torchrun's, which are under the second; number of frames to search
 _COLLECTIVES, _TORCHRUN, _INNERMOST = "/torch/distributed/", "/torch/distributed/elastic/", 4
@@ -53,7 +53,7 @@ def answer_with_stacks(folder: Path, rank: int) -> None:
 
 
 def allow_stack_reads(pid: int) -> None:
-    """Let process `pid` and its children read this process's stacks, which Linux (Yama) may allow only to its parents."""
+    """Let process `pid` and its children read this process's stacks, which Linux (Yama) may allow only to its ancestors."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
 
@@ -61,7 +61,7 @@ def allow_stack_reads(pid: int) -> None:
 def save_evidence(folder: Path, pids: Mapping[int, int], beats: Mapping[int, Heartbeat]) -> dict[int, str]:
     """Write the last heartbeat, the stacks and the flight recorder of each rank to a folder. Return the stacks by rank.
 
-    pids: process ids by rank. The ranks write their stacks themselves. A stopped rank cannot; py-spy reads its stacks if it is
+    pids: process ids by rank. The ranks write their stacks themselves. A stopped rank cannot, so py-spy reads its stacks if it is
     installed. Raises OSError if a file cannot be written.
     """
     lines = [
@@ -108,7 +108,7 @@ def _wait_for_answers(pids: Mapping[int, int], files: Mapping[int, tuple[Path, i
     """Wait until each rank has appended its stacks to its file, or time is up.
 
     pids: process ids by rank. files: (file, its size before the request) by rank. asked: the time of the request. Threads are
-    written one by one, the main thread last, and a busy machine may pause a rank in between.
+    written one by one, the main thread last; a busy machine may pause a rank in between, so a pause is not the end.
     """
     texts, changed, began = dict.fromkeys(pids, ""), dict.fromkeys(pids, asked), time.monotonic()
     left = set(pids)

@@ -26,7 +26,7 @@ _LENGTHS = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 # each message is an entry: a layer has 378 with USP and 297 with Ulysses (8 ranks, 64:8 heads, a pack of 8 documents), and fewer
 # with other strategies
 _ENTRIES_A_LAYER = 400
-# PyTorch's default length, and the greatest length that ranks can send within the time limit
+# PyTorch's default length, and the greatest length whose trace a rank can send within the time limit
 _FEWEST, _MOST = 2_000, 24_000
 # references to this process's servers, because a server ends when it is no longer referenced
 _SERVERS: list[object] = []

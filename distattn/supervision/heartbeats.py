@@ -45,10 +45,10 @@ class Heartbeat(NamedTuple):
     at: time of the heartbeat in seconds of CLOCK_MONOTONIC. beats: the number of heartbeats so far. step: the training step.
     first: the first step of the process. Both are -1 before training. seconds: how long the activity may take without another
     heartbeat, or 0 to let the supervisor decide. waits: True if the rank waits for other ranks, so another rank is to blame if it
-    makes no progress. activity: what the rank is doing or why it ends, as text that no program parses. peers: the ranks whose
-    messages it waits for or, if it refuses to continue, the ranks that it has lost. key: a number that is equal for ranks that
-    wait for the same event or raised the same error. exit_code: set if the rank refuses. lost_peer: True if the rank ends because
-    it lost another rank.
+    makes no progress. activity: what the rank is doing or why it is exiting, as text that no program parses. peers: the ranks
+    whose messages it waits for or, if it refuses to continue, the ranks that it has lost. key: a number that is equal for ranks
+    that wait for the same event or raised the same error. exit_code: set if the rank refuses to continue. lost_peer: True if the
+    rank ends because it lost another rank.
     """
 
     pid: int
@@ -114,7 +114,7 @@ class HeartbeatBoard:
 
     @classmethod
     def make(cls, ranks: int) -> HeartbeatBoard:
-        """Create a board. Its memory is freed when the last process that has it open ends. Raise OSError if that fails."""
+        """Create a board, or raise OSError. Its memory is freed when the last process that has it open ends."""
         descriptor = os.memfd_create(_NAME)
         os.ftruncate(descriptor, ranks * SLOT_BYTES)
         return cls(descriptor)
@@ -132,7 +132,7 @@ class HeartbeatBoard:
         finally:
             os.close(descriptor)
         if not os.fstat(opened).st_size:
-            # a new board, still being created, has the descriptor number of a closed one
+            # this is a new board, still being created, at the descriptor number of a closed board
             os.close(opened)
             raise FileNotFoundError(errno.ENOENT, "a board of heartbeats without slots", str(path))
         return cls(opened, writable)
@@ -182,7 +182,7 @@ class HeartbeatBoard:
         return write
 
     def read(self, slot: int) -> Heartbeat | None:
-        """Return the last heartbeat of a rank, or None before its first one.
+        """Return the last heartbeat of a rank, or None before its first heartbeat.
 
         While the rank is writing, return the previous heartbeat. Writing may take long if the rank is descheduled.
         """
@@ -319,7 +319,7 @@ class activity:  # noqa: N801
 
 @contextlib.contextmanager
 def thread_activity(text: str, *, waits: bool = False, peers: tuple[int, ...] = (), key: str = "") -> Iterator[None]:
-    """Report what the calling thread is doing. On the main thread this is `activity`; other threads add to the main thread's.
+    """Report what the calling thread is doing. On the main thread this is `activity`; other threads' text is added to it.
 
     waits: True if the thread waits for other ranks. For a background thread this is reported only while the main thread waits for
     it (see `awaiting_thread`).
@@ -386,7 +386,7 @@ def set_end(code: int, error: BaseException | None = None) -> None:
 
 
 def set_left() -> None:
-    """Report that this process has ended and no longer waits for the others to end."""
+    """Report that this process has done its part and no longer waits for the other ranks to end."""
     _CURRENT.set(Activity("", state="left"))
 
 

@@ -66,7 +66,7 @@ class Helper:
         return process_state(self.pid) in "Tt"
 
     def start_again(self, fault: str) -> str:
-        """Kill the helper if it is still alive, and replace it. Return a sentence about that, without the period."""
+        """Kill the helper if it is still alive, and replace it. Return a sentence about this, without a period."""
         assert self.replace is not None
         sentence = f"{self} {fault}: {self.begin_again}"
         self.kill()

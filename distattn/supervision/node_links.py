@@ -43,7 +43,7 @@ class CutLink(NamedTuple):
 
 
 class NodeLinks:
-    """The links from one node to the others. Only a link that once worked counts as cut; others may be blocked by a firewall."""
+    """The links from one node to the others. Only a link that once worked counts as cut; a firewall may block other links."""
 
     def __init__(self, folder: Path, node: int, nodes: int, own_address: NodeAddress):
         self._folder, self._node, self._nodes, self._own_address = folder, node, nodes, own_address
@@ -91,7 +91,7 @@ class NodeLinks:
 
 
 def blamed_nodes(cut: Iterable[CutLink]) -> list[int]:
-    """Return the nodes with the most cut links: one node if the others can reach each other, otherwise both ends of a link."""
+    """Return the nodes with the most cut links: one node if several links to it are cut, both ends if only one link is cut."""
     counts = Counter(node for link in cut for node in (link.first, link.second))
     return sorted(node for node, count in counts.items() if count == max(counts.values()))
 

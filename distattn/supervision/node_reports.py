@@ -24,9 +24,9 @@ ANSWER_SECONDS = 15.0
 class NodeReport(NamedTuple):
     """A node's report about its ranks.
 
-    beats: last heartbeats by rank, None for a rank without any. states: process states by rank. in_collective: ranks whose stacks
-    show a collective. silent: seconds since the last heartbeat of any rank, without pauses of the machine. cut: links to other
-    nodes that once worked and are now cut.
+    beats: last heartbeats by rank, None for a rank that has sent no heartbeat. states: process states by rank. in_collective:
+    ranks whose stacks show a collective. silent: seconds since the last heartbeat of any rank, without pauses of the machine.
+    cut: links to other nodes that once worked and are now cut.
     """
 
     beats: dict[int, Heartbeat | None]
@@ -49,11 +49,11 @@ class NodeReports:
                 file.write_text("", "utf-8")
 
     def cut_links(self) -> list[CutLink]:
-        """Return the links to other nodes that are cut now. This takes a few seconds if any is cut."""
+        """Return the links to other nodes that are cut now. This takes a few seconds if a link is cut."""
         return self._links.cut() if self._links is not None else []
 
     def ask(self) -> float:
-        """Ask all nodes what their ranks are doing. Return the time on the file system's clock. Raise OSError if that fails."""
+        """Ask all nodes about their ranks, or raise OSError. Return the time of the question on the file system's clock."""
         file = self._question_of(self.node)
         file.write_text("what do your ranks do?\n", "utf-8")
         self._moment = file.stat().st_mtime, time.monotonic()

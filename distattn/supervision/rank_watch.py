@@ -72,7 +72,7 @@ class Trouble:
         return "; ".join(map(str, self.culprits))
 
     def facts(self) -> dict[str, object]:
-        """Return the fields to record next to the sentence."""
+        """Return the fields to record together with the sentence `str(self)`."""
         ranks = [culprit.rank for culprit in self.culprits if not culprit.helper]
         facts: dict[str, object] = {
             "ranks": ranks,
@@ -84,7 +84,7 @@ class Trouble:
         return facts | ({"nodes": list(self.nodes)} if self.nodes else {})
 
     def repeats(self, before: Trouble | None) -> bool:
-        """Return True if this is the same trouble, with the same ranks and the same error, as the one before."""
+        """Return True if this trouble has the same kind, ranks and error as `before`."""
         return before is not None and self._identity() == before._identity()
 
     def _identity(self) -> tuple[object, ...]:
@@ -95,8 +95,8 @@ class RankWatch:
     """A thread that watches the ranks on a board until `close`. At the first trouble, it kills them all with SIGKILL.
 
     A rank is watched from its first heartbeat on. ranks: the numbers of this machine's ranks, each with a slot on the board.
-    folder: where to save evidence about hung ranks; it must exist when a rank hangs. reports: the exchange with other nodes, if
-    there are any. helpers: other processes to watch. notify: prints a sentence about a helper that was replaced.
+    folder: where to save evidence about hung ranks; it must exist when a rank hangs. reports: the exchange with other nodes, None
+    if there is only one node. helpers: other processes to watch. notify: prints a sentence about a helper that was replaced.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class RankWatch:
         self._began = time.monotonic()
         # number of consecutive checks that found a rank stopped after ranks were silent for too long
         self._stopped_looks = 0
-        # the longest time without a heartbeat from any rank since all have done their first step
+        # the longest time without a heartbeat from any rank since all ranks have done their first step
         self._longest = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="distattn-rank-watch")
@@ -180,7 +180,7 @@ class RankWatch:
         return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _done(self, beats: Mapping[int, Heartbeat]) -> dict[int, int]:
-        """Return each rank's number of steps in this attempt, without ranks that never begin one, such as attention servers."""
+        """Return each rank's number of steps in this attempt, except for ranks that never begin a step (attention servers)."""
         return {rank: beat.step - beat.first for rank, beat in beats.items() if beat.first >= 0}
 
     def _has_started(self, beats: Mapping[int, Heartbeat]) -> bool:
@@ -199,21 +199,21 @@ class RankWatch:
         return silent > max(usual if self._has_started(beats) else self._patience.starting, _announced_seconds(beats))
 
     def _end_of_one(self, beats: Mapping[int, Heartbeat]) -> bool:
-        """End all ranks if one has ended without having done its part. Return True if so."""
+        """End all ranks if a rank has ended without having done its part. Return True if they were ended."""
         dead = {
             rank: beat.pid for rank, beat in beats.items() if beat.state != "left" and process_state(beat.pid) in "XZ"
         }
         if not dead:
             return False
-        # read again: a rank may have reported its reason, or that it leaves, just before it ended
+        # read again: a rank may have reported its reason, or the state "left", just before it ended
         beats = self._read()
         gone = {
             rank: beats[rank] for rank, pid in dead.items() if beats[rank].state != "left" and beats[rank].pid == pid
         }
         if not gone:
             return False
-        # blame ranks that gave no reason first: a killed rank could not give one, and the ranks that lost it report that loss and
-        # end later
+        # first blame ranks that gave no reason: a killed rank could not give a reason, and the ranks that lost it report that
+        # loss and end later
         if killed := {rank: beat for rank, beat in gone.items() if beat.state not in WITH_REASON}:
             first = tuple(
                 Culprit(rank, "ended without giving a reason", last_activity(beat)) for rank, beat in killed.items()
@@ -275,7 +275,7 @@ class RankWatch:
         """Wait until torchrun ends the other ranks, or tries to. By then, torchrun knows how the first rank ended.
 
         others: process ids of the other ranks. done: True if the killed ranks had done their part. Such ranks wait for each
-        other, and torchrun, in releasing them, waits forever for a dead one (`multiprocessing.Event.set`). In that case return
+        other, and torchrun, in releasing them, waits forever for a dead rank (`multiprocessing.Event.set`). In that case return
         False.
         """
         ends = time.monotonic() + _TORCHRUN_SECONDS
@@ -324,7 +324,7 @@ class RankWatch:
         return NodeReport(beats, states, collective, silent, self._reports.cut_links() if self._reports else ())
 
     def _answer(self, reports: NodeReports, beats: Mapping[int, Heartbeat], silent: float) -> bool:
-        """Answer if another node has asked what these ranks are doing. Return True if so."""
+        """Answer if another node has asked what these ranks are doing. Return True if an answer was written."""
         with contextlib.suppress(OSError):
             if (asked := reports.asked()) > self._answered:
                 self._answered = asked
@@ -337,7 +337,7 @@ class RankWatch:
         answers: dict[int, NodeReport] = {}
         try:
             asked, ends = reports.ask(), time.monotonic() + ANSWER_SECONDS
-            # answer as well, because other nodes may ask at the same time
+            # also answer, because other nodes may ask at the same time
             reports.answer(report)
         except OSError:
             return None

@@ -1,4 +1,4 @@
-"""Held-out losses during a run, by position and by corpus. The training state is unchanged afterwards."""
+"""Evaluates held-out documents during a run: losses by position and by corpus. The training state does not change."""
 
 # T tokens on this rank
 
@@ -53,7 +53,7 @@ def evaluate(
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode without gradients, and restore modes and random state afterwards.
+    """Put all modules into evaluation mode and disable gradients; afterwards restore the modes and the random state.
 
     Also frees parameters that FSDP2 gathered for a forward pass without backward: they would be stale after a checkpoint
     is loaded.

@@ -1,4 +1,4 @@
-"""Check that no held-out document is trained: the document numbers of both plans are compared before a run begins."""
+"""Check that no held-out document is trained on, by comparing the document numbers of both plans before a run begins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distattn.ir.errors import DistattnError
 from distattn.training.config.run_file import Config
 from distattn.training.run_data import RunData, held_out_data
 
-# a file's dtype, size, and digests of index and tokens; copies have the same key
+# identifies a file: its dtype, size, and digests of index and tokens, so that copies of a file have equal keys
 _FileKey = tuple[object, ...]
 
 
@@ -32,7 +32,7 @@ class _Place(NamedTuple):
 
 
 def check_held_out(config: Config, data: RunData) -> None:
-    """Raise DistattnError if a held-out document is also trained, or if `held_out_data` raises one.
+    """Raise DistattnError if a held-out document is also trained on, or if `held_out_data` does.
 
     data: the training data. Two files count as the same if they are one file on disk or have equal digests, whatever
     their corpora are called. Reads the records of all training steps.
@@ -79,7 +79,7 @@ def _codes(plan: PackPlan, step: int) -> np.ndarray:
 
 
 def _files(corpus: Corpus) -> Iterable[tuple[int, IndexedFile]]:
-    """Yield (index of its first document, file) for each file."""
+    """Yield (index of the file's first document, file) for each file of a corpus."""
     first = 0
     for file in corpus.files:
         yield first, file

@@ -1,4 +1,4 @@
-"""A job's secret, in a file that only its user can read. No command line, environment variable or log contains it."""
+"""A job's secret, in a file that only its owner can read. Command lines, environment variables and logs never contain it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _OWNER_ONLY, _OTHERS = 0o600, 0o077
 
 
 def write_secret(file: Path) -> None:
-    """Write a new random secret, replacing any old one. Raises OSError."""
+    """Write a new random secret, replacing any old secret. Raises OSError."""
     new_file = file.with_name(f"{file.name}.tmp")
     with suppress(FileNotFoundError):
         new_file.unlink()
-    # create the file with these permissions, so that others can never read it
+    # create the file with its final permissions, so that other users can never read it
     with os.fdopen(os.open(new_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _OWNER_ONLY), "w") as opened:
         opened.write(secrets.token_hex(_BYTES) + "\n")
     new_file.replace(file)

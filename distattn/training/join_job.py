@@ -1,7 +1,7 @@
 """Let a rank join its job: ranks rendezvous through a store, and prove to each other that they know the job's secret.
 
-PyTorch's own rendezvous by environment variables would listen on all interfaces. The proof is needed because PyTorch's
-store, gloo and NCCL let any process join.
+PyTorch's own rendezvous through environment variables is not used, because it listens on all interfaces. The proof is
+needed because PyTorch's store, gloo and NCCL let any process join.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _BYTES = 32
 def job_store() -> dict[str, Any]:
     """Return arguments for `torch.distributed.init_process_group` that join the job described by the environment.
 
-    The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. With
-    TORCHELASTIC_USE_AGENT_STORE torchrun's agent hosts the store, otherwise rank 0 does, and listens only on that address.
-    Each restart uses a different key prefix. Raises DistattnError if rank 0 cannot listen on the address.
+    The environment has MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE, as torchrun sets them. If TORCHELASTIC_USE_AGENT_STORE is
+    "True", torchrun's agent hosts the store; otherwise rank 0 hosts it and listens only on MASTER_ADDR. Each restart uses a
+    different key prefix. Raises DistattnError if rank 0 cannot listen there.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -46,7 +46,7 @@ def job_store() -> dict[str, Any]:
 def authenticate_ranks(file: Path) -> None:
     """Let all ranks of the default group prove to each other that they know the secret in `file`. A collective call.
 
-    Every rank draws a random number, and every proof covers all of them, so no proof can be replayed. Nothing is
+    Every rank draws a random number, and every proof covers all these numbers, so no proof can be replayed. Nothing is
     unpickled before the proofs have been checked. Ranks that know the secret raise DistattnError naming the ranks that
     do not.
     """
@@ -71,7 +71,7 @@ def authenticate_ranks(file: Path) -> None:
 
 
 def _listen(host: str, port: int, ranks: int) -> int:
-    """Return the file descriptor of a socket that listens on the address of `host`, a name of this machine."""
+    """Return the file descriptor of a socket that listens on the address to which `host`, a name of this machine, resolves."""
     addresses = resolve_host(host)
     if not addresses:
         raise DistattnError(f"MASTER_ADDR: {host} does not resolve; name an address of rank 0's machine.")

@@ -12,13 +12,13 @@ from distattn.ir.errors import DistattnError, SettingError
 from distattn.ir.limits import Number, OneOf, check_limits
 from distattn.training.config.sections import SCHEDULES
 
-# suffix of bias names; biases may have several dims, such as those of stacked experts
+# suffix of bias names; the number of dims does not identify biases, since those of stacked experts have several
 _BIAS = "bias"
 
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """The learning rate over the steps of a run. Raises DistattnError naming a setting that is out of range.
+    """The learning-rate schedule of a run. Raises DistattnError naming a setting that is out of range.
 
     name: constant, cosine, linear, or wsd (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395), which decays
     linearly in the last `decay_share` of all steps. learning_rate: the peak, reached linearly in `warmup_steps` steps.
@@ -48,7 +48,7 @@ class ScheduleSettings:
 
     @property
     def decay_begins(self) -> int:
-        """The step, counted from 0, at which the decay of cosine, linear or wsd begins."""
+        """The step, counted from 0, at which the decay begins; for the constant schedule, the number of steps."""
         if self.name == "wsd":
             return self.steps - max(round(self.decay_share * self.steps), 1)
         return self.steps if self.name == "constant" else self.warmup_steps
@@ -62,8 +62,8 @@ def learning_rate(settings: ScheduleSettings, step: int) -> float:
     begin, last = settings.decay_begins, settings.steps - 1
     if step < begin or settings.name == "constant":
         return peak
-    # cosine and linear begin their decay at the peak; wsd begins one step below it, so that even a one-step decay reaches
-    # the lowest rate
+    # the first decay step of cosine and linear is still at the peak; that of wsd is already below it, so that even a decay of one
+    # step reaches the lowest rate
     before = begin - 1 if settings.name == "wsd" else begin
     progress = min((step - before) / max(last - before, 1), 1.0)
     share = (1 + math.cos(math.pi * progress)) / 2 if settings.name == "cosine" else 1 - progress

@@ -136,9 +136,9 @@ class TrainingLoop:
         )
         self.digest = self.run_checkpoints.digest
         self._has_evaluated = False
-        # the finding on the first step of a streak
+        # what a second run of the streak's first step found, as text
         self._finding = ""
-        # the damage that forces the run to go back to a checkpoint
+        # the damage that forces the run to go back to a checkpoint, or None
         self._damage: Damage | None = None
         # context length of the previous step
         self._context: int | None = None
@@ -221,7 +221,7 @@ class TrainingLoop:
         losses = self.engine.backward(batches, lambda losses_T, batch: token_losses.append((losses_T, batch)))
         with activity("the norm of all gradients", waits=True, key="gradient norm"):
             norm = self.health.wait(lambda: self.engine.clip(train.max_grad_norm))
-        # a checkpoint being saved must have copied the state before the next digest and the update
+        # the next digest and the update must not begin before a checkpoint being saved has copied the state
         self.checkpoints.wait_staged()
         with activity("the mean loss of all ranks", waits=True, key="mean loss"):
             mean, damage = self._mean_loss(step, losses)
@@ -263,10 +263,10 @@ class TrainingLoop:
         return verdict.applies or self._act(verdict, batches)
 
     def _mean_loss(self, step: int, losses: Sequence[Tensor]) -> tuple[float, Damage | None]:
-        """Return a step's mean loss, and the change of the state since the last update. All ranks get the same result.
+        """Return a step's mean loss and, if any rank's state changed since the last update, the damage; equal on all ranks.
 
         A rank whose state has changed signals it with an additional NaN loss, so undamaged runs send nothing extra. If
-        the loss is not reduced over all ranks, one more value is reduced at the same time.
+        the loss is not reduced over all ranks, a flag is reduced over all ranks at the same time instead.
         """
         changed = self.digest.changed()
         self.health.state_checks = self.digest.comparisons
@@ -289,7 +289,7 @@ class TrainingLoop:
             self.reporter.report_warning(step, "wrong rank", difference.text)
 
     def _act(self, verdict: Verdict, batches: Sequence[Batch]) -> bool:
-        """Handle a refused step as watch.action says. Return False if the run must go back to a checkpoint.
+        """Handle a refused step as watch.action specifies. Return False if the run must go back to a checkpoint.
 
         Of consecutive refused steps, only the first is examined, reported and kept as evidence.
         """
@@ -354,7 +354,7 @@ class TrainingLoop:
         )
 
     def _end_of_moved(self, done: int, stop: Stop, begin: int) -> str:
-        """Record on rank 0 that the folder was moved or deleted, and return the sentence that the run ends with.
+        """Record on rank 0 that the folder was moved or deleted, and return the sentence with which the run ends.
 
         begin: the step from which a resume continues; equal to `done` if the run was saved.
         """

@@ -70,11 +70,11 @@ class Proposal:
 
     @contextmanager
     def applied(self, config: Config) -> Iterator[None]:
-        """Set aside checkpoints after the proposed step while the block loads one, then mark the proposal as applied.
+        """Set aside checkpoints after the proposed step while the block loads a checkpoint, then mark the proposal as applied.
 
         Called on rank 0, which holds the run's lock. config: the proposed configuration. If the block raises, the
         checkpoints are restored. Raises DistattnError if the run's configuration was changed after the proposal was
-        written, or if `choose_step` raises one.
+        written, or if `choose_step` does.
         """
         if (facts := self._facts()) is None:
             if not self.applied_file.exists():
@@ -113,9 +113,9 @@ class Proposal:
         return None
 
     def _note_applied(self) -> None:
-        """Rename the file, so that restarted ranks continue from their own checkpoints. Raises DistattnError.
+        """Rename the file, so that restarted ranks continue from the newest good checkpoint, not from the proposed step.
 
-        Renaming needs no disk space.
+        Renaming needs no disk space. Raises DistattnError if the file is gone or cannot be renamed.
         """
         try:
             self.file.rename(self.applied_file)

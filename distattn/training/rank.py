@@ -35,7 +35,7 @@ def main(
 ) -> int:
     """Run one rank of a run, and return the exit code.
 
-    proposed: name of the launcher's proposal, which rank 0 applies before the first step; "" without a proposal.
+    proposed: name of the launcher's proposal, which rank 0 applies before the first step; "" if there is no proposal.
     may_begin: a function that checks all ranks before training; if they may not start, it prints why and returns False.
     """
 
@@ -61,7 +61,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
     try:
         config = Proposal(run, proposed).load() if proposed else configuration.load(run.config_file)
     except DistattnError as error:
-        # print once per machine, since its ranks read the same file (`is_first_to_print` needs a store, not yet open)
+        # print once per machine, since its ranks read the same file (`is_first_to_print` needs the store)
         if os.environ.get("LOCAL_RANK", os.environ["RANK"]) == "0" or run.logs.is_dir():
             print_message(f"rank {os.environ['RANK']}: {error}")
         set_end(error.exit_code, error)
@@ -83,7 +83,7 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         authenticate_ranks(run.secret_file)
         code = work(run, config, device)
     except DistattnError as error:
-        # if another rank was lost, the store may have been lost with it
+        # do not use the store if another rank was lost, because the store may have been lost with it
         _print_error(str(error), run, None if isinstance(error, LostRankError) else store_arguments["store"])
         set_end(error.exit_code, error)
         return error.exit_code
@@ -94,13 +94,13 @@ def on_rank(folder: str, work: Callable[[RunFolder, Config, torch.device], int],
         code = DistattnError.exit_code if error.errno in _LASTING else 1
         set_end(code, DistattnError(text) if error.errno in _LASTING else error)
         return code
-    # not after an error: NCCL waits for the other ranks here, but an error must be reported immediately
+    # done only if there was no error: NCCL waits for the other ranks here, but an error must be reported immediately
     dist.destroy_process_group()
     return code
 
 
 def _print_error(text: str, run: RunFolder, store: dist.Store | None) -> None:
-    """Print why this rank ends, unless ranks share a console and another rank has printed the same text.
+    """Print why this rank is exiting, unless ranks share a console and another rank has printed the same text.
 
     store: the job's store, or None if it must not be used.
     """

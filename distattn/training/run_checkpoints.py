@@ -34,7 +34,7 @@ from distattn.training.watch.weight_growth import WeightGrowth
 
 
 class RunCheckpoints:
-    """The checkpoints of a run in training. All ranks call each method together.
+    """The checkpoints of a run that is being trained. All ranks must make the same calls.
 
     lock: rank 0's lock on the run folder, None elsewhere. engine, watch and by_position hold the state that is saved;
     growth and digest watch it between updates.
@@ -63,7 +63,7 @@ class RunCheckpoints:
         # both None after an update
         self._saved_step: int | None = None
         self._loaded: Loaded | None = None
-        # the step of a saved state that has not been compared with its digest since, and so may be damaged
+        # step of the last save, until the state is compared with its digest; the saved state may be damaged until then
         self._uncompared: int | None = None
 
     def is_due(self, done: int) -> bool:
@@ -79,7 +79,7 @@ class RunCheckpoints:
             self.lock.check()
             if not self.folder.is_in_place():
                 if (place := self.folder.follow()) is None:
-                    # the folder is gone: raise
+                    # raise the error that says that the folder is gone
                     self.folder.hold().check()
                 else:
                     self.checkpoints.move_to(place / self.folder.checkpoints.name)
@@ -94,7 +94,7 @@ class RunCheckpoints:
         self._uncompared = done
 
     def save_last(self, done: int) -> Damage | None:
-        """Save after the run's last step. Return the change of the state since its update, or None if it has not changed."""
+        """Save after the run's last step. Return the damage if the state has changed since the last update, else None."""
         self.save(done)
         self.checkpoints.wait()
         return self.digest.compare(done - 1, "the end of the run")
@@ -102,8 +102,8 @@ class RunCheckpoints:
     def finish_early(self, done: int) -> int:
         """Wait for the save of a run that stops after `done` steps, and discard the checkpoint if the state has changed.
 
-        Returns the step of the checkpoint from which a resume would continue, or 0 without a checkpoint. All ranks get the same
-        step.
+        Returns the step of the checkpoint from which a resume would continue, or 0 if there is no checkpoint. All ranks get the
+        same step.
         """
         self.checkpoints.wait()
         if (damage := self.digest.compare(done - 1, "the end of the run")) is not None:
@@ -111,7 +111,7 @@ class RunCheckpoints:
             # discard only a checkpoint saved by this process: any other checkpoint of this step is older
             if self._uncompared == done:
                 self.checkpoints.note(lambda folder: discard_checkpoint(folder, done), done)
-        # ask which checkpoint a resume prefers: the save may have failed, or be in doubt after refused steps
+        # ask which checkpoint a resume prefers: the save may have failed, or its checkpoint may be in doubt
         newest: list[int] = []
         self.checkpoints.note(lambda folder: newest.append(preferred_step(folder)))
         self.checkpoints.wait()
@@ -119,7 +119,7 @@ class RunCheckpoints:
         return steps_of_rank_0[0] if steps_of_rank_0 else 0
 
     def resume(self) -> int:
-        """Load the newest checkpoint. Return its step, or 0 without a checkpoint."""
+        """Load the newest checkpoint. Return its step, or 0 if there is no checkpoint."""
         engine_state = self.engine.state(host_tensor)
         state = self._state(engine_state)
         loaded = self.checkpoints.load_newest(state, required={name: self.facts[name] for name in REQUIRED})
@@ -142,7 +142,7 @@ class RunCheckpoints:
         return loaded.step
 
     def go_back(self, step: int) -> int:
-        """Load the newest checkpoint and return its step. step: the refused step. Raises DistattnError without a checkpoint."""
+        """Load the newest checkpoint and return its step. Raises DistattnError if none exists. step: the refused step."""
         if not (checkpoint := self.resume()) and self._loaded is None:
             raise DistattnError(
                 f"step {step + 1}: there is no checkpoint to go back to, since none could be saved; see the messages above."
@@ -152,7 +152,7 @@ class RunCheckpoints:
     def leave_damaged(self, damage: Damage) -> int:
         """Report a damaged state, load a checkpoint from before the damage, and return its step.
 
-        Raises DistattnError if damage repeats or watch.action is "stop", and DamagedStateError without a checkpoint.
+        Raises DistattnError if damage repeats or watch.action is "stop", and DamagedStateError if there is no checkpoint.
         """
         step, saved = damage.step, self._uncompared
         self.reporter.report_warning(step, "damaged state", damage.text)
@@ -177,11 +177,11 @@ class RunCheckpoints:
         )
 
     def begins_at(self, step: int) -> bool:
-        """Return whether `step` is the first one after loading a checkpoint that was not in doubt."""
+        """Return whether `step` is the first step after loading a checkpoint that was not in doubt."""
         return self._loaded is not None and self._loaded.step == step and not self._loaded.doubt
 
     def judge(self, verdict: Verdict, loss: float) -> None:
-        """Record what a step's verdict shows about the checkpoint of its weights and about any from before a streak.
+        """Record what a step's verdict shows about the checkpoint of the step's weights and that from before a streak.
 
         The caller has just compared the state with its digest, so the last save copied an undamaged state.
         """
@@ -196,9 +196,9 @@ class RunCheckpoints:
     def judge_refused(self, verdict: Verdict) -> None:
         """Record what a refused step, already examined, shows about the checkpoint of its weights.
 
-        The newest good checkpoint from before a streak is kept until the run recovers or has passed the refused step. A
-        run that skips the step continues with the same weights; `NumericsWatch.doubts_weights` says whether they are in
-        doubt.
+        The newest good checkpoint from before a streak is kept until the run recovers or a later checkpoint proves
+        good. A run that skips the step continues with the same weights; `NumericsWatch.doubts_weights` says whether
+        they are in doubt.
         """
         self._refuse_saved(verdict)
         if verdict.begins_streak:
@@ -249,7 +249,7 @@ class RunCheckpoints:
             self.digest.take(after)
 
     def accept_config(self, step: int) -> None:
-        """Replace the run's configuration with this one. If that fails, warn and continue."""
+        """Replace the configuration in the run folder with that of these ranks. If that fails, warn and continue."""
         try:
             self.folder.accept_config(self.config, step)
         except OSError as error:
@@ -259,7 +259,7 @@ class RunCheckpoints:
             )
 
     def _kept_state(self, buffers: HostBuffers) -> dict[str, Any]:
-        """Return the state to save. The engine copies tensors that it gathers into `buffers`."""
+        """Return the state to save. Tensors that the engine gathers are copied into `buffers`."""
         return self._state(self.engine.state(buffers.keep))
 
     def _state(self, state: EngineState) -> dict[str, Any]:

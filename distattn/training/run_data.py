@@ -81,9 +81,9 @@ def open_data(run: RunFolder, config: Config) -> RunData:
 
 
 def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> RunData:
-    """Extend the plan of a run on text to its current number of steps, write it to `path`, and return the data with it.
+    """Extend the plan of a run on text to its current number of steps, write it to `path`, and return the data with that plan.
 
-    Raises DistattnError if held-out documents would be trained, or if the longer plan would begin with different packs.
+    Raises DistattnError if held-out documents would be trained on, or if the longer plan would begin with different packs.
     """
     steps, plan = config.train.steps, data.plan
     if held_out_steps(config):
@@ -105,7 +105,7 @@ def plan_longer(run: RunFolder, config: Config, data: RunData, path: Path) -> Ru
 def vocabulary_size(config: Config, corpora: Sequence[Corpus] | None = None) -> int:
     """Return the upper bound (exclusive) of a run's token ids, or 0 if neither the run file nor the data files give it.
 
-    corpora: the open corpora of the run's plan; opened if left out.
+    corpora: the open corpora of the run's plan; opened here if None.
     """
     planned = pack_config(config)
     if config.model.vocab_size or planned is None:
@@ -132,10 +132,10 @@ def held_out_steps(config: Config) -> int:
 
 
 def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
-    """Return the data to evaluate and its first step: evaluation.path, or the last steps of the run's own plan.
+    """Return the data to evaluate (from evaluation.path, else the last steps of the run's own plan) and its first step.
 
-    Raises DistattnError if there are too few steps, or if steps of the run's own plan read an epoch after the first.
-    `held_out.check_held_out` checks that no document is also trained.
+    Raises DistattnError if there are too few steps, or if the held-out steps of the run's own plan repeat documents (a
+    second epoch). `held_out.check_held_out` checks that no document is also trained on.
     """
     begin, steps = data.plan.steps - config.evaluation.steps, config.evaluation.steps
     if config.evaluation.path:
@@ -161,7 +161,7 @@ def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
 
 
 def first_packs(plan: PackPlan, config: Config, step: int = 0) -> list[list[int]]:
-    """Return the document lengths of each pack in a step's first attention call, over all shares that attend together."""
+    """Return each pack's document lengths in a step's first attention call, over all shares that attend together."""
     first, shares = plan.step(step), config.parallel.data_parallel_size
     together = shares if config.parallel.data == "per_rank" else 1
     return [first.packs[share[0]].lengths for share in deal_packs(first, shares)[:together]]
@@ -170,8 +170,8 @@ def first_packs(plan: PackPlan, config: Config, step: int = 0) -> list[list[int]
 def piece_rows(data: RunData, step: int) -> Iterator[dict[str, Any]]:
     """Yield the location of each document piece of a step, with everything needed to read it without this package.
 
-    file, dtype, byte: where its tokens begin. follows: True if the document continues after the piece, so that the last
-    token has a label.
+    file, dtype, byte: the file, its dtype, and the byte offset of the piece's first token. follows: True if the
+    document continues after the piece, so that the last token has a label.
     """
     for number, pack in enumerate(data.plan.step(step).packs):
         for row in pack.rows:
@@ -202,11 +202,11 @@ class _Lengths(NamedTuple):
 
 
 def _plan_text(config: Config, corpus: CorpusLengths, file: Path) -> PackPlan:
-    """Return the plan of packs of a run on text. It does not depend on the numbers of ranks and shares."""
+    """Make the plan of packs of a run on text, in `file`. It does not depend on the numbers of ranks and shares."""
     by_step = config.data.context_by_step
     context = min(tokens for _, tokens in by_step)
     packs = config.data.tokens_per_step // context
-    # a window longer than an epoch would mix epochs; one longer than the plan would repeat documents
+    # a window longer than an epoch would mix epochs; a window longer than the plan would repeat documents
     steps = config.train.steps + held_out_steps(config)
     window = min(_MOST_WINDOW, steps * packs, -(-int(corpus.lengths.sum(dtype=np.int64)) // context))
     rule = PackRule(by_step, config.data.tokens_per_step, window)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # sections that must not change, since different values would make it a different run
 _FIXED = ("model", "data")
-# exceptions: the compute dtype may change, and folders may have moved; the checkpoint's facts identify their contents
+# exceptions: the compute dtype may change, and folders may move, since the checkpoint's facts identify their contents
 _MAY_CHANGE = ("model.path", "model.dtype", "model.weights", "data.path", "data.check_tokens")
 # keys of a transformers configuration that do not describe the model's shape
 _NOT_SHAPE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache")
@@ -38,7 +38,7 @@ class TrainingRun(NamedTuple):
 
 
 def resume_facts(config: Config, data: RunData, shape: Any) -> dict[str, str]:
-    """Return the facts about a run for its checkpoints' manifests. Those in `REQUIRED` must match on loading.
+    """Return the facts about a run for its checkpoints' manifests. Those in `REQUIRED` must match when a checkpoint is loaded.
 
     shape: the model's transformers configuration.
     """
@@ -54,7 +54,7 @@ def resume_facts(config: Config, data: RunData, shape: Any) -> dict[str, str]:
     }
 
 
-# facts that must match; ranks, parallel degrees, strategy, kernel and engine may change
+# facts that must match when a checkpoint is loaded; ranks, parallel degrees, strategy, kernel and engine may change
 REQUIRED = ("model", "plan", "corpora", "seed")
 
 

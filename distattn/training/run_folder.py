@@ -16,7 +16,7 @@ from distattn.training.config.run_file import Config
 from distattn.training.job_secret import write_secret
 from distattn.training.reporting.json_lines import JsonLines, Row, append_rows, json_text, read_rows, write_whole
 
-# the splits in losses.jsonl
+# values of the field `split` in losses.jsonl
 TRAINING, EVALUATION = "training", "evaluation"
 # kind of event: the ranks loaded a checkpoint and continue from its step
 RESUMED = "resumed"
@@ -94,11 +94,11 @@ class RunFolder:
         self.logs = folder / "logs"
         # why ranks were restarted, and their state at that time
         self.attempts = folder / "attempts"
-        # requests that the run save and end; contains the reason
+        # while this file exists, the run is asked to save and end; it contains the reason
         self.stop_file = folder / "stop"
         # created by a launcher to make the ranks save and end, so that it can restart them on more nodes
         self.regroup_file = folder / "regroup"
-        # files of a batch system
+        # for a run or sweep in a batch system (Slurm)
         self.script_file = folder / "job.sbatch"
         self.job_file = folder / "job.json"
         self.state_file = folder / "state"
@@ -137,9 +137,9 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def accept_config(self, config: Config, step: int) -> None:
-        """Replace the run's configuration, and keep the old one as config.until-STEP.toml. Call this while no rank reads it.
+        """Replace the run's configuration, and keep the old file as config.until-STEP.toml. Call this while no rank reads it.
 
-        step: the step from which the ranks continue. Later changes at the same step keep the old one as
+        step: the step from which the ranks continue. Later changes at the same step keep the old file as
         config.until-STEP-2.toml and so on. Raises OSError, leaving the run's configuration unchanged.
         """
         if configuration.load(self.config_file) == config:
@@ -149,7 +149,7 @@ class RunFolder:
         while file.exists():
             number += 1
             newest, file = file, self.folder / f"config.until-{step}-{number}.toml"
-        # a process killed between the two writes below has already kept the old configuration
+        # if a process was killed between the two writes below, the old configuration has already been kept
         if newest is None or newest.read_text("utf-8") != before:
             write_whole(file, before)
         configuration.save(config, self.config_file)
@@ -186,7 +186,7 @@ class RunFolder:
         return self._held is None or self._held.is_in_place()
 
     def follow(self) -> Path | None:
-        """Return the held folder's current path, and let JSON lines continue there. Return None if it has no path."""
+        """Return the held folder's current path, where JSON lines continue from now on, or None if it no longer has a path."""
         place = None if self._held is None else self._held.where()
         if place is not None:
             for lines in self._lines.values():
@@ -220,7 +220,7 @@ class RunFolder:
         return [rows[step] for step in sorted(rows)]
 
     def steps_done(self) -> int:
-        """Return the last step done, or the step of a checkpoint from which the run has resumed since; 0 before the first.
+        """Return the number of steps done: the last recorded step or, if the run has resumed since, its checkpoint's step.
 
         Raises DistattnError if the configuration cannot be read.
         """

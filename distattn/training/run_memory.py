@@ -58,7 +58,7 @@ def memory_of_run(
     """Count the memory that each rank of a plan needs in one step of the model. Ranks with equal needs share one result.
 
     make_model: a function that creates a transformers model with attention "distattn"; it is called on the meta device. shards:
-    the number of ranks over which parameters are sharded, by default the plan's. master_weights: see `StateBytes.of`.
+    the number of ranks over which parameters are sharded, by default all ranks of the plan. master_weights: see `StateBytes.of`.
     state_on_host: True if parameters, gradients and moments are on the host except for the current layers, as with FSDP2's
     CPUOffloadPolicy. ranks: the ranks to count, by default all. extremes: count only the ranks with the fewest and the most
     tokens, and those whose attention keeps the most memory or has the highest peak.
@@ -107,7 +107,7 @@ def memory_of_config(
     """Count the memory that each rank of a `distattn train` run needs. ranks, extremes: see `memory_of_run`.
 
     packs: the document lengths of a step, see `PlanSettings.plan`. plan: the plan of these packs, if it already exists. Raises
-    DistattnError for a run that cannot be counted.
+    DistattnError for a run whose memory cannot be counted.
     """
     if config.engine.name != "fsdp2":
         raise DistattnError(
@@ -182,7 +182,7 @@ def step_memory(watch: AllocationWatch, model: Any, executable: Executable, sett
 
 
 def memory_table(counted: Sequence[RankMemory], ranks: int) -> list[str]:
-    """Return a text table, one row for all ranks with equal needs. ranks: the number of ranks in the run, counted or not."""
+    """Return a text table's lines: a row per group of ranks with equal needs. ranks: all ranks of the run, counted or not."""
     state = ("weights", *StateBytes._fields[1:])
     head = ["ranks", "tokens", *state, "saved", "arena", *SECTIONS, "total", "host"]
     rows = [

@@ -1,4 +1,4 @@
-"""Requests to save and stop a run. A file in the run's folder is the request; all ranks see it in the same step.
+"""Requests to save and stop a run. A file in the run's folder is the request; all ranks notice it in the same step.
 
 In the same way all ranks learn that the run's folder was moved or deleted.
 """
@@ -42,7 +42,7 @@ class StopRequest:
         self._work: dist.Work | None = None
 
     def look(self) -> None:
-        """Start to broadcast whether the run should stop. All ranks call it when a step begins."""
+        """Start broadcasting whether the run should stop. All ranks call it when a step begins."""
         if dist.get_rank() == 0:
             self._asked.fill_(
                 self._of_folder() or (Stop.ASKED if any(file.exists() for file in self._files) else Stop.NO)

@@ -20,7 +20,7 @@ _DEGREES = (
 NO_GPU_FOR_MEGATRON = "engine.name: megatron needs GPUs, and this machine has none; use engine fsdp2 or deepspeed."
 
 
-# key -> the keys that it is compared with; if one of these is itself invalid, only that one is reported
+# key -> the keys that it is compared with; if any of these is itself invalid, only the invalid key is reported
 _COMPARED_WITH = {
     "data.context_length": ("data.tokens_per_step", "parallel.data", *_DEGREES),
     "data.max_document_tokens": ("data.context_length", "data.tokens_per_step"),
@@ -46,7 +46,7 @@ _COMPARED_WITH = {
 
 
 def problems_of(config: Config, named: Collection[str] = ()) -> list[SettingProblem]:
-    """Return all problems, except those that only follow from another problem. named: keys set on the command line."""
+    """Return all problems except those that merely follow from another problem. named: keys set on the command line."""
     checks = (
         # check each key by itself first
         nested_problems(config),

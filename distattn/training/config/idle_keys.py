@@ -19,7 +19,7 @@ _TEXT_KEYS = tuple(f"data.{field.name}" for field in fields(DataConfig) if field
 
 
 def idle_keys(config: Config) -> dict[str, str]:
-    """Return the keys that have no effect in a configuration, regardless of their value, each with the reason and a remedy."""
+    """Return the keys that would have no effect in a configuration at any value, each with the reason and a remedy."""
     data, parallel, train, watch = config.data, config.parallel, config.train, config.watch
     health, evaluation, slurm = config.health, config.evaluation, config.slurm
     idle: dict[str, str] = {}
@@ -120,7 +120,7 @@ def idle_problems(config: Config, named: Collection[str]) -> Iterator[SettingPro
 
 
 def without_idle_keys(config: Config, named: Collection[str]) -> tuple[Config, list[str]]:
-    """Reset idle keys not set on the command line to their defaults. Returns the new configuration and the keys reset."""
+    """Reset idle keys not set on the command line to their defaults. Returns the new configuration and the reset keys."""
     left_out = [key for key in idle_keys(config) if key not in named and not _has_default(config, key)]
     return with_defaults(config, left_out), left_out
 

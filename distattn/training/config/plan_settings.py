@@ -1,4 +1,4 @@
-"""A run's attention settings, and the settings of its batches' plans."""
+"""Converts a run's configuration into attention settings, and into the settings with which batches are planned."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def attention_config(config: Config) -> AttentionConfig:
 class PlanSettings:
     """Everything that a plan depends on except the document lengths.
 
-    ranks: number of ranks that share attention. heads, kv_heads: numbers of query and of key/value heads. head_dim: width
-    of one head. v_head_dim: width of a value head, if it differs. latents: widths of rotary keys and of latents, if
+    ranks: number of ranks that share attention. heads, kv_heads: numbers of query and of key/value heads. head_dim: width of one
+    head. v_head_dim: width of a value head, if it differs from head_dim. latents: widths of rotary keys and of latents, if
     latents may be sent instead of keys and values.
     """
 
@@ -60,7 +60,7 @@ class PlanSettings:
 
     @property
     def data_parallel_size(self) -> int:
-        """Number of packs in one attention call: one split by all ranks, or one for each rank or block of ranks."""
+        """Number of packs in one attention call: one pack split by all ranks, or one pack for each rank or block of ranks."""
         return self.ranks // self.config.block_ranks(self.ranks)
 
     def plan(self, *packs: Sequence[int]) -> Plan:

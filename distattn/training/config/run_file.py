@@ -31,11 +31,11 @@ from distattn.training.config.sections import TrainConfig as TrainConfig
 from distattn.training.config.shipped_configs import configuration_file, shipped_names
 from distattn.training.reporting.json_lines import write_whole
 
-# every key takes a value, even a boolean one
+# on the command line, every key takes a value, even a boolean key
 _VALUES = (tyro.conf.FlagConversionOff,)
 # pydantic's error type for a wrong value on the command line, by the key's type
 _KINDS: dict[Any, str] = {int: "int_type", float: "float_type"}
-# added to the help text, since no option sets these tables
+# added to the help text, since only the run file can set these tables
 _TABLES = """only in the run file:
   [[data.context_schedule]] context lengths by step: tables with context_length and steps, one
                             after the other; the last may leave steps out
@@ -136,7 +136,7 @@ def _validated(content: dict[str, Any], place: Callable[[Key], str], named: Coll
 
 
 def _with_folder_s_shape(model: ModelConfig, named: Collection[str] = ()) -> ModelConfig:
-    """Return the model section with the shape in config.json, if model.path names a folder; otherwise unchanged.
+    """Return the model section, with its shape replaced by that in config.json if model.path names a folder.
 
     named: keys set on the command line. Raises DistattnError if config.json lacks a key or contradicts a key that is set.
     """

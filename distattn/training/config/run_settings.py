@@ -24,7 +24,7 @@ from distattn.training.watch.numerics_watch import WatchSettings
 
 
 def configured_model(config: Config, vocabulary: int, context: int) -> Any:
-    """Return the transformers configuration of the run's model: the one in model.path, or a Llama's.
+    """Return the transformers configuration of the run's model: that in model.path, or that of a Llama.
 
     vocabulary: upper bound (exclusive) of token ids. context: tokens in the longest pack. Raises DistattnError if the
     folder has no configuration, or if the reference check would compute a different model.
@@ -100,7 +100,7 @@ def memory_settings(config: Config) -> MemorySettings:
 
 
 def prepare_layers(model: Any, config: Config) -> None:
-    """Compile, tile and recompute the layers of a transformers model as the run file says. Call it before sharding.
+    """Set up compilation, tiling and recomputation of a model's layers as the run file says. Call it before sharding.
 
     It also lets consecutive recurrent layers use a different layout if that is faster, and applies parallel.latents.
     """
@@ -146,7 +146,7 @@ class Utilisation(NamedTuple):
 
     @staticmethod
     def of_config(config: Config, shape: Any) -> Utilisation | None:
-        """Return the MFU for the devices in cluster.description; None if it is not set, or if ranks compute on CPUs."""
+        """Return a calculator for the devices in cluster.description, or None if that is not set or ranks compute on CPUs."""
         if not config.cluster.description or config.parallel.kernel in CPU_KERNELS:
             return None
         peak = load_cluster(config.cluster.description).device.peak_tflops

@@ -28,7 +28,7 @@ ENGINES = ("fsdp2", "deepspeed", "megatron")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 # the formats in sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on
 _SLURM_TIME = r"\d+(:\d{2}){0,2}|\d+-\d+(:\d{2}){0,2}|UNLIMITED|INFINITE|infinite|unlimited"
-# a plan of packs has a record for each step, and a run on text plans all steps when it starts
+# limited because a plan of packs has a record for each step, and a run on text plans all its steps when it starts
 _MOST_STEPS = 1_000_000
 
 
@@ -226,7 +226,7 @@ class ParallelConfig(AttentionKeys):
 
     @property
     def cluster(self) -> Cluster | None:
-        """The nodes of the ranks that share attention; None if not set, or if the ranks do not fill whole nodes."""
+        """The nodes of the ranks that share attention; None if no node size is set, or if the ranks do not fill whole nodes."""
         per_node = self.devices_per_node // self.tensor_parallel_size
         if not per_node or self.attention_ranks % per_node:
             return None

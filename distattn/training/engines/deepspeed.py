@@ -190,7 +190,7 @@ class DeepSpeedEngine:
                 whole = self._whole(parameter, kind)
                 if self._keepers[name] == dist.get_rank():
                     tensors[name] = keep(f"{kind or 'param'}.{name}", whole)
-                # free the tensor before the next one is gathered
+                # free the tensor before the next tensor is gathered
                 del whole
         return EngineState(states[0], states[1], states[2], self._updates())
 
@@ -250,7 +250,7 @@ class DeepSpeedEngine:
         return int(next(iter(self._adam.state.values()))["step"])
 
     def _whole(self, parameter: Any, kind: str) -> Tensor:
-        """Return an unpartitioned parameter in the optimizer's precision, or its average `kind`. A collective call."""
+        """Return a whole parameter in the optimizer's precision or, if `kind` is not "", that average. A collective call."""
         if self._stage == 0:
             return self._adam.state[parameter][kind] if kind else parameter
         whole: Tensor = safe_get_full_optimizer_state(parameter, kind) if kind else safe_get_full_fp32_param(parameter)

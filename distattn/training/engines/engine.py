@@ -58,7 +58,7 @@ def host_tensor(name: str, tensor: Tensor) -> Tensor:
 
 
 def assign_keepers(model: torch.nn.Module, ranks: Sequence[int]) -> dict[str, int]:
-    """Return the rank that keeps each gathered parameter, by name. Each goes to the rank with the fewest elements so far."""
+    """Return, by parameter name, the rank that keeps the gathered parameter: that with the fewest elements so far."""
     elements, keepers = dict.fromkeys(ranks, 0), {}
     for name, parameter in model.named_parameters():
         keepers[name] = min(ranks, key=lambda rank: elements[rank])
@@ -141,7 +141,7 @@ class Engine(Protocol):
 
 
 def open_engine(config: Config, device: torch.device, vocabulary: int, context: int) -> Engine:
-    """Build a run's model and optimizer in the engine `engine.name`. A collective call. Imports no other engine.
+    """Build a run's model and optimizer in the engine that engine.name selects, the only one imported. A collective call.
 
     vocabulary: upper bound (exclusive) of token ids. context: tokens in the longest pack. Raises DistattnError if the
     engine's package is not installed.

@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2: parameters, gradients and optimizer state sharded over all ranks, or over replicated groups of ranks."""
+"""PyTorch's FSDP2: parameters, gradients and optimizer state sharded over all ranks, or in each of several groups of ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distattn.training.watch.state_digest import state_tensors
 
 # AdamW's averages for each parameter
 _AVERAGES = ("exp_avg", "exp_avg_sq")
-# number of micro-batches that take turns: one computes while the other's messages are in transit
+# number of micro-batches that take turns: while the messages of one are in transit, the other computes
 _TAKE_TURNS = 2
 
 
@@ -56,7 +56,7 @@ class Fsdp2Engine:
             eps=train.epsilon,
             fused=state_device.type == "cuda",
         )
-        # keep the sharded parameters: the model's own are unsharded between forward and backward
+        # keep the sharded parameters: between forward and backward, the model has unsharded parameters in their place
         self._sharded = dict(self.model.named_parameters())
         # AdamW would create its averages in the first step, but a checkpoint may be loaded into them before that
         for parameter in self.model.parameters():
@@ -67,8 +67,8 @@ class Fsdp2Engine:
     def backward(self, batches: Sequence[Batch], on_token_losses: OnTokenLosses | None = None) -> list[Tensor]:
         """Run the forward and backward passes. See `Engine.backward`.
 
-        Gradients are reduced after each micro-batch (or pair), so no rank keeps unsharded gradients. A single micro-batch,
-        such as one run again to examine a step, runs without taking turns.
+        Gradients are reduced after each micro-batch (or pair), so no rank keeps unsharded gradients. A single micro-batch, such
+        as in the second run of a refused step, runs without taking turns.
         """
         losses: list[Tensor] = []
         if self._schedule is not None and len(batches) > 1:

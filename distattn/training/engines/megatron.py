@@ -53,7 +53,7 @@ from distattn.training.engines.engine import (
     cloned,
 )
 
-# master weights, and AdamW's averages for each parameter
+# kinds of optimizer tensors of each parameter: master weights and AdamW's averages
 _KINDS = ("param", "exp_avg", "exp_avg_sq")
 _ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -122,7 +122,7 @@ class MegatronEngine:
             settings, [self._chunk], use_gloo_process_groups=False
         ).chained_optimizers
         for group in self._optimizer.param_groups:
-            # set it here, since Megatron's weight-decay schedule, which would set it, is not used
+            # set the weight decay here, since Megatron's weight-decay schedule, which would do this, is not used
             group["weight_decay"] = train.weight_decay * group["wd_mult"]
         self._begin_averages()
         all_ranks = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -240,7 +240,7 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        # only the last stage has the losses, but all stages have the same batches
+        # only the last stage has the losses; it broadcasts them, and all stages know their sizes from the batches
         sizes = [batch["labels"].numel() for batch in batches]
         flat = torch.cat(token_losses) if token_losses else torch.zeros(sum(sizes), device=self._device)
         last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -265,7 +265,7 @@ class MegatronEngine:
     def _begin_weights(self, model: torch.nn.Module) -> None:
         """Copy the weights of a transformers model that is sharded over all ranks, gathering one layer at a time.
 
-        A rank's shards are freed as they are gathered.
+        Each rank frees its shard of a parameter as soon as the parameter is gathered.
         """
         self._wholes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._keepers = assign_keepers(model, dist.get_process_group_ranks(self._stage_group))
@@ -285,7 +285,7 @@ class MegatronEngine:
                 self._take("param", parts)
             else:
                 for _ in parts:
-                    # iterating takes part in the collective gathers for the ranks of that stage
+                    # iterate only to take part in the collective gathers, whose results the ranks of that stage need
                     pass
 
     @torch.no_grad()
@@ -300,7 +300,7 @@ class MegatronEngine:
                 flat.copy_(part.flatten()[place])
 
     def _optimized(self, name: str, kind: str) -> tuple[Tensor, slice] | None:
-        """Return this rank's optimizer shard of a parameter (flat) and its slice of the flat parameter; None if empty."""
+        """Return this rank's flat optimizer shard of a parameter and its slice of the flat parameter; None if it is empty."""
         optimizer, parameter = self._optimizer, self._parameters[name]
         if parameter not in optimizer.model_param_gbuf_map:
             return None
@@ -400,7 +400,7 @@ def _transformer_config(config: Config, shape: PretrainedConfig, device: torch.d
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # weights are copied in later, but only initialization marks the parameters that tensor-parallel ranks split
+        # initialize only to mark the parameters that tensor-parallel ranks split; the weights are copied in later
         init_method=_leave,
         output_layer_init_method=_leave,
         use_cpu_initialization=device.type == "cpu",

@@ -1,6 +1,6 @@
 """A GPU's error counters, read from NVML: memory errors, remapped rows, NVLink errors and Xid messages.
 
-NVML comes from the package nvidia-ml-py (extra `health`). Without it, or without the driver, all counters are NaN.
+NVML comes from the package nvidia-ml-py (extra `health`). If the package or the driver is missing, all counters are NaN.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ COUNTERS = (
 
 
 class DeviceCounters:
-    """The counters of one GPU. index: the GPU's index in `nvidia-smi`, or -1 without a GPU.
+    """The counters of one GPU. index: the GPU's index in `nvidia-smi`, or -1 if unknown.
 
-    uuid: the GPU's UUID in NVML, or None for any other device. last_xid: code of the last Xid message, 0 before the
-    first.
+    uuid: the GPU's UUID in NVML, or None for a device that is not a GPU. last_xid: code of the last Xid message, 0
+    before the first message.
     """
 
     def __init__(self, uuid: str | None):
@@ -61,7 +61,7 @@ class DeviceCounters:
         return DeviceCounters(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
     def read(self) -> list[float]:
-        """Return the counters in the order of `COUNTERS`, NaN for unavailable ones. Each takes microseconds to read."""
+        """Return the counters in the order of `COUNTERS`, with NaN for unavailable counters. Takes microseconds."""
         if self._nvml is None:
             return [float("nan")] * len(COUNTERS)
         nvml = self._nvml

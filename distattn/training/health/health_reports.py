@@ -41,14 +41,14 @@ _PROBE_SIZE, _PROBE_PRODUCTS = 2048, 160
 
 @dataclass(frozen=True)
 class HealthReport:
-    """A report on all ranks over the steps since the last report. Times are mean seconds per step, by rank; None: unknown.
+    """A report on all ranks over the steps since the last report. Times: mean seconds per step, by rank; None if unknown.
 
     compute_seconds: step time without waits. probe_seconds: time of a fixed matrix product (see `probe_device`). slowest: the
-    rank with the longest compute_seconds or, on GPUs, probe_seconds. over_median: its excess over the median, as a share
-    of the median. slow: True if the excess is at least SLOW_SHARE. reports_in_a_row: number of consecutive reports,
-    including this one, that name this rank. errors: a sentence for each GPU counter that increased. counters: each
-    rank's counters, in the order of `COUNTERS`. state_checks: state digests compared so far in this process. damaged: a
-    sentence for each difference found since the last report. text: the complete report in sentences.
+    rank with the longest compute_seconds or, on GPUs, probe_seconds. over_median: its excess over the median, as a share of the
+    median. slow: True if the excess is at least SLOW_SHARE. reports_in_a_row: number of consecutive reports, including this
+    report, in which this rank is slow. errors: a sentence for each GPU counter that increased. counters: each rank's counters, in
+    the order of `COUNTERS`. state_checks: state digests compared so far in this process. damaged: a sentence for each damaged
+    state found since the last report. text: the complete report in sentences.
     """
 
     step: int
@@ -110,7 +110,7 @@ class HealthReports:
             self._counted = self._gather([_UNKNOWN] * len(_TIMES) + self._counters.read())
 
     def clock(self) -> StepClock:
-        """Return a step clock that includes all counted waits."""
+        """Return a step clock whose wait_seconds include all counted waits."""
         return StepClock(self._device, self._waits)
 
     def wait(self, work: Callable[[], Any]) -> Any:
@@ -121,7 +121,7 @@ class HealthReports:
         return self._waits.timed(work)
 
     def after_step(self, step: int, costs: StepCosts) -> None:
-        """Add the costs of a step, counted from 1. At report steps, gather and publish all ranks' measurements."""
+        """Add the costs of a step (counted from 1). If a report is due, gather and publish all ranks' measurements."""
         if not self._every:
             return
         waited = _UNKNOWN if costs.wait_seconds is None else costs.wait_seconds
@@ -237,10 +237,10 @@ class HealthReports:
 
 
 def probe_device(device: torch.device) -> float:
-    """Return the seconds that matrix products take by the device's clock; NaN without a GPU or enough free memory.
+    """Return the seconds that a series of matrix products takes on a GPU, or NaN on a CPU or if memory is short.
 
-    The products are the same on all ranks, need no communication, and use 25 MB of device memory. Waits until the device has
-    finished all earlier work.
+    The products are timed by the device's clock, are the same on all ranks, need no communication, and use 25 MB of device
+    memory. Waits until the device has finished all earlier work.
     """
     if device.type != "cuda":
         return math.nan
@@ -266,7 +266,7 @@ def probe_device(device: torch.device) -> float:
 
 
 def count_waits(waits: MessageMonitor) -> Callable[[], None]:
-    """Add the time that this thread spends in torch.distributed's `Work.wait` to a monitor. Returns a function to stop it.
+    """Add the time that this thread spends in torch.distributed's `Work.wait` to a monitor. Returns a function that undoes this.
 
     PyTorch has no hook for this, so `Work.wait` is replaced until that function is called. With gloo the host waits
     there; with NCCL only the device's stream does. Waits inside C++ code, such as those of functional collectives, are
@@ -290,7 +290,7 @@ def count_waits(waits: MessageMonitor) -> Callable[[], None]:
 def slowest_rank(times: Sequence[float | None]) -> tuple[int | None, float | None]:
     """Return the slowest rank and its excess as a share of the median; (None, None) if any rank's time is unknown.
 
-    With an even number of ranks, the median is the lower of the two middle values, so it is always some rank's time.
+    With an even number of ranks, the median is the lower of the two middle values, so it is always the time of a rank.
     """
     known_times = [seconds for seconds in times if seconds is not None]
     if len(known_times) < len(times) or not known_times:

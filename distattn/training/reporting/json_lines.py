@@ -39,7 +39,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 def append_lines(path: Path, lines: bytes) -> None:
     """Append complete lines to a file in one write, after terminating any partial line. Raises OSError.
 
-    If not all bytes can be written, none are.
+    If not all bytes can be written, the file is left unchanged.
     """
     with open(path, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -80,7 +80,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class JsonLines:
-    """A run's JSON-lines file. If the disk is full, it warns, keeps the rows, and adds them when there is room.
+    """A run's JSON-lines file. If the disk is full, it warns, keeps the rows, and appends them when there is room.
 
     append: a function that appends all rows to the file, or appends none and raises OSError. is_in_place: a function
     that returns whether the file's folder is still in its place. If it is not, nothing is written.
@@ -105,7 +105,7 @@ class JsonLines:
             print_message(f"{self._path}: cannot be written: {error.strerror}; its lines are kept and added later.")
 
     def move_to(self, folder: Path) -> None:
-        """Continue at the new path of the folder."""
+        """Continue in `folder`, the new path of the file's folder."""
         self._path, self._is_in_place = folder / self._path.name, lambda: True
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communication.communicator import sendable_device
 
 @dataclass(frozen=True)
 class PositionBucket:
-    """The tokens at positions `first` to `last` of their documents. loss: mean in nats, or None without tokens."""
+    """The tokens at positions `first` to `last` of their documents. loss: mean in nats, or None if there are no tokens."""
 
     first: int
     last: int
@@ -34,7 +34,7 @@ class PositionBucket:
 
 @dataclass(frozen=True)
 class CorpusLoss:
-    """The tokens of one corpus. loss: mean in nats, or None without tokens."""
+    """The tokens of one corpus. loss: mean in nats, or None if there are no tokens."""
 
     name: str
     tokens: int
@@ -43,10 +43,10 @@ class CorpusLoss:
 
 @dataclass(frozen=True)
 class LossTable:
-    """Mean losses over some steps and all ranks.
+    """Mean losses over a number of steps and all ranks.
 
-    loss: mean over all tokens with a label and a finite loss; None without such tokens. not_finite: number of tokens
-    whose loss is not finite; no mean includes them. by_corpus: empty if the tokens' corpora are unknown.
+    loss: mean over all tokens with a label and a finite loss; None if there are no such tokens. not_finite: number of
+    tokens whose loss is not finite; no mean includes them. by_corpus: empty if the tokens' corpora are unknown.
     """
 
     loss: float | None
@@ -59,14 +59,14 @@ class LossTable:
 class LossByPosition:
     """Sums of token losses by position bucket and by corpus.
 
-    The buckets are position 0, then [1, 1], [2, 3], [4, 7] and so on in powers of two up to `context` tokens. The last
-    bucket also holds all later positions. As in the model, positions count from the start of a document's piece in the
-    pack. corpora: names, in the order of the corpus indices.
+    The buckets are [0, 0], [1, 1], [2, 3], [4, 7] and so on in powers of two up to `context` tokens. The last bucket
+    also holds all later positions. As in the model, positions count from the start of a document's piece in the pack.
+    corpora: names, in the order of the corpus indices.
     """
 
     def __init__(self, context: int, corpora: Sequence[str] = (), device: torch.device | str = "cpu"):
         self.corpora = tuple(corpora)
-        # first positions of the buckets after the first
+        # first position of each bucket except the first bucket
         self._edges = [1 << power for power in range(max(context - 1, 0).bit_length())]
         self._edges_B = torch.tensor(self._edges, dtype=torch.int64, device=device)
         self._buckets = len(self._edges) + 1

@@ -54,8 +54,8 @@ class MetricsReporter:
     """Reporter of a run: a context manager whose `report` is called after every step.
 
     visible: True on rank 0; on other ranks the reporter does nothing. wandb: a Weights & Biases project that gets the
-    same metrics, or empty for none; a resumed run continues its page there. Entering the context raises DistattnError
-    if the package is missing.
+    same metrics, or "" for no project; a resumed run continues its page there. Entering the context raises
+    DistattnError if the package is missing.
     """
 
     def __init__(self, run: RunFolder, steps: int, json_lines: bool, visible: bool, wandb: str = ""):
@@ -143,7 +143,7 @@ class MetricsReporter:
             self._show_evaluation(step, table)
 
     def _show_evaluation(self, step: int, table: LossTable) -> None:
-        """Print the loss of an evaluation, above the bar if there is one."""
+        """Print the loss of an evaluation, above the progress bar if it is shown."""
         if self.json_lines:
             row = {"step": step, "evaluation_loss": table.loss, "evaluation_tokens": table.tokens}
             sys.stdout.write(json_text(row) + "\n")
@@ -239,7 +239,7 @@ def _add_histograms(writer: Any, step: int, model: Any) -> None:
 
 
 def _finite_part(values: Tensor | None) -> Tensor | None:
-    """Return the finite values of this rank's shard, or None without any, since a histogram needs values."""
+    """Return the finite values of this rank's shard, or None if it has no finite values, which a histogram needs."""
     if values is None:
         return None
     local = local_part(values).float()

@@ -28,13 +28,13 @@ _PER_PARAMETER = 6
 # transformers' name for stacked experts; each token visits only a few of them
 _EXPERTS = "experts"
 _CAUSAL = "causal"
-# layer types in transformers' configurations
+# layer types without attention, as named in transformers' configurations
 _WITHOUT_ATTENTION = ("linear_attention", "conv", "mlp", "moe")
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """The model dimensions that determine its FLOPs.
+    """The dimensions of a model that determine its FLOPs.
 
     parameters: P in the module's docstring. layers: pairs of a window (None for no window) and heads x (key dim + value
     dim), summed over the layers with that window.
@@ -71,7 +71,7 @@ class ModelFlops:
         return cls(_multiplied(model, config), tuple(layers.items()))
 
     def of_documents(self, lengths: Sequence[int]) -> float:
-        """Return the forward and backward FLOPs for documents of these lengths (in tokens), summed over all ranks."""
+        """Return the forward and backward FLOPs of all ranks for documents with the given `lengths` in tokens."""
         attention = 0
         for window, width in self.layers:
             document_mask = _CAUSAL if window is None else apply_window(_CAUSAL, window)

@@ -70,7 +70,7 @@ class PrometheusFile:
 class PrometheusPort:
     """An HTTP server for http://ADDRESS:PORT/metrics that requires the header "Authorization: Bearer TOKEN".
 
-    It listens on that address only. port: 0 picks a free port. Raises DistattnError if it cannot listen there.
+    It listens on `address` only. port: 0 picks a free port. Raises DistattnError if it cannot listen there.
     """
 
     def __init__(self, address: str, port: int, token: str):

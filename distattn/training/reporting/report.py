@@ -38,7 +38,7 @@ _CURVES = {
     "memory_reserved": "memory reserved",
     "memory_resident": "memory of the process",
 }
-# longer runs are cut into segments, and two steps of each are drawn: the last and the one with the highest loss
+# runs with more steps are cut into segments; of each, the last step and the step with the highest loss are drawn
 _MOST_DRAWN = 4000
 
 
@@ -78,7 +78,7 @@ def write_report(
 
 
 def _rank_counts(run: RunFolder, config: Config) -> str:
-    """Return "4 ranks" or, if the run was resumed with a different number of ranks, "4 ranks, from step 35 on 2"."""
+    """Return text such as "4 ranks" or, if the run was resumed with another number, "4 ranks, from step 35 on 2"."""
     resumed = [event for event in run.events() if event["kind"] == RESUMED and "saved_on" in event]
     # (last step before the segment, number of ranks)
     segments = [(-1, resumed[0]["saved_on"] if resumed else config.parallel.ranks)]
@@ -155,7 +155,7 @@ def _start_tiles(attempts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, 
 
 
 def _has_failed(attempt: Mapping[str, Any]) -> bool:
-    """Return whether an attempt failed without a request to stop. A killed launcher records no exit code."""
+    """Return whether an attempt failed without a request to stop. A missing exit code (a killed launcher) is a failure."""
     return attempt.get("exit_code") not in (0, RunStopped.exit_code) and not attempt.get("stopped", False)
 
 

@@ -9,13 +9,13 @@ from distattn.training.run_folder import EVALUATION, TRAINING, RunFolder
 
 # chart size on a phone, in CSS pixels; larger screens scale the chart and its text up
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 260, 52, 14, 10, 34
-# maximum number of position labels that fit side by side if each is as wide as 1,048,576
+# maximum number of position labels that fit side by side if each label is as wide as "1,048,576"
 _MOST_LABELS = 5
 _TITLES = {EVALUATION: "Held-out documents", TRAINING: "Training"}
 
 
 class Line(NamedTuple):
-    """One curve. name: its step. last: True for the newest table. path: SVG path. points: (x, y, tooltip) of each point."""
+    """One curve. name: its table's step. last: True for the newest table. path: SVG path. points: (x, y, tooltip) by point."""
 
     name: str
     last: bool

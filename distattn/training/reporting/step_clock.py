@@ -22,7 +22,7 @@ class StepCosts(NamedTuple):
     seconds: wall time since the previous step. It includes data_seconds, spent waiting for the step's batches, and
     wait_seconds, spent on the host waiting for messages and reductions from other ranks (None if the device waits
     instead). memory_allocated, memory_reserved: the step's peak bytes in PyTorch's CUDA allocator; None on CPUs.
-    memory_resident: current resident bytes of the process; None without Linux's /proc.
+    memory_resident: current resident bytes of the process; None if there is no /proc.
     """
 
     seconds: float
@@ -47,7 +47,7 @@ class StepClock:
         self._waited = messages.seconds if messages else 0.0
 
     def steps(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Yield the items of `steps`. The time until each arrives counts as data time."""
+        """Yield the items of `steps`. The time until an item arrives counts as data time."""
         iterator = iter(steps)
         while True:
             began = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from distattn.ir.errors import DamagedDataError, DistattnError
 from distattn.training.reporting.json_lines import Row, append_lines, json_text
 
-# bytes per read; a row has about 250
+# bytes per read; a row has about 250 bytes
 _PART_BYTES = 4096
 
 
@@ -82,7 +82,7 @@ class _Rows:
             size *= 2
 
     def of_step(self, begin: int, step: int) -> list[Row]:
-        """Return the rows of a step. begin: byte offset of a row from which step numbers only increase."""
+        """Return the rows of a step. begin: byte offset of a row after which step numbers never decrease."""
         # invariant: rows before `low` belong to earlier steps, rows at or after `high` do not
         low, high = begin, self._end
         while high - low > _PART_BYTES:
@@ -103,8 +103,8 @@ class _Rows:
     def _from(self, at: int) -> Iterator[tuple[int, Row]]:
         """Yield (byte offset, row) for each row from offset `at`, where a row begins, skipping unfinished rows.
 
-        Killed runs leave unfinished rows. Raises DamagedDataError if one is neither the last row nor directly before a
-        new attempt.
+        Killed runs leave unfinished rows. Raises DamagedDataError if an unfinished row is neither the last row nor
+        directly before a new attempt.
         """
         content, unfinished = b"", None
         while part := self._read(at + len(content)):

@@ -26,14 +26,14 @@ class TensorBoardFiles:
         self._warned = False
 
     def open(self) -> None:
-        """Start a file now instead of at the first row. Only the process that writes needs the package."""
+        """Start a file now instead of at the first row. Only a process that calls this or `write` needs the package."""
         self.write(lambda writer: None)
 
     def write(self, add: Callable[[Any], None]) -> None:
         """Call `add` with the `torch.utils.tensorboard.SummaryWriter`.
 
-        Warns at the first failure. TensorBoard writes in a thread, so rows added shortly before are also lost, and the
-        thread may report the same error.
+        Warns at the first failure. TensorBoard writes in a thread, so rows added shortly before the failure are also
+        lost, and the thread may report the same error.
         """
         if not self._is_in_place():
             return

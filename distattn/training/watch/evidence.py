@@ -37,7 +37,7 @@ class StepEvidence(NamedTuple):
 
 
 def save_evidence(evidence: StepEvidence, folder: Path, rank: int, most: int) -> None:
-    """Write one step's evidence to `folder/step-N`, and keep the newest `most` steps. Every rank calls it.
+    """Write a step's evidence to `folder/step-N`, and keep the evidence of the newest `most` steps. Every rank calls it.
 
     Rank 0 writes `verdict.json` and `documents.jsonl`. Each rank R writes `tokens-R.npz` (arrays "I.input_ids" and so on
     for micro-batch I) and `weights-R.json` (xxh3 of its shard of each parameter). Older evidence of the same step is
@@ -51,7 +51,7 @@ def save_evidence(evidence: StepEvidence, folder: Path, rank: int, most: int) ->
             (step_folder / "verdict.json").write_text(json_text(judgement, indent=1), "utf-8")
             lines = "".join(f"{json_text(row)}\n" for row in evidence.documents)
             (step_folder / "documents.jsonl").write_text(lines, "utf-8")
-            # make an existing folder count as the newest
+            # update the modification time, so that a folder that already existed counts as the newest
             os.utime(step_folder)
             _remove_oldest(folder, step_folder, most)
         tokens = {

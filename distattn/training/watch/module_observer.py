@@ -1,4 +1,4 @@
-"""Observes the inputs and outputs of every module, their gradients and those of weights, in the order of computation.
+"""Observes every module's inputs and outputs, their gradients, and weight gradients, in the order of computation.
 
 Attention's messages, which are not visible at module boundaries, are observed by their senders. An observation is a
 small tensor that stays on the device until the pass is over, so nothing synchronizes. Each observation has a place in
@@ -32,7 +32,7 @@ _COMPILED = "_orig_mod"
 
 @dataclass(frozen=True)
 class ObservedTensor:
-    """A tensor of one module. kind: "input", "output", a parameter's name, or a description of the message.
+    """A tensor of one module. kind: "input", "output", a parameter's name, or a description of a message.
 
     gradient: True for the gradient of that tensor. elements: number of values.
     """
@@ -61,8 +61,8 @@ class Observations:
     """The observations of a pass, in order. values: one value on the device for each tensor in `seen`.
 
     places: each tensor's place in the pass, comparable across ranks: (turn of the pipeline stage, index of the module's
-    tensor, index of the message exchange after it). The last index is 0 for the tensor itself. Ranks may send different
-    numbers of messages in one exchange.
+    tensor, index of the message exchange after it). The last index is 0 for the tensor itself. All messages of an
+    exchange share a place, since ranks may send different numbers of messages in it.
     """
 
     seen: list[ObservedTensor] = field(default_factory=list)
@@ -84,10 +84,10 @@ def observed_modules(
     """Call `look` on every floating-point tensor (detached) that crosses a module boundary within the block.
 
     messages: the driver's monitor; floating-point tensors in messages are observed before they are sent. stage: the
-    pipeline stage that `model` is.
+    pipeline stage of `model`.
 
-    Inputs are observed only for modules without submodules, since the inputs of others are outputs of some module.
-    Modules inside a compiled module are observed only while compilation is off
+    Inputs are observed only for modules without submodules, since the inputs of other modules are outputs that are
+    observed anyway. Modules inside a compiled module are observed only while compilation is off
     (`torch.compiler.set_stance("force_eager")`). Recomputed activations are observed again.
     """
     observations = Observations()

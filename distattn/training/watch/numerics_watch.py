@@ -39,7 +39,7 @@ APPLY, SKIP, STOP, ROLLBACK = "apply", "skip", "stop", "rollback"
 NOT_FINITE, LARGE, CLEAN = "not finite", "large", "clean"
 _WATCHED = ("loss", "grad_norm")
 _SHOWN = {"loss": "loss", "grad_norm": "gradient norm"}
-# extra tolerance in a run's first steps: a gradient norm may grow tenfold, but a mean loss does not
+# `early` of `SpikeDetector`: in a run's first steps, a gradient norm may grow tenfold, but a mean loss does not
 _EARLY = {"loss": 0.5, "grad_norm": 5.0}
 # order within a step: weights come before micro-batch 0, reduced gradients after all of a micro-batch's modules
 _BEFORE, _AFTER = -1, 1 << 40
@@ -49,9 +49,8 @@ _BEFORE, _AFTER = -1, 1 << 40
 class WatchSettings(WatchKeys):
     """Settings of the watch: which steps it refuses, and its reaction. Raises DistattnError if a setting is out of range.
 
-    action, spike_window and spike_threshold are keys of run files. most_in_a_row: number of consecutive non-finite steps
-    after which the run stops, regardless of the action. evidence: for how many of the latest refused steps evidence is
-    kept.
+    action, spike_window and spike_threshold are keys of run files. most_in_a_row: number of consecutive non-finite steps after
+    which the run stops, regardless of the action. evidence: number of latest refused steps whose evidence is kept.
     """
 
     most_in_a_row: Annotated[int, Number(ge=1)] = 10
@@ -79,9 +78,9 @@ class Streak:
 class Verdict:
     """The decision on a step. action: apply, skip, stop or rollback; reason: a sentence, empty if the step is applied.
 
-    streak: consecutive refused steps, including this one; for an applied step, the streak that it ends, or None.
-    recovered: for an applied step that ends a streak, False if it exceeds the limits from before the streak, so the
-    refused level has become the usual one.
+    streak: consecutive refused steps, including this step; for an applied step, the streak that it ends, or None.
+    recovered: for an applied step that ends a streak, False if its values exceed the limits from before the streak,
+    which means that the refused level has become usual.
     """
 
     step: int
@@ -105,10 +104,10 @@ class Verdict:
 class StepFinding:
     """The result of running a refused step again. text: a sentence for the user.
 
-    kind: "not finite", "large" (all values are finite, and this tensor stands out) or "clean" (the fault did not repeat).
-    tensor: its description. computed_in: the module whose code computes it. ranks: the ranks that had it first.
-    micro_batch: its index, or -1 for weights. bad, elements: numbers of non-finite values and of all values, on the first
-    of these ranks. largest: largest absolute value.
+    kind: "not finite", "large" (all values are finite, and this tensor stands out) or "clean" (the fault did not repeat). tensor:
+    the tensor's description. computed_in: the module whose code computes it. ranks: the ranks on which it occurred first.
+    micro_batch: its index, or -1 for weights. bad, elements: numbers of non-finite values and of all values, on the first of
+    these ranks. largest: largest absolute value.
     """
 
     step: int
@@ -153,7 +152,7 @@ class NumericsWatch:
             name: SpikeDetector(settings.spike_window, settings.spike_threshold, _EARLY[name]) for name in _WATCHED
         }
         self._in_a_row = 0
-        # the refused steps that end with the last judged step
+        # the streak of refused steps up to the last judged step; None if that step was applied
         self.streak: Streak | None = None
         # whether the last judged step was finite
         self._was_finite = True
@@ -181,7 +180,7 @@ class NumericsWatch:
         streak_before, limits = self.streak, {name: curve.limit() for name, curve in self._curves.items()}
         for name, value in values.items():
             self._curves[name].add(value)
-        # the detectors adopt a new level after some steps, but never non-finite values
+        # count non-finite steps, since the detectors never adopt them as a new level
         self._in_a_row = 0 if self._was_finite else self._in_a_row + 1
         if not reason:
             self.streak = None
@@ -275,7 +274,7 @@ class NumericsWatch:
         for name, curve in self._curves.items():
             curve.load(state[name])
         self._in_a_row = max(int(state["in_a_row"]), self._in_a_row)
-        # the weights have been replaced
+        # the weights have been replaced, so the streak has ended
         self.streak = None
         self._rolled_back |= set(state["rolled_back"])
 
@@ -332,7 +331,7 @@ class _Bad(NamedTuple):
 
 
 def _counted(tensor: Tensor) -> Tensor:
-    """Return the number of non-finite values, and the largest absolute value of the finite ones; float64 (2,)."""
+    """Return the number of non-finite values, and the largest absolute value of the finite values; float64 (2,)."""
     finite = tensor.isfinite()
     largest = torch.where(finite, tensor, 0).abs().amax()
     return torch.stack([(~finite).sum().double(), largest.double()])

@@ -49,10 +49,10 @@ def run_reference_check(run: RunFolder, config: Config) -> dict[str, Any]:
 
 
 def _run_watched(command: Sequence[str]) -> tuple[int, str]:
-    """Run the replay, and return its exit code and standard error. Raises DistattnError if it is stopped each time.
+    """Run the replay, and return its exit code and standard error. Raises DistattnError if it is stopped every time.
 
     A replay that is stopped or killed by a signal is started again, at most MOST_REPLACEMENTS times, and rewrites its
-    file. A replay that exits by itself is not restarted, since it would fail again for the same reason.
+    output file. A replay that exits by itself is not restarted, since it would fail again for the same reason.
     """
     left = MOST_REPLACEMENTS
     while True:
@@ -75,7 +75,7 @@ def _run_watched(command: Sequence[str]) -> tuple[int, str]:
 
 
 def _communicate(process: subprocess.Popen[str], helper: Helper) -> tuple[str, str]:
-    """Wait for the replay to end. Return its standard error, and the reason if it was killed for being stopped, or ""."""
+    """Wait for the replay to end. Return its standard error, and the reason if it was killed because it was stopped, else ""."""
     stopped = ""
     while True:
         with suppress(subprocess.TimeoutExpired):

@@ -79,7 +79,7 @@ def tokens_and_next(row: dict) -> torch.Tensor:
 
 
 def accumulate(model: PreTrainedModel, dtype: torch.dtype, documents: list[torch.Tensor], z_loss: float) -> float:
-    """Run the forward and backward passes of the mean loss over all tokens with a next token. Returns that loss."""
+    """Run the forward and backward passes of the mean loss over all tokens that have a next token. Returns that loss."""
     valid = max(sum(ids.shape[1] - 1 for ids in documents), 1)
     total = 0.0
     for ids in documents:

@@ -1,7 +1,8 @@
-"""The replay check: a micro-batch run twice must give the same bits. If it does not, some rank computes wrongly.
+"""The replay check: a micro-batch run twice must give the same bits. If it does not, a rank computes wrongly.
 
-Silent data corruption is rare and does not repeat, so every module's tensors are hashed in both runs. The rank with the
-earliest differing tensor is at fault: attention's messages spread a wrong number to other ranks only later.
+Silent data corruption is rare and does not repeat on demand, so a third run could not locate it: every module's tensors
+are hashed in both runs. The rank with the earliest differing tensor is at fault: attention's messages spread a wrong
+number to other ranks only later.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class Difference:
 class ReplayCheck:
     """Runs a micro-batch twice at regular intervals. All ranks of `group` must make the same calls.
 
-    model: the modules of this rank's pipeline stage, or all modules. interval: steps between checks; 0 for never. group:
-    None for a single process. messages: the driver's monitor (`ContextParallel.messages`), needed to name the rank that
-    computes attention wrongly rather than the ranks that receive the result. Kernels must be deterministic; if all ranks
-    differ, the check says so.
+    model: the modules of this rank's pipeline stage, or all modules. interval: steps between checks; 0 for never. group: None for
+    a single process. messages: the driver's monitor (`ContextParallel.messages`), needed to name the rank that computes attention
+    wrongly rather than the ranks that receive the result. Kernels must be deterministic; if the runs differ on all ranks, the
+    text says that they are not.
     """
 
     def __init__(
@@ -60,15 +61,15 @@ class ReplayCheck:
         self._rank = 0 if group is None else dist.get_rank()
 
     def due(self, step: int) -> bool:
-        """Return whether to check this step, counted from 0: every interval-th, but not the first."""
+        """Return whether to check this step, counted from 0: every interval-th step except step 0."""
         return bool(self.interval) and step > 0 and step % self.interval == 0
 
     def check(self, step: int, run: Callable[[], Any], drop: Callable[[], Any]) -> Difference | None:
         """Run a micro-batch twice, and return the difference, or None if all bits are equal. A collective call.
 
         run: runs the forward and backward passes of the step's first micro-batch. drop: discards the gradients of the
-        first run. The step uses those of the second, so a check costs one extra micro-batch. Both runs begin with the
-        same random state. Synchronizes with the device.
+        first run. The step uses the gradients of the second run, so a check costs one extra micro-batch. Both runs
+        begin with the same random state. Synchronizes with the device.
         """
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), self._observed() as first:

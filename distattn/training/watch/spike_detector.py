@@ -1,4 +1,4 @@
-"""Detects values far above the usual ones by median and median absolute deviation, which single outliers do not move."""
+"""Detects values far above recent values, by median and median absolute deviation, which single outliers do not move."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ _LEAST_DEVIATION = 0.01
 class SpikeDetector:
     """Detector for one curve. A value is a spike if it exceeds median + threshold * deviation of the last finite values.
 
-    The deviation is the median of |value - median| over the last `window` values, and at least 1 % of the median. Spikes
-    also join the window, so a new level counts as usual after half a window. With only n < window values, the deviation
-    is at least (0.01 + early / n) times the median, since the first values do not show how far a curve scatters. The
-    first value is never a spike.
+    The deviation is the median of |value - median| over the last `window` values, and at least 1 % of the median. Spikes also
+    join the window, so a new level counts as usual after half a window. With only n < window values, the deviation is at least
+    (0.01 + early / n) times the median, since few values do not show how far a curve scatters. The first value is never a spike.
     """
 
     def __init__(self, window: int, threshold: float, early: float = 1.0):

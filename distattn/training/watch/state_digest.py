@@ -32,7 +32,7 @@ _HOST = ("cpu",)
 
 
 class Damage(NamedTuple):
-    """A change of the state without an update. step: the step before whose update it was found.
+    """A change of the state without an update. step: the change was found before the update of this step.
 
     text: a sentence for the user. ranks: the ranks whose state changed. tensors: the first changed tensor of each of these
     ranks. repeats: True if one rank has had MOST_OF_ONE_RANK changes.
@@ -81,7 +81,7 @@ class StateDigest:
         return self._taken.changed(_digests(self._tensors()))
 
     def compare(self, step: int, until: str = "") -> Damage | None:
-        """Return the change since `take` on any rank, or None. All ranks get the same result. A collective call.
+        """Describe the change since `take` on any rank; None if no state changed. Equal on all ranks. A collective call.
 
         step, until: see `explain`.
         """
@@ -91,9 +91,9 @@ class StateDigest:
         return self.explain(step, changed, until) if self.share(bool(changed))() else None
 
     def share(self, changed: bool) -> Callable[[], bool]:
-        """Start to share whether this rank found a change. Returns a function that waits and returns whether any rank did.
+        """Start sharing whether this rank found a change. Returns a function that waits and returns whether any rank did.
 
-        A collective call. Ranks may send other messages before they wait. Sends nothing before the first `take`.
+        A collective call. Ranks may send other messages before they call that function. Sends nothing before the first `take`.
         """
         if self._taken is None or self._group is None or dist.get_world_size(self._group) == 1:
             return lambda: changed
@@ -108,9 +108,9 @@ class StateDigest:
         return told
 
     def explain(self, step: int, changed: list[str], until: str = "") -> Damage | None:
-        """Return the change on any rank, or None if no state changed. A collective call.
+        """Describe the change found on any rank; None if no state changed. A collective call.
 
-        step: counted from 0. changed: the result of `changed`. until: the event before which the change was found, by
+        step: counted from 0. changed: the result of `changed`. until: the event by which the change was found, by
         default the update of the step.
         """
         changed_by_rank = gather_values(self._group, (changed, socket.gethostname()))
@@ -149,16 +149,16 @@ def state_tensors(
                 else:
                     counts.append(part)
     if counts:
-        # one digest for all step counts, of four bytes each
+        # all step counts, of four bytes each, share one digest
         yield COUNTS, "", torch.stack(counts)
 
 
 class _Digests(NamedTuple):
-    """Digests of tensors. host: digests of the tensors in host memory, by (kind, name).
+    """Digests of tensors. host: digests of the tensors in host memory, keyed by (kind, name).
 
-    device: row sums of all tensors on the device, int64. names, ends: those tensors, and where the sums of each end in
-    `device`. Each tensor takes one kernel, since launching more for small tensors would take longer than reading the
-    memory.
+    device: row sums of all tensors on the device, int64. names, ends: the names of those tensors, and the index in
+    `device` at which each tensor's sums end. Each tensor takes one kernel, since launching more for small tensors would
+    take longer than reading the memory.
     """
 
     host: dict[tuple[str, str], int]

@@ -13,7 +13,7 @@ from torch import Tensor
 from distattn.training.engines.engine import WEIGHT, StateTensor
 from distattn.training.watch.module_observer import plain_name
 
-# an update that multiplies a weight's norm by more than this has destroyed the weight
+# an update that multiplies a weight's norm by more than this counts as having destroyed the weight
 LARGE_GROWTH = 1000.0
 # number of recent updates to compare
 _UPDATES = 16
@@ -65,9 +65,9 @@ class WeightGrowth:
         self._norms.clear()
 
     def largest(self) -> Growth | None:
-        """Return the largest growth in the first recorded update that multiplied a norm by more than LARGE_GROWTH, or None.
+        """Return the largest growth in the first recorded update that multiplied a norm by more than LARGE_GROWTH.
 
-        Weights that were zero may grow to any norm. Only this rank's shards are compared.
+        Returns None if no update did. Weights that were zero may grow to any norm. Only this rank's shards are compared.
         """
         for (_, before), (step, after) in zip(self._norms, list(self._norms)[1:], strict=False):
             # comparisons with NaN are false
