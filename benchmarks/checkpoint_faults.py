@@ -159,7 +159,7 @@ def delete(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def swap_ranks(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Swap two tensor files, such as those of two ranks."""
+    """Swap two tensor files, which may belong to different ranks."""
     first, other = rng.sample(_data_files(folder), 2)
     content = first.read_bytes()
     first.write_bytes(other.read_bytes())
@@ -360,7 +360,7 @@ class KillResult(NamedTuple):
 
 
 def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds: float = 0.5) -> KillResult:
-    """Repeat `kills` times: start ranks, kill one at random at a random moment once all have resumed, and check what is left."""
+    """Repeat `kills` times: start ranks, kill a random rank at a random time once all have resumed, check what is left."""
     rng = random.Random(seed)
     context = multiprocessing.get_context("fork")
     port, checked = context.SimpleQueue(), context.SimpleQueue()

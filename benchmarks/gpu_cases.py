@@ -332,7 +332,7 @@ def loaded(path: Path) -> ModuleType:
 
 
 def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
-    """Return a function that calls an operator with those of the values that it accepts. Other arguments get their
+    """Return a function that calls an operator with the `values` that its schema names. All other arguments get their
     defaults, or None."""
     arguments = {a.name: values[a.name] for a in operator._schema.arguments if a.name in values}
     others = {a.name: None for a in operator._schema.arguments if a.name not in values and not a.has_default_value()}

@@ -50,8 +50,8 @@ LONG = 170_000_000
 
 
 class Plant(NamedTuple):
-    """A tier with a fault. computes: True if the fault changes the computed values, in which case trials must reject
-    the tier as well."""
+    """A tier with a fault. computes: True if the fault changes the computed values, in which case trials must also
+    reject the tier."""
 
     fault: str
     tier: ModuleType
@@ -81,7 +81,7 @@ def main() -> int:
 def in_kernels(call: gpu_checks.Call, findings: Findings) -> None:
     """Plant faults in a kernel. The comparison with fp64, guards, a second call or the trial of kernel="auto" must find them."""
     masks = dict(list(gpu_checks.masks(call.device).items())[:2])
-    # run the checks first: they must find nothing, otherwise every planted fault would seem to be found
+    # first run the checks without a fault: if they complained, every planted fault would seem to be found
     before = [f"{name}: {text}" for name, mask in masks.items() for text in gpu_checks.check(call, mask)]
     findings.check(f"{TIER} before anything is planted", "; ".join(before))
     planted = plants(call.tier, 128 if call.device.type == "cuda" else 16)
@@ -162,7 +162,7 @@ def changed(tier: ModuleType, **functions: Any) -> ModuleType:
 
 
 def beyond(x: Tensor) -> Tensor:
-    """Return the element past the end of a tensor that is part of a larger block of memory."""
+    """Return the element just past the end of `x`, which must be part of a larger block of memory."""
     return torch.as_strided(x, (1,), (1,), x.storage_offset() + x.numel())
 
 

@@ -17,12 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-# an environment variable, inherited by programs started later, with the marks of all their guarded ancestors
+# the environment variable that holds the marks of a program's guarded ancestors; child programs inherit it
 _VARIABLE = "DISTATTN_GUARDS"
-# keyed by process id: the process's mark, and the file that its forked processes have open
+# the mark of a guarded process, and the file descriptor that its forked children inherit, keyed by process id
 _GUARDED: dict[int, tuple[str, int]] = {}
-# the number of consecutive looks that must find nothing, and the seconds between them: a second look sees a process
-# that was just being forked
+# the guard ends after this many consecutive looks, this many seconds apart, find no process: a single look can miss a
+# process that is just being forked
 _EMPTY_LOOKS, _LOOK_SECONDS = 2, 0.05
 # multiprocessing's resource trackers remove semaphores and exit once all other processes have; they get this many looks
 # to do so

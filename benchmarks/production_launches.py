@@ -67,8 +67,7 @@ def production_launches(
 ) -> list[tuple[str, TritonLaunch]]:
     """Return (registered kernel, launch) for all launches of layer calls with a shape on an architecture (80, 90, ...).
 
-    Every kernel that can serve such calls on the architecture is run, on plans of these strategies with every backward
-    policy.
+    Every kernel that supports the shape on the architecture is run on plans of `strategies` with every backward policy.
     """
     launches: list[tuple[str, TritonLaunch]] = []
     with _architecture(arch):
@@ -115,7 +114,7 @@ def _kernels_of(shape: ShapeOfCall) -> list[str]:
 def _plans(
     strategies: tuple[str, ...], dtype: torch.dtype, head_dim: int, v_head_dim: int, heads: int, kv_heads: int
 ) -> list[Plan]:
-    """Return the plans of all strategies and backward policies that accept calls with these heads and dims."""
+    """Return a plan for each strategy and backward policy that supports calls with the given heads and dims."""
     of_call = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
     mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, RANKS)
     plans = []
@@ -129,7 +128,7 @@ def _plans(
 
 def _run_layer(plan: Plan, rank: int, kernel: str, shape: ShapeOfCall) -> None:
     """Run the forward and backward pass of one rank's layer call."""
-    # bypass the cache of executables, whose key lacks the architecture
+    # bypass the cache of executables, whose key does not include the architecture
     finishes = getattr(load_kernel(kernel), "FINISHES", ())
     program = lower(plan, rank, kernel_preparer(kernel, kernel_requirements(plan.call, CPU)), finishes=finishes)
     ready = Executable(program, ExecutionKey(rank, kernel, CPU), _NoTransport())
@@ -173,8 +172,8 @@ def named_launches(launches: list[tuple[str, TritonLaunch]]) -> dict[str, Triton
     """Return one launch of each kind, keyed by a name that describes what Triton compiles: types, flags and argument
     specializations.
 
-    A description does not depend on the other launches. The name starts with the first registered kernel that makes
-    this launch.
+    The name starts with the first registered kernel that makes the launch. The rest of the name does not depend on the
+    other launches.
     """
     by_description: dict[str, tuple[str, TritonLaunch]] = {}
     for kernel, launch in launches:

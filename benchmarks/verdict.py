@@ -23,7 +23,7 @@ SHOWN = 5
 
 
 class Outcome(NamedTuple):
-    """The outcome of a part: its findings, and the reasons why it failed or was left out ("" if neither applies)."""
+    """A part's findings, why it failed ("" if it did not), and why it was left out ("" if it was not)."""
 
     name: str
     findings: list[dict[str, Any]]
