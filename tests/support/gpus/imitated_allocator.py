@@ -19,7 +19,7 @@ QUEUE = 1024
 class HeldBytes:
     """The bytes that no other tensor can use: live storages, and freed storages that wait for the device.
 
-    queue: how many launches the host stays ahead of the device. peak: the most bytes held at any time.
+    queue: how many launches the host runs ahead of the device. peak: the most bytes held at any time.
     peak_of_messages: the same for storages that messages were sent from or received into.
     """
 

@@ -70,8 +70,8 @@ class _Storage:
         self.accesses: list[_Access] = []
 
     def add(self, access: _Access) -> None:
-        # drop older accesses ordered before this one, since whatever comes after it also comes after them. A read does
-        # not replace a write
+        # drop older accesses within this access's bytes that are ordered before it: whatever comes after this
+        # access also comes after them. A read does not replace a write
         self.accesses = [
             old
             for old in self.accesses
@@ -100,7 +100,7 @@ class StreamClocks:
         self.counts: Counter[str] = Counter()
 
     def new_stream(self, name: str) -> Timeline:
-        """Create a stream. Work that is queued on the stream later comes after the work on it now."""
+        """Create a stream, whose work runs in the order in which it is queued."""
         with self._lock:
             self._numbers += 1
             stream = Timeline(self._numbers, name)
@@ -118,7 +118,7 @@ class StreamClocks:
         return timeline
 
     def snapshot(self, timeline: Timeline) -> Clock:
-        """Return the clock at which everything now on a timeline is done."""
+        """Return a clock that knows of everything on a timeline so far."""
         with self._lock:
             return dict(timeline.clock)
 

@@ -62,7 +62,7 @@ def run(folder: str, steps: int) -> int:
 
 
 def hang(kind: str, folder: Path) -> None:
-    """Make a fault of this kind happen. Return only if other ranks are to report the fault."""
+    """Inject a fault of the given kind. Return only if other ranks are to report the fault."""
     if kind == "cut":
         subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
     if kind == "kill":

@@ -70,7 +70,7 @@ class NamedBarrier:
     passes: int = 0
 
     def arrive(self, warp: int, warps: int) -> int:
-        """Count the arrival of a warp, one of `warps`. Return the number of the pass that the warp waits for."""
+        """Count the arrival of a warp. Return the number of the pass that it waits for, which takes `warps` arrivals."""
         if self.arrived and self.warps != warps:
             raise BarrierError(f"barrier {self.number} is used by {self.warps} and by {warps} warps at a time")
         if warp in self.arrived:
