@@ -98,7 +98,7 @@ def layer(
 ) -> Callable[[], dict[str, Tensor]]:
     """Return a function that runs attention forward and backward on this rank's tokens.
 
-    wrap: maps the transport of its messages to the one to use instead.
+    wrap: maps the transport of its messages to a replacement.
     """
     ready = da.prepare(plan, kernel="triton", device=job.device)
     ready.transport = wrap(ready.transport)

@@ -144,7 +144,7 @@ class Case(NamedTuple):
     def by(
         self, way: RecurrencePlan, wrap: Callable[[Transport], Transport] = lambda transport: transport
     ) -> Contestant:
-        """Return the contestant that runs a plan. wrap: maps its transport to the one to use instead."""
+        """Return the contestant that runs a plan. wrap: maps its transport to a replacement."""
         return contestant(way, self.op, self.lengths, self.inputs.x, self.inputs.do, wrap)
 
     def check(self, result: tuple[Tensor, ...]) -> str:

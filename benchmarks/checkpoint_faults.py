@@ -82,7 +82,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def no_warning(line: str) -> None:
-    """Assert that a warning only says that a save waited for the previous one, as on a slow disk."""
+    """Assert that a warning only says that a save waited for the previous save, as on a slow disk."""
     assert " waited " in line, line
 
 
@@ -193,7 +193,7 @@ def other_folder(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def edit_manifest(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Change a character of the manifest, delete a line, or repeat one."""
+    """Change a character of the manifest, or delete or repeat a line."""
     file = folder / "manifest.json"
     lines = file.read_text().splitlines(keepends=True)
     place = rng.randrange(len(lines))

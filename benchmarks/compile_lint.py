@@ -114,7 +114,7 @@ class StandIn:
         return self.target
 
     def get_current_device(self) -> int:
-        # compiled kernels are cached by device, so each architecture is a separate device
+        # compiled kernels are cached by device, so report each architecture as a separate device
         return int(self.target.arch)
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -221,7 +221,7 @@ def launched(arch: int, known_digests: set[str], strategies: Iterable[str]) -> I
 def launches(
     arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool
 ) -> Iterator[tuple[str, TritonLaunch]]:
-    """Yield (name, launch) for each kernel that a call with these dtypes and dims launches."""
+    """Yield (name, launch) for each kernel that a call with the given dtypes and dims launches."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, v_dim, modifiers)
     tiles = triton_attention.tiles_for(KernelRequirements(dtype, dim, v_dim, CPU), arch)
     # use a single multiprocessor, for which no tile is split

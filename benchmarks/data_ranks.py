@@ -199,7 +199,7 @@ def measured(processes: int, rows: list[Read]) -> str:
 
 
 def simulated(rows: list[Read], bandwidth: float, ranks: int, cores: int, step_seconds: float) -> str:
-    """Simulate all ranks simultaneously requesting parts drawn from the measured ones. Return a line with the results.
+    """Simulate all ranks requesting parts at once, drawn from the measured parts. Return a line with the results.
 
     The core that is free first serves the next rank. bandwidth: the bytes per second that all cores copy together.
     """

@@ -167,7 +167,7 @@ def beyond(x: Tensor) -> Tensor:
 
 
 def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, str]:
-    """Return, keyed by fault, why kernel="auto" rejects the faulty tier in favor of the real one, or "" if it does not
+    """Return, keyed by fault, why kernel="auto" rejects the faulty tier in favor of the real tier, or "" if it does not
     reject it."""
     mask = next(iter(gpu_checks.masks(call.device).values()))
     shape = dict(heads=gpu_checks.HEADS, kv_heads=gpu_checks.KV_HEADS, head_dim=call.dims[0], dtype=str(call.dtype)[6:])
@@ -183,7 +183,7 @@ def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, st
 
 @contextmanager
 def candidates(modules: dict[str, ModuleType], device: torch.device) -> Iterator[None]:
-    """Let kernel="auto" choose between these modules and the real tier while in the block, with a separate cache."""
+    """Let kernel="auto" choose between `modules` and the real tier while in the block, with a separate cache."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, XDG_CACHE_HOME=folder),

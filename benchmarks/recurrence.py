@@ -140,7 +140,7 @@ def contestant(
     wrap: Callable[[Transport], Transport] = lambda transport: transport,
 ) -> Contestant:
     """Return a contestant that computes this rank's part of an op that is split as `way` says. wrap: maps its transport
-    to the one to use instead."""
+    to a replacement."""
 
     def make() -> Any:
         plan = way.plan(op, lengths, dist.get_world_size(), x)
@@ -165,7 +165,7 @@ def contestant(
 def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     """Return a function that computes the layer on contiguous slices the way fla does.
 
-    Every rank gathers the states of all ranks and combines those before its own slice.
+    Every rank gathers the states of all ranks and combines the states before its own slice.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     layout = da.Layout.contiguous(lengths, ranks)

@@ -236,7 +236,7 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> list[Cel
                     sys.stderr.write(f"{name}: {fault} {len(outcomes[fault]) + 1} of {arguments.repeats}\n")
                     outcomes[fault].append(launch.strike(fault))
                     if outcomes[fault][-1].again is None:
-                        # use a new launch, because nothing trains in this one any longer
+                        # use a new launch, because no rank trains in this launch any longer
                         break
             note = launch.wrong() if rival.repeats else ""
     return [_cell(name, fault, outcomes[fault], note, arguments) for fault in arguments.faults]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import Any, NamedTuple
 
-# the columns of the table; each shows the fastest of these contestants of gpu.py
+# the table's columns, and the contestants of gpu.py of which each column shows the fastest
 TIERS = {name: (f"distattn {name}",) for name in ("triton", "gluon", "gluon_split", "flash")}
 OTHERS = {
     # PyTorch's own implementations are also FlashAttention 2
