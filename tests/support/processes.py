@@ -142,8 +142,8 @@ def sum_gradients(model: torch.nn.Module) -> None:
 
 
 def _give_back_memory() -> None:
-    """Return freed memory to the system. The process would keep it (10 GB in one run), and every fork would copy its
-    page tables.
+    """Return freed memory to the system. Otherwise the process would keep it (10 GB in one run), and every fork would
+    copy its page tables.
     """
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident > _MUCH_MEMORY:

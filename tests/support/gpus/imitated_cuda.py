@@ -322,7 +322,7 @@ class StreamNccl:
     def __init__(self, cuda: Cuda):
         self._cuda = cuda
         self._timeline = cuda.clocks.new_stream("a communicator's stream")
-        # the messages of one call travel concurrently
+        # a timeline for each message of a call, because the messages of one call travel concurrently
         self._lanes: list[Timeline] = []
         self._used: list[Tensor] = []
 

@@ -197,7 +197,7 @@ class ImitatedNccl:
                 raise Hang(f"rank {self._rank}'s {action} waits for a call of rank {rank}") from None
 
     def _connect(self, call: _Call) -> None:
-        """Wait on the host for the peer of each message that is the first from its source to its destination."""
+        """Wait on the host for every peer that a message of the call goes to, or comes from, for the first time."""
         sent = {(self._rank, peer): peer for peer, _ in call.sends}
         received = {(peer, self._rank): peer for peer, _ in call.receives}
         new = {pair: peer for pair, peer in (sent | received).items() if pair not in self._connected}

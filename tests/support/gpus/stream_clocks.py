@@ -87,7 +87,7 @@ class StreamClocks:
     """The clocks of a process.
 
     violations: one sentence per violation. counts: the numbers of accesses checked, so that a test can assert that
-    there were some.
+    any were checked.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class StreamClocks:
         weakref.finalize(storage, self._freed, storage._cdata).atexit = False
 
     def knows(self, tensor: Tensor) -> bool:
-        """Return whether accesses to a tensor are tracked. Among host tensors, only those in pinned memory are."""
+        """Return whether accesses to a tensor are tracked. Host tensors are tracked only in pinned memory."""
         with self._lock:
             return tensor.untyped_storage()._cdata in self._storages
 

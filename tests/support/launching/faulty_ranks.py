@@ -90,7 +90,7 @@ def hang(kind: str, folder: Path) -> None:
             (folder / "never").read_bytes()
     if kind == "interpreter":
         while True:
-            # a signal ends only one of these sleeps
+            # sleep repeatedly, because a signal ends a sleep
             ctypes.PyDLL(None).sleep(1000)
     if kind == "message":
         peer = (int(os.environ["RANK"]) + 1) % dist.get_world_size()

@@ -119,5 +119,5 @@ class CopyQueue:
                 finish()
 
     def busy(self) -> bool:
-        """Return whether some copy has not been waited for."""
+        """Return whether any copy has not been waited for."""
         return bool(self.uncommitted or any(self.groups))

@@ -204,7 +204,7 @@ class Program:
         self.chance = random.Random(f"{seed} {number}")
         # the probability that a copy lands while a warp could run, and which copy lands: the newest, the oldest or any
         self.eagerness, self.lands = self.chance.choice([0.0, 0.02, 0.3]), self.chance.choice([-1, 0, None])
-        # the lane that elect.sync picks: an arbitrary lane, but always the same one
+        # the lane that elect.sync picks: an arbitrary lane, but always the same lane
         self.leader = self.chance.randrange(LANES)
         # sometimes entire warpgroups run far apart, sometimes single warps
         size = self.chance.choice([1, 4])
