@@ -192,7 +192,7 @@ def main() -> int:
 
 
 def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
-    """Yield every kernel, epilogue, dtype and head dim as it would be launched on this architecture."""
+    """Yield (name, launch) for every kernel, epilogue, dtype and head dim on an architecture."""
     named = {torch.bfloat16: DIMS, torch.float16: ((128, 128),), torch.float32: SINGLE_DIMS}
     for dtype, dims in named.items():
         for dim, v_dim in dims:

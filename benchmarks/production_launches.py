@@ -81,7 +81,7 @@ def production_launches(
 
 @contextmanager
 def _architecture(arch: int) -> Iterator[None]:
-    """Give all devices this compute capability while in the block."""
+    """Give all devices the compute capability `arch` while in the block."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "compute_capability", lambda device: arch))
@@ -102,7 +102,7 @@ def _recording(name: str, launches: list[tuple[str, TritonLaunch]]) -> Iterator[
 
 
 def _kernels_of(shape: ShapeOfCall) -> list[str]:
-    """Return the registered kernels that launch Triton kernels and can serve calls with this shape on a GPU."""
+    """Return the registered kernels that launch Triton kernels and can serve calls of the given shape on a GPU."""
     needed = KernelRequirements(shape.dtype, shape.head_dim, shape.v_head_dim, torch.device("cuda"))
     ours = [name for name, module in KERNELS.items() if module.startswith(_TIERS)]
     # TF32 only affects float32; in half precision, "triton_tf32" launches the same kernels as "triton"

@@ -132,7 +132,7 @@ def monitored(folder: str) -> None:
 
 
 def replica(folder: str, patience: str) -> None:
-    """Train as one of torchft's replicas, each of which has one rank. A new replica gets its state from an existing one."""
+    """Train as one of torchft's replicas, each of which has one rank. A new replica gets its state from a running replica."""
     from torchft import Manager, ProcessGroupGloo
 
     number = int(os.environ["REPLICA_GROUP_ID"])

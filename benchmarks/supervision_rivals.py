@@ -51,8 +51,8 @@ _NVIDIA = "nvidia_resiliency_ext.fault_tolerance.launcher"
 
 
 class Rival(NamedTuple):
-    """A supervisor. command: a function that returns the command to start it with its ranks. blames: a pattern for the
-    ranks it blames.
+    """A supervisor. command: a function that returns the command that starts it and its ranks. blames: a pattern for
+    the ranks it blames.
 
     module: a module that it needs. repeats: True if repeated steps must have the same loss.
     """

@@ -94,9 +94,8 @@ _LATE_IMPORTS = ("torch.utils.tensorboard", "matplotlib.image", "matplotlib.figu
 class Fault(NamedTuple):
     """One kill or hang. victim: a rank or the launcher. moment: the moment of the kill, or the kind of hang.
 
-    step: the step of the newest checkpoint afterwards.
-    amid_save: True if a partial save was left behind. noticed, resumed: seconds until the fault was noticed, and until
-    the ranks were training again; None for kills of the launcher.
+    step: the step of the newest checkpoint afterwards. amid_save: True if a partial save was left behind. noticed, resumed:
+    seconds until the fault was noticed, and until the ranks were training again; None for kills of the launcher.
     """
 
     victim: str
