@@ -156,7 +156,7 @@ class Cuda:
 
     @contextmanager
     def stream(self, stream: Stream | None) -> Iterator[None]:
-        """Make a stream and its device current in this thread inside the `with` block. Do nothing for None."""
+        """Make a stream and its device current in this thread inside the `with` block. Do nothing if `stream` is None."""
         before, device_before = self.current_stream(DEVICE), self.current
         if stream is not None:
             self._per_thread.current, self._per_thread.device = stream, TENSORS_ON

@@ -40,7 +40,7 @@ class MBarrier:
         self._flip()
 
     def passed(self, parity: int) -> bool:
-        """Return whether the phase with this parity is over, given that it is the current or the previous phase."""
+        """Return whether the current or previous phase, whichever has the given parity, is over."""
         return self.phase % 2 != parity
 
     def _add(self, size: int) -> None:
