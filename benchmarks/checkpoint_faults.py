@@ -90,7 +90,7 @@ def no_warning(line: str) -> None:
 
 
 class Injection(NamedTuple):
-    """Damage to the newer checkpoint. files: the damaged files; a warning must name one of them."""
+    """Damage to the newer checkpoint. files: the damaged files, one of which a warning must name."""
 
     kind: str
     files: tuple[str, ...]

@@ -97,13 +97,13 @@ class Parity(NamedTuple):
 
 
 def attention_by(strategy: str, job: Job) -> Parity:
-    """Return the check of a strategy's attention, forward and backward, against one call on the entire axis."""
+    """Return a check that compares a strategy's attention, forward and backward, with one call on the entire axis."""
     plan = job.case.plan(strategy)
     return Parity(strategy, lambda wrap: lambda: layer(plan, job, wrap), lambda result: check(result, job.wanted))
 
 
 def recurrence(job: Job) -> Parity:
-    """Return the check of Gated DeltaNet, with states passed from rank to rank, against fp64."""
+    """Return a check that compares Gated DeltaNet, whose states are passed from rank to rank, with fp64."""
     tokens, heads = (STATE_TOKENS, 32) if job.cuda else (128, 4)
     case = RecurrenceCase.of("gated_delta_rule", [tokens], heads, job.device)
     return Parity("scan", lambda wrap: case.by(RecurrencePlan("contiguous", schedule="sequential"), wrap), case.check)
