@@ -56,7 +56,7 @@ class HeldBytes:
         self.peak_of_messages = max(self.peak_of_messages, in_use + self._waiting_bytes())
 
     def launch(self, count: int = 1) -> None:
-        """Count launches as queued. The device has then passed all but the last `queue` launches."""
+        """Count launches as queued, after which the device has passed all but the last `queue` launches."""
         self.launched += count
 
     def _free(self, key: int) -> None:

@@ -40,7 +40,7 @@ class Agent(ray_agent.NodeAgent):
         return super().place()
 
     def run(self, folder: Path, job: str, attempt: int, *arguments: str) -> int:
-        """Return the exit code in this node's file, or kill this process."""
+        """Return the exit code in the node's file, or kill this process if the file says "die"."""
         if self._says() == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return int(self._says())

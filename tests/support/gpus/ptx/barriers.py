@@ -40,7 +40,7 @@ class MBarrier:
         self._flip()
 
     def passed(self, parity: int) -> bool:
-        """Return whether the current or previous phase, whichever has the given parity, is over."""
+        """Return whether the phase with the given parity is over. It is the current phase or the previous phase."""
         return self.phase % 2 != parity
 
     def _add(self, size: int) -> None:
