@@ -112,7 +112,7 @@ def served(kernel: str, needed: KernelRequirements) -> Any:
 def times(
     case: str, needed: KernelRequirements, tokens: int, heads: int, faults: dict[tuple[str, str], str]
 ) -> list[Cell]:
-    """Time every kind of task on one segment with every kernel. faults: why a (kernel, op) is wrong, or ""."""
+    """Time every kind of task on one segment with every correct kernel. faults: why a (kernel, op) is wrong, or ""."""
     inputs = RecurrenceInputs.random((tokens,), heads, heads, needed)
     x, state, do, dstate = inputs[:4]
     tasks: dict[str, Callable[[Any, Any], Any]] = {
