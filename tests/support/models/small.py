@@ -56,7 +56,7 @@ def shared_between_blocks(
 ) -> bool:
     """Return whether attention work moves between blocks of ranks with different batches.
 
-    parts: the number of ranks over which the heads are split.
+    parts: the number of ranks among which the heads are divided.
     """
     for batch in batches:
         moves = batch["context_parallel"].plan(4 // parts, 2 // parts, 8, 8, dtype).forward.moves
