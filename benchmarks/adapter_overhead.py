@@ -151,7 +151,7 @@ def of_layer(case: str, tokens: int, config: Any, repeats: int) -> list[Cell]:
     contestants = {"operators": operators, "transformers": transformers}
     if importlib.util.find_spec("megatron") is not None:
         contestants["megatron-core"] = megatron
-    # check only the shape: the tests check the results of adapters
+    # check only the shape, because the tests check the adapters' results
     check = lambda o: "" if o.shape == q.shape else "another result"  # noqa: E731
     return compare(case, contestants, check, repeats=repeats, warmup=3)
 
@@ -194,7 +194,7 @@ def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]
     """Return the median seconds of (a step of the tiny model, sharding its batch, waiting for its plan and program).
 
     A step is the forward pass with the loss and the backward pass, without the optimizer. Every step has different documents.
-    ahead: shard the next batch before a step.
+    ahead: True to shard every batch one step ahead.
     """
     model = build_model(config, configured_model(config, 256, 4096), huggingface.NAME)
     cp = da.ContextParallel(dist.group.WORLD, strategy="ring", kernel="cpu")
@@ -217,7 +217,7 @@ def of_step(config: Any, tokens: int, ahead: bool) -> tuple[float, float, float]
         ready = time.perf_counter()
         local_loss(model, batch).backward()
         rows.append((time.perf_counter() - began, sharded - began, ready - sharded))
-    # the first steps warm up
+    # leave out the first steps, which warm up
     step, shard, planned = (statistics.median(column) for column in zip(*rows[3:], strict=True))
     return step, shard, planned
 

@@ -82,7 +82,7 @@ class Job(NamedTuple):
 
     @staticmethod
     def join(tokens: int) -> Job:
-        """Join the launcher's process group. On a CPU the axis is short, regardless of `tokens`."""
+        """Join the launcher's process group. On a CPU, `tokens` is ignored and the axis is short."""
         rank, ranks, device = joined()
         cuda = device.type == "cuda"
         case = Case.of(tokens if cuda else 128, 128 if cuda else 32, ranks, device)
@@ -98,7 +98,7 @@ def layer(
 ) -> Callable[[], dict[str, Tensor]]:
     """Return a function that runs attention forward and backward on this rank's tokens.
 
-    wrap: a function that replaces the transport of its messages.
+    wrap: maps the transport of its messages to a replacement.
     """
     ready = da.prepare(plan, kernel="triton", device=job.device)
     ready.transport = wrap(ready.transport)

@@ -54,10 +54,10 @@ FLA = {
     "kda": ("fla.ops.kda", "chunk_kda"),
 }
 SLICES_OF_FLA = {"fla": "contiguous", "fla, zigzag": "zigzag"}
-# the smallest relative error to allow in fp32, in case one device's own error is small by chance
+# the relative error that is always allowed, suited to fp32, since one device's own error may be small by chance
 LEAST_ALLOWED = 2e-5
-# the error allowed on one device, as a fraction of the largest element: a kernel that is wrong on a long axis is
-# equally wrong on all ranks
+# the limit for one device's own error, as a fraction of the largest element: ranks are compared with one device, so
+# without this limit a kernel that is wrong on a long axis would pass
 MOST_OF_ONE_DEVICE = {torch.bfloat16: 2e-2, torch.float32: 2e-5}
 # the number of heads to compute in fp64 at a time
 EXACT_HEADS = 4
@@ -144,7 +144,7 @@ class Case(NamedTuple):
     def by(
         self, way: RecurrencePlan, wrap: Callable[[Transport], Transport] = lambda transport: transport
     ) -> Contestant:
-        """Return the contestant that runs a plan. wrap: a function that replaces the transport of its messages."""
+        """Return the contestant that runs a plan. wrap: maps its transport to a replacement."""
         return contestant(way, self.op, self.lengths, self.inputs.x, self.inputs.do, wrap)
 
     def check(self, result: tuple[Tensor, ...]) -> str:

@@ -82,7 +82,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def no_warning(line: str) -> None:
-    """Assert that a warning only says that a save waited for the previous one, as on a slow disk."""
+    """Assert that a warning only says that a save waited for the previous save, as on a slow disk."""
     assert " waited " in line, line
 
 
@@ -90,7 +90,7 @@ def no_warning(line: str) -> None:
 
 
 class Injection(NamedTuple):
-    """Damage to the newer checkpoint. files: the damaged files; a warning must name one of them."""
+    """Damage to the newer checkpoint. files: the damaged files, one of which a warning must name."""
 
     kind: str
     files: tuple[str, ...]
@@ -159,7 +159,7 @@ def delete(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def swap_ranks(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Swap two tensor files, such as those of two ranks."""
+    """Swap two tensor files, which may belong to different ranks."""
     first, other = rng.sample(_data_files(folder), 2)
     content = first.read_bytes()
     first.write_bytes(other.read_bytes())
@@ -193,7 +193,7 @@ def other_folder(folder: Path, rng: random.Random) -> tuple[str, ...]:
 
 
 def edit_manifest(folder: Path, rng: random.Random) -> tuple[str, ...]:
-    """Change a character of the manifest, delete a line, or repeat one."""
+    """Change a character of the manifest, or delete or repeat a line."""
     file = folder / "manifest.json"
     lines = file.read_text().splitlines(keepends=True)
     place = rng.randrange(len(lines))
@@ -360,7 +360,7 @@ class KillResult(NamedTuple):
 
 
 def run_kills(kills: int, seed: int, folder: Path, ranks: int = 2, most_seconds: float = 0.5) -> KillResult:
-    """Repeat `kills` times: start ranks, kill one at random at a random moment once all have resumed, and check what is left."""
+    """Repeat `kills` times: start ranks, kill a random rank at a random time once all have resumed, check what is left."""
     rng = random.Random(seed)
     context = multiprocessing.get_context("fork")
     port, checked = context.SimpleQueue(), context.SimpleQueue()

@@ -122,7 +122,7 @@ def _run(rank: int, arguments: argparse.Namespace, store: str) -> None:
 
 
 def _tensors(arguments: argparse.Namespace, rank: int) -> dict[str, torch.Tensor]:
-    """Return tensors that belong to this rank alone. Every fifth is four times as large as the others."""
+    """Return tensors that belong to this rank alone. Every fifth tensor is four times as large as the others."""
     generator = torch.Generator().manual_seed(rank)
     shares = [4 if number % 5 == 0 else 1 for number in range(arguments.tensors)]
     unit = arguments.megabytes * 250_000 // sum(shares)
@@ -232,7 +232,7 @@ def _dcp_async(folder: Path, keep: bool = False) -> Iterator[Begin]:
 
 
 def _fresh(folder: Path, step: int) -> Path:
-    """Create and return the folder for a step. Delete earlier folders, as happens when only the last checkpoint is kept."""
+    """Create and return the folder for a step. Delete earlier folders, like a run that keeps only its last checkpoint."""
     if dist.get_rank() == 0:
         for old in folder.glob("*"):
             shutil.rmtree(old)

@@ -36,12 +36,12 @@ import distattn as da
 from distattn.parallel.runtime.communication.transport import Packet, PendingMessages, Transport
 
 TOKENS = 16384
-# few enough tokens for the received state to contribute much to a rank's results
+# so few tokens that the received state contributes much to a rank's results
 STATE_TOKENS = 2048
 # the driver's timeout in seconds with --stop; every step takes far less, even the first, which compiles
 TIMEOUT = 30.0
 TIMEOUT_ON_CPU = 8.0
-# seconds within which every rank learns a verdict
+# seconds in which a verdict reaches every rank
 SOON = 3.0
 # GPU clock cycles, about 0.05 s: far longer than the host takes to continue
 LONG = 85_000_000
@@ -97,20 +97,20 @@ class Parity(NamedTuple):
 
 
 def attention_by(strategy: str, job: Job) -> Parity:
-    """Return the check of a strategy's attention, forward and backward, against one call on the entire axis."""
+    """Return a check that compares a strategy's attention, forward and backward, with one call on the entire axis."""
     plan = job.case.plan(strategy)
     return Parity(strategy, lambda wrap: lambda: layer(plan, job, wrap), lambda result: check(result, job.wanted))
 
 
 def recurrence(job: Job) -> Parity:
-    """Return the check of Gated DeltaNet, with states passed from rank to rank, against fp64."""
+    """Return a check that compares Gated DeltaNet, whose states are passed from rank to rank, with fp64."""
     tokens, heads = (STATE_TOKENS, 32) if job.cuda else (128, 4)
     case = RecurrenceCase.of("gated_delta_rule", [tokens], heads, job.device)
     return Parity("scan", lambda wrap: case.by(RecurrencePlan("contiguous", schedule="sequential"), wrap), case.check)
 
 
 def found_by_parity(fault: str, parity: Parity, wrap: Callable[[Transport], Transport], findings: Findings) -> None:
-    """Check that comparing outputs and gradients names the strategy and the ranks on which it is wrong."""
+    """Check that comparing outputs and gradients reports the strategy as wrong and names the affected ranks."""
     strategy = parity.strategy
 
     def judged(wrapped: Callable[[Transport], Transport]) -> str:
@@ -148,7 +148,7 @@ def altered(x: Tensor) -> Tensor:
 
 
 class Reused:
-    """A transport with which rank 0 overwrites the tensors it is sending before it has waited for them.
+    """A transport in which rank 0 overwrites the tensors that it sends before it waits for the sends.
 
     The tensors are read late, so that the fault shows every time. On a GPU, the messages are queued on a stream that
     sleeps. On a CPU, the tensors are read when the receiver posts its receives, which it does only after a message from
@@ -240,7 +240,7 @@ def error_of_loop(stops: bool, timeout: float, device: torch.device) -> str:
                 batch["context_parallel"].attention(q, k, v)
             if cuda:
                 torch.cuda.synchronize()
-            # after this, all ranks have reached this point and no message is in flight
+            # once this returns, all ranks have reached this point and no message is in flight
             dist.all_reduce(torch.zeros(1))
             if stops:
                 os.kill(os.getpid(), signal.SIGSTOP)

@@ -85,7 +85,7 @@ def cluster(name: str, folder: Path) -> Iterator[Target]:
 
 
 def measured(target: Target, folder: Path, fault: signal.Signals, patience: float, further: Sequence[str]) -> Times:
-    """Measure the times of a fault in a separate run, in a new folder. further: additional arguments for the run."""
+    """Start a run in a new folder, inject `fault`, and return its times. further: additional arguments for the run."""
     options = (
         "--checkpoint.every_steps=2",
         "--checkpoint.keep_last=2",

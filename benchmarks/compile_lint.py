@@ -97,7 +97,8 @@ PIPES = {
     "mufu": ("MUFU",),
     "bar": ("BAR",),
 }
-# minimum registers per thread of the spinner: rounded up to a multiple of 8, its 1024 threads hold 49,152 of 65,536 registers
+# with this many registers per thread, rounded up to a multiple of 8, the spinner's 1024 threads hold 49,152 of a
+# multiprocessor's 65,536 registers, so that no second program fits
 HELD_BY_SPIN = 41
 HEADS, KV_HEADS, TOKENS = 8, 2, 256
 CPU = torch.device("cpu")
@@ -113,7 +114,7 @@ class StandIn:
         return self.target
 
     def get_current_device(self) -> int:
-        # compiled kernels are cached by device, so each architecture is a separate device
+        # compiled kernels are cached by device, so report each architecture as a separate device
         return int(self.target.arch)
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -191,7 +192,7 @@ def main() -> int:
 
 
 def variants(arch: int) -> Iterator[tuple[str, TritonLaunch]]:
-    """Yield every kernel, epilogue, dtype and head dim as it would be launched on this architecture."""
+    """Yield (name, launch) for every kernel, epilogue, dtype and head dim on an architecture."""
     named = {torch.bfloat16: DIMS, torch.float16: ((128, 128),), torch.float32: SINGLE_DIMS}
     for dtype, dims in named.items():
         for dim, v_dim in dims:
@@ -220,7 +221,7 @@ def launched(arch: int, known_digests: set[str], strategies: Iterable[str]) -> I
 def launches(
     arch: int, dtype: torch.dtype, dim: int, v_dim: int, modifiers: bool
 ) -> Iterator[tuple[str, TritonLaunch]]:
-    """Yield (name, launch) for each kernel that a call with these dtypes and dims launches."""
+    """Yield (name, launch) for each kernel that a call with the given dtypes and dims launches."""
     (q, k, v, do), (o, lse, grads), score = tensors(dtype, dim, v_dim, modifiers)
     tiles = triton_attention.tiles_for(KernelRequirements(dtype, dim, v_dim, CPU), arch)
     # use a single multiprocessor, for which no tile is split
@@ -265,7 +266,7 @@ def gluon_launches(dtype: torch.dtype, dim: int, modifiers: bool) -> Iterator[tu
 
 
 def recurrence_launches(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, TritonLaunch]]:
-    """Yield (name, launch) for each kernel of Gated DeltaNet, forward and backward, once per kernel."""
+    """Yield (name, launch) once for each kernel that Gated DeltaNet launches, forward or backward."""
 
     def tensor(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(TOKENS, *shape, dtype=of)
@@ -283,13 +284,13 @@ def recurrence_launches(dtype: torch.dtype, dim: int) -> Iterator[tuple[str, Tri
 
 
 def epilogues() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the ways in which a forward can store its result: a name, and arguments of `forward_launch`."""
+    """Yield (name, arguments of `forward_launch`) for each way in which a forward kernel can store its result."""
     yield "write", {}
     yield "merge", dict(merge=True)
 
 
 def finished(sums: torch.Tensor, dtype: torch.dtype) -> FinalRows:
-    """Return finished rows of a result that several launches sum up."""
+    """Return `FinalRows` for a result that several launches accumulate in `sums`."""
     return FinalRows(torch.empty_like(sums, dtype=dtype), torch.empty(TOKENS, dtype=torch.int32), 1)
 
 
@@ -337,8 +338,8 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
     operations, loops = parse(code)
     counts = Counter(operation.split(".")[0] for operation in operations)
     product = PRODUCTS[arch]
-    # find the innermost loops: the shortest first, then those that do not overlap any found before. Outer loops are
-    # rotated and may start anywhere
+    # find the innermost loops by taking loops in order of length and skipping those that overlap a loop already taken,
+    # because outer loops are rotated and may start anywhere
     innermost: list[tuple[int, int]] = []
     for a, b in sorted(loops, key=lambda loop: loop[1] - loop[0]):
         multiplies = any(name.startswith(product) for name in operations[a:b])
@@ -357,7 +358,7 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
         "shared": kernel.metadata.shared,
         "products": products,
         "serialized": int(is_serialized(arrivals, dots, products)) if arch == 90 else 0,
-        # waits that leave a product running, so that it overlaps with the work until the next wait
+        # waits that leave a product in flight, which then overlaps with the work until the next wait
         "overlapped": len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", code)),
         "narrow_loads": sum(name.startswith("LDGSTS") and not name.endswith(("128", "64")) for name in operations),
         "loop": len(main),
@@ -368,9 +369,9 @@ def facts(kernel: Any, arch: int) -> dict[str, int]:
 def is_serialized(arrivals: int, dots: int, products: int) -> bool:
     """Return whether ptxas waits around every matrix instruction, as it does if it cannot prove them independent.
 
-    arrivals: the number of waits before products. dots: the number of tile products in Triton's code. products: the
-    number of matrix instructions generated for them. An unrolled loop also has more arrivals than dots, but still only
-    one arrival for all instructions of a tile product.
+    arrivals: the number of WARPGROUP.ARRIVE instructions. dots: the number of tile products in Triton's code. products:
+    the number of matrix instructions generated for them. A loop that is merely unrolled also has more arrivals than dots,
+    but still only one arrival for all instructions of a tile product.
     """
     return arrivals > 2 * dots and 2 * arrivals > products
 

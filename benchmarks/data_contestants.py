@@ -96,7 +96,7 @@ class Contestant:
 
 
 class Ours(Contestant):
-    """A rank's part of each pack, zigzag over cp ranks."""
+    """Our loader, which yields one rank's part of each pack, zigzag over cp ranks."""
 
     name = "distattn, a rank's part"
     _plan = "plan.packs"
@@ -251,7 +251,7 @@ class Streaming(Contestant):
     planned = False
 
     def load(self) -> None:
-        # a build of torchvision needs exactly the torch that it was built with, and only streaming's image classes use it
+        # replace torchvision, which only runs with the torch it was built for: only streaming's image classes need it
         for name in (
             "torchvision",
             "torchvision.datasets",

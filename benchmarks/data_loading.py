@@ -214,7 +214,7 @@ def digest(sequence: np.ndarray) -> str:
 def in_a_process(work: Callable[..., dict[str, Any]], contestant: Contestant, *arguments: Any) -> dict[str, Any]:
     """Run `work` in a separate process. Return its result, or {"left out": reason} if it fails.
 
-    The last argument is the folder of the rivals.
+    The last of `arguments` is the folder with the rivals' packages; the others are passed to `work`.
     """
     receive, send = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("spawn")

@@ -122,7 +122,7 @@ def opening(folder: str, documents: int) -> str:
 
 
 def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.ndarray]:
-    """Return (seconds, CPU seconds) of each part, keyed by name. Call this in a fresh process."""
+    """Return (seconds, CPU seconds) of each stage of opening and seeking, by name. Call this in a fresh process."""
     laps: dict[str, np.ndarray] = {}
     clocks = lambda: np.array([time.perf_counter(), time.process_time()])  # noqa: E731
     began = clocks()
@@ -148,7 +148,7 @@ def open_and_seek(barrier: Any, prefix: str, plan_file: str) -> dict[str, np.nda
 
 
 def read_together(prefix: str, plan_file: str, processes: int, ranks: int, steps: int) -> list[Read]:
-    """Return the reads of all processes, each of which is a rank, over steps that they start together."""
+    """Return the reads of all processes. Each process is one rank, and all processes start every step together."""
     # choose ranks that are far apart, to cover all CP ranks of a pack and many packs
     chosen = np.linspace(0, ranks - 1, processes).astype(int).tolist()
     work = [(read_parts, prefix, plan_file, rank, ranks, steps) for rank in chosen]
@@ -199,9 +199,9 @@ def measured(processes: int, rows: list[Read]) -> str:
 
 
 def simulated(rows: list[Read], bandwidth: float, ranks: int, cores: int, step_seconds: float) -> str:
-    """Simulate all ranks simultaneously requesting parts drawn from the measured ones. Return a line with the results.
+    """Simulate all ranks requesting parts at once, drawn from the measured parts. Return a line with the results.
 
-    The cores serve the ranks in turn, limited by the bandwidth in bytes per second.
+    The core that is free first serves the next rank. bandwidth: the bytes per second that all cores copy together.
     """
     rng = np.random.default_rng(0)
     waits, ends = 0, []

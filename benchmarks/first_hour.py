@@ -40,7 +40,7 @@ MINUTES = 9.0
 LEAST_SECONDS = 20.0
 # the fraction of its time limit that a program receives as --seconds
 OWN_SHARE = 0.8
-# torchrun gives its ranks 30 s to exit
+# seconds that a stopped part has to exit: more than the 30 s that torchrun gives its ranks
 GRACE_SECONDS = 35.0
 NO_GPU = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 

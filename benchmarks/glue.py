@@ -44,7 +44,7 @@ FORWARD, BACKWARD = (4, 600e12), (10, 450e12)
 
 
 def main() -> None:
-    """Print one line per case and strategy, forward / backward, for whichever of three ranks has the most glue."""
+    """Print a line per case and strategy, forward / backward, for the rank (first, middle or last) with the most glue."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--ranks", type=int, default=8)
@@ -66,11 +66,11 @@ def main() -> None:
 
 
 def _line(strategy: str, lengths: list[int], arguments: argparse.Namespace, seconds: list[float]) -> str:
-    """Return a strategy's figures: glue, operators, sends in total, and sends to one peer.
+    """Format a strategy's figures: glue, operators, all sends, and the most sends to one peer.
 
     seconds: the attention time of a rank, forward and backward.
     """
-    # disaggregation needs contiguous packs: it moves work, not tokens
+    # disaggregation needs contiguous packs, because it moves work, not tokens
     layout = (da.Layout.contiguous if strategy == "cad" else da.Layout.zigzag)(lengths, arguments.ranks)
     shape = dict(heads=arguments.heads, kv_heads=arguments.kv_heads, head_dim=DIM, dtype="bfloat16")
     plan = da.make_plan(da.Mask.documents(lengths), layout, strategy=strategy, **shape)
@@ -100,11 +100,11 @@ def _line_of_deepspeed(arguments: argparse.Namespace, seconds: list[float]) -> s
         return torch.empty(1, rows, heads, DIM, dtype=torch.bfloat16, device=META)
 
     def local(heads: int) -> tuple[torch.Tensor, int, int]:
-        """Return a rank's own tokens with all heads, and the dims that are scattered and gathered."""
+        """Return a tensor of one rank's tokens with all heads, the dim to scatter and the dim to gather."""
         return tensor(tokens, heads), 2, 1
 
     def gathered(heads: int) -> tuple[torch.Tensor, int, int]:
-        """Return all tokens with a rank's heads, and the dims that are scattered and gathered."""
+        """Return a tensor of all tokens with one rank's heads, the dim to scatter and the dim to gather."""
         return tensor(arguments.tokens, heads // ranks), 1, 2
 
     heads, kv_heads = arguments.heads, arguments.kv_heads
@@ -127,7 +127,7 @@ def _line_of_deepspeed(arguments: argparse.Namespace, seconds: list[float]) -> s
 
 
 def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
-    """Return a rank's traffic in both passes, its bytes by kind, and its sends to each peer."""
+    """Return a rank's traffic in each pass, its bytes by kind in each pass, and its number of sends to each peer."""
     sends: Counter[int] = Counter()
     send = MetaBackend.send
 
@@ -142,7 +142,7 @@ def _counts(plan: da.Plan, rank: int):  # noqa: ANN202
 
 @contextmanager
 def _bytes_by_kind() -> Iterator[dict[int, Counter[str]]]:
-    """Count the bytes of each method in KINDS while in the block, keyed by the id of the pass's traffic."""
+    """Count the bytes that each method in KINDS moves while in the block, keyed by the id of the pass's `Traffic`."""
     by_pass: dict[int, Counter[str]] = defaultdict(Counter)
 
     def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:

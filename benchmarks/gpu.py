@@ -91,8 +91,7 @@ def main() -> int:
 
 
 def note(findings: Findings, cell: Cell) -> None:
-    """Record every cell as a speed, or as the reason why it has none. Record a tier's cell as a check as well if it
-    serves the case."""
+    """Record a cell's speed, or why it has none. If the cell is of a tier that serves the case, also record a check."""
     fault = f"{cell.status}: {cell.note}" if cell.status != "ok" else ""
     if is_ours(cell) and cell.status in ("ok", "wrong", "error"):
         findings.check(f"{cell.contestant}, {cell.case}", fault)
@@ -217,7 +216,7 @@ def by_definition(case: Case, x: Inputs, some: list[int]) -> dict[str, Tensor]:
     index = torch.tensor(some, device=x.q.device)
     dk, dv = torch.zeros_like(k[index]), torch.zeros_like(v[index])
     rows: dict[str, list[Tensor]] = {"o": [], "dq": []}
-    # outputs need only their own rows; dk and dv need all rows
+    # o needs only the queries in `some`; dk and dv need all queries
     blocks = [some] if case.direction == "forward" else [range(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
     for block in blocks:
         here = torch.tensor(list(block), device=x.q.device)
@@ -238,7 +237,7 @@ def by_definition(case: Case, x: Inputs, some: list[int]) -> dict[str, Tensor]:
 
 
 def allowed(case: Case, rows: Tensor) -> Tensor:
-    """Return whether each of these rows may attend to each key, bool (rows, N)."""
+    """Return whether each row in `rows` may attend to each key, bool (rows, N)."""
     edges = torch.zeros(len(rows), case.tokens + 1, dtype=torch.int32, device=rows.device)
     at = np.arange(len(rows))
     wanted = rows.cpu().numpy()

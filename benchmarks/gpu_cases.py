@@ -291,7 +291,7 @@ def flash3(library: Path | None) -> Callable[[Case, Inputs], Run]:
             return lambda: forward()[0]
         o, lse, *_ = forward()
         values |= {"dout": x.do, "out": o, "softmax_lse": lse, "deterministic": False}
-        # some builds write to these tensors, others return gradients first
+        # some builds write the gradients to these tensors, others return the gradients as their first results
         gradients = {"dq": torch.empty_like(x.q), "dk": torch.empty_like(x.k), "dv": torch.empty_like(x.v)}
         operator = torch.ops.flash_attn_3.bwd.default
         filled = {argument.name for argument in operator._schema.arguments} >= set(gradients)
@@ -332,7 +332,7 @@ def loaded(path: Path) -> ModuleType:
 
 
 def by_schema(operator: Any, values: dict[str, Any]) -> Callable[[], Any]:
-    """Return a function that calls an operator with those of the values that it accepts. Other arguments get their
+    """Return a function that calls an operator with the `values` that its schema names. All other arguments get their
     defaults, or None."""
     arguments = {a.name: values[a.name] for a in operator._schema.arguments if a.name in values}
     others = {a.name: None for a in operator._schema.arguments if a.name not in values and not a.has_default_value()}

@@ -163,7 +163,7 @@ def masks(device: torch.device) -> dict[str, da.Mask]:
 
 
 def check(call: Call, mask: da.Mask) -> list[str]:
-    """Return a list of the faults found in one call, forward and backward, adding first to zeros and then to the results."""
+    """Return the faults found in one call, forward and backward, whose results are added to zeros, then to themselves."""
     torch.manual_seed(0)
     (dim, v_dim), device = call.dims, call.device
     work = call.work(mask)

@@ -332,7 +332,7 @@ def too_far(errors: dict[str, float]) -> str:
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Merge overlapping time spans. Return disjoint ones, in order."""
+    """Merge overlapping time spans. Return disjoint spans in order."""
     out: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
         if out and begin <= out[-1][1]:

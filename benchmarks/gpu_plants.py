@@ -50,8 +50,8 @@ LONG = 170_000_000
 
 
 class Plant(NamedTuple):
-    """A tier with a fault. computes: True if the fault changes the computed values, in which case trials must reject
-    the tier as well."""
+    """A tier with a fault. computes: True if the fault changes the computed values, in which case trials must also
+    reject the tier."""
 
     fault: str
     tier: ModuleType
@@ -81,7 +81,7 @@ def main() -> int:
 def in_kernels(call: gpu_checks.Call, findings: Findings) -> None:
     """Plant faults in a kernel. The comparison with fp64, guards, a second call or the trial of kernel="auto" must find them."""
     masks = dict(list(gpu_checks.masks(call.device).items())[:2])
-    # run the checks first: they must find nothing, otherwise every planted fault would seem to be found
+    # first run the checks without a fault: if they complained, every planted fault would seem to be found
     before = [f"{name}: {text}" for name, mask in masks.items() for text in gpu_checks.check(call, mask)]
     findings.check(f"{TIER} before anything is planted", "; ".join(before))
     planted = plants(call.tier, 128 if call.device.type == "cuda" else 16)
@@ -163,12 +163,12 @@ def changed(tier: ModuleType, **functions: Any) -> ModuleType:
 
 
 def beyond(x: Tensor) -> Tensor:
-    """Return the element past the end of a tensor that is part of a larger block of memory."""
+    """Return the element just past the end of `x`, which must be part of a larger block of memory."""
     return torch.as_strided(x, (1,), (1,), x.storage_offset() + x.numel())
 
 
 def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, str]:
-    """Return, keyed by fault, why kernel="auto" rejects the faulty tier in favor of the real one, or "" if it does not
+    """Return, keyed by fault, why kernel="auto" rejects the faulty tier in favor of the real tier, or "" if it does not
     reject it."""
     mask = next(iter(gpu_checks.masks(call.device).values()))
     shape = dict(heads=gpu_checks.HEADS, kv_heads=gpu_checks.KV_HEADS, head_dim=call.dims[0], dtype=str(call.dtype)[6:])
@@ -184,7 +184,7 @@ def faults_by_trial(planted: list[Plant], call: gpu_checks.Call) -> dict[str, st
 
 @contextmanager
 def candidates(modules: dict[str, ModuleType], device: torch.device) -> Iterator[None]:
-    """Let kernel="auto" choose between these modules and the real tier while in the block, with a separate cache."""
+    """Let kernel="auto" choose between `modules` and the real tier while in the block, with a separate cache."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, XDG_CACHE_HOME=folder),

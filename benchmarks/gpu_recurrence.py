@@ -98,8 +98,8 @@ def fault_of(kernel: str, needed: KernelRequirements, findings: Findings) -> str
 
 
 def served(kernel: str, needed: KernelRequirements) -> Any:
-    """Return a kernel's module. Raise Unsupported if the kernel is not installed or cannot serve calls with these
-    requirements."""
+    """Return a kernel's module. Raise Unsupported if the kernel is not installed or does not meet the requirements
+    `needed`."""
     try:
         module = load_kernel(kernel)
     except DistattnError as error:
@@ -112,7 +112,7 @@ def served(kernel: str, needed: KernelRequirements) -> Any:
 def times(
     case: str, needed: KernelRequirements, tokens: int, heads: int, faults: dict[tuple[str, str], str]
 ) -> list[Cell]:
-    """Time every kind of task on one segment, with every kernel whose results were correct. faults: keyed by (kernel, op)."""
+    """Time every kind of task on one segment with every correct kernel. faults: why a (kernel, op) is wrong, or ""."""
     inputs = RecurrenceInputs.random((tokens,), heads, heads, needed)
     x, state, do, dstate = inputs[:4]
     tasks: dict[str, Callable[[Any, Any], Any]] = {

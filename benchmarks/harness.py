@@ -28,7 +28,7 @@ STATUSES = ("ok", "unsupported", "wrong", "out of memory", "error")
 
 
 class Unsupported(Exception):
-    """The error of a contestant that does not support a case. Its message says why."""
+    """Raised by a contestant that does not support a case. The message says why."""
 
 
 @dataclass
@@ -170,7 +170,7 @@ def joined() -> tuple[int, int, torch.device]:
 
 
 def slowest(value: float) -> float:
-    """Return the largest value on any rank. All ranks get the same result."""
+    """Return the maximum of `value` over all ranks, on every rank."""
     if not dist.is_initialized():
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -216,7 +216,7 @@ def _named(cell: Cell, worst: str) -> str:
 def _timed(work: Callable[[], Any]) -> float:
     """Return the seconds of one call, from a common start to the end on the slowest rank.
 
-    If `work` has an attribute `calls`, it makes that many calls each time.
+    If `work` has an attribute `calls`, it makes that many calls, and the time is divided by their number.
     """
     if dist.is_initialized():
         dist.barrier()

@@ -77,8 +77,8 @@ def main() -> None:
     digest, growth = StateDigest(engine.state_tensors, dist.group.WORLD), WeightGrowth(engine.state_tensors)
     taken = median(lambda: digest.take("an update"), before=dist.barrier)
     changed = median(digest.changed, before=dist.barrier)
-    # sharing digests with ranks that have no common loss: the loss alone, with the digest next to the loss, and with
-    # the digest after it
+    # sharing the digests' verdict if no common loss carries it: the mean loss alone, sharing during the mean loss, and
+    # sharing after it
     kinds = {
         "loss": lambda: engine.cp.mean_loss(losses),
         "beside": lambda: (digest.share(False), engine.cp.mean_loss(losses))[0](),

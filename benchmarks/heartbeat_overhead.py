@@ -99,7 +99,7 @@ def rank(run: RunFolder, config: Config, device: torch.device) -> int:
             steps.append([arm, *(now_at - earlier for earlier, now_at in zip(before, now, strict=True))])
             arm = draws.choice(ARMS)
             told.write = None if arm == "untold" else write
-            # an attribute of the instance takes precedence over the class's method
+            # restore the class's method, which an attribute of the instance hides in "timed" steps
             vars(told).pop("set", None)
             if arm == "timed":
                 told.set = timed  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ from distattn.parallel.tables.backward import derive_backward
 from distattn.parallel.tables.cost import bytes_per_row_and_key
 
 BLOCK = 2048
-# upper limit of the sums of vertex and net weights, which have 32 bits
+# upper limit of the sum of vertex weights and of the sum of net weights, which mtkahypar computes in 32 bits
 MOST = 1 << 29
 
 

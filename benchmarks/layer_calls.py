@@ -45,7 +45,7 @@ class LayerCalls(NamedTuple):
 
     @property
     def own_files(self) -> int:
-        """The number of distattn's files that contain these functions."""
+        """The number of distattn's files that contain the called functions."""
         return len({file for file, _ in self.calls if _is_ours(file)})
 
 

@@ -67,7 +67,7 @@ class Row(NamedTuple):
     work: float
 
 
-# for each step, the lengths of all pieces, and for each pack the end index of its pieces
+# for each step: the lengths of all packs' pieces in order, and for each pack the index at which its pieces end
 Steps = Iterator[tuple[np.ndarray, np.ndarray]]
 
 

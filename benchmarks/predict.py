@@ -25,7 +25,7 @@ TOKENS_PER_RANK = 8192
 RANKS = (8, 16, 32, 64)
 PACKS = 3
 SHAPE = dict(heads=64, kv_heads=8, head_dim=128, dtype="bfloat16")
-# TFLOP/s per GPU on 8, 16, 32, 64 GPUs
+# published TFLOP/s per GPU on 8, 16, 32 and 64 GPUs
 PUBLISHED = {
     ("full", "forward"): {
         "ulysses": (605, 573, 582, 620), "ring": (511, 533, 515, 512), "allgather": (606, 593, 585, 583),

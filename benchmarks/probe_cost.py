@@ -71,7 +71,7 @@ def measure(rank: int, folder: str, options: argparse.Namespace) -> None:
 
 
 def of_trainer(case: str, kind: str, model: Any, options: argparse.Namespace) -> list[Cell]:
-    """Time one pass and all of loss_scale with one kind of trainer. Return a cell for each."""
+    """Time one pass, and a complete call of loss_scale, with one kind of trainer. Return a cell for each."""
     mesh = init_device_mesh("cpu", (1, options.ranks), mesh_dim_names=("dp", "cp"))
     reduce: Callable[[], None] | None = None
     if kind == "fsdp2":

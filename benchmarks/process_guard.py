@@ -17,15 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-# an environment variable, inherited by programs started later, with the marks of all their guarded ancestors
+# the environment variable that holds the marks of a program's guarded ancestors; child programs inherit it
 _VARIABLE = "DISTATTN_GUARDS"
-# keyed by process id: the process's mark, and the file that its forked processes have open
+# the mark of a guarded process, and the file descriptor that its forked children inherit, keyed by process id
 _GUARDED: dict[int, tuple[str, int]] = {}
-# the number of consecutive looks that must find nothing, and the seconds between them: a second look sees a process
-# that was just being forked
+# the guard ends after this many consecutive looks, this many seconds apart, find no process: a single look can miss a
+# process that is just being forked
 _EMPTY_LOOKS, _LOOK_SECONDS = 2, 0.05
-# multiprocessing's resource trackers remove semaphores and exit once all other processes have; they get this many looks
-# to do so
+# multiprocessing's resource trackers remove semaphores and exit after all other processes, so they are killed only after
+# this many looks
 _TRACKER, _TRACKER_LOOKS = b"multiprocessing.resource_tracker", 40
 
 
@@ -51,7 +51,7 @@ def guard_processes() -> None:
 
 
 def main(pid: int, mark: str) -> None:
-    """Wait until a process has ended, then kill processes with its mark until none are left."""
+    """Wait until a process has ended, then kill processes with its mark until no such process is left."""
     with contextlib.suppress(ProcessLookupError):
         watched = os.pidfd_open(pid)
         sys.stdout.write("watching\n")
@@ -69,7 +69,7 @@ def main(pid: int, mark: str) -> None:
 
 
 def _is_marked(place: Path, mark: str) -> bool:
-    """Return whether the process with this /proc folder has the mark. Return False if it has ended or belongs to a
+    """Return whether the process whose /proc folder is `place` has the mark. Return False if it has ended or is of a
     different user."""
     with contextlib.suppress(OSError):
         variables = (place / "environ").read_bytes().split(b"\0")

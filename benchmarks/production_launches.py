@@ -67,8 +67,7 @@ def production_launches(
 ) -> list[tuple[str, TritonLaunch]]:
     """Return (registered kernel, launch) for all launches of layer calls with a shape on an architecture (80, 90, ...).
 
-    Every kernel that can serve such calls on the architecture is run, on plans of these strategies with every backward
-    policy.
+    Every kernel that supports the shape on the architecture is run on plans of `strategies` with every backward policy.
     """
     launches: list[tuple[str, TritonLaunch]] = []
     with _architecture(arch):
@@ -82,7 +81,7 @@ def production_launches(
 
 @contextmanager
 def _architecture(arch: int) -> Iterator[None]:
-    """Give all devices this compute capability while in the block."""
+    """Give all devices the compute capability `arch` while in the block."""
     with ExitStack() as patches:
         for tier in (triton_attention, gluon_attention):
             patches.enter_context(mock.patch.object(tier, "compute_capability", lambda device: arch))
@@ -103,7 +102,7 @@ def _recording(name: str, launches: list[tuple[str, TritonLaunch]]) -> Iterator[
 
 
 def _kernels_of(shape: ShapeOfCall) -> list[str]:
-    """Return the registered kernels that launch Triton kernels and can serve calls with this shape on a GPU."""
+    """Return the registered kernels that launch Triton kernels and can serve calls of the given shape on a GPU."""
     needed = KernelRequirements(shape.dtype, shape.head_dim, shape.v_head_dim, torch.device("cuda"))
     ours = [name for name, module in KERNELS.items() if module.startswith(_TIERS)]
     # TF32 only affects float32; in half precision, "triton_tf32" launches the same kernels as "triton"
@@ -115,7 +114,7 @@ def _kernels_of(shape: ShapeOfCall) -> list[str]:
 def _plans(
     strategies: tuple[str, ...], dtype: torch.dtype, head_dim: int, v_head_dim: int, heads: int, kv_heads: int
 ) -> list[Plan]:
-    """Return the plans of all strategies and backward policies that accept calls with these heads and dims."""
+    """Return a plan for each strategy and backward policy that supports calls with the given heads and dims."""
     of_call = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=v_head_dim, dtype=dtype)
     mask, layout = Mask.documents(LENGTHS), Layout.zigzag(LENGTHS, RANKS)
     plans = []
@@ -129,7 +128,7 @@ def _plans(
 
 def _run_layer(plan: Plan, rank: int, kernel: str, shape: ShapeOfCall) -> None:
     """Run the forward and backward pass of one rank's layer call."""
-    # bypass the cache of executables, whose key lacks the architecture
+    # bypass the cache of executables, whose key does not include the architecture
     finishes = getattr(load_kernel(kernel), "FINISHES", ())
     program = lower(plan, rank, kernel_preparer(kernel, kernel_requirements(plan.call, CPU)), finishes=finishes)
     ready = Executable(program, ExecutionKey(rank, kernel, CPU), _NoTransport())
@@ -173,8 +172,8 @@ def named_launches(launches: list[tuple[str, TritonLaunch]]) -> dict[str, Triton
     """Return one launch of each kind, keyed by a name that describes what Triton compiles: types, flags and argument
     specializations.
 
-    A description does not depend on the other launches. The name starts with the first registered kernel that makes
-    this launch.
+    The name starts with the first registered kernel that makes the launch. The rest of the name does not depend on the
+    other launches.
     """
     by_description: dict[str, tuple[str, TritonLaunch]] = {}
     for kernel, launch in launches:

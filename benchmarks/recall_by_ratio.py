@@ -56,7 +56,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Run what is missing, seed by seed. Then print the table and draw the figure of all runs."""
+    """Run the settings that the file lacks, seed by seed. Then print the table and draw the figure of all runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)

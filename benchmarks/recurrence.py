@@ -50,7 +50,7 @@ class RecurrencePlan(NamedTuple):
     schedule: str | None = None
 
     def plan(self, op: str, lengths: Sequence[int], ranks: int, x: RecurrenceTokens) -> da.Plan:
-        """Return the plan for documents of these lengths. x: the inputs, which give heads, dims and dtype."""
+        """Return the plan for documents of the given lengths. x: the inputs, which determine heads, dims and dtype."""
         shape: dict[str, Any] = dict(
             heads=x.heads, kv_heads=x.q.shape[1], head_dim=x.q.shape[2], dtype=str(x.q.dtype)[6:]
         )
@@ -139,8 +139,8 @@ def contestant(
     do: Tensor,
     wrap: Callable[[Transport], Transport] = lambda transport: transport,
 ) -> Contestant:
-    """Return a contestant that computes an op as `way` splits it, on this rank's tokens. wrap: a function that replaces
-    its transport."""
+    """Return a contestant that computes this rank's part of an op that is split as `way` says. wrap: maps its transport
+    to a replacement."""
 
     def make() -> Any:
         plan = way.plan(op, lengths, dist.get_world_size(), x)
@@ -165,7 +165,7 @@ def contestant(
 def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     """Return a function that computes the layer on contiguous slices the way fla does.
 
-    Every rank gathers the states of all ranks and combines those before its own slice.
+    Every rank gathers the states of all ranks and combines the states before its own slice.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     layout = da.Layout.contiguous(lengths, ranks)
@@ -175,14 +175,14 @@ def gathered_by_all(lengths: list[int], x: RecurrenceTokens, do: Tensor) -> Any:
     segments = [
         (max(a, begin) - begin, min(b, end) - begin) for a, b in itertools.pairwise(bounds) if a < end and b > begin
     ]
-    # whether the first segment continues from the previous rank, and whether the last one continues on the next rank
+    # whether the first segment continues from the previous rank, and whether the last segment goes on to the next rank
     enters, leaves = begin not in bounds, end not in bounds
     local, do_local = x._replace(**{name: value[mine] for name, value in x.by_token().items()}), do[mine]
     nothing = torch.zeros(len(segments), HEADS, DIM, DIM)
     every, first_one, last_one = (chunked.prepare(some, NEEDED) for some in (segments, segments[:1], segments[-1:]))
 
     def gathered(state: Tensor, transition: Tensor, passes: bool) -> list[Tensor]:
-        """Return (transition, state) of every rank. passes: False if a document starts in the slice, which resets the state."""
+        """Gather all ranks' (transition, state). passes: False if a document starts in the slice and resets the state."""
         own_state = torch.stack([transition if passes else torch.zeros_like(transition), state])
         states = [torch.empty_like(own_state) for _ in range(ranks)]
         dist.all_gather(states, own_state)

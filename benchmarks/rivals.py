@@ -163,7 +163,7 @@ def ours(lengths: list[int], inputs: list[Tensor], balanced: bool) -> dict[str, 
 
 
 def torch_rings(lengths: list[int], inputs: list[Tensor]) -> dict[str, Contestant]:
-    """Return contestants for PyTorch's context_parallel: its public API, and its ring loop on CPU operators, by rotation."""
+    """Return contestants for PyTorch's context_parallel: its public API, and its ring loop with each rotation."""
     return {
         "torch context_parallel": lambda: _torch_public(lengths, inputs),
         "torch ring loop, all-gather": lambda: _torch_loop(lengths, inputs, "allgather"),

@@ -41,7 +41,7 @@ class Training:
         self._notes = os.open(folder / f"rank-{rank}.steps", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def state(self) -> dict[str, Any]:
-        """Return the state that a rank needs in order to continue."""
+        """Return the state that a rank needs to continue."""
         return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -81,8 +81,8 @@ def newest(folder: Path) -> int:
 
 
 def train(folder: str, before: Callable[[str, int], None] = lambda activity, step: None) -> None:
-    """Train until the supervisor ends the process. before: a function called with each activity that is about to start,
-    and the step."""
+    """Train until the supervisor ends the process. before: called before each activity, with its name and the
+    step."""
     dist.init_process_group("gloo")
     training = Training(Path(folder), dist.get_rank())
     begin = [newest(Path(folder))]
@@ -132,7 +132,7 @@ def monitored(folder: str) -> None:
 
 
 def replica(folder: str, patience: str) -> None:
-    """Train as one of torchft's replicas, each of which has one rank. A new replica gets its state from an existing one."""
+    """Train as one of torchft's replicas, each of which has one rank. A new replica gets its state from a running replica."""
     from torchft import Manager, ProcessGroupGloo
 
     number = int(os.environ["REPLICA_GROUP_ID"])

@@ -45,14 +45,14 @@ _START_SECONDS = 240.0
 _NEVER = "not within {:.0f} s"
 # matches a failed rank in the output of torchrun's agents and of launchers based on them
 _FAILED = r"failed \(exitcode: .*?\) local_rank: (\d+)"
-# matches the first line that any supervisor prints about a fault; torchft's lighthouse prints lines in every step
+# matches the first line that a supervisor prints about a fault, but not what torchft's lighthouse prints in every step
 _NOTICED = re.compile(r"^distattn: |failed \(exitcode|closing signal|timeout elapsed")
 _NVIDIA = "nvidia_resiliency_ext.fault_tolerance.launcher"
 
 
 class Rival(NamedTuple):
-    """A supervisor. command: a function that returns the command to start it with its ranks. blames: a pattern for the
-    ranks it blames.
+    """A supervisor. command: a function that returns the command that starts it and its ranks. blames: a pattern for
+    the ranks it blames.
 
     module: a module that it needs. repeats: True if repeated steps must have the same loss.
     """
@@ -74,7 +74,7 @@ class Note(NamedTuple):
 
 
 class Struck(NamedTuple):
-    """The outcome of a fault. Seconds and lost steps are None if the event did not occur within the limit.
+    """The outcome of a fault: seconds until each event, steps lost (both None past the limit), and ranks blamed.
 
     alone: seconds until the other ranks continued without the victim.
     """
@@ -214,7 +214,7 @@ class Launch:
         return condition()
 
     def _look(self) -> None:
-        """Remember the current descendants, because some of them outlive the process that started them."""
+        """Remember the supervisor's current descendants, to kill those that outlive the process that started them."""
         if self._process.poll() is None:
             self._seen |= set(psutil.Process(self._process.pid).children(recursive=True))
 
@@ -236,7 +236,7 @@ def measured(name: str, arguments: argparse.Namespace, folder: Path) -> list[Cel
                     sys.stderr.write(f"{name}: {fault} {len(outcomes[fault]) + 1} of {arguments.repeats}\n")
                     outcomes[fault].append(launch.strike(fault))
                     if outcomes[fault][-1].again is None:
-                        # use a new launch, because nothing trains in this one any longer
+                        # use a new launch, because no rank trains in this launch any longer
                         break
             note = launch.wrong() if rival.repeats else ""
     return [_cell(name, fault, outcomes[fault], note, arguments) for fault in arguments.faults]

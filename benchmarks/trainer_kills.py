@@ -69,7 +69,7 @@ STEPS = 14
 TEXT = Path(__file__).parents[1] / "LICENSE"
 # maximum time to wait, in seconds: only a hang takes this long
 LIMIT_SECONDS = 300.0
-# about the duration of a save, so that kills during a save are spread over it
+# roughly the duration of a save, over which the kills during a save are spread
 MOST_SAVE_SECONDS = 0.03
 # the activities, as reported by ranks, during which ranks are killed
 _MOMENTS = ("connecting", "reading the data", "from rank", "forward and backward", "the optimizer's step")
@@ -92,10 +92,10 @@ _LATE_IMPORTS = ("torch.utils.tensorboard", "matplotlib.image", "matplotlib.figu
 
 
 class Fault(NamedTuple):
-    """One kill or hang. victim: a rank or the launcher. moment: when it happened. step: the newest checkpoint afterwards.
+    """One kill or hang. victim: a rank or the launcher. moment: the moment of the kill, or the kind of hang.
 
-    amid_save: True if a partial save was left behind. noticed, resumed: seconds until the fault was noticed, and until
-    the ranks were training again; None for kills of the launcher.
+    step: the step of the newest checkpoint afterwards. amid_save: True if a partial save was left behind. noticed, resumed:
+    seconds until the fault was noticed, and until the ranks were training again; None for kills of the launcher.
     """
 
     victim: str
@@ -277,7 +277,7 @@ class Faults:
                 # the run had already ended
                 return None
             why, named = before[ended]["why"], before[ended]["ranks"]
-            # if a rank's messages are lost, the other ranks hang first, but soon this rank waits for them as well
+            # if a rank's messages are lost, the other ranks hang first and this rank later, so others must be named
             right = named == [victim] if moment != "message" else bool({*named} - {victim})
             assert right, f"{moment} of rank {victim}: {why}"
             assert moment != "message" or re.search(rf"from ranks? ([\d, ]* )?{victim}\b", why), why
@@ -379,7 +379,7 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
         write(activity, step, *fields)
         if step >= 0 and not first:
             first.append(step)
-        # do not hang in the first steps of an attempt, for which ranks have more time
+        # do not hang in the first steps of an attempt, in which ranks are allowed more time
         if first and step > first[0] + 1:
             try:
                 fault = json.loads(planted.read_text("utf-8"))
@@ -398,14 +398,14 @@ def rank(folder: str, json_lines: bool, proposed: str = "") -> int:
 
 
 def _stand_still(kind: str) -> None:
-    """Block forever, the way this kind of hang does."""
+    """Block forever. kind: the kind of hang."""
     if kind == "lock":
         lock = threading.Lock()
         lock.acquire()
         lock.acquire()
     if kind == "interpreter":
         while True:
-            # make a call that does not release the GIL, and repeat it, because a signal ends it
+            # sleep without releasing the GIL, repeatedly, because a signal interrupts the call
             ctypes.PyDLL(None).sleep(1000)
     if kind == "read":
         # read from a pipe that no process writes to
@@ -452,7 +452,7 @@ def main() -> int:
     for name, count in (("kills", 200), ("hangs", 20), ("seed", 1), ("ranks", 2)):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--strategy", default="ring")
-    # less time than in real runs, because a step takes a tenth of a second
+    # shorter than in real runs, because a step here only takes a tenth of a second
     parser.add_argument("--patience", type=float, default=5, help="seconds without a heartbeat that are a hang")
     parser.add_argument("--folder", type=Path, help="an empty folder to work in; by default a temporary one")
     arguments = parser.parse_args()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from math import exp, log
 from typing import Any, NamedTuple
 
-# the columns of the table; each shows the fastest of these contestants of gpu.py
+# the table's columns, and the contestants of gpu.py of which each column shows the fastest
 TIERS = {name: (f"distattn {name}",) for name in ("triton", "gluon", "gluon_split", "flash")}
 OTHERS = {
     # PyTorch's own implementations are also FlashAttention 2
@@ -23,7 +23,7 @@ SHOWN = 5
 
 
 class Outcome(NamedTuple):
-    """The outcome of a part: its findings, and the reasons why it failed or was left out ("" if neither applies)."""
+    """A part's findings, why it failed ("" if it did not), and why it was left out ("" if it was not)."""
 
     name: str
     findings: list[dict[str, Any]]

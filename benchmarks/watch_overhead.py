@@ -113,7 +113,7 @@ def measured(folder: Path, steps: int, tokens: int, interval: int) -> dict[str, 
 
             loss, norm = timed("a step", step)
             timed("numerics watch, each step", partial(watch.judge, number, loss, norm))
-            # the replay check runs the micro-batch twice, so one run is subtracted below
+            # the replay check runs the micro-batch twice, but only one run is extra, so one run is subtracted below
             timed(
                 "replay check, a micro-batch twice",
                 partial(check.check, number, forward_and_backward, optimizer.zero_grad),

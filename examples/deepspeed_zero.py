@@ -15,7 +15,7 @@ import deepspeed
 from distattn.adapters.deepspeed import ProbeTarget, SequenceGroups
 from distattn.adapters.pytorch import local_loss
 
-# DeepSpeed calls collectives by names that PyTorch has deprecated
+# ignore warnings about the deprecated names by which DeepSpeed calls collectives
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 
 

@@ -40,7 +40,7 @@ class CompressedConvolutionalAttention(nn.Module):
 
 
 class MultiTokenPrediction(nn.Module):
-    """Hidden states and labels for the token `ahead` places after the next one (DeepSeek-V3, arXiv 2412.19437)."""
+    """A block that predicts the token `ahead` places after the next token (DeepSeek-V3, arXiv 2412.19437)."""
 
     def __init__(self, width: int, ahead: int, block: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MultiTokenPrediction(nn.Module):
 
 
 def affine_scaled_attention(q: Tensor, k: Tensor, v: Tensor, scale_TH1: Tensor, bias_TH1: Tensor, batch) -> Tensor:  # noqa: ANN001
-    """Return attention with weights scale * softmax + bias. The sum of values is a recurrence with all queries and keys 1."""
+    """Return attention with weights scale * softmax + bias. The sum of values is a recurrence with unit queries and keys."""
     ones = v.new_ones(len(v), v.shape[1], 1)
     return scale_TH1 * batch.attention(q, k, v) + bias_TH1 * batch.recurrence(
         ones, ones, v, "linear_attention", scale=1.0

@@ -35,7 +35,7 @@ start = {
 }
 shape = dict(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128)
 plain = dict(attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True, bias_dropout_fusion=False)
-# stages send each other variable token counts; the loss is the sum over tokens divided by the number of valid tokens
+# pipeline stages exchange batches of different lengths; the loss is the sum over tokens divided by the valid tokens
 training = dict(variable_seq_lengths=True, moe_token_dispatcher_type="alltoall", calculate_per_token_loss=True)
 training |= dict(pipeline_dtype=torch.float32, finalize_model_grads_func=finalize_model_grads, normalization="RMSNorm")
 config = TransformerConfig(**shape, **sizes, **plain, gradient_accumulation_fusion=False, **training, **start)
@@ -46,7 +46,7 @@ model = megatron.use_batch_positions(model).to(DEVICE)
 chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
 adam = OptimizerConfig(optimizer="adam", lr=3e-3, weight_decay=0.01, clip_grad=1.0, use_distributed_optimizer=True)
 optimizer = get_megatron_optimizer(adam, [chunk], use_gloo_process_groups=False)
-# split a batch's attention over the context-parallel ranks, or with --data per_rank over all data-parallel ranks as well
+# split a batch's attention over the context-parallel ranks, with --data per_rank also over the data-parallel ranks
 cp = da.ContextParallel(parallel_state.get_data_parallel_group(with_context_parallel=True), **cp_args)
 for number, packs in enumerate(cp.steps(steps(args.steps, cp))):
     chunk.zero_grad_buffer()

@@ -45,8 +45,8 @@ def arguments(**options: Any) -> argparse.Namespace:
 
 
 def settings(data: str, ranks: int) -> dict[str, Any]:
-    """Return settings for `ContextParallel`: all ranks split every pack; with per_rank each half of them has its own
-    packs."""
+    """Return settings for `ContextParallel`: all ranks split every pack, but with per_rank each half of the ranks has
+    its own packs."""
     split = dict(strategy="ring", layout="document_zigzag", layout_options={"min_chunk": 64})
     shared = dict(strategy="cad", data=data, context_parallel_size=max(ranks // PACKS_PER_STEP, 1))
     return split if data == "replicated" else shared

@@ -29,7 +29,7 @@ def train(settings: dict[str, Any]) -> None:
     if begin:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     else:
-        # get_state_dict has initialized the optimizer with a step that does not count
+        # discard the optimizer state that get_state_dict has created by a dummy step
         optimizer.state.clear()
 
     for done, batches in enumerate(cp.steps(loader), begin + 1):

@@ -13,7 +13,7 @@ LENGTHS = (1, 7, 129, 63)
 
 
 def masks(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Mask]:
-    """Return a few very different masks."""
+    """Return a few very different masks, keyed by name."""
     n = sum(lengths)
     return {
         "causal": Mask.causal(n),

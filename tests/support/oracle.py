@@ -90,8 +90,8 @@ def assert_close(got: Result, wanted: Result, tolerance: float) -> None:
 
 @dataclass
 class Record:
-    """A record of a run: bytes keyed by (src, dst, payload), (rank, event) pairs in order, and the programs of all
-    ranks.
+    """A record of a run: bytes sent, keyed by (src, dst, payload); (rank, event) pairs in order; and all ranks'
+    programs.
     """
 
     bytes: Counter = field(default_factory=Counter)
@@ -107,7 +107,7 @@ class RecordingTransport:
 
     def exchange(self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""):
         for packet in sends:
-            # several payloads may share these rows, so count each payload's bytes
+            # several payloads may share a packet's rows, so count each payload's bytes separately
             per_row = packet.tensor.nbytes // max(len(packet.tensor), 1)
             shares = packet.row_bytes or ((packet.payload, per_row),)
             padding = per_row - sum(bytes for _, bytes in shares)

@@ -26,7 +26,7 @@ def with_number(x, place, value):
 
 
 def change_output(module, change, calls=None):
-    """Change a module's output in all of its calls, or only in `calls`. Return the hook's handle."""
+    """Change a module's output in every call, or only in the calls numbered in `calls`. Return the hook's handle."""
     numbers = itertools.count()
 
     def hook(_, __, out):

@@ -3,7 +3,7 @@
 import random
 import socket
 
-# this range is below the one from which Linux assigns ports by default
+# this range is below the range from which Linux assigns ports by default
 _LOWEST, _HIGHEST = 15000, 32000
 
 

@@ -61,8 +61,8 @@ def run_on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[
 def run_survivors(
     ranks: int, lost: int, work: Callable[..., Any], *arguments: Any, rank_0_holds_store: bool = False
 ) -> dict[int, Any]:
-    """Run `work(rank, *arguments)` on every rank and lose one of the ranks. Return the results of the survivors, keyed
-    by rank.
+    """Run `work(rank, *arguments)` on every rank and do not wait for rank `lost`. Return the others' results, keyed by
+    rank.
 
     The store is held by a separate process, as torchrun's agent does, or by rank 0. It is not a file, because a rank
     that is stopped while it holds the file's lock would block all others.
@@ -115,7 +115,7 @@ def run_script_on_ranks(ranks: int, script: Path, *arguments: str, before: str |
 def _script(
     rank: int, ranks: int, port: int, folder: Path, script: Path, arguments: tuple[str, ...], before: str | None
 ) -> None:
-    # see `_rank`
+    # for the reasons given in `_rank`
     gc.freeze()
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -142,8 +142,8 @@ def sum_gradients(model: torch.nn.Module) -> None:
 
 
 def _give_back_memory() -> None:
-    """Return freed memory to the system. The process would keep it (10 GB in one run), and every fork would copy its
-    page tables.
+    """Return freed memory to the system. Otherwise the process would keep it (10 GB in one run), and every fork would
+    copy its page tables.
     """
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident > _MUCH_MEMORY:

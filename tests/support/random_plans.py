@@ -27,7 +27,7 @@ from distattn.ir.plan import (
 
 Cell = tuple[int, int]
 Row = tuple[int, ...]
-# the number of input tokens of each output token of a convolution
+# the number of input tokens that each output token of a convolution depends on
 TAPS = 3
 # steps before the first task, which leave time for inputs to arrive
 _LEAD = 4

@@ -51,8 +51,8 @@ def random_layout(rng: random.Random) -> Layout:
 
 
 def random_recurrent_plan(rng: random.Random, ops: Sequence[str] = RECURRENT) -> RandomPlan:
-    """Return a random plan. Segments run at their owners, head-sharded or anywhere. Schedules may be mixed, and some
-    tasks are split in two.
+    """Return a random plan. Segments run on their owners, on all ranks by heads, or on random ranks. Schedules may be
+    mixed, and some tasks are split in two.
     """
     layout = random_layout(rng)
     kv_heads = rng.randint(1, 2)
@@ -200,7 +200,7 @@ def _split(tables: dict[str, Table], rng: random.Random) -> dict[str, Table]:
 
 def attacked(rng: random.Random) -> tuple[Plan, str] | None:
     """Return a plan with consistent rows that either drops state in the middle of a document or carries it into the
-    next document.
+    next document, and the name of this fault. Return None if the documents drawn do not allow the fault.
     """
     layout = random_layout(rng)
     call = Call(Mask.documents(layout.lengths), layout, 2, 2, KEY_DIM, VALUE_DIM, "float64", op=OPS["gla"])
@@ -237,7 +237,7 @@ def attacked(rng: random.Random) -> tuple[Plan, str] | None:
 
 
 def _begun_at(table: Table, q0: int, q1: int, start: int) -> Table:
-    """Return the backward table, but let tasks of unsplit segments that start in [q0, q1) start their sum at `start`."""
+    """Return the backward table, except that tasks of unsplit segments starting in [q0, q1) begin their sum at `start`."""
     tasks = table.tasks
     whole = has_rows_and_keys(tasks) & (q0 <= tasks["q0"]) & (tasks["q0"] < q1)
     return Table({**tasks, "k0": np.where(whole, start, tasks["k0"])}, table.moves)

@@ -119,7 +119,7 @@ def run_recurrence(
 ) -> RecurrenceResult:
     """Run the forward and backward passes of all ranks of a plan in one process. Return the gathered results.
 
-    Assert that the states' peak bytes and kept bytes are those that the proof predicts.
+    Assert that the peak bytes and the kept bytes of states are those that the proof predicts.
     """
     layout, call = plan.call.layout, plan.call
     ranks, dtype = range(call.ranks), getattr(torch, call.dtype)

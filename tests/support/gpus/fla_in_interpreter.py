@@ -57,7 +57,7 @@ def largest_difference(name: str, dtype: torch.dtype) -> float:
 
 
 def over_ranks() -> str:
-    """Run a head-sharded plan on two ranks. Return an empty string, or a description of the difference."""
+    """Run a head-sharded plan on two ranks. Return how the result differs from the definition, or an empty string."""
     case = recurrence_case(OPS["gated_delta_rule"], (5, 19), 2, 1, 16, 16)
     shape = dict(heads=2, kv_heads=1, head_dim=16, v_head_dim=16, dtype="float32", op="gated_delta_rule")
     layout = da.Layout.zigzag(case.lengths, ranks=2)
@@ -111,7 +111,7 @@ def convolutions() -> dict[str, float]:
 
 
 def refusals() -> dict[str, str]:
-    """Return, keyed by case, the reasons for which fla-core's kernels refuse calls that the chunked kernel must serve."""
+    """Return, keyed by case, why fla-core's kernels refuse calls that the chunked kernel must serve."""
     usual = KernelRequirements(torch.float16, 16, 16, CPU, op=OPS["ssd"])
     odd = {
         "served": usual,

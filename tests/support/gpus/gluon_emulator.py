@@ -154,7 +154,7 @@ class Shared:
         self.writers.fill_(int(ACTIVE[0].me().name))
 
     def read(self):
-        """Return the data for a product or a copy. Raise AssertionError if some of it was written without a fence."""
+        """Return the data for a product or a copy. Raise AssertionError if any of it was written without a fence."""
         assert not self.writers.any(), "shared memory is read by another proxy without a fence"
         return self.data
 

@@ -19,7 +19,7 @@ QUEUE = 1024
 class HeldBytes:
     """The bytes that no other tensor can use: live storages, and freed storages that wait for the device.
 
-    queue: how many launches the host stays ahead of the device. peak: the most bytes held at any time.
+    queue: how many launches the host runs ahead of the device. peak: the most bytes held at any time.
     peak_of_messages: the same for storages that messages were sent from or received into.
     """
 
@@ -56,7 +56,7 @@ class HeldBytes:
         self.peak_of_messages = max(self.peak_of_messages, in_use + self._waiting_bytes())
 
     def launch(self, count: int = 1) -> None:
-        """Count launches as queued. The device has then passed all but the last `queue` launches."""
+        """Count launches as queued, after which the device has passed all but the last `queue` launches."""
         self.launched += count
 
     def _free(self, key: int) -> None:

@@ -110,7 +110,7 @@ def imitated_cuda(current: int = TENSORS_ON) -> Iterator[Cuda]:
 class Cuda:
     """The default stream of the device that holds the tensors, and each thread's current device and stream.
 
-    devices_set: how often a thread has set its current device.
+    devices_set: how often threads have set their current device.
     """
 
     def __init__(self, current: int = TENSORS_ON) -> None:
@@ -142,7 +142,7 @@ class Cuda:
             self._per_thread.device = before
 
     def check_device(self, action: str) -> None:
-        """Record a violation if this thread's current device is not the one with the tensors."""
+        """Record a violation if this thread's current device is not the device that holds the tensors."""
         if self.current != TENSORS_ON:
             self.clocks.violation(f"{action} on device {self.current}, where no tensor is ({self.clocks.host().name})")
 
@@ -156,7 +156,7 @@ class Cuda:
 
     @contextmanager
     def stream(self, stream: Stream | None) -> Iterator[None]:
-        """Make a stream and its device current in this thread inside the `with` block. Do nothing for None."""
+        """Make a stream and its device current in this thread inside the `with` block. Do nothing if `stream` is None."""
         before, device_before = self.current_stream(DEVICE), self.current
         if stream is not None:
             self._per_thread.current, self._per_thread.device = stream, TENSORS_ON
@@ -203,7 +203,7 @@ class Event:
     def __init__(self, cuda: Cuda, enable_timing: bool = False):
         self.cuda = cuda
         self.clock: Clock = {}
-        # the host thread that recorded the event, and its tick at that time
+        # the host thread that recorded the event, and the thread's tick at that time
         self.host, self.tick = cuda.clocks.host(), 0
 
     def record(self, stream: Stream | None = None) -> None:
@@ -322,7 +322,7 @@ class StreamNccl:
     def __init__(self, cuda: Cuda):
         self._cuda = cuda
         self._timeline = cuda.clocks.new_stream("a communicator's stream")
-        # the messages of one call travel concurrently
+        # a timeline for each message of a call, because the messages of one call travel concurrently
         self._lanes: list[Timeline] = []
         self._used: list[Tensor] = []
 

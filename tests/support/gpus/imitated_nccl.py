@@ -197,7 +197,7 @@ class ImitatedNccl:
                 raise Hang(f"rank {self._rank}'s {action} waits for a call of rank {rank}") from None
 
     def _connect(self, call: _Call) -> None:
-        """Wait on the host for the peer of each message that is the first from its source to its destination."""
+        """Wait on the host for every peer that a message of the call goes to, or comes from, for the first time."""
         sent = {(self._rank, peer): peer for peer, _ in call.sends}
         received = {(peer, self._rank): peer for peer, _ in call.receives}
         new = {pair: peer for pair, peer in (sent | received).items() if pair not in self._connected}
@@ -225,7 +225,7 @@ class ImitatedNccl:
             self._is_shut = True
 
     def __del__(self) -> None:
-        # the warning of PyTorch's destructor, which then aborts
+        # warn and abort, as PyTorch's destructor does
         if not (self._is_shut or self._is_aborted):
             os.write(
                 2, b"WARNING: destroy_process_group() was not called before program exit, which can leak resources.\n"
@@ -296,7 +296,7 @@ def imitate_nccl(seconds: float = 60.0, blocks: bool = True) -> None:
 
 
 def by_rules(rules: str, work: Any) -> Any:
-    """Return `work` for `run_on_ranks`, in processes whose communicators follow rules "nccl" or "gloo"."""
+    """Wrap `work` for `run_on_ranks` so that its communicators follow `rules` ("nccl" or "gloo")."""
 
     def run(rank: int, *arguments: Any) -> Any:
         if rules == "nccl":

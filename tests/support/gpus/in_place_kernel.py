@@ -41,7 +41,7 @@ def backward(do, q, k, v, lse, delta, schedule, score, into, add, final=None):
 
 
 def earlier_sums(final, sums):
-    """Return the sums of earlier launches. Rows without such sums hold anything, so here NaN."""
+    """Return earlier launches' sums, 0 in rows that this launch begins. In `sums`, make those rows NaN."""
     has_none = final.turns_T // MOST_TURNS == final.number
     sums[has_none] = torch.nan
     return sums.masked_fill(has_none[:, None, None], 0.0)

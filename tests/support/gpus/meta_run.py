@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from waits import META, wait_of
 
-# this registers the operators for latents
+# importing this module registers the operators for latents
 import distattn.ops.latent  # noqa: F401
 from distattn.ir.plan import Plan
 from distattn.kernels.registry import KERNELS
@@ -33,7 +33,7 @@ from distattn.parallel.runtime.arenas import ARENAS
 from distattn.parallel.runtime.communication.transport import GroupTransport
 from distattn.parallel.runtime.execution import execute
 
-# these operators access no data
+# operators that access no data
 _FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "set_")
 
 
@@ -103,9 +103,7 @@ class Watch(TorchDispatchMode):
 
 
 def _row_bytes(name: str, args: tuple[Any, ...]) -> int:
-    """Return the bytes that an operator of `kernels.glue` reads and writes. An operator accesses only some rows of its
-    tensors.
-    """
+    """Return the bytes that an operator of `kernels.glue` reads and writes, counting only the rows that it accesses."""
     if name not in ("copy_rows", "copy_rows_with_products", "add_rows", "merge_rows"):
         return 0
     count, tensors = args[-1], [x for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
@@ -143,7 +141,7 @@ class MetaBackend:
 
 
 class Layer:
-    """One rank's layer of a plan, as built by `prepare`. memory: the predicted memory."""
+    """One rank's layer of a plan, built as `prepare` builds it. memory: the predicted memory."""
 
     def __init__(self, plan: Plan, rank: int):
         self.backend = MetaBackend()
@@ -252,7 +250,7 @@ def repeated_layers(plan: Plan, rank: int, layers: int, launches: int) -> HeldBy
     """Return the memory of the backward pass of checkpointed layers while the host runs ahead of the device. See
     `layers_ahead`.
 
-    The arena reaches its full size before these layers, without messages.
+    Before these layers, another layer brings the arena to its full size; its messages are not counted.
     """
     layer, memory = Layer(plan, rank), HeldBytes(QUEUE)
     ARENAS.free(META)

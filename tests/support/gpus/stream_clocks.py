@@ -70,8 +70,8 @@ class _Storage:
         self.accesses: list[_Access] = []
 
     def add(self, access: _Access) -> None:
-        # drop older accesses ordered before this one, since whatever comes after it also comes after them. A read does
-        # not replace a write
+        # drop older accesses within this access's bytes that are ordered before it: whatever comes after this
+        # access also comes after them. A read does not replace a write
         self.accesses = [
             old
             for old in self.accesses
@@ -87,7 +87,7 @@ class StreamClocks:
     """The clocks of a process.
 
     violations: one sentence per violation. counts: the numbers of accesses checked, so that a test can assert that
-    there were some.
+    any were checked.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class StreamClocks:
         self.counts: Counter[str] = Counter()
 
     def new_stream(self, name: str) -> Timeline:
-        """Create a stream. Work that is queued on the stream later comes after the work on it now."""
+        """Create a stream, whose work runs in the order in which it is queued."""
         with self._lock:
             self._numbers += 1
             stream = Timeline(self._numbers, name)
@@ -118,7 +118,7 @@ class StreamClocks:
         return timeline
 
     def snapshot(self, timeline: Timeline) -> Clock:
-        """Return the clock at which everything now on a timeline is done."""
+        """Return a clock that knows of everything on a timeline so far."""
         with self._lock:
             return dict(timeline.clock)
 
@@ -151,7 +151,7 @@ class StreamClocks:
         weakref.finalize(storage, self._freed, storage._cdata).atexit = False
 
     def knows(self, tensor: Tensor) -> bool:
-        """Return whether accesses to a tensor are tracked. Among host tensors, only those in pinned memory are."""
+        """Return whether accesses to a tensor are tracked. Host tensors are tracked only in pinned memory."""
         with self._lock:
             return tensor.untyped_storage()._cdata in self._storages
 

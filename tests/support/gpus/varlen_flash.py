@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def allowed(rows: int, keys: int, causal: bool, left: int, right: int) -> Tensor:
-    """Return a bool tensor (rows, keys) of the keys that each row of a sequence sees. A negative window side is
-    unlimited, as in the operators.
+    """Return whether each row of a sequence may attend to each key, bool (rows, keys). As in the operators, a negative
+    window side is unlimited.
     """
     if causal:
         right = 0

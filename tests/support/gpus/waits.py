@@ -50,12 +50,12 @@ _VIEWS_AND_EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_em
 
 
 def wait_of(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> str | None:
-    """Return why an operator makes the host wait, or None."""
+    """Return why an operator makes the host wait, or None if it does not."""
     return _wait_of_numbers(func, args, kwargs) or _wait_of_copy(func, args, kwargs, results)
 
 
 def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
-    """Return why an operator reads values from the device, as far as its arguments show, or None."""
+    """Return why an operator reads values from the device, judging by its arguments, or None if it does not."""
     name, tensors = func.overloadpacket.__name__, _tensors((args, kwargs))
     if not any(x.device == META for x in tensors):
         return None
@@ -69,7 +69,7 @@ def _wait_of_numbers(func: Any, args: Any, kwargs: Any) -> str | None:
 
 
 def _wait_of_copy(func: Any, args: Any, kwargs: Any, results: list[Tensor], pinned: Container[int] = ()) -> str | None:
-    """Return why an operator waits for a copy, or None. pinned: the addresses of pinned storages."""
+    """Return why an operator waits for a copy, or None if it does not. pinned: the addresses of pinned storages."""
     name, tensors = func.overloadpacket.__name__, _tensors((args, kwargs))
     if {x.device.type for x in (*tensors, *results)} != {"cpu", "meta"}:
         return None
@@ -169,8 +169,8 @@ def host_waits() -> Iterator[HostWaits]:
 
 
 def _assigned(x: Tensor, watch: HostWaits, index: Any, value: Any) -> None:
-    """Assign to x[index] as Python does. On GPUs PyTorch copies an assigned number from the host; on "meta" it does
-    not.
+    """Assign to x[index] as Python does. Note the wait for a number that PyTorch copies from the host on GPUs, but not on
+    "meta".
     """
     if x.device == META and isinstance(value, (bool, int, float)) and any(tensor.dim() for tensor in _tensors(index)):
         watch.note("a number is copied to the device")

@@ -62,7 +62,7 @@ def run(folder: str, steps: int) -> int:
 
 
 def hang(kind: str, folder: Path) -> None:
-    """Make a fault of this kind happen. Return only if other ranks are to report the fault."""
+    """Inject a fault of the given kind. Return only if other ranks are to report the fault."""
     if kind == "cut":
         subprocess.run(["ip", "link", "set", os.environ["GLOO_SOCKET_IFNAME"], "down"], check=True)
     if kind == "kill":
@@ -90,7 +90,7 @@ def hang(kind: str, folder: Path) -> None:
             (folder / "never").read_bytes()
     if kind == "interpreter":
         while True:
-            # a signal ends only one of these sleeps
+            # sleep repeatedly, because a signal ends a sleep
             ctypes.PyDLL(None).sleep(1000)
     if kind == "message":
         peer = (int(os.environ["RANK"]) + 1) % dist.get_world_size()

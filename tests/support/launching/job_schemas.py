@@ -80,7 +80,7 @@ class Container(Strict):
 
 
 class PodSpec(Strict):
-    # podFailurePolicy requires this
+    # podFailurePolicy requires that pods are never restarted
     restartPolicy: Literal["Never"]
     terminationGracePeriodSeconds: Seconds = 30
     containers: Annotated[list[Container], Field(min_length=1)]

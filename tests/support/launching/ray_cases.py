@@ -33,14 +33,14 @@ class Agent(ray_agent.NodeAgent):
         return file.read_text() if file.exists() else "0"
 
     def place(self) -> ray_agent.NodePlace:
-        """Return the place, or never return if this node's file says "silent"."""
+        """Return the node's place, or hang if the node's file says "silent"."""
         if self._says() == "silent":
             Path(os.environ["CASES"], f"{ray.get_runtime_context().get_actor_id()}.silent").touch()
             time.sleep(3600)
         return super().place()
 
     def run(self, folder: Path, job: str, attempt: int, *arguments: str) -> int:
-        """Return the exit code in this node's file, or kill this process."""
+        """Return the exit code in the node's file, or kill this process if the file says "die"."""
         if self._says() == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return int(self._says())
@@ -88,7 +88,7 @@ def main(address: str, folder: str) -> None:
         def size(waiting: float) -> ray_nodes.NodeCounts:
             return ray_nodes.NodeCounts((2,), waiting, 5.0, lambda count: None)
 
-        # a busy machine takes far less than this to find room
+        # even a busy machine finds room in far less time than this
         nodes = ray_nodes.RayNodes(run, "a job", needs, size(LIMIT_SECONDS))
 
         def attempt(name: str, **says: str) -> None:
@@ -109,7 +109,7 @@ def main(address: str, folder: str) -> None:
         (third,) = set(results["is left out"][0]) - {first}
         results["nodes"] = [first, second, third]
         attempt("is taken again", **{third: "silent"})
-        # this agent was slow before and answers now, while the agent on the second node does not
+        # the agent on the third node, which was slow before, now answers, but the agent on the second node does not
         attempt("was slow", **{third: "0", second: "silent"})
         Path(folder, first).write_text("silent")
         Path(folder, third).write_text("silent")

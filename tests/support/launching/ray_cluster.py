@@ -59,7 +59,7 @@ class RayCluster:
             self.add(name)
 
     def add(self, name: str) -> None:
-        """Add a node with this name."""
+        """Add a node named `name`."""
         self._ask(f"add {name}")
 
     def kill(self, name: str) -> None:
@@ -67,7 +67,7 @@ class RayCluster:
         self._ask(f"kill {name}")
 
     def wait_without(self, name: str) -> None:
-        """Wait until the other nodes know that this node is gone."""
+        """Wait until the other nodes know that node `name` is gone."""
         self._ask(f"miss {name}")
 
     def stop(self) -> None:

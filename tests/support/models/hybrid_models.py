@@ -152,8 +152,8 @@ def in_one_process(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[to
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Replace float32 with float64 in torch, because transformers always computes decays, states and routers in
-    float32.
+    """Replace float32 with float64 in torch while in the block, because transformers always computes decays, states and
+    routers in float32.
     """
     names, as_float = ("float32", "float"), torch.Tensor.float
     before = {name: getattr(torch, name) for name in names}
@@ -171,8 +171,8 @@ def double_precision() -> Iterator[None]:
 def worst(got: Sequence[torch.Tensor | None], wanted: Sequence[torch.Tensor | None]) -> float:
     """Return the largest relative error of any gradient, measured by norms.
 
-    Errors of gradients near zero (such as those of keys seen by no other token) are relative to the model's largest
-    gradient.
+    The error of a gradient near zero (such as that of keys seen by no other token) is relative to 1e-4 of the model's
+    largest gradient.
     """
     assert [x is None for x in got] == [x is None for x in wanted]
     pairs = [(a, b) for a, b in zip(got, wanted, strict=True) if a is not None and b is not None]

@@ -19,7 +19,7 @@ from distattn.memory.host_offload import HostOffload
 from distattn.memory.tiled_loss import TiledLoss
 from distattn.memory.tiled_mlp import tile_feed_forward
 
-# 81 tokens, the first half of them without labels. In a contiguous layout on two or four ranks, rank 0 has no labels
+# 81 tokens, the first half without labels, so rank 0 has no labels in a contiguous layout on two or four ranks
 LENGTHS = [30, 8, 43]
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiled loss": dict(loss=TiledLoss(tile_tokens=7)),
@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def batches() -> list[dict[str, Any]]:
-    """Return two micro-batches. The number of labels differs between ranks, and some ranks have none."""
+    """Return two micro-batches. The number of labels differs between ranks, and some ranks have no labels."""
     return [small.micro_batch(LENGTHS, masked=True), small.micro_batch([11, 21])]
 
 

@@ -16,7 +16,7 @@ from distattn.batch.packed_batch import IGNORE_INDEX
 VOCABULARY = 64
 # document lengths by replica and micro-batch. Replica 1 has no labels in the first half of each micro-batch
 STEPS = [[[19, 1, 8], [30]], [[7, 25], [2, 2, 40]]]
-# replicas share attention. The blocks are so small that work moves between ranks even for these short documents
+# let replicas share attention, in blocks so small that work moves between ranks even for these short documents
 CAD = dict(strategy="cad", data="per_rank", options=dict(block=8, tolerance=0.0))
 
 
@@ -56,7 +56,7 @@ def shared_between_blocks(
 ) -> bool:
     """Return whether attention work moves between blocks of ranks with different batches.
 
-    parts: the number of ranks over which the heads are split.
+    parts: the number of ranks among which the heads are divided.
     """
     for batch in batches:
         moves = batch["context_parallel"].plan(4 // parts, 2 // parts, 8, 8, dtype).forward.moves

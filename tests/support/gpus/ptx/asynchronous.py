@@ -95,14 +95,14 @@ def end_barrier(instruction: Instruction) -> Run:
 
 
 def arrive(instruction: Instruction) -> Run:
-    """Compile an arrival of every active lane."""
+    """Compile mbarrier.arrive, with which every active lane arrives."""
     if len(instruction.operands) != 2:
         raise UnknownOperationError("an arrival with a count")
     return _on_barriers(instruction, 1, lambda warp, barrier: barrier.arrive())
 
 
 def arrive_expecting(instruction: Instruction) -> Run:
-    """Compile an arrival of every active lane that first adds to the bytes expected."""
+    """Compile mbarrier.arrive.expect_tx, with which every active lane adds to the bytes expected, then arrives."""
     size = constant(instruction.operands[2])
     return _on_barriers(instruction, 1, lambda warp, barrier: barrier.arrive(size))
 
@@ -161,8 +161,8 @@ def _start_landing(warp: Warp, to: int, map_at: int, coordinates: tuple[int, int
 
 
 def add_out(instruction: Instruction) -> Run:
-    """Compile the addition of a shared-memory tile to a box of a tensor map. Shared memory is read at the wait for the
-    copy.
+    """Compile the addition of a shared-memory tile to a box of a tensor map. Shared memory is only read when the warp
+    waits for the copy.
     """
     target, source = instruction.operands
     assert isinstance(target, Address)
@@ -215,7 +215,7 @@ def commit_copies(instruction: Instruction) -> Run:
 
 
 def wait_for_copies(instruction: Instruction) -> Run:
-    """Compile a wait until at most `allowed` groups are left."""
+    """Compile a wait until at most as many groups of copies as the operand says are in flight."""
     bulk, allowed = ".bulk" in instruction.opcode, constant(instruction.operands[0])
     return lambda warp, mask: (warp.stores if bulk else warp.loads).wait(allowed)
 

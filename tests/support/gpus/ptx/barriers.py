@@ -40,7 +40,7 @@ class MBarrier:
         self._flip()
 
     def passed(self, parity: int) -> bool:
-        """Return whether the phase with this parity is over, given that it is the current or the previous phase."""
+        """Return whether the phase with the given parity is over. It is the current phase or the previous phase."""
         return self.phase % 2 != parity
 
     def _add(self, size: int) -> None:
@@ -70,7 +70,7 @@ class NamedBarrier:
     passes: int = 0
 
     def arrive(self, warp: int, warps: int) -> int:
-        """Count the arrival of a warp, one of `warps`. Return the number of the pass that the warp waits for."""
+        """Count the arrival of a warp. Return the number of the pass that it waits for, which takes `warps` arrivals."""
         if self.arrived and self.warps != warps:
             raise BarrierError(f"barrier {self.number} is used by {self.warps} and by {warps} warps at a time")
         if warp in self.arrived:

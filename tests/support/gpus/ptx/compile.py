@@ -39,7 +39,7 @@ class Compiled(NamedTuple):
 
 def compiled(case: Case, triton: Path | None = None) -> list[Compiled]:
     """Return the compiled launches of a case. triton: a folder with a Triton version other than the environment's."""
-    # lengths, masks and the grid are data, so other values need no compilation
+    # lengths, masks and the grid are data, so one compilation serves all their values
     data = {name: Case._field_defaults[name] for name in ("tokens", "documents", "multiprocessors")}
     return _compiled(case._replace(**data), triton)
 

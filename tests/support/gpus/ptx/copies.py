@@ -102,7 +102,7 @@ class Landing(NamedTuple):
 
 @dataclass
 class CopyQueue:
-    """A warp's copies in groups. Each copy is the action that a wait for its group runs."""
+    """A warp's copies in groups. Each copy is an action, which the wait for its group runs."""
 
     uncommitted: list[Callable[[], None]] = field(default_factory=list)
     groups: list[list[Callable[[], None]]] = field(default_factory=list)
@@ -119,5 +119,5 @@ class CopyQueue:
                 finish()
 
     def busy(self) -> bool:
-        """Return whether some copy has not been waited for."""
+        """Return whether any copy has not been waited for."""
         return bool(self.uncommitted or any(self.groups))

@@ -6,7 +6,7 @@ class MachineError(Exception):
 
 
 class UnknownOperationError(MachineError):
-    """An instruction, or a variant of one, that the interpreter does not support."""
+    """An instruction or a variant of an instruction that the interpreter does not support."""
 
 
 class DeadlockError(MachineError):

@@ -32,7 +32,7 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 def reader(operand: Operand, kind: str) -> Callable[[Warp], Any]:
-    """Return a function that reads an operand as type `kind`, in all lanes or as one value for all lanes."""
+    """Return a function that reads an operand as type `kind`: one value per lane, or a scalar for all lanes."""
     if isinstance(operand, Register):
         number = operand.number
         return lambda warp: warp.registers[kind][number]
@@ -106,7 +106,7 @@ def _high(a: Any, b: Any) -> Any:
     return (np.int64(a) * np.int64(b)) >> np.int64(32)
 
 
-# maps a name without its type to the function and to the types of those sources that differ from the instruction's type
+# maps an opcode without its type to its function, and to the types of sources that differ from the instruction's type
 _OPERATIONS: dict[str, tuple[Callable[..., Any], dict[int, str]]] = {
     "mov": (lambda a: a, {}),
     "add": (lambda a, b: a + b, {}),

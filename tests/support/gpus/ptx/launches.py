@@ -49,7 +49,7 @@ def interpret(
 
 
 def _refuse_other_arguments(launch: TritonLaunch, kernel: Compiled) -> None:
-    """Raise ValueError if the kernel was compiled for other argument values."""
+    """Raise ValueError if the kernel was compiled for argument values other than the launch's."""
     for name, wanted in kernel.constants.items():
         if launch.arguments[name] != wanted:
             raise ValueError(f"the kernel was compiled for {name} = {wanted}, not {launch.arguments[name]}")

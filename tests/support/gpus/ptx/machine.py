@@ -30,7 +30,7 @@ from .operations import operation
 from .parse import Address, Instruction, Kernel, Operand, Symbol, registers_of
 from .tensor_core import ProductQueue
 
-# far more than any tile needs
+# the most instructions that a warp may execute: far more than any tile needs
 _MOST_INSTRUCTIONS = 2_000_000
 # base addresses of parameters, in the parameter space and in the generic space
 _PARAMETERS, _GENERIC_PARAMETERS = 0x100, 1 << 44
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 
 def prepare(kernel: Kernel) -> list[Step]:
-    """Prepare all instructions of a kernel. Raise UnknownOperationError for an unsupported one."""
+    """Prepare all instructions of a kernel. Raise UnknownOperationError if an instruction is not supported."""
     return [_step(kernel, instruction) for instruction in kernel.instructions]
 
 
@@ -204,7 +204,7 @@ class Program:
         self.chance = random.Random(f"{seed} {number}")
         # the probability that a copy lands while a warp could run, and which copy lands: the newest, the oldest or any
         self.eagerness, self.lands = self.chance.choice([0.0, 0.02, 0.3]), self.chance.choice([-1, 0, None])
-        # the lane that elect.sync picks: an arbitrary lane, but always the same one
+        # the lane that elect.sync picks: an arbitrary lane, but always the same lane
         self.leader = self.chance.randrange(LANES)
         # sometimes entire warpgroups run far apart, sometimes single warps
         size = self.chance.choice([1, 4])

@@ -51,18 +51,18 @@ class SharedMemory:
         self.unfenced[self.unfenced == warp + 1] = 0
 
     def take(self, places: np.ndarray) -> None:
-        """Start a product's or bulk copy's read of these bytes. They must not be written until `release`."""
+        """Start a product's or bulk copy's read of the bytes at `places`. They must not be written until `release`."""
         self._refuse_outside(places)
         self._refuse_landing(places, "read by a product or copy")
         self._refuse_unfenced(places)
         self.users[places] += 1
 
     def release(self, places: np.ndarray) -> None:
-        """End a read of these bytes."""
+        """End a read of the bytes at `places`."""
         self.users[places] -= 1
 
     def expect(self, places: np.ndarray, bulk: bool = True) -> None:
-        """Start a copy into these bytes. They must not be used until `land`. Only bulk copies need a fence before them."""
+        """Start a copy into the bytes at `places`. They must not be used until `land`. Only bulk copies need a fence first."""
         self._refuse_outside(places)
         self._refuse_landing(places, "written by a second copy")
         self._refuse_users(places, "written by a copy")
@@ -78,8 +78,8 @@ class SharedMemory:
         self.unfenced[places] = 0 if warp is None else warp + 1
 
     def refuse_unfenced(self, address: int, size: int) -> None:
-        """Raise MissingProxyFenceError if an object that the asynchronous proxy is about to use was written without a
-        fence.
+        """Raise MissingProxyFenceError if the bytes, which the asynchronous proxy is about to use, were written without
+        a fence.
         """
         self._refuse_unfenced(np.arange(address, address + size))
 
@@ -155,8 +155,8 @@ class GlobalMemory:
             _as_numpy(region.storage)[:] = self._part(region)
 
     def places(self, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Return the indices in `bytes` of (..., size) bytes. The bytes at each address must be aligned and lie in one
-        tensor.
+        """Return the indices (..., size) in `bytes` of the `size` bytes at each address. These must be aligned and lie in
+        one tensor.
         """
         addresses = np.asarray(addresses, np.int64)
         region = np.searchsorted(self.begins, addresses, "right") - 1

@@ -47,7 +47,7 @@ def addresses_of(operand: Operand) -> Callable[[Warp], np.ndarray]:
 
 
 def same_in_all(values: Any, mask: Mask = None) -> int:
-    """Return the value of all active lanes. Raise MachineError if they differ."""
+    """Return the value that all active lanes share. Raise MachineError if their values differ."""
     values = np.broadcast_to(values, LANES)[active_lanes(mask)]
     if (values != values[0]).any():
         raise MachineError("the lanes of the warp do not agree on an operand that must be the same in all")
@@ -55,7 +55,7 @@ def same_in_all(values: Any, mask: Mask = None) -> int:
 
 
 def parts_of(operand: Operand) -> tuple[Operand, ...]:
-    """Return the operands in braces, or the single operand."""
+    """Return the operands in braces, or a tuple of the single operand."""
     return operand.parts if isinstance(operand, Vector) else (operand,)
 
 

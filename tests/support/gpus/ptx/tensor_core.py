@@ -25,8 +25,8 @@ _LANE = np.arange(32)
 
 
 class Descriptor(NamedTuple):
-    """An instruction's descriptor of a matrix in shared memory. Offsets are in bytes. width: bytes of the swizzle, or 0
-    without one.
+    """An instruction's descriptor of a matrix in shared memory. Offsets are in bytes. width: swizzle width in bytes, or
+    0 if not swizzled.
     """
 
     start: int
@@ -138,7 +138,7 @@ class ProductQueue:
     groups: deque[list[Product]] = field(default_factory=deque)
     results: set[int] = field(default_factory=set)
     operands: set[int] = field(default_factory=set)
-    # registers read or written by other instructions since the last wgmma.fence, and the subset written
+    # registers read or written by other instructions since the last wgmma.fence, and those of them that were written
     touched: set[int] = field(default_factory=set)
     written: set[int] = field(default_factory=set)
 

@@ -8,7 +8,7 @@ from re import match
 
 
 def _needed(names: set[str]) -> set[str]:
-    """Return the names of these packages and of all their dependencies, without extras."""
+    """Return the names of the given packages and of all their dependencies, without extras."""
     all_names: set[str] = set()
     while names:
         all_names |= names
