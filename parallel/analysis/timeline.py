@@ -33,9 +33,9 @@ _COLOURS = {"kernels": "var(--kernels,#4a86d0)", "messages": "var(--waiting,#d97
 class PassTimeline:
     """Timeline of one direction of a plan.
 
-    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels finished and its
-    messages arrived. Without kernels or messages, that is the time at which the step began. seconds: the duration of the
-    pass. flops: the floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank
+    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels finished and its messages
+    arrived. If a rank has no kernels or no messages in a step, that is the time at which the step began. seconds: the duration
+    of the pass. flops: the floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank
     within its node and to other nodes.
     """
 
@@ -81,7 +81,7 @@ class Timeline:
 
     @cached_property
     def peak_bytes(self) -> Ints:
-        """The peak bytes of each rank's buffers, including kept ones but not its own tensors, (ranks,)."""
+        """The peak bytes of each rank's buffers, including those kept for the backward pass but not its own tensors, (ranks,)."""
         return np.maximum(self.proof.forward_peak, self.proof.backward_peak) + self.proof.kept
 
     @property

@@ -117,7 +117,7 @@ def _checked_speeds(call: Call, options: CadOptions) -> Ints:
 
 
 class _Limits(NamedTuple):
-    """Constraints on the distribution of work: the node and speed of each rank, the tolerance, and the bytes of buffers."""
+    """Constraints on the distribution of work: each rank's node and speed, the tolerance, and the limit on bytes of buffers."""
 
     node: Ints
     speeds: Ints
@@ -134,7 +134,7 @@ def work_limits(work: int, speeds: Ints, tolerance: float) -> Ints:
 
 
 def home_tasks(call: Call, cost_model: CostModel) -> Columns:
-    """Assign every task to the owner of its queries, unless the owner of its keys or a split by heads moves fewer bytes."""
+    """Assign every task to its queries' owner, unless moving it to its keys' owner or splitting it by heads moves fewer bytes."""
     weights = bytes_per_row_and_key(call, cost_model.direction)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
@@ -182,7 +182,7 @@ def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: 
 
 
 def route_tasks(call: Call, tasks: Columns) -> Table:
-    """Return a table of these tasks in which inputs come directly from their owners and outputs return directly to theirs."""
+    """Return a table of `tasks` in which inputs come directly from their owners, and outputs return directly to their owners."""
     owns_rows = owns_range(call, tasks["rank"], tasks["q0"], tasks["q1"])
     local = owns_rows & owns_range(call, tasks["rank"], tasks["k0"], tasks["k1"])
     tasks = {**tasks, "step": np.where(local, 0, 1)}
@@ -225,7 +225,7 @@ def _rebalance(
     """Return tasks for the same work, with ranks within their limits where possible, and the cost that remains above the
     limits.
 
-    room_fraction: the fraction of its room that each receiver uses.
+    room_fraction: the fraction of its room that each receiver may use, (ranks,).
     """
     weights = bytes_per_row_and_key(call, cost_model.direction)
     cost = cost_model.task_costs(call, tasks)

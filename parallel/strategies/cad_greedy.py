@@ -58,8 +58,8 @@ def cad_greedy(
 
 
 class _Pairs:
-    """The pieces of work. Each is a range [first, last) of head-tail pairs of rows in a part of a document, counted from the
-    outside, and the rank that computes them."""
+    """The pieces of work, and the rank that computes each of them. A piece is a range [first, last) of head-tail pairs of rows
+    in a part of a document, counted from the outside."""
 
     def __init__(self, area: Rectangles, rank: Ints, call: Call, block: int):
         self.call, self.area, self.block = call, area, block

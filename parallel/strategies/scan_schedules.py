@@ -176,8 +176,8 @@ def _states_then_all(begins: Sequence[int], first_whole: int) -> list[Compute]:
     """Return the computations of a chain: states first, then complete segments.
 
     begins: the first step in which each segment may be computed in full. first_whole: the step in which the first segment is
-    computed in full. If that is step 0, it also gives the segment's state. If it is later, the state is computed separately,
-    like all others, and so is available earlier, at the cost of another pass over the segment's keys.
+    computed in full. In step 0, this also gives the segment's state. For a later step, the state is computed separately, like
+    all others, and so is available earlier, at the cost of another pass over the segment's keys.
     """
     last = len(begins) - 1
     if not last:

@@ -97,7 +97,7 @@ def _cut_at_owners(call: Call, working: Call, moves: Columns, needed: Columns) -
 
 
 def _to_working_owners(call: Call, payload: Payload, needed: Columns) -> Columns:
-    """Return the moves of step 0, which bring the tokens that working owners need from their owners."""
+    """Return the moves of step 0, which bring to working owners the tokens that their own tasks use."""
     cut, owner, i = _cut_by_owner(call.layout, needed["t0"], needed["t1"])
     rows = {**select_rows(needed, i), **cut}
     place = {name: rows[name] for name in ("t0", "t1", "h0", "h1")}

@@ -112,7 +112,7 @@ def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Col
     within their nodes.
     """
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is the user nearest to the owner's position in its node, which spreads leaders as evenly as owners
+    # the leader is the user whose position in its node is nearest to the owner's, which spreads leaders as evenly as owners
     devices = int(np.bincount(node).max())
     order = lexicographic_argsort(users["segment"], user_node, (users["rank"] - users["owner"]) % devices)
     users, user_node, owner_node = select_rows(users, order), user_node[order], owner_node[order]
@@ -127,14 +127,14 @@ def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Col
 def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
     """Return moves of partial results from every user to the owner, one step after the user's last contribution.
 
-    node: the node of each rank; if given, the results of users in any other node are first summed at a leader there. users:
-    the remote users, with their last steps.
+    node: the node of each rank; if given, the results of users in each node other than the owner's are first summed at a leader
+    in that node. users: the remote users, with their last steps.
     """
     if node is None:
         return _make_moves(payload, users, users["rank"], users["owner"], users["step"] + 1)
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is one of the last users to contribute: the one nearest to the owner's position in its node, which spreads
-    # leaders as evenly as owners
+    # the leader is, of the last users to contribute, the user whose position in its node is nearest to the owner's, so that
+    # leaders are spread as evenly as owners
     devices = int(np.bincount(node).max())
     nearness = -((users["rank"] - users["owner"]) % devices)
     order = lexicographic_argsort(users["segment"], user_node, users["step"], nearness)

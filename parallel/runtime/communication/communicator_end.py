@@ -65,8 +65,8 @@ def end_communicator(backend: Any, gracefully: bool = True, seconds: float | Non
     communicators.
 
     gracefully: wait at most `seconds` (default: _END_SECONDS) for unfinished messages and other ranks; if False, abort the
-    communicator immediately. It is also aborted if a rank does not reach the end or the shutdown fails. Nothing is printed or
-    raised. This also works for a backend that was never passed to `end_with_group`.
+    communicator immediately. It is also aborted if a rank does not call this in time, or if the shutdown fails. Nothing is
+    printed or raised. This also works for a backend that was never passed to `end_with_group`.
     """
     with _LOCK:
         if backend in _ENDED:
@@ -120,7 +120,7 @@ class _Helper:
         return bool(succeeded)
 
     def close(self) -> None:
-        """End the threads, except one that hangs."""
+        """End the threads. A thread that hangs is left behind."""
         for _ in self.threads:
             self._calls.put(None)
         ends = time.monotonic() + 1.0

@@ -1,4 +1,4 @@
-"""Ordering of work between threads on devices with streams: events order the work, not the order of the calls."""
+"""Ordering of work between threads on devices with streams: work is ordered by events, not by the order of calls."""
 
 from __future__ import annotations
 

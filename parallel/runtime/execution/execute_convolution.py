@@ -34,7 +34,7 @@ class ConvolutionKernel(Protocol):
 def forward(
     program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight: Tensor | None
 ) -> PausableRun[tuple[Tensor, Tensor]]:
-    """Compute (y_THD, kept). y is in x's dtype, and `kept` is one flat tensor for the backward pass."""
+    """Compute (y_THD, kept). y is in x's dtype, and `kept` is one flat tensor of all that the backward pass needs."""
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]

@@ -20,7 +20,7 @@ from distattn.parallel.runtime.lowering.state_program import StateKey, StateMess
 class State(NamedTuple):
     """The effect of some tokens on an entering state S, which becomes A S + B. For dS, A is transposed.
 
-    a: None if no state can enter. If the op's states are maxima, the effect is max(S, B), and a is None.
+    a: None if the tokens begin (for dS: end) their document, so that no state enters. For maxima, a is None: S becomes max(S, B).
     """
 
     a: Tensor | None
@@ -36,7 +36,7 @@ class HeldStateTensors:
         g_H: the logarithm of each head's decay, if all tokens share it. allocator: memory for a step's messages.
         """
         self._allocator = allocator
-        # for the states received in a step: the tensors to keep, and the tensors that receive them
+        # for each tensor received in a step: the tensor to keep, and the tensor in the arena that the message arrives in
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self.call, self._g_H, self._device = call, g_H, device
         self._dtype = getattr(torch, call.accumulation_dtype)

@@ -84,7 +84,7 @@ class TokenIntervals(NamedTuple):
 class LaunchTable(NamedTuple):
     """All kernel launches of a table, sorted by step.
 
-    The tasks of a step form one launch, or one launch per buffer of query rows, or one per head range.
+    The tasks of a step form one launch, one launch per buffer of query rows, or one launch per head range.
     """
 
     # for each launch: its step and its query heads [h0, h1)
@@ -105,7 +105,7 @@ class LaunchTable(NamedTuple):
         """
         head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
         tasks = {**tasks, "buffer": buffer, "head_range": head_range}
-        # a tensor of own rows and of rows received for fewer heads would consist mostly of unused heads
+        # a tensor that combines the rank's own rows with rows received for fewer heads would consist mostly of unused heads
         table = LaunchTable._numbered(tasks, group_size, tasks["step"])
         table = table._divided(table._smaller_by_buffer(), "buffer")
         # head ranges that need very different tokens get separate launches
@@ -128,7 +128,7 @@ class LaunchTable(NamedTuple):
         return LaunchTable._numbered(self.tasks, self.group_size, self.launch * (int(value.max()) + 1) + value)
 
     def _smaller_by_buffer(self) -> np.ndarray:
-        """Return which launches have much smaller query tensors in total if each buffer gets its own launch."""
+        """Return which launches would have much smaller query tensors in total if each buffer got its own launch."""
         low, high = (np.full(len(self.steps), edge) for edge in (np.iinfo(np.int64).max, -1))
         np.minimum.at(low, self.launch, self.tasks["buffer"])
         np.maximum.at(high, self.launch, self.tasks["buffer"])

@@ -283,8 +283,7 @@ class _TableLowering:
     def _land(
         self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
     ) -> None:
-        """Turn buffers into the working tensors of launches where that saves copies. Only attention does this with kept
-        buffers."""
+        """Turn buffers into the working tensors of launches where that saves copies, kept buffers only for attention."""
         sizes = {key: rows for key, rows in self.sizes.items() if key not in kept or self.call.op.is_softmax}
         self.landings = land(steps, sizes, self.bundles, kept, inherited)
         for key, landing in self.landings.items():
@@ -292,7 +291,7 @@ class _TableLowering:
             if not landing.own_slices or key.payload not in REDUCED_PAYLOADS:
                 continue
             for step in steps:
-                # launches that only compute states have no results in this payload
+                # launches that only compute states have no results of this payload
                 views = [launch.results[key.payload] for launch in step.launches if key.payload in launch.results]
                 if any(key == piece.buffer for view in views for piece in view.slices):
                     step.own_results.append((key, landing.own_view))
@@ -338,8 +337,8 @@ class _TableLowering:
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
         """Mark the slices that are the first to write to their rows and heads, in the executor's order of accumulation.
 
-        Buffers that first writes do not fill completely go to `blank`. Own results that nothing is added to go
-        to `unadded`.
+        Buffers that first writes do not fill completely go to `blank`. The rank's own results that nothing is added to go to
+        `unadded`.
         """
         own_results = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
         self.unadded = set(own_results)
@@ -395,7 +394,7 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
-    """Return `prepare` with a cache for equal masks or segments. `in_larger_job` is set in the masks that it receives."""
+    """Return `prepare` with a cache for equal masks or segments. It sets `in_larger_job` in the masks that it passes on."""
     prepared: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:
@@ -418,6 +417,7 @@ def _dense_steps(call: Call, table: Table) -> np.ndarray:
 
 
 def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:
-    """Return the rows sorted by columns `by` and `then`, and the start of each run of equal `by` (and the end of the last)."""
+    """Return the rows sorted by columns `by` and `then`, and the bounds of all runs of equal `by`, from 0 to the number of
+    rows."""
     rows = select_rows(rows, lexicographic_argsort(*(rows[name] for name in by + then)))
     return rows, [*run_starts(*(rows[name] for name in by)).tolist(), num_rows(rows)]

@@ -1,6 +1,6 @@
 """The bytes that a recurrence's launch allocates on the device, counted by running the kernel's own functions on meta tensors.
 
-Recurrence kernels allocate tensors of many sizes, most of them inside PyTorch. A formula for the total could become outdated.
+Recurrence kernels allocate tensors of many sizes, most of them inside PyTorch, so a formula for the total could become outdated.
 """
 
 # T tokens, N segments, H value heads, G query and key heads, K key dim, V value dim

@@ -24,7 +24,7 @@ class SegmentKind(Enum):
     GRADIENT_STATE = "gradient state"
 
 
-# maximum number of segments per launch, since each segment needs a state: packs of short documents take several launches
+# maximum number of segments per launch: each needs memory for a state, so packs of short documents take several launches
 _MOST_SEGMENTS = 64
 _OPERANDS = {
     SegmentKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),

@@ -30,7 +30,7 @@ class StatePart(NamedTuple):
 
 
 class StateMessage(NamedTuple):
-    """A state sent: heads [h0, h1) of the state of `tokens` tokens, combined from `parts` by the sender and stored as `key`.
+    """Heads [h0, h1) of a state of `tokens` tokens, which the sender combines from `parts` and the receiver stores as `key`.
 
     is_prefix: the state depends on no earlier state, so its transition is not sent.
     """
@@ -143,7 +143,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
 
 
 def _message_bytes(call: Call, message: StateMessage) -> int:
-    """Return the bytes of a message's tensors, with padding: those of its transition, if any, and those of the rest."""
+    """Return the bytes of a message's tensors in the arena (B and possibly A), with enough room to align each of them."""
     size = (message.h1 - message.h0) * call.state_bytes(message.is_prefix)
     return -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
 
