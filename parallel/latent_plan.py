@@ -46,8 +46,8 @@ def make_latent_plan(
 
     heads, head_dim (including the rotary part) and v_head_dim are those of queries and values. config, cluster and settings are
     those of `make_plan`. Given a ClusterSpec, return the plan that simulates faster, forward plus backward with all expansions.
-    Otherwise return the plan that moves fewer bytes. If one form cannot be planned, return the other. `latent_attention`
-    accepts both. Raise the errors of `make_plan`.
+    Otherwise return the plan that moves fewer bytes. If one form cannot be planned, return the plan of the other.
+    `latent_attention` accepts both. Raise the errors of `make_plan`.
     """
     cluster = resolve_cluster(cluster)
     widths = partial(make_plan, mask, layout, heads=heads, head_dim=head_dim, v_head_dim=v_head_dim)

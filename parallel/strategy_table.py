@@ -28,12 +28,12 @@ class Strategy:
     backward: the default backward policy. options: the frozen dataclass of its options, or None. by_direction: the function
     also takes direction="backward", to assign tasks by their cost in that pass. choose_by: "bytes" chooses the candidate that
     moves the fewest bytes. "seconds" simulates candidates on a ClusterSpec: the first candidate is the one requested, and the
-    second moves only what it must. The others are in between, and are generated only if the first is not faster than the
-    second. Without a ClusterSpec, the first is chosen. own_backward: candidates for direction="backward" are backward tables
-    themselves, not derived from forward tables. The function then also takes working_layout and `seconds`, a function that
-    simulates a table of that direction, or None if speeds are unknown. recurrent: True if it can plan recurrences. others: True
-    if it can plan all other ops. choose_backward: a function that returns a call's default backward policy, for strategies
-    whose default depends on the call.
+    second moves only what it must. The other candidates are in between, and are generated only if the first is not faster than
+    the second. Without a ClusterSpec, the first candidate is chosen. own_backward: candidates for direction="backward" are
+    backward tables themselves, not derived from forward tables. The function then also takes working_layout and `seconds`, a
+    function that simulates a table of that direction, or None if speeds are unknown. recurrent: True if it can plan
+    recurrences. others: True if it can plan all other ops. choose_backward: a function that returns a call's default backward
+    policy, for strategies whose default depends on the call.
     """
 
     forward: Callable[..., Iterable[Table]]

@@ -147,7 +147,7 @@ class _HoldingCheck:
     mirrored: bool = False
 
     def run(self) -> BufferLifetimes:
-        """Run all checks. Return the lifetimes of the buffers of arrivals, with steps counted in the reading direction."""
+        """Run all checks. Return the lifetimes of the buffers for arrivals, with steps counted in the reading direction."""
         held, used = self._held(), self._used()
         self._refuse_second_arrivals(held)
         self._refuse_missing(held, used)
@@ -245,7 +245,7 @@ class _HoldingCheck:
             raise PlanError(f"{self.label} {self.sentences.missing} {self._user(row)}.")
 
     def _refuse_late(self, held: _Held, used: _Used, use: Ints, holder: Ints) -> None:
-        # the step in which each interval becomes complete
+        # the step at the end of which each used interval is completely held
         complete = np.full(len(used.begin), -1)
         np.maximum.at(complete, use, self.holders["step"][held.row[holder]])
         if (complete >= used.first).any():

@@ -32,10 +32,10 @@ _BLOCK = 128
 class PassStats:
     """Statistics for one direction of a plan.
 
-    cells_imbalance, cost_imbalance: the busiest rank's load over the mean, in cells x heads and in kernel cost (`CostModel`).
-    kernel_seconds: kernel time of the busiest rank, or None if the cluster's speeds are unknown. moved_bytes: total over all
-    ranks. max_sent_bytes: the most bytes sent by one rank. inter_node_bytes: bytes moved between nodes. lower_bound_bytes:
-    the fewest bytes that a plan with equally balanced cells can move.
+    cells_imbalance, cost_imbalance: the busiest rank's load divided by the mean load, in cells x heads and in kernel cost
+    (`CostModel`). kernel_seconds: kernel time of the busiest rank, or None if the cluster's speeds are unknown. moved_bytes:
+    total over all ranks. max_sent_bytes: the most bytes sent by one rank. inter_node_bytes: bytes moved between nodes.
+    lower_bound_bytes: the fewest bytes that a plan with equally balanced cells can move.
     """
 
     cells_imbalance: float
@@ -65,7 +65,7 @@ def quality(plan: Plan, cluster: AnyCluster | str | None = None) -> dict[str, Pa
 
 
 def as_dict(stats: dict[str, PassStats]) -> dict[str, dict[str, Any]]:
-    """Return the statistics as plain numbers."""
+    """Return the statistics as dicts of plain numbers."""
     return {direction: asdict(pass_stats) for direction, pass_stats in stats.items()}
 
 

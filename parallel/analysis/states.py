@@ -104,7 +104,7 @@ def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> Buf
 
 
 class _Tracing:
-    """The tracing of one payload in one table. For gradients of states, tokens are counted from the end of the axis."""
+    """A search for one payload's states in one table. For gradients of states, tokens are counted from the end of the axis."""
 
     def __init__(
         self, call: Call, table: Table, payload: Payload, direction: str, kept: Columns | None, rank: int | None

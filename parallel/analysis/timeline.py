@@ -50,17 +50,17 @@ class PassTimeline:
 
     @property
     def busy(self) -> Numbers:
-        """The seconds for which each rank computes, (ranks,)."""
+        """The seconds that each rank spends computing, (ranks,)."""
         return (self.computed - self.begin).sum(0)
 
     @property
     def idle(self) -> Numbers:
-        """The seconds for which each rank does not compute before the slowest rank has finished, (ranks,)."""
+        """The seconds that each rank spends not computing, until the slowest rank has finished, (ranks,)."""
         return self.seconds - self.busy
 
     @property
     def exposed(self) -> Numbers:
-        """The seconds for which each rank only waits for messages, computing nothing, (ranks,)."""
+        """The seconds that each rank spends only waiting for messages, computing nothing, (ranks,)."""
         return np.maximum(self.arrived - self.computed, 0).sum(0)
 
 
@@ -86,7 +86,7 @@ class Timeline:
 
     @property
     def balance(self) -> float:
-        """The busiest rank's cells over the mean."""
+        """The busiest rank's number of cells, divided by the mean."""
         return max_over_mean(self.plan.area_by_rank())
 
     def as_dict(self) -> dict[str, Any]:

@@ -41,8 +41,8 @@ class Proof:
     """The result of a proof, with the memory that the plan needs.
 
     forward_peak, backward_peak: for each rank, the peak bytes of received tensors and of partial results for other ranks in one
-    pass, not counting `kept`. kept: for each rank, the bytes kept from forward to backward in one call. Kept bytes are alive
-    during both passes.
+    pass, not counting `kept`. kept: for each rank, the bytes kept from forward to backward in one call, which are alive during
+    both passes.
     """
 
     digest: str
@@ -203,7 +203,7 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
 
 
 def _peak(call: Call, buffers: dict[Payload, BufferLifetimes]) -> Ints:
-    """Return the peak bytes alive in any step, (ranks,)."""
+    """Return the most bytes that are alive on each rank in any step, (ranks,)."""
     rank, first, last, size = (
         np.concatenate([np.zeros(0, np.int64), *(getattr(lifetimes, name) for lifetimes in buffers.values())])
         for name in ("rank", "first", "last", "size")

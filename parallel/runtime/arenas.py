@@ -45,7 +45,7 @@ class ArenaPool:
         # for each place, memory for tensors received for a backward pass; some of it may be in use
         self._kept: dict[_Place, list[Tensor]] = defaultdict(list)
         self._of_parents: list[Any] = []
-        # the number of loans so far, and that number at the time of each place's last loan
+        # the number of loans so far, and for each place, the number of its last loan
         self._loans = 0
         self._last_loan: dict[_Place, int] = {}
 
@@ -113,7 +113,7 @@ class ArenaPool:
             )
 
     def _note_loan(self, place: _Place) -> None:
-        """Count a loan. Free the memory of streams that have not borrowed any for a long time."""
+        """Count a loan, and free the memory of streams whose last loan was long ago."""
         self._loans += 1
         self._last_loan[place] = self._loans
         if self._loans % _FORGOTTEN_AFTER == 0:
@@ -195,8 +195,7 @@ def _uses(memory: Tensor) -> int:
 def _is_taken_by_hooks() -> bool:
     """Return whether saved-tensor hooks, except ours and activation checkpointing's, may read saved tensors after they are freed.
 
-    Other libraries' offloading reads saved tensors on its own stream and tells only PyTorch's allocator (`record_stream`), not
-    us.
+    Other libraries' offloading reads saved tensors on its own stream and informs only PyTorch's allocator (`record_stream`).
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith(

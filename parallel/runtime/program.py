@@ -67,7 +67,7 @@ class ProgramStep:
     # the joined messages that are packed from, or unpacked into, this rank's own tensors in one copy
     packed_sends: tuple[PackedMessages, ...] = ()
     packed_receives: tuple[PackedMessages, ...] = ()
-    # usually one launch; several if a single tensor with the tokens of all head groups would be mostly unused
+    # usually one launch; several if a single tensor with the tokens of all head groups would be mostly padding
     launches: list[KernelLaunch] = field(default_factory=list)
     # this rank's own result rows that launches write to buffers, later accumulated into its tensors
     own_results: list[tuple[BufferKey, View]] = field(default_factory=list)

@@ -59,10 +59,10 @@ FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
 class CadOptions:
     """Options of strategy "cad".
 
-    tolerance: no server gets more than (1 + tolerance) times its share of the work, except for the last block of cells.
-    speeds: each rank's relative throughput, as an integer; a rank with speed 0 serves nothing. max_buffer_bytes: the most
-    bytes of other ranks' tensors that a rank may hold at any one time in a pass; ranks near the limit get less work. block:
-    rows and keys in a kernel's tile; documents are cut at multiples of it.
+    tolerance: no server gets more than (1 + tolerance) times its share of the work, except for the last block of cells. speeds:
+    each rank's relative throughput, as an integer; a rank with speed 0 takes no work. max_buffer_bytes: the most bytes of other
+    ranks' tensors that a rank may hold at any one time in a pass; ranks near the limit get less work. block: the number of rows
+    and of keys in a kernel's tile; documents are cut at multiples of it.
     """
 
     tolerance: float = 0.02
@@ -84,9 +84,9 @@ def cad(
 ) -> Iterator[Table]:
     """Yield candidate tables. Step 0 sends inputs and runs local work, step 1 runs moved work, step 2 returns outputs.
 
-    Candidates are generated one by one: first the work balanced within the tolerance, then all work at home, then
-    increasingly unbalanced work. If ranks differ in speed, only the first is generated, because a cluster's speed table does
-    not describe such differences.
+    Candidates are generated one by one: first with the work balanced within the tolerance, then with all work at home, then
+    increasingly unbalanced. If ranks differ in speed, only the first candidate is generated, because a cluster's speed table
+    does not describe such differences.
     """
     speeds = _checked_speeds(call, options)
     cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, options.block)
@@ -267,7 +267,7 @@ def _buffer_bytes(call: Call, table: Table) -> Ints:
 
 
 def _most_work_per_byte(tasks: Columns, cost: Ints, excess: Ints, weights: tuple[int, int]) -> Ints:
-    """Return the tasks from which overloaded ranks hand out work: those with the most work per byte, sorted by rank."""
+    """Return the tasks from which overloaded ranks hand off work: those with the most work per byte, sorted by rank."""
     mine = np.flatnonzero(excess[tasks["rank"]] > 0)
     rows, keys = tasks["q1"][mine] - tasks["q0"][mine], tasks["k1"][mine] - tasks["k0"][mine]
     work_per_byte = cost[mine] / (weights[0] * rows + weights[1] * keys)

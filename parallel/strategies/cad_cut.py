@@ -83,7 +83,7 @@ def cut_into_lanes(
 ) -> LaneCut:
     """Cut lanes from items. home: each item's rank, sorted; it hands `fraction` of the item to about `receivers` other ranks.
 
-    group_size: query heads that stay together. weights: bytes per row and per key, over all heads.
+    group_size: the number of query heads that stay together. weights: bytes per row and per key, over all heads.
     """
     groups = num_head_groups(items, group_size)
     shape = choose_cut(items, groups, fraction, receivers, cost_model, weights)
@@ -129,8 +129,7 @@ def choose_cut(
     cost_model: CostModel,
     weights: tuple[int, int],
 ) -> CutShape:
-    """Choose the cut of each item estimated to move the fewest bytes. Rows from `first_row` on are `fraction` of the item's
-    work."""
+    """Choose each item's cut so that the estimated bytes are fewest. Rows from `first_row` on are `fraction` of the item."""
     i, groups_taken = expand_ranges(np.maximum(np.ceil(fraction * groups).astype(np.int64), 1), groups + 1)
     some = items.at(i)
     wanted_cost = cost_model.band_costs(some.bands) * np.minimum(fraction[i] * groups[i] / groups_taken, 1.0)

@@ -1,8 +1,8 @@
 """Derive the backward table from the forward table.
 
 The tasks are the same. In attention, dO travels as Q did, and dQ returns as O did. In a recurrence, queries may have fewer
-heads than outputs, and several ranks may add to one dQ. Therefore dO goes directly to its users there, and dQ is summed like
-dKV. The policy decides what happens to keys and values:
+heads than outputs, and several ranks may add to one dQ, so dO goes directly to its users, and dQ is summed like dKV. The policy
+decides what happens to keys and values:
 
     keep            tensors received in the forward pass are kept; the table is the forward table with time and moves reversed
     refetch-home    Q and KV are sent again; every rank sends its dKV directly to the owner after its last task

@@ -41,8 +41,8 @@ class HeldStates:
         return None if reached is None else reached[0]
 
     def last_uses(self, t0: int, uses: Mapping[int, int]) -> dict[HeldState, int]:
-        """Return the states used in tilings from t0, with the last step that uses each. uses: maps each end t1 to its last
-        step.
+        """Return the states used in the tilings of intervals [t0, t1), with the last step that uses each state. uses: maps each
+        t1 to the last step that uses its interval.
 
         A common prefix of several tilings is visited only once.
         """
@@ -56,7 +56,7 @@ class HeldStates:
         return last
 
     def find(self, t0: int, t1: int) -> Tiling | None:
-        """Return the tiling of tokens [t0, t1), or None if these states cannot tile them."""
+        """Return the tiling of tokens [t0, t1), or None if there is no such tiling."""
         reached = self._from(t0)
         if t1 not in reached:
             return None

@@ -72,7 +72,8 @@ def send_direct(payload: Payload, users: Columns, step: int | Ints) -> Columns:
 
 
 def send_along_ring(payload: Payload, users: Columns, ring: Ints | None = None) -> Columns:
-    """Return moves from the owner to the first user, from there to the next, and so on, each one step before its use.
+    """Return moves from the owner to the first user, from that user to the next, and so on, each one step before the receiver
+    uses the tokens.
 
     The users of a segment must have different steps. ring: the ring number of each rank; if given, users receive from users in
     the same ring, and the first user of each ring receives from the owner.
@@ -94,7 +95,7 @@ def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
     is_first = differs_from_previous(users["segment"])
     enters = (user_node != owner_node) & (is_first | (user_node != np.append(-1, user_node[:-1])))
-    # the first rank in each node that has the token: the user that receives it, or the owner
+    # the first rank in each node to have the token: the user that receives it from another node, or the owner
     leader = np.where(enters, users["rank"], users["owner"])
     entry = np.maximum.accumulate(np.where(enters | is_first, np.arange(len(user_node)), 0))
     previous_entry = np.append(0, entry[:-1]) if len(entry) else entry
@@ -133,8 +134,8 @@ def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) ->
     if node is None:
         return _make_moves(payload, users, users["rank"], users["owner"], users["step"] + 1)
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is, of the last users to contribute, the user whose position in its node is nearest to the owner's, so that
-    # leaders are spread as evenly as owners
+    # the leader is one of the last users to contribute: the user whose position in its node is nearest to the owner's, which
+    # spreads leaders as evenly as owners
     devices = int(np.bincount(node).max())
     nearness = -((users["rank"] - users["owner"]) % devices)
     order = lexicographic_argsort(users["segment"], user_node, users["step"], nearness)

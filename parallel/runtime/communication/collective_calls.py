@@ -18,7 +18,7 @@ from distattn.ir.errors import LostRankError, named_ranks
 Result = TypeVar("Result")
 # for each group, how often this rank has made each call, keyed by name
 _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
-# after a failure: seconds to wait for the store's answer, and for ranks that may only be later than this rank
+# after a failure: seconds to wait for the store's answer, and for ranks that may merely be late
 _ANSWER, _LATER = 5.0, 10.0
 
 

@@ -159,15 +159,15 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """Create a process group of `ranks`, which are ranks of the default group, for trainers. Only these ranks must call this."""
+    """Create a process group of `ranks`, ranks of the default group, for trainers. Exactly these ranks must call this."""
     with _unbound_world():
         return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 @contextmanager
 def _unbound_world() -> Iterator[None]:
-    """Let groups created in the block open their own communicators instead of splitting that of a default group bound to
-    devices."""
+    """Let groups created in the block open their own communicators instead of splitting the communicator of a default group
+    that is bound to devices."""
     world = dist.group.WORLD
     assert world is not None
     bound = world.bound_device_id  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.de
     store = dist.PrefixStore(name, default_store())
 
     def work() -> Any:
-        # wait for all ranks on the host, with a timeout, before anything waits on a device, where waits have none
+        # wait for all ranks on the host, with a timeout, before anything waits on a device, where no wait has a timeout
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{other}" for other in range(len(members))], timeout)
         backend = make(store, rank, members, timeout, name)

@@ -1,4 +1,4 @@
-"""Shutdown of our own communicators: each is shut down once, when its last driver closes, when its group is freed, or at exit.
+"""Shutdown of our own communicators. Each is shut down once: when its last driver closes, when its group is freed, or at exit.
 
 PyTorch's NCCL backend prints a warning and aborts if it is destroyed without `shutdown` or `abort` (see the destructor in
 ProcessGroupNCCL.cpp), and `destroy_process_group` ends only communicators that PyTorch itself has created. `shutdown` waits
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-# Seconds within which all ranks must reach the end. After that, the communicator is aborted.
+# Seconds within which all ranks must call `end_communicator`. After that, the communicator is aborted.
 _END_SECONDS = 20.0
 # The same at exit if `close` was not called: a rank that exits with an error must not be delayed for long.
 _LATE_SECONDS = 5.0

@@ -121,11 +121,11 @@ class GroupTransport:
         self.close(gracefully=False)
 
     def acquire(self) -> None:
-        """Count one more driver that sends through this transport until it calls `release`."""
+        """Register one more driver, which sends through this transport until it calls `release`."""
         self._users += 1
 
     def release(self, gracefully: bool) -> None:
-        """Count one driver less, and close the transport once no driver uses it. See `close`."""
+        """Drop one driver, and close the transport (see `close`) once no driver uses it."""
         self._users -= 1
         self._is_healthy = self._is_healthy and gracefully
         if not self._users:

@@ -1,4 +1,4 @@
-"""The tensors of one pass on one rank, by buffer, and the operations on views of them."""
+"""The tensors of one pass on one rank, keyed by buffer, and the operations on views of them."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Buffers:
             )
 
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
-        """Write received results into the rank's own tensors, which hold no results yet. fields: the tensors of each part of a
+        """Write received results into the rank's own tensors, which hold no results yet. fields: tensors for each part of a
         row."""
         for part, tensors in zip(packed.parts, fields, strict=True):
             own_fields = self.fields[self._own[part.payload].key]
@@ -252,7 +252,7 @@ def _copy_fields(
 
 
 def _of_heads(fields: Fields, heads: slice) -> Fields:
-    """Return `heads` of tensors (rows, heads, ...), without slicing, which costs host time, if that would select all heads."""
+    """Select `heads` in tensors (rows, heads, ...). If that would select all heads, skip the slicing, which costs host time."""
     if not fields or heads.start == 0 and heads.stop == fields[0].shape[1]:
         return fields
     return tuple(tensor[:, heads] for tensor in fields)

@@ -307,7 +307,7 @@ def _incoming(
     buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], results: dict[int, Fields]
 ) -> list[Packet]:
     """Return the packets for messages that arrive together: copies are received into their buffers, partial results into new
-    tensors, added to `results`."""
+    tensors, stored in `results`."""
     payload, message = step.receives[numbers[0]]
     packed = _packed_with(numbers, step.packed_receives)
     if packed:

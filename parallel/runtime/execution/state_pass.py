@@ -46,7 +46,7 @@ class StatePass:
         self.edge_states: Tensor | None = None
 
     def make_edge_states(self) -> None:
-        """Allocate a state for every document. Those that this rank does not compute stay 0."""
+        """Allocate a state for every document. States that this rank does not compute stay 0."""
         shape = (len(self.call.documents), self.call.heads, self.call.head_dim, self.call.v_head_dim)
         self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self._device)
 

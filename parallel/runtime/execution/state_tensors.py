@@ -1,6 +1,6 @@
 """The states that one rank holds during a pass of a recurrence, and how it combines, sends, receives and frees them."""
 
-# N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B is (H, K, V); a maximum is B only
+# N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), B is (H, K, V); maxima have only B
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 
 class HeldStateTensors:
-    """The tensors of all states that a rank holds, by state key."""
+    """The tensors of all states that a rank holds, keyed by state."""
 
     def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, allocator: ArenaAllocator):
         """Start without states.
@@ -57,7 +57,7 @@ class HeldStateTensors:
         self._kept.add(key)
 
     def end_step(self, step: StateStep) -> None:
-        """Store the states that have arrived, and free those not used after this step."""
+        """Store the states that have arrived, and free the states not used after this step."""
         for there, tensor in self._arriving:
             there.copy_(tensor)
         self._arriving.clear()

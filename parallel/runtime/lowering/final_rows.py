@@ -29,8 +29,7 @@ _MOST_KEYS = 12288
 def turns_of_rows(
     call: Call, table: Table, rank: int, steps: list[ProgramStep], payload: Payload, unadded: Container[Payload]
 ) -> Tensor | None:
-    """Return the first and the last launch that write each of the rank's own rows of a result, (tokens,), encoded as in
-    `FinalRows`.
+    """Return the first and last launch that write each of the rank's own rows of a result, (tokens,), encoded as in `FinalRows`.
 
     Return None if launches cannot finish the result, because a message or a copy adds to it, a launch writes only some of its
     heads, or nothing is added to it. Also return None for dQ if rows have many keys.

@@ -4,7 +4,7 @@ are written.
 If a launch needs one received buffer and the rank's own tokens, that buffer is made as large as the working tensor into which
 both would be gathered, with the tokens in the same order. Own rows are copied in first, and messages then land between them.
 Results are treated alike: messages leave from the tensor that the kernel writes, and its own rows are added to the rank's
-result. A buffer that lives until the backward pass keeps its copy of the own rows as long, so it is enlarged only if that adds
+result. A buffer that lives until the backward pass keeps its copy of own rows as long, so it is enlarged only if that adds
 little memory.
 """
 
@@ -25,8 +25,7 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
 
-# a kept buffer may grow by at most this factor; it suffices for an all-to-all on four ranks, after which neither pass copies
-# the buffer
+# a kept buffer may grow by at most this factor, which is enough to avoid copies in both passes for an all-to-all on four ranks
 _MOST_KEPT = 4 / 3
 
 

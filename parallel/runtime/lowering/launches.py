@@ -55,7 +55,7 @@ class TokenIntervals(NamedTuple):
         return TokenIntervals(where, begin, end, row, h0, h1, part_launch, *bounds, part, part_t0, part_t1)
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view per launch, for a payload."""
+        """Return one view of a payload for each launch, as parts."""
         launch, h0 = self.part_launch, self.part_h0
         row = self.part_t0 + self.to_row(launch[self.part], self.part_t0)
         heads = launch, np.full(len(launch), int(payload)), h0, self.part_h1, h0 - self.h0[launch]
@@ -113,7 +113,7 @@ class LaunchTable(NamedTuple):
         return table._divided(wasteful, "head_range")
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view per launch, for a payload."""
+        """Return one view of a payload for each launch, as parts."""
         return (self.keys if payload in KEY_PAYLOADS else self.rows).parts(payload)
 
     def uses(self, number: int, payload: Payload) -> bool:
@@ -143,7 +143,7 @@ class LaunchTable(NamedTuple):
         )
 
     def _query_cells(self) -> Ints:
-        """Return the number of rows times heads of each launch's query tensor."""
+        """Return the number of (row, head) cells of each launch's query tensor."""
         return self.rows.rows() * (self.rows.h1 - self.rows.h0)
 
     @staticmethod

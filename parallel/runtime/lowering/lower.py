@@ -70,14 +70,14 @@ def lower(
 ) -> Program:
     """Lower a plan for one rank. `prepare` derives the kernel's own schedule from a launch's mask or a recurrence's segments.
 
-    The proof is stored with the program. Running an unproven plan is at the caller's risk. in_larger_job: the job has ranks
-    outside the plan, so messages may be in flight even if the plan has only one rank. The arenas have room for the results of
-    kernels that accept `into`. Other kernels allocate their own results, so that room is unused. finishes: the directions
-    in which the kernel accepts `final`.
+    The proof is stored with the program. Running an unproven plan is at the caller's risk. in_larger_job: True if the job has
+    ranks outside the plan, so that messages may be in flight even if the plan has only one rank. The arenas have room for the
+    results of kernels that accept `into`. Other kernels allocate their own results, so that room is unused. finishes: the
+    directions in which the kernel accepts `final`.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
-    # most launches of the backward pass have the same mask as a launch of the forward pass
+    # cache the schedules: most backward launches have the same mask as a forward launch
     prepare = _memoized(prepare, in_larger_job or call.ranks > 1)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
     kept = {
@@ -167,7 +167,8 @@ class _TableLowering:
     def steps(
         self, kept: Container[BufferKey] = (), inherited: Mapping[BufferKey, Landing] = MappingProxyType({})
     ) -> list[ProgramStep]:
-        """Return the steps of this rank. kept: buffers that are already allocated. inherited: see `land`."""
+        """Return this rank's steps. kept: buffers kept for the backward pass, which are allocated elsewhere. inherited: see
+        `land`."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -316,7 +317,7 @@ class _TableLowering:
             steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results, i))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Allocate each buffer in the first step that uses it and release it in the last. Skip those in `kept`."""
+        """Allocate each buffer in the first step that uses it and release it after the last. Skip buffers in `kept`."""
         first: dict[BufferKey, int] = {}
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
@@ -384,7 +385,8 @@ class _TableLowering:
 
 
 def _result_views(step: ProgramStep) -> Iterator[View]:
-    """Yield the views that a step accumulates results into: those of its launches, then those of its incoming messages."""
+    """Yield the views that a step accumulates results into: those of launches, own results and incoming messages, in this
+    order."""
     for launch in step.launches:
         yield from launch.results.values()
     yield from (view for _, view in step.own_results)
@@ -417,7 +419,6 @@ def _dense_steps(call: Call, table: Table) -> np.ndarray:
 
 
 def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:
-    """Return the rows sorted by columns `by` and `then`, and the bounds of all runs of equal `by`, from 0 to the number of
-    rows."""
+    """Return rows sorted by columns `by` and `then`, and the bounds of all runs of equal `by`, from 0 to the number of rows."""
     rows = select_rows(rows, lexicographic_argsort(*(rows[name] for name in by + then)))
     return rows, [*run_starts(*(rows[name] for name in by)).tolist(), num_rows(rows)]

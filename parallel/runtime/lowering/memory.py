@@ -61,7 +61,7 @@ class FlatPlaces(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request for a number of bytes from moment `begin` to moment `end`, inclusive."""
+    """A request for memory from moment `begin` to moment `end`, inclusive."""
 
     bytes: int
     begin: int
@@ -166,8 +166,7 @@ def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
 
 
 def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]) -> FlatPlaces:
-    """Place the buffers kept for the backward pass in one flat tensor of the inputs' dtype. kept: each buffer's number of
-    rows."""
+    """Place the buffers kept for the backward pass in one flat tensor of the inputs' dtype. kept: each buffer's row count."""
     places: dict[PlaceKey, list[PlacedTensor]] = {}
     begin = size = 0
     for key, rows in kept.items():
@@ -345,7 +344,7 @@ def _packed(
 
 
 def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -> list[tuple[int, ...]]:
-    """Return the groups of messages that are not packed together with those of other peers."""
+    """Return the groups of joined messages that are not packed together with other peers' messages."""
     return [numbers for numbers in joined if not any(numbers in some.begins for some in packed)]
 
 

@@ -90,8 +90,7 @@ def uses_copies_of(payload: Payload, step: ProgramStep) -> bool:
 
 
 def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...], list[Ints]]) -> PackedMessages:
-    """Build the messages of one format. rows: rows of the rank's own tensors, one list per part, keyed by the messages'
-    indices."""
+    """Build the messages of one format. rows: rows of the rank's own tensors per part, keyed by the messages' indices."""
     begins = np.cumsum([0, *(len(of_peer[0]) for of_peer in rows.values())]).tolist()
     parts = [
         OwnRows(payload, heads, torch.from_numpy(np.concatenate(of_part)))

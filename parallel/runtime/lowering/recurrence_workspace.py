@@ -85,7 +85,7 @@ def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_p
         beta = tensor(rows, heads) if call.op.delta else None
         lists = schedule_to_device(launch.schedule.segments, META)
         input_bytes = counted.peak = counted.alive
-        # if the launch splits a group of heads that share queries and keys, each head gets its own copy
+        # if the launch splits a group of heads that share queries and keys, each value head gets its own copy of them
         queries_and_keys = (q, k) if is_even else tuple(tensor(rows, heads, call.head_dim) for _ in range(2))
         x, entering = RecurrenceTokens(queries_and_keys[0], queries_and_keys[1], v, g, beta), states()
         if kind is SegmentKind.STATE:

@@ -100,9 +100,9 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
     All buffers that arrive at a rank in a step (or leave it, for partial results) form one bundle if they hold the same tokens
     of the same peers, at least one of them lacks some of the heads, and they have equal lifetimes. Lifetimes are equal if all
     tasks of the rank are in one step and the rank forwards nothing. Small copies form one bundle even if their lifetimes
-    differ. Otherwise Q and dO form one bundle, and each other buffer is a bundle. Results that `result_parts` puts in part 1
-    form a bundle although they hold different tokens. A buffer is in no bundle if its rows would need much padding, or if its
-    tensors would not be aligned in a row, since fast kernels reject such tensors.
+    differ. Otherwise Q and dO form one bundle, and every other buffer is a bundle by itself. Results that `result_parts` puts
+    in part 1 form a bundle although they hold different tokens. A buffer is in no bundle if its rows would need much padding,
+    or if its tensors would not be aligned in a row, since fast kernels reject such tensors.
     """
     bundles: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = {**table.moves, "part": result_parts(call, table)}, table.tasks
@@ -133,7 +133,7 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
                 if with_some_heads and (lives_are_equal or are_small):
                     groups = [tuple(keys)]
                 elif with_some_heads and payloads is HELD_PAYLOADS:
-                    # Q and dO are used by the same tasks
+                    # Q and dO are used by the same tasks, so they live equally long
                     of_keys = tuple(key for key in keys if key.payload in KEY_PAYLOADS)
                     groups = [group for group in (tuple(key for key in keys if key not in of_keys), of_keys) if group]
             for bundle in groups:

@@ -72,7 +72,7 @@ class SegmentLaunches(NamedTuple):
         return SegmentLaunches(steps, kinds, heads, tasks, launch, tokens, shared, call.op.shared_payloads)
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view per launch, for a payload."""
+        """Return one view of a payload for each launch, as parts."""
         return (self.shared if payload.name in self.shared_payloads else self.tokens).parts(payload)
 
     def uses(self, number: int, payload: Payload) -> bool:

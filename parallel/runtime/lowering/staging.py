@@ -1,8 +1,8 @@
 """Staging: messages of a rank's own rows are sent from the arena, like all other messages (see `arenas`).
 
-If a buffer in the arena has own rows between those that arrive (see `landing`), messages are sent from that buffer. Otherwise,
-each step copies the own rows that it sends once for all peers, as rows of a bundle if messages are rows of bundles (see
-`row_bundles`). Messages that are packed before they travel need neither.
+If a buffer in the arena has the rank's own rows between those that arrive (see `landing`), messages are sent from that buffer.
+Otherwise, each step makes one copy of the own rows that it sends, for all peers, as rows of a bundle if messages are rows of
+bundles (see `row_bundles`). Messages that are packed before they travel need neither.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _CopiedRows:
 
 
 def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[BufferSlice] | None:
-    """Return the slices of a landed buffer that hold a message's own rows, or None if any segment is not contiguous there."""
+    """Return the slices of a landed buffer that hold a message's rows, or None if any segment is not contiguous there."""
     if len(message.view.slices) != 1:
         return None
     (piece,) = message.view.slices

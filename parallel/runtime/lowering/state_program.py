@@ -22,7 +22,7 @@ class StateKey(NamedTuple):
 
 
 class StatePart(NamedTuple):
-    """Heads [h0, h1) of a state, combined from other states (`tiles`) in the order in which the state passes through them."""
+    """Heads [h0, h1) of a state, combined from the states `tiles` in the order in which the recurrence passes through them."""
 
     h0: int
     h1: int
@@ -48,9 +48,9 @@ class SegmentStates(NamedTuple):
     """The states of one task.
 
     before: the parts of the state before the segment. after: the parts of the gradient state after it. Either may be empty.
-    initial, final: the document that starts, or ends, with the segment, or -1. leaves: the key of the state that the task
-    leaves behind, if that state is used. is_prefix: that state has no transition. begun: the index, among the states kept for
-    the backward pass, of the state that the task starts from, or -1.
+    initial, final: the index of the document that starts (ends) with the segment, or -1. leaves: the key of the state that the
+    task leaves behind, if that state is used. is_prefix: that state has no transition. begun: the index, among the states kept
+    for the backward pass, of the state that the task starts from, or -1.
     """
 
     before: tuple[StatePart, ...]

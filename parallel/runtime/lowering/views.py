@@ -58,7 +58,7 @@ class View(NamedTuple):
 
     @property
     def is_part(self) -> bool:
-        """True if the view is one part of one buffer and needs no tensor of its own."""
+        """True if the view is a single part of one buffer, so that it needs no tensor of its own."""
         return self.is_complete and len(self.slices) == 1 and isinstance(self.slices[0].rows, slice)
 
 
@@ -141,7 +141,7 @@ def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[Vie
 
 
 def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
-    """Join adjacent heads with the same rows. Parts of a view were cut wherever the heads of any task differ."""
+    """Join slices of adjacent heads with the same rows, since views are cut wherever the heads of any task begin or end."""
     if len(slices) < 2:
         return slices
     # keyed by where a slice must start to be joined: its buffer, its first head there, and its first head in the view
