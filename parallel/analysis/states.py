@@ -125,7 +125,7 @@ class _Tracing:
         rows = [tasks, moves, *([] if kept is None else [kept])]
         self.limits = sorted_unique(np.concatenate([part[name] for part in rows for name in ("h0", "h1")]))
         self.held: dict[tuple[int, int], dict[tuple[int, int], HeldState]] = defaultdict(dict)
-        # states computed or sent for a use that has not been found yet
+        # states computed or sent, for which no use has been found yet
         self.unused: dict[tuple[int, int, Hashable], None] = {}
 
     def run(self) -> StateTrace:

@@ -72,7 +72,7 @@ class ArenaPool:
             idle = self._idle[place]
         arena = self._take(place, nbytes, idle)
         yield arena
-        # not reached after an exception or when a generator is closed
+        # not reached if the block raises, or if it is in a generator that is closed
         with self._lock:
             insort(self._idle[place], arena, key=_size)
 

@@ -93,7 +93,7 @@ def cut_into_lanes(
     lanes, item = _lanes(items, heads, shape, cost_model)
     stays = [part.as_tasks(home) for part in (other_heads, earlier_rows)]
     stays = [select_rows(part, part["h0"] < part["h1"]) for part in stays]
-    # the cost of the same rows in one piece
+    # the cost that the leaving rows would have in one piece
     leaving = tighten(clip(items.bands, shape.first_row, items.bands[:, Q1], 0, items.bands[:, K1]))
     uncut = cost_model.band_costs(leaving) * shape.groups * heads
     ranks = int(home.max()) + 1
@@ -137,7 +137,7 @@ def choose_cut(
     leaving = tighten(clip(some.bands, first, some.bands[:, Q1], 0, some.bands[:, K1]))
     rows, keys = leaving[:, Q1] - leaving[:, Q0], leaving[:, K1] - leaving[:, K0]
     key_ranges = np.arange(1, _MAX_KEY_RANGES + 1)[:, None]
-    # two transfers meet within a lane up to receivers - 1 times, and both receivers need the lane's keys
+    # two transfers meet within a lane up to receivers - 1 times, and then both receivers need the lane's keys
     copies = 1 + (receivers[i] - 1) / (groups_taken * key_ranges)
     moved = (groups_taken / groups[i]) * (weights[0] * rows * key_ranges + weights[1] * keys * copies)
     # for each item, the cut that moves the fewest bytes, with the fewest key ranges among equals

@@ -90,7 +90,7 @@ def sequential(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[
 
 
 def alone(chain: Chain, ranks: Sequence[int], step: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Compute a single-segment document in a step in which its rank would otherwise wait for other documents' states."""
+    """Compute a single-segment document in `step`, in which its rank may otherwise only wait for other documents' states."""
     return [Compute(step, 0, True)], []
 
 

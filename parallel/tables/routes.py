@@ -107,7 +107,7 @@ def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices
 
 
 def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Columns, Columns]:
-    """Return (moves, rows of `users` that receive in step 1).
+    """Return (moves, rows of `users` whose ranks receive the tokens in step 1).
 
     In step 0, tokens go to the users in the owner's node and to one leader in every other node. In step 1, leaders forward them
     within their nodes.

@@ -64,7 +64,7 @@ def backward(
     weight: Tensor | None,
     kept: Tensor,
 ) -> PausableRun[tuple[Tensor, Tensor | None]]:
-    """Compute (dx_THD in x's dtype, this rank's share of the weight's gradient in the accumulation dtype)."""
+    """Compute dx_THD, in x's dtype, and this rank's share of the weight's gradient, in the accumulation dtype, or None."""
     wide = getattr(torch, program.call.accumulation_dtype)
     dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
 

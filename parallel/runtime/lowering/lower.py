@@ -284,7 +284,7 @@ class _TableLowering:
     def _land(
         self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
     ) -> None:
-        """Turn buffers into the working tensors of launches where that saves copies, kept buffers only for attention."""
+        """Turn buffers into the working tensors of launches where that saves copies (kept buffers only for attention)."""
         sizes = {key: rows for key, rows in self.sizes.items() if key not in kept or self.call.op.is_softmax}
         self.landings = land(steps, sizes, self.bundles, kept, inherited)
         for key, landing in self.landings.items():
