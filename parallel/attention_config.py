@@ -22,7 +22,7 @@ from distattn.ir.plan import DTYPE_BYTES, POLICIES, dtype_name
 from distattn.kernels.registry import AUTO, KERNELS, load_kernel
 from distattn.parallel.strategy_table import STRATEGIES, check_names
 
-# upper limits of `verify_every` and `pad_to`
+# upper limit of `verify_every` and `pad_to`
 _MOST = 1 << 20
 
 
@@ -98,7 +98,7 @@ class AttentionConfig(AttentionKeys):
 
     @classmethod
     def of(cls, base: AttentionKeys | None, /, **settings: Any) -> AttentionConfig:
-        """Return a config with the given settings, and those of `base` for the rest.
+        """Return a config with the given settings and, for all other settings, the values of `base`.
 
         Raise DistattnError for an unknown setting, or if no strategy is given.
         """

@@ -3,7 +3,7 @@
 A latent of 512 elements and a rotary key of 64 are as large as the keys and values of about two heads. If a rank needs the keys
 of many heads, sending latents therefore takes far fewer bytes. However, every rank that receives a latent expands it again, in
 each direction, and strategies that distribute heads over ranks need the keys of only a few heads. Both plans are made, and the
-faster one is used.
+faster plan is used.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def make_latent_plan(
 
     heads, head_dim (including the rotary part) and v_head_dim are those of queries and values. config, cluster and settings are
     those of `make_plan`. Given a ClusterSpec, return the plan that simulates faster, forward plus backward with all expansions.
-    Otherwise return the plan that moves fewer bytes. If one form cannot be planned, return the other. `latent_attention`
-    accepts both. Raise the errors of `make_plan`.
+    Otherwise return the plan that moves fewer bytes. If one form cannot be planned, return the plan of the other.
+    `latent_attention` accepts both. Raise the errors of `make_plan`.
     """
     cluster = resolve_cluster(cluster)
     widths = partial(make_plan, mask, layout, heads=heads, head_dim=head_dim, v_head_dim=v_head_dim)
@@ -68,7 +68,7 @@ def make_latent_plan(
 
 
 def latent_seconds(plan: Plan, cluster: ClusterSpec, rotary_dim: int, latent_dim: int) -> float:
-    """Return the simulated seconds of either plan, forward plus backward, including the owners' expansions of latents."""
+    """Return the simulated seconds of a plan of either form, forward plus backward, with the owners' expansions of latents."""
     call = plan.call
     total = simulated_seconds(plan, cluster)
     if call.op.kind == "latent_attention":

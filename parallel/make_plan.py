@@ -177,7 +177,7 @@ def _fastest(call: Call, cluster: AnyCluster | None, candidates: Iterable[Table]
         return asked_for
 
     def seconds(table: Table) -> float:
-        # the backward pass moves gradients as well
+        # a candidate for the backward pass does not contain the moves of gradients yet
         whole = table if direction == "forward" else derive_backward(call, table, policy, spec)
         return simulate_pass(call, spec, direction, whole).seconds
 

@@ -21,8 +21,7 @@ SPAN_LAYOUT = "contiguous"
 
 
 def relayout_may_be_faster(here: Plan, there: Layout, *, layers: int, width: int, cluster: ClusterSpec) -> bool:
-    """Return False if layout `there` cannot be faster, without planning it. No plan is faster than an equal share of the work
-    on each rank.
+    """Return False if layout `there` cannot be faster even with an equal share of the work on each rank. No plan is made.
 
     The other arguments are those of `relayout_is_faster`. Also return False if both layouts are equal.
     """

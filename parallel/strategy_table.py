@@ -28,12 +28,12 @@ class Strategy:
     backward: the default backward policy. options: the frozen dataclass of its options, or None. by_direction: the function
     also takes direction="backward", to assign tasks by their cost in that pass. choose_by: "bytes" chooses the candidate that
     moves the fewest bytes. "seconds" simulates candidates on a ClusterSpec: the first candidate is the one requested, and the
-    second moves only what it must. The others are in between, and are generated only if the first is not faster than the
-    second. Without a ClusterSpec, the first is chosen. own_backward: candidates for direction="backward" are backward tables
-    themselves, not derived from forward tables. The function then also takes working_layout and `seconds`, a function that
-    simulates a table of that direction, or None if speeds are unknown. recurrent: True if it can plan recurrences. others:
-    True if it can plan all other ops. choose_backward: a function that returns a call's default backward policy, for
-    strategies with more than one.
+    second moves only what it must. The other candidates are in between, and are generated only if the first is not faster than
+    the second. Without a ClusterSpec, the first candidate is chosen. own_backward: candidates for direction="backward" are
+    backward tables themselves, not derived from forward tables. The function then also takes working_layout and `seconds`, a
+    function that simulates a table of that direction, or None if speeds are unknown. recurrent: True if it can plan
+    recurrences. others: True if it can plan all other ops. choose_backward: a function that returns a call's default backward
+    policy, for strategies whose default depends on the call.
     """
 
     forward: Callable[..., Iterable[Table]]
@@ -56,7 +56,7 @@ class Strategy:
         return option in self.option_names
 
     def default_backward(self, call: Call, cluster: AnyCluster | None, options: Mapping[str, object]) -> str:
-        """Return the backward policy of a call for which none is set."""
+        """Return the backward policy of a call for which the user has set no policy."""
         if self.choose_backward is None or self.options is None:
             return self.backward
         return self.choose_backward(call, cluster, self.options(**options))
@@ -110,7 +110,7 @@ STRATEGIES: Mapping[str, Strategy] = strategies_of(ATTENTION)
 
 
 def check_names(strategy: str, backward: str | None, options: Mapping[str, object] | None, op: Op = ATTENTION) -> None:
-    """Raise DistattnError if the op does not support a strategy, backward policy or option. The error names those it supports."""
+    """Raise DistattnError, listing the supported names, if the op does not support a strategy, backward policy or option."""
     strategies = strategies_of(op)
     if strategy not in strategies:
         of_op = "" if op == ATTENTION else f" for {op.name}"

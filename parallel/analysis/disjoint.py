@@ -6,15 +6,15 @@ import numpy as np
 
 from distattn.ir.intervals import Ints, elementary_intervals, lexicographic_argsort, sorted_unique, stable_argsort
 
-# if the rectangles would be cut into more slabs per rectangle than this, check them by levels instead
+# if more slabs per rectangle than this were needed, search a segment tree instead
 _SLABS = 16
 
 
 def first_overlap(group: Ints, box: tuple[Ints, Ints, Ints, Ints]) -> tuple[int, int] | None:
-    """Return two rows of one group whose rectangles [q0, q1) x [k0, k1) share a cell, or None if there are no such rows.
+    """Return the indices of two rectangles [q0, q1) x [k0, k1) of one group that share a cell, or None if all are disjoint.
 
-    Most rectangles of a plan are aligned: cutting them at each other's ends along one axis gives only a few slabs, and within
-    a slab the rectangles must be disjoint along the other axis. Rectangles that are not aligned (random cuts make M ** 1.5
+    Most rectangles of a plan are aligned: cutting them at each other's ends along one axis gives only a few slabs, and within a
+    slab the rectangles must be disjoint along the other axis. M rectangles that are not aligned (random cuts would make M**1.5
     slabs) are checked with a segment tree in O(M log M).
     """
     q0, q1, k0, k1 = box
@@ -50,7 +50,7 @@ def _clash_in_levels(group: Ints, low: Ints, high: Ints, begin: Ints, end: Ints)
     base = int(high.max()) + 2
     points = sorted_unique(np.concatenate([group * base + low, group * base + high]))
     a, b = np.searchsorted(points, group * base + low), np.searchsorted(points, group * base + high)
-    # replace positions on the second axis by their rank over all groups, so that a node and a rank fit in one integer
+    # replace positions on the second axis by their sorted index over all groups, so that a node and an index fit in one integer
     width = int(end.max()) + 2
     ranks = sorted_unique(np.concatenate([group * width + begin, group * width + end]))
     c, d = np.searchsorted(ranks, group * width + begin), np.searchsorted(ranks, group * width + end)

@@ -96,7 +96,7 @@ def check_payload(
 
 
 def moves_of_payloads(moves: Columns, payloads: tuple[Payload, ...]) -> Columns:
-    """Return the moves of these payloads, with their row indices in column `row`."""
+    """Return the moves of `payloads`, with their row indices in column `row`."""
     row = np.flatnonzero(np.isin(moves["payload"], [int(payload) for payload in payloads]))
     return {**select_rows(moves, row), "row": row}
 
@@ -116,7 +116,7 @@ class _Held(NamedTuple):
 
 
 class _Used(NamedTuple):
-    """The distinct used intervals, sorted, with the first and last step of their use, and every individual use.
+    """The distinct used intervals, sorted, with the first and last step in which each is used, and every individual use.
 
     row, step, interval: for each individual use, its row in `uses`, its step, and the index of its interval.
     """
@@ -147,11 +147,11 @@ class _HoldingCheck:
     mirrored: bool = False
 
     def run(self) -> BufferLifetimes:
-        """Run all checks. Return the lifetimes of the buffers of arrivals, with steps counted in the reading direction."""
+        """Run all checks. Return the lifetimes of the buffers for arrivals, with steps counted in the reading direction."""
         held, used = self._held(), self._used()
         self._refuse_second_arrivals(held)
         self._refuse_missing(held, used)
-        # the held interval that serves each use
+        # match each used interval with the held intervals that it overlaps
         use, holder = overlapping_pairs(held.begin, held.end, used.begin, used.end)
         self._refuse_late(held, used, use, holder)
         self._refuse_unused(held, used)
@@ -245,7 +245,7 @@ class _HoldingCheck:
             raise PlanError(f"{self.label} {self.sentences.missing} {self._user(row)}.")
 
     def _refuse_late(self, held: _Held, used: _Used, use: Ints, holder: Ints) -> None:
-        # the step in which each interval becomes complete
+        # the step at the end of which each used interval is completely held
         complete = np.full(len(used.begin), -1)
         np.maximum.at(complete, use, self.holders["step"][held.row[holder]])
         if (complete >= used.first).any():
@@ -284,7 +284,7 @@ class _HoldingCheck:
 
 
 def _covered(low: Ints, high: Ints, a: Ints, b: Ints) -> np.ndarray:
-    """Return which intervals [a_i, b_i) the sorted disjoint intervals [low, high) cover completely, bool."""
+    """Return whether the sorted, disjoint intervals [low, high) cover each [a_i, b_i) completely, bool."""
     if not len(low):
         return a >= b
     before = np.append(0, np.cumsum(high - low))

@@ -1,4 +1,4 @@
-"""References for the bytes that a plan moves: the least possible for its tasks, and those of a plain ring."""
+"""Yardsticks for the bytes that a plan moves: the fewest possible for its tasks, and those that a plain ring moves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
         for payload in plan.call.payloads(direction):
             if payload in STATE_PAYLOADS:
                 continue
-            # tokens received in the forward pass are kept
+            # with this policy, tokens received in the forward pass are kept, not sent again
             if table is plan.backward and plan.policy == "keep" and payload in (Payload.Q, Payload.KV):
                 continue
             users = remote_users(plan.call, payload, table.tasks, latest=payload in REDUCED_PAYLOADS)
@@ -70,8 +70,8 @@ def lower_bound(plan: Plan, cluster: AnyCluster) -> Traffic:
 
 
 def plain_ring_traffic(call: Call, cluster: AnyCluster) -> Traffic:
-    """Return the bytes moved by a ring that sends all keys and values to all ranks with tokens in both passes, and dKV all
-    the way around."""
+    """Return the bytes moved by a ring that sends all keys and values to every rank that has tokens, in both passes, and dKV
+    all the way around in the backward pass."""
     tokens = call.layout.shard_sizes()
     members = np.flatnonzero(tokens)
     ring_size = len(members)

@@ -1,4 +1,4 @@
-"""The quality of a plan: the load of the busiest rank, the bytes moved, and the fewest that any equally balanced plan moves."""
+"""The quality of a plan: the busiest rank's load, the bytes moved, and a lower bound on the bytes of equally balanced plans."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _BLOCK = 128
 class PassStats:
     """Statistics for one direction of a plan.
 
-    cells_imbalance, cost_imbalance: the busiest rank's load over the mean, in cells x heads and in kernel cost (`CostModel`).
-    kernel_seconds: kernel time of the busiest rank, or None if the cluster's speeds are unknown. moved_bytes: total over all
-    ranks. max_sent_bytes: the most bytes sent by one rank. inter_node_bytes: bytes moved between nodes. lower_bound_bytes:
-    the fewest bytes that a plan with equally balanced cells can move.
+    cells_imbalance, cost_imbalance: the busiest rank's load divided by the mean load, in cells x heads and in kernel cost
+    (`CostModel`). kernel_seconds: kernel time of the busiest rank, or None if the cluster's speeds are unknown. moved_bytes:
+    total over all ranks. max_sent_bytes: the most bytes sent by one rank. inter_node_bytes: bytes moved between nodes.
+    lower_bound_bytes: the fewest bytes that a plan with equally balanced cells can move.
     """
 
     cells_imbalance: float
@@ -65,7 +65,7 @@ def quality(plan: Plan, cluster: AnyCluster | str | None = None) -> dict[str, Pa
 
 
 def as_dict(stats: dict[str, PassStats]) -> dict[str, dict[str, Any]]:
-    """Return the statistics as plain numbers."""
+    """Return the statistics as dicts of plain numbers."""
     return {direction: asdict(pass_stats) for direction, pass_stats in stats.items()}
 
 
@@ -101,10 +101,10 @@ def _pass_stats(plan: Plan, direction: str, cluster: AnyCluster | None) -> PassS
 def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     """Return the fewest bytes that each rank must move, (ranks,), if no rank computes more than `most` cells x heads.
 
-    Ranks hold only their own keys, and work above `most` has to be computed elsewhere. A server that computes w cells for a
-    group of g heads needs R rows and C keys of that group, where R * C >= w / g. It therefore moves at least 2 * sqrt(R * C *
-    bytes per row * bytes per key) bytes. The square root is concave, so the minimum is reached when as few servers as
-    possible get as much as possible. No server gets more than `most`, or more than a rank's entire work in one group.
+    Work above `most` has to be computed by other ranks (servers), which hold none of its rows and keys. A server that computes
+    w cells for a group of g heads needs R rows and C keys of that group, where R * C >= w / g. It therefore moves at least 2 *
+    sqrt(R * C * bytes per row * bytes per key) bytes. The square root is concave, so the minimum is reached when as few servers
+    as possible get as much as possible. No server gets more than `most`, or more than a rank's entire work in one group.
     """
     call = plan.call
     if call.op.is_recurrent:
@@ -121,7 +121,7 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
     portion = np.maximum(np.minimum(largest, most), 1.0)
     row, key = bytes_per_row_and_key(call, direction)
     if direction == "backward" and plan.policy == "keep":
-        # queries, keys and values are kept
+        # kept queries, keys and values are not moved again
         row -= call.heads * call.token_head_bytes(Payload.Q)
         key -= call.kv_heads * call.token_head_bytes(Payload.KV)
     # bytes per row times bytes per key, for one group
@@ -132,5 +132,5 @@ def _lower_bound_bytes(plan: Plan, direction: str, most: float) -> np.ndarray:
 
 
 def max_over_mean(load: np.ndarray | Ints) -> float:
-    """Return the load of the busiest rank over the mean load; 1 without any load. load: (ranks,)."""
+    """Return the busiest rank's load divided by the mean load, or 1 if no rank has any load. load: (ranks,)."""
     return float(load.max() / load.mean()) if load.any() else 1.0

@@ -95,8 +95,8 @@ def _of_head(tasks: Columns, head: int) -> Columns:
 
 
 def _drawn_tasks(plan: Plan) -> Columns:
-    """Return the forward tasks. For a recurrence, return only tasks with outputs; each has all cells that pass through its
-    segment."""
+    """Return the forward tasks. For a recurrence, return only tasks with outputs; their cells pair the segment's queries with
+    all keys that they depend on."""
     tasks = plan.forward.tasks
     return select_rows(tasks, has_rows_and_keys(tasks)) if plan.call.op.is_recurrent else tasks
 

@@ -1,10 +1,10 @@
 """Time a plan on a described cluster without running it: kernels, messages, waiting and memory. All numbers are simulated.
 
 The simulation models our executor (parallel.runtime.execution). On every rank, a step starts when the rank's previous step has
-ended, that is, when its kernels are done and its messages have arrived. One launch then computes the step's tasks on the compute
-stream, while the step's messages travel on the communication stream. A message starts when both of its ends have started the
-step, and it shares links with the other messages of the step. Packing before sending and merging of arrivals count as copies on
-the device. A step cannot start before the host has issued it.
+ended, that is, when its kernels are done and its messages have arrived. One launch then computes the step's tasks on the
+compute stream, while the step's messages travel on the communication stream. A message starts when both of its ends have
+started the step, and it shares links with the other messages of the step. Packing before sending and merging after arrival
+count as copies on the device. A step cannot start before the host has issued it.
 
 All values are arrays over ranks and messages. The only loop is over steps.
 """
@@ -103,7 +103,7 @@ def simulate_pass(call: Call, cluster: ClusterSpec, direction: str, table: Table
         done = start.copy()
         np.maximum.at(done, d, delivered)
         np.maximum.at(done, s, delivered)
-        # adding a partial result reads two tensors and writes one
+        # adding a partial result reads two tensors and writes one: 1.5 times the memory traffic of a copy
         done += copy_seconds(cluster, 1.5 * np.bincount(d, merged[step_messages], ranks))
         begin[step], computed[step], arrived[step] = start, start + kernel_seconds[step], done
         ready = np.maximum(computed[step], done)
@@ -149,7 +149,7 @@ def _kernel_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Tab
 def _expansion_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
     """Return the seconds that latent attention spends on expanding latents, (steps, ranks).
 
-    A launch expands each latent that it reads once, for its heads."""
+    Within a launch, each latent is expanded only once for each head that reads it."""
     tasks = table.tasks
     launch = tasks["step"] * call.ranks + tasks["rank"]
     limits = sorted_unique(np.concatenate([tasks["h0"], tasks["h1"]]))
@@ -170,14 +170,14 @@ def _recurrence_seconds(call: Call, cluster: ClusterSpec, direction: str, table:
     seconds = recurrence_seconds(cluster, direction, *shape, tokens, heads, has_rows_and_keys(tasks))
     launch = tasks["step"] * call.ranks + tasks["rank"]
     size = table.steps * call.ranks
-    # count one launch per step: only tasks of different kinds need more, and these rarely share a step
+    # count one launch per step: only tasks of different kinds need several launches, and they rarely share a step
     launches = np.bincount(launch, minlength=size) > 0
     total = np.bincount(launch, seconds + device.task_us * 1e-6, size) + launches * device.launch_us * 1e-6
     return total.reshape(table.steps, call.ranks)
 
 
 def _convolution_seconds(call: Call, cluster: ClusterSpec, direction: str, table: Table) -> Numbers:
-    """Return the kernel seconds of a convolution, (steps, ranks). Its kernels only read and write rows."""
+    """Return the kernel seconds of a convolution, (steps, ranks). Only memory traffic counts: its kernels are memory-bound."""
     tasks, device = table.tasks, cluster.device
     tensors = 2 if direction == "forward" else 4
     cells = (tasks["q1"] - tasks["q0"]) * (tasks["h1"] - tasks["h0"])

@@ -3,8 +3,8 @@
 A task computes the state of the tokens that it has read, and a move copies a state. The state is available from the end of that
 step on, or from the start if the forward pass has kept it because a task started from it. The state of an interval may be read
 if other states tile the interval: they are adjacent, in order, and all available before the step. By induction, each state sums
-up its tokens once and in order. Coverage forces tasks to start where documents do, so the state that enters a segment sums up
-all earlier tokens of its document and no others.
+up its tokens once and in order. The check of coverage (`verify`) forces the keys of every task with outputs to begin where its
+document does, so the state that enters a segment sums up all earlier tokens of its document and no others.
 
 The same holds for gradients of states, with the token axis read from its end.
 """
@@ -45,7 +45,7 @@ class StateOrigin(NamedTuple):
 class StateUse(NamedTuple):
     """The states, for heads [h0, h1), that a task reads or a move sends.
 
-    tiles: states that tile an interval, in the order in which the state passes through it.
+    tiles: the states that together tile the interval read, in the order in which the recurrence passes through them.
     """
 
     user: StateOrigin
@@ -55,7 +55,7 @@ class StateUse(NamedTuple):
 
 
 class StateLife(NamedTuple):
-    """The lifetime of a state of tokens [t0, t1) and `heads` heads on a rank, from the end of step `there` to its last use."""
+    """A state's lifetime on a rank, for tokens [t0, t1) and `heads` heads: from the end of step `there` to step `last`."""
 
     rank: int
     name: StateOrigin
@@ -67,7 +67,7 @@ class StateLife(NamedTuple):
 
 
 class StateTrace(NamedTuple):
-    """The uses of the states of one payload in a table, on all ranks or one, and the lifetimes of the states used."""
+    """The uses of one payload's states (empty if all ranks are traced), and the lifetimes of the states used."""
 
     uses: list[StateUse]
     lives: list[StateLife]
@@ -79,7 +79,7 @@ def begun_with_state(tasks: Columns) -> np.ndarray:
 
 
 def trace_states(plan: Plan, direction: str, payload: Payload, rank: int | None = None) -> StateTrace:
-    """Find the origin and the uses of every state of a payload, on all ranks or one.
+    """Find the origin and the uses of every state of a payload, on `rank`, or on all ranks if it is None.
 
     The uses are returned only for a single rank. Raise PlanError if a state is missing when it is read, arrives twice, or is
     never used.
@@ -92,7 +92,7 @@ def trace_states(plan: Plan, direction: str, payload: Payload, rank: int | None 
 
 
 def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> BufferLifetimes:
-    """Return the lifetimes of states as those of buffers, leaving out the states kept by the forward pass."""
+    """Convert the lifetimes of states to those of buffers, leaving out the states kept by the forward pass."""
     received = [life for life in lives if life.name.kind != "kept"]
     rank, heads, t0, t1, there, last = (
         np.array([getattr(life, name) for life in received], np.int64)
@@ -104,7 +104,7 @@ def state_lifetimes(call: Call, payload: Payload, lives: list[StateLife]) -> Buf
 
 
 class _Tracing:
-    """The tracing of one payload in one table. For gradients of states, tokens are counted from the end of the axis."""
+    """A search for one payload's states in one table. For gradients of states, tokens are counted from the end of the axis."""
 
     def __init__(
         self, call: Call, table: Table, payload: Payload, direction: str, kept: Columns | None, rank: int | None
@@ -125,7 +125,7 @@ class _Tracing:
         rows = [tasks, moves, *([] if kept is None else [kept])]
         self.limits = sorted_unique(np.concatenate([part[name] for part in rows for name in ("h0", "h1")]))
         self.held: dict[tuple[int, int], dict[tuple[int, int], HeldState]] = defaultdict(dict)
-        # states computed or sent for a use that has not been found yet
+        # states computed or sent, for which no use has been found yet
         self.unused: dict[tuple[int, int, Hashable], None] = {}
 
     def run(self) -> StateTrace:
@@ -171,7 +171,7 @@ class _Tracing:
         return StateLife(rank, state.name, heads, *self._unmirrored(state.t0, state.t1), state.there, last)
 
     def _collect(self) -> None:
-        """Collect all states that ranks ever hold. Ignore states computed where they are already held."""
+        """Collect all states that ranks ever hold. Ignore a state computed on a rank that already holds it."""
         if self.kept is not None:
             for i, part in self._by_heads(self.kept):
                 row, rank, t0, t1 = _ints(self.kept, i, "row", "rank", "k0", "q0")

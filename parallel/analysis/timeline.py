@@ -33,9 +33,9 @@ _COLOURS = {"kernels": "var(--kernels,#4a86d0)", "messages": "var(--waiting,#d97
 class PassTimeline:
     """Timeline of one direction of a plan.
 
-    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels finished and its
-    messages arrived. Without kernels or messages, that is the time at which the step began. seconds: the duration of the
-    pass. flops: the floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank
+    begin, computed, arrived: times in seconds, (steps, ranks), at which each step began, its kernels finished and its messages
+    arrived. If a rank has no kernels or no messages in a step, that is the time at which the step began. seconds: the duration
+    of the pass. flops: the floating-point operations of all ranks. intra_node_bytes, inter_node_bytes: bytes sent by each rank
     within its node and to other nodes.
     """
 
@@ -50,17 +50,17 @@ class PassTimeline:
 
     @property
     def busy(self) -> Numbers:
-        """The seconds for which each rank computes, (ranks,)."""
+        """The seconds that each rank spends computing, (ranks,)."""
         return (self.computed - self.begin).sum(0)
 
     @property
     def idle(self) -> Numbers:
-        """The seconds for which each rank does not compute before the slowest rank has finished, (ranks,)."""
+        """The seconds that each rank spends not computing, until the slowest rank has finished, (ranks,)."""
         return self.seconds - self.busy
 
     @property
     def exposed(self) -> Numbers:
-        """The seconds for which each rank only waits for messages, computing nothing, (ranks,)."""
+        """The seconds that each rank spends only waiting for messages, computing nothing, (ranks,)."""
         return np.maximum(self.arrived - self.computed, 0).sum(0)
 
 
@@ -81,12 +81,12 @@ class Timeline:
 
     @cached_property
     def peak_bytes(self) -> Ints:
-        """The peak bytes of each rank's buffers, including kept ones but not its own tensors, (ranks,)."""
+        """The peak bytes of each rank's buffers, including those kept for the backward pass but not its own tensors, (ranks,)."""
         return np.maximum(self.proof.forward_peak, self.proof.backward_peak) + self.proof.kept
 
     @property
     def balance(self) -> float:
-        """The busiest rank's cells over the mean."""
+        """The busiest rank's number of cells, divided by the mean."""
         return max_over_mean(self.plan.area_by_rank())
 
     def as_dict(self) -> dict[str, Any]:

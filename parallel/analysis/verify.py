@@ -41,7 +41,7 @@ class Proof:
     """The result of a proof, with the memory that the plan needs.
 
     forward_peak, backward_peak: for each rank, the peak bytes of received tensors and of partial results for other ranks in one
-    pass, not counting `kept`. kept: for each rank, the bytes kept from forward to backward in one call. They are alive during
+    pass, not counting `kept`. kept: for each rank, the bytes kept from forward to backward in one call, which are alive during
     both passes.
     """
 
@@ -81,7 +81,7 @@ def verify(plan: Plan, max_buffer_bytes: int | None = None) -> Proof:
 
 
 def check_max_buffer_bytes(proof: Proof, max_buffer_bytes: int) -> None:
-    """Raise PlanError if any rank would hold more bytes of buffers at any one time. All ranks raise the same error."""
+    """Raise PlanError if any rank would ever hold more than max_buffer_bytes of buffers. All ranks raise the same error."""
     for direction, peak in (("forward", proof.forward_peak), ("backward", proof.backward_peak)):
         if peak.max() > max_buffer_bytes:
             rank = int(peak.argmax())
@@ -161,7 +161,7 @@ def _check_segments(call: Call, tasks: Columns, direction: str) -> None:
     inside = (np.minimum(q0, k0) >= document[:, 0]) & (np.maximum(q1, k1) <= document[:, 1])
     _refuse_task(~(good & inside), tasks, direction, "is not a segment of its document with what passes through it")
     complete = select_rows(tasks, whole)
-    # outputs depend on all earlier keys; gradients of keys depend on all later rows as well
+    # outputs depend on all earlier keys; gradients of keys also depend on all later rows
     _check_coverage(call, {**complete, "q1": complete["k1"]}, direction)
     if backward:
         _check_coverage(call, {**complete, "k0": complete["q0"]}, direction)
@@ -203,7 +203,7 @@ def _check_disjoint(tasks: Columns, direction: str) -> None:
 
 
 def _peak(call: Call, buffers: dict[Payload, BufferLifetimes]) -> Ints:
-    """Return the peak bytes alive in any step, (ranks,)."""
+    """Return the most bytes that are alive on each rank in any step, (ranks,)."""
     rank, first, last, size = (
         np.concatenate([np.zeros(0, np.int64), *(getattr(lifetimes, name) for lifetimes in buffers.values())])
         for name in ("rank", "first", "last", "size")
@@ -228,7 +228,7 @@ def _refuse_move(bad: np.ndarray, moves: Columns, direction: str, why: str) -> N
 
 
 def _refuse(kind: str, bad: np.ndarray, rows: Columns, names: tuple[str, ...], direction: str, why: str) -> None:
-    """Raise PlanError for the first bad row, if any."""
+    """Raise PlanError if `bad` marks any row, naming the first of them."""
     if bad.any():
         i = int(np.flatnonzero(bad)[0])
         raise PlanError(f"{direction}: {kind} {i} {describe_row(rows, names, i)} {why}.")

@@ -1,10 +1,10 @@
-"""Arenas: the memory of passes, kept from pass to pass, with one arena per stream and per unfinished pass on it.
+"""Arenas: memory reused from pass to pass. Each stream has one arena for every unfinished pass on it.
 
 NCCL's process group tells PyTorch's allocator about the storage of every message (`record_stream`). Memory freed after that is
-reused only once the device has passed that point, and the host runs many layers ahead. With a new arena for each pass, 8 to 18
-arenas would exist at once. All messages are therefore sent from and received in arenas of this pool, which are not freed between
-passes. A pass works on one stream, which waits for the messages of each step, so the stream itself orders the passes that use
-an arena.
+reused only once the device has passed that point. Since the host runs many layers ahead of the device, a new arena for each
+pass would mean that 8 to 18 arenas exist at once. All messages are therefore sent from and received in arenas of this pool,
+which are not freed between passes. A pass works on one stream, which waits for the messages of each step, so the stream itself
+orders the passes that use an arena.
 
 Tensors that a forward pass receives for the backward pass stay where they arrive. Activation checkpointing drops them immediately
 after a layer's first forward pass, and when the layer is recomputed, it needs them only briefly. The next pass therefore receives
@@ -45,7 +45,7 @@ class ArenaPool:
         # for each place, memory for tensors received for a backward pass; some of it may be in use
         self._kept: dict[_Place, list[Tensor]] = defaultdict(list)
         self._of_parents: list[Any] = []
-        # the number of loans so far, and that number at the time of each place's last loan
+        # the number of loans so far, and for each place, the number of its last loan
         self._loans = 0
         self._last_loan: dict[_Place, int] = {}
 
@@ -72,7 +72,7 @@ class ArenaPool:
             idle = self._idle[place]
         arena = self._take(place, nbytes, idle)
         yield arena
-        # not reached after an exception or when a generator is closed
+        # not reached if the block raises, or if it is in a generator that is closed
         with self._lock:
             insort(self._idle[place], arena, key=_size)
 
@@ -113,7 +113,7 @@ class ArenaPool:
             )
 
     def _note_loan(self, place: _Place) -> None:
-        """Count a loan. Free the memory of streams that have not borrowed any for a long time."""
+        """Count a loan, and free the memory of streams whose last loan was long ago."""
         self._loans += 1
         self._last_loan[place] = self._loans
         if self._loans % _FORGOTTEN_AFTER == 0:
@@ -129,7 +129,7 @@ class ArenaPool:
             if fitting < len(idle):
                 return idle.pop(fitting)
             if idle:
-                # the new arena replaces the largest idle one, which is freed first
+                # the new arena replaces the largest idle arena, which is freed first
                 idle.pop()
         try:
             return _new(nbytes, place[0])
@@ -142,7 +142,7 @@ class ArenaPool:
 
 
 class ArenaAllocator:
-    """An allocator that places tensors one after another in an arena or a part of one."""
+    """An allocator that places tensors one after another in an arena, or in a part of an arena."""
 
     def __init__(self, arena: Tensor):
         """Start at the beginning of `arena`, a uint8 tensor with the alignment of an arena."""
@@ -164,7 +164,7 @@ class ArenaAllocator:
 
 
 def aligned_bytes(*sizes: int) -> int:
-    """Return the bytes that tensors of these sizes in bytes occupy in an arena, including alignment."""
+    """Return the bytes that tensors of `sizes` bytes occupy in an arena, including alignment."""
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
@@ -193,9 +193,9 @@ def _uses(memory: Tensor) -> int:
 
 
 def _is_taken_by_hooks() -> bool:
-    """Return whether saved-tensor hooks, other than our own or those of activation checkpointing, may read freed saved tensors.
+    """Return whether saved-tensor hooks, except ours and activation checkpointing's, may read saved tensors after they are freed.
 
-    Other libraries' offloading copies saved tensors on its own stream and tells only PyTorch's allocator (`record_stream`).
+    Other libraries' offloading reads saved tensors on its own stream and informs only PyTorch's allocator (`record_stream`).
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith(

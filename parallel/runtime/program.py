@@ -26,10 +26,10 @@ class Message(NamedTuple):
     """The rows of one payload and head range sent to or received from one peer. Both ends have the same rows in the same
     order.
 
-    segments: the rows of the view, cut where tokens are not contiguous. Each segment travels separately. If there would be
-    too many segments, all rows form one. bundle: the buffers whose rows travel in one message with this buffer's (see
-    `row_bundles`), empty if each tensor travels separately. row_bytes: the bytes per payload in a bundle's row. row_format:
-    the layout of that row.
+    segments: the rows of the view, cut where tokens are not contiguous. Each segment travels separately. If there would be too
+    many segments, all rows form a single segment. bundle: the buffers whose rows travel in one message with this buffer's (see
+    `row_bundles`), empty if each tensor travels separately. row_bytes: the bytes per payload in a bundle's row. row_format: the
+    layout of that row.
     """
 
     peer: int
@@ -48,7 +48,7 @@ class KernelLaunch(NamedTuple):
     operands: dict[Payload, View]
     schedule: Any
     results: dict[Payload, View]
-    # counted over all steps of the pass
+    # the launch's number, counted over all steps of the pass
     number: int = 0
 
 
@@ -56,20 +56,20 @@ class KernelLaunch(NamedTuple):
 class ProgramStep:
     """One rank's work in one step of a table."""
 
-    # for each new buffer: its rows, and the own rows copied into it (see `landing` and `staging`)
+    # for each new buffer: its number of rows, and this rank's own rows copied into it (see `landing` and `staging`)
     allocate: dict[BufferKey, int] = field(default_factory=dict)
     own_copies: list[tuple[BufferKey, View]] = field(default_factory=list)
     sends: list[tuple[Payload, Message]] = field(default_factory=list)
     receives: list[tuple[Payload, Message]] = field(default_factory=list)
-    # the indices of sends, and of receives, that travel as one message
+    # groups of sends, and of receives, by index: each group travels as one message
     joined_sends: list[tuple[int, ...]] = field(default_factory=list)
     joined_receives: list[tuple[int, ...]] = field(default_factory=list)
-    # the joined messages packed from, or unpacked into, own tensors in one copy
+    # the joined messages that are packed from, or unpacked into, this rank's own tensors in one copy
     packed_sends: tuple[PackedMessages, ...] = ()
     packed_receives: tuple[PackedMessages, ...] = ()
-    # usually one launch; several if a single tensor with the tokens of all head groups would be mostly unused
+    # usually one launch; several if a single tensor with the tokens of all head groups would be mostly padding
     launches: list[KernelLaunch] = field(default_factory=list)
-    # own rows that launches write to buffers, to be accumulated from there
+    # this rank's own result rows that launches write to buffers, later accumulated into its tensors
     own_results: list[tuple[BufferKey, View]] = field(default_factory=list)
     # True if all ranks exchange the messages of this step in one all-to-all
     collective: bool = False
@@ -99,11 +99,11 @@ class Program:
 
     tokens: the number of rows of the rank's own tensors. kept: the number of rows of each buffer kept for the backward pass,
     keyed by its forward key. kept_places: the places of these buffers in one flat tensor. proof: None for an unproven plan.
-    blank: result buffers of both passes that first writes do not fill completely. unadded: own results to which this rank
-    adds nothing, so that they need no wider dtype than the inputs. turns: for each row of an own result that launches sum up
-    and finish, the first and the last launch that write it (see `final_rows`). own_tensors: the rank's own tensors of each
-    payload. forward_bytes, backward_bytes: the size of each pass's arena (see `memory`). uploaded: the index lists, if they
-    are on a GPU. forward_states, backward_states: the states that each task of a recurrence starts from and ends with.
+    blank: result buffers of both passes that first writes do not fill completely. unadded: the rank's own results that nothing
+    is added to, so that they need no wider dtype than the inputs. turns: for each row of a result that launches finish, the
+    first and the last launch that write it (see `final_rows`). own_tensors: dtypes and shapes of the rank's own tensors.
+    forward_bytes, backward_bytes: the size of each pass's arena (see `memory`). uploaded: the index lists, if they are on a
+    GPU. forward_states, backward_states: the states that each task of a recurrence starts from and ends with.
     """
 
     # the call, not the plan: programs are cached for as long as their plan exists, so they must not keep it alive

@@ -56,7 +56,7 @@ def _many_are_early(call: Call, tasks: Columns) -> np.ndarray:
 
 
 def _uses_late_keys(call: Call, tasks: Columns, late: Columns) -> Ints:
-    """Return 1 for each task that needs any of the (rank, head, token) in `late`, and 0 for the others."""
+    """Return 1 for each task that needs keys in `late`, which its rank receives in step 1, and 0 for all other tasks."""
     ranges = task_token_ranges(call, Payload.KV, tasks)
     task, task_head = expand_ranges(ranges["h0"], ranges["h1"])
     row, head = expand_ranges(late["h0"], late["h1"])

@@ -59,10 +59,10 @@ FALLBACK_TOLERANCES = (0.1, 0.3, 1.0, 3.0)
 class CadOptions:
     """Options of strategy "cad".
 
-    tolerance: no server gets more than (1 + tolerance) times its share of the work, except for the last block of cells.
-    speeds: each rank's relative throughput, as an integer; a rank with speed 0 serves nothing. max_buffer_bytes: the most
-    bytes of other ranks' tensors that a rank may hold at any one time in a pass; ranks near the limit get less work. block:
-    rows and keys in a kernel's tile; documents are cut at multiples of it.
+    tolerance: no server gets more than (1 + tolerance) times its share of the work, except for the last block of cells. speeds:
+    each rank's relative throughput, as an integer; a rank with speed 0 takes no work. max_buffer_bytes: the most bytes of other
+    ranks' tensors that a rank may hold at any one time in a pass; ranks near the limit get less work. block: the number of rows
+    and of keys in a kernel's tile; documents are cut at multiples of it.
     """
 
     tolerance: float = 0.02
@@ -84,9 +84,9 @@ def cad(
 ) -> Iterator[Table]:
     """Yield candidate tables. Step 0 sends inputs and runs local work, step 1 runs moved work, step 2 returns outputs.
 
-    Candidates are generated one by one: first the work balanced within the tolerance, then all work at home, then
-    increasingly unbalanced work. If ranks differ in speed, only the first is generated, because a cluster's speed table does
-    not describe such differences.
+    Candidates are generated one by one: first with the work balanced within the tolerance, then with all work at home, then
+    increasingly unbalanced. If ranks differ in speed, only the first candidate is generated, because a cluster's speed table
+    does not describe such differences.
     """
     speeds = _checked_speeds(call, options)
     cost_model = CostModel.for_cluster(cluster, direction, call.head_dim, options.block)
@@ -117,7 +117,7 @@ def _checked_speeds(call: Call, options: CadOptions) -> Ints:
 
 
 class _Limits(NamedTuple):
-    """Constraints on the distribution of work: the node and speed of each rank, the tolerance, and the bytes of buffers."""
+    """Constraints on the distribution of work: each rank's node and speed, the tolerance, and the limit on bytes of buffers."""
 
     node: Ints
     speeds: Ints
@@ -134,7 +134,7 @@ def work_limits(work: int, speeds: Ints, tolerance: float) -> Ints:
 
 
 def home_tasks(call: Call, cost_model: CostModel) -> Columns:
-    """Assign every task to the owner of its queries, unless the owner of its keys or a split by heads moves fewer bytes."""
+    """Assign every task to its queries' owner, unless moving it to its keys' owner or splitting it by heads moves fewer bytes."""
     weights = bytes_per_row_and_key(call, cost_model.direction)
     area, rank = split_by_query_owner(call, mask_rectangles(call), call.layout.chunks)
     tasks = make_columns(TASK_COLUMNS, step=0, rank=rank, **vars(area))
@@ -182,7 +182,7 @@ def _split_by_heads(call: Call, tasks: Columns, cost_model: CostModel, weights: 
 
 
 def route_tasks(call: Call, tasks: Columns) -> Table:
-    """Return a table of these tasks in which inputs come directly from their owners and outputs return directly to theirs."""
+    """Return a table of `tasks` in which inputs come directly from their owners, and outputs return directly to their owners."""
     owns_rows = owns_range(call, tasks["rank"], tasks["q0"], tasks["q1"])
     local = owns_rows & owns_range(call, tasks["rank"], tasks["k0"], tasks["k1"])
     tasks = {**tasks, "step": np.where(local, 0, 1)}
@@ -225,7 +225,7 @@ def _rebalance(
     """Return tasks for the same work, with ranks within their limits where possible, and the cost that remains above the
     limits.
 
-    room_fraction: the fraction of its room that each receiver uses.
+    room_fraction: the fraction of its room that each receiver may use, (ranks,).
     """
     weights = bytes_per_row_and_key(call, cost_model.direction)
     cost = cost_model.task_costs(call, tasks)
@@ -267,7 +267,7 @@ def _buffer_bytes(call: Call, table: Table) -> Ints:
 
 
 def _most_work_per_byte(tasks: Columns, cost: Ints, excess: Ints, weights: tuple[int, int]) -> Ints:
-    """Return the tasks from which overloaded ranks hand out work: those with the most work per byte, sorted by rank."""
+    """Return the tasks from which overloaded ranks hand off work: those with the most work per byte, sorted by rank."""
     mine = np.flatnonzero(excess[tasks["rank"]] > 0)
     rows, keys = tasks["q1"][mine] - tasks["q0"][mine], tasks["k1"][mine] - tasks["k0"][mine]
     work_per_byte = cost[mine] / (weights[0] * rows + weights[1] * keys)

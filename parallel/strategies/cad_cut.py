@@ -35,7 +35,7 @@ class WorkItems(NamedTuple):
         return WorkItems(*(column[index] for column in self))
 
     def as_tasks(self, rank: Ints) -> Columns:
-        """Return these items as tight tasks in step 0 on the given ranks. Leave out empty ones."""
+        """Return the items as tight tasks in step 0, item i on rank_i. Leave out empty items."""
         bands = tighten(self.bands)
         kept = nonempty_bands(bands)
         rectangle = {name: bands[:, column] for name, column in (("q0", Q0), ("q1", Q1), ("k0", K0), ("k1", K1))}
@@ -81,9 +81,9 @@ def cut_into_lanes(
     group_size: int,
     weights: tuple[int, int],
 ) -> LaneCut:
-    """Cut lanes from items. The rank `home` of each item (sorted) hands `fraction` of it to about `receivers` ranks.
+    """Cut lanes from items. home: each item's rank, sorted; it hands `fraction` of the item to about `receivers` other ranks.
 
-    group_size: query heads that stay together. weights: bytes per row and per key, over all heads.
+    group_size: the number of query heads that stay together. weights: bytes per row and per key, over all heads.
     """
     groups = num_head_groups(items, group_size)
     shape = choose_cut(items, groups, fraction, receivers, cost_model, weights)
@@ -93,7 +93,7 @@ def cut_into_lanes(
     lanes, item = _lanes(items, heads, shape, cost_model)
     stays = [part.as_tasks(home) for part in (other_heads, earlier_rows)]
     stays = [select_rows(part, part["h0"] < part["h1"]) for part in stays]
-    # the cost of the same rows in one piece
+    # the cost that the leaving rows would have in one piece
     leaving = tighten(clip(items.bands, shape.first_row, items.bands[:, Q1], 0, items.bands[:, K1]))
     uncut = cost_model.band_costs(leaving) * shape.groups * heads
     ranks = int(home.max()) + 1
@@ -129,7 +129,7 @@ def choose_cut(
     cost_model: CostModel,
     weights: tuple[int, int],
 ) -> CutShape:
-    """Choose, for each item, the cut estimated to move the fewest bytes. The rows from `first_row` on make up `fraction`."""
+    """Choose each item's cut so that the estimated bytes are fewest. Rows from `first_row` on are `fraction` of the item."""
     i, groups_taken = expand_ranges(np.maximum(np.ceil(fraction * groups).astype(np.int64), 1), groups + 1)
     some = items.at(i)
     wanted_cost = cost_model.band_costs(some.bands) * np.minimum(fraction[i] * groups[i] / groups_taken, 1.0)
@@ -137,10 +137,10 @@ def choose_cut(
     leaving = tighten(clip(some.bands, first, some.bands[:, Q1], 0, some.bands[:, K1]))
     rows, keys = leaving[:, Q1] - leaving[:, Q0], leaving[:, K1] - leaving[:, K0]
     key_ranges = np.arange(1, _MAX_KEY_RANGES + 1)[:, None]
-    # two transfers meet within a lane up to receivers - 1 times, and both receivers need the lane's keys
+    # two transfers meet within a lane up to receivers - 1 times, and then both receivers need the lane's keys
     copies = 1 + (receivers[i] - 1) / (groups_taken * key_ranges)
     moved = (groups_taken / groups[i]) * (weights[0] * rows * key_ranges + weights[1] * keys * copies)
-    # for each item, the first of the cheapest cuts
+    # for each item, the cut that moves the fewest bytes, with the fewest key ranges among equals
     item = np.tile(i, len(key_ranges))
     order = np.lexsort((np.repeat(key_ranges.ravel(), len(i)), moved.ravel(), item))
     best = order[np.searchsorted(item[order], np.arange(len(items.piece)))]

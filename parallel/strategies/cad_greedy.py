@@ -58,8 +58,8 @@ def cad_greedy(
 
 
 class _Pairs:
-    """The pieces of work. Each is a range [first, last) of head-tail pairs of rows in a part of a document, counted from the
-    outside, and the rank that computes them."""
+    """The pieces of work, and the rank that computes each of them. A piece is a range [first, last) of head-tail pairs of rows
+    in a part of a document, counted from the outside."""
 
     def __init__(self, area: Rectangles, rank: Ints, call: Call, block: int):
         self.call, self.area, self.block = call, area, block
@@ -123,6 +123,6 @@ class _Pairs:
 def _estimated(
     share: np.ndarray, rows: np.ndarray, context: np.ndarray, length: np.ndarray, weights: tuple[int, int]
 ) -> np.ndarray:
-    """Estimate the bytes of a share of `rows` head-tail pairs whose front half ends at `context` (appendix B)."""
+    """Estimate the bytes that move with `share` of `rows` head-tail pairs whose front half ends at `context` (appendix B)."""
     queries = context - np.sqrt(np.maximum(context**2 - share * (2 * context - rows) * rows, 0))
     return queries * weights[0] + (length - (context - queries)) * weights[1]

@@ -14,8 +14,8 @@ def match_work(excess: Ints, room: Ints, node: Ints, peers: Mapping[int, Ints]) 
     """Match each rank's excess work with other ranks' room. Return (sender, cost, receiver), sorted by sender.
 
     excess, room: one value per rank, in units of cost. Match first with ranks that have tokens of the same documents (a
-    sender's `peers`), then within nodes, then anywhere. The sender with the largest excess chooses first: the smallest room
-    that fits all of it, or otherwise the largest room. Fewer pairs move fewer bytes.
+    sender's `peers`), then within nodes, then anywhere. The sender with the largest excess chooses first. It takes the smallest
+    room that fits all of its excess, or otherwise the largest room. Fewer pairs move fewer bytes.
     """
     left, free = excess.tolist(), room.tolist()
     transfers: list[tuple[int, int, int]] = []

@@ -1,8 +1,7 @@
 """Double ring: keys and values circulate within a node while those of the next node are on their way.
 
-Gu et al. 2024, LoongTrain, arXiv 2406.18485, section 4.4. The inner ring connects the ranks of a node, the outer ring
-the nodes. If inner rings are complete nodes, a token enters a node at most once, one outer hop before it is used
-there.
+Gu et al. 2024, LoongTrain, arXiv 2406.18485, section 4.4. The inner ring connects the ranks of a node, the outer ring the
+nodes. If every inner ring is an entire node, a token enters a node at most once, one outer hop before it is used there.
 """
 
 from __future__ import annotations

@@ -36,11 +36,11 @@ _RENAMED_SCHEDULES = {
 class ScanOptions:
     """Options of `scan`.
 
-    schedule: "sequential", "allgather_states", "head_sharded" or "tree" for all documents, or "auto" to choose the
-    combination of schedules that simulates fastest. "auto" needs a cluster description; without one it means "head_sharded".
-    state_first: compute the state of each document's first segment, which waits for nothing, before its outputs. head_groups:
-    the number of head groups that "sequential" pipelines, with bitwise identical results on any number of ranks. When "auto"
-    simulates, it ignores `state_first` and `head_groups`.
+    schedule: "sequential", "allgather_states", "head_sharded" or "tree" for all documents, or "auto" to choose the combination
+    of schedules that simulates fastest. "auto" needs a cluster description; otherwise it means "head_sharded". state_first:
+    compute the state of each document's first segment, which waits for nothing, before its outputs. head_groups: the number of
+    head groups that "sequential" pipelines, with bitwise identical results on any number of ranks. When "auto" simulates, it
+    ignores `state_first` and `head_groups`.
     """
 
     schedule: str = "auto"

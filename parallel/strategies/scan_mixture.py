@@ -24,9 +24,9 @@ from distattn.parallel.strategies.scan_tables import (
     table_of_rows,
 )
 
-# the numbers of head groups that "sequential" pipelines from rank to rank
+# the number of head groups that "sequential" pipelines from rank to rank
 _SEQUENTIAL_HEAD_GROUPS = 8
-# up to this number of multi-segment documents, each gets its own schedule; beyond it, similar documents share one
+# up to this number of multi-segment documents, each gets its own schedule; beyond it, similar documents share a schedule
 _FEW_DOCUMENTS = 6
 
 
@@ -56,7 +56,7 @@ class DocumentSchedule(NamedTuple):
         return f"{name}{suffix} {'last' if self.first_whole == LAST_STEP else 'while states move'}"
 
 
-# candidates that treat all documents alike; users can also request these
+# candidates that treat all documents alike; users can also request each of them
 _SINGLE = (
     DocumentSchedule("head_sharded"),
     DocumentSchedule("head_sharded", LAST_STEP),
@@ -127,7 +127,7 @@ def _candidates(chain: Chain) -> Sequence[DocumentSchedule]:
 
 
 def _classes(chains: Sequence[Chain], devices: int) -> list[list[Chain]]:
-    """Group the documents that share a schedule. Groups with the most segments come first."""
+    """Group the documents that share a schedule. Groups of documents with the most segments come first."""
     num_multi_segment = sum(len(chain.segments) > 1 for chain in chains)
     classes: dict[tuple[int, ...], list[Chain]] = defaultdict(list)
     for chain in chains:

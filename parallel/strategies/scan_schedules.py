@@ -90,7 +90,7 @@ def sequential(chain: Chain, ranks: Sequence[int]) -> tuple[list[Compute], list[
 
 
 def alone(chain: Chain, ranks: Sequence[int], step: int = 0) -> tuple[list[Compute], list[Send]]:
-    """Compute a single-segment document in a step in which its rank would otherwise wait for other documents' states."""
+    """Compute a single-segment document in `step`, in which its rank may otherwise only wait for other documents' states."""
     return [Compute(step, 0, True)], []
 
 
@@ -176,7 +176,7 @@ def _states_then_all(begins: Sequence[int], first_whole: int) -> list[Compute]:
     """Return the computations of a chain: states first, then complete segments.
 
     begins: the first step in which each segment may be computed in full. first_whole: the step in which the first segment is
-    computed in full. If that is step 0, it also gives the segment's state. If it is later, the state is computed separately,
+    computed in full. In step 0, this also gives the segment's state. If the step is later, the state is computed separately,
     like all others, and so is available earlier, at the cost of another pass over the segment's keys.
     """
     last = len(begins) - 1
@@ -198,7 +198,7 @@ def needed_sends(chain: Chain, computes: list[Compute], sends: list[Send]) -> li
             held.setdefault(chain.segments[number].rank, []).append(held_state)
         for send in sorted(send for send in sends if (send.h0, send.h1) == (h0, h1)):
             held_there = held.setdefault(send.dst, [])
-            # a single segment's state cannot be combined from others
+            # a single segment's state cannot be combined from other states
             tiling = HeldStates(held_there).find(send.first, send.end) if send.end - send.first > 1 else None
             if tiling is None or tiling.there > send.step:
                 held_there.append(HeldState(send.first, send.end, send.step, send))

@@ -88,7 +88,7 @@ def table_of_rows(
     """Return a table with the rows of all chains, the moves of tokens to the ranks that compute them, and the moves of
     results back.
 
-    tokens_move: False if all tokens are computed by their owners, so that no such moves are needed.
+    tokens_move: False if all tokens are computed by their owners, so that only states move.
     """
     tasks, moves = concatenate_rows(rows)
     table = Table.from_rows(tasks, moves, label)

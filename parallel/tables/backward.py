@@ -1,7 +1,7 @@
 """Derive the backward table from the forward table.
 
-The tasks are the same. In attention, dO travels as Q did, and dQ returns as O did. In a recurrence, queries may have fewer heads
-than outputs, and several ranks may add to one dQ. There, dO goes directly to its users, and dQ is summed like dKV. The policy
+The tasks are the same. In attention, dO travels as Q did, and dQ returns as O did. In a recurrence, queries may have fewer
+heads than outputs, and several ranks may add to one dQ, so dO goes directly to its users, and dQ is summed like dKV. The policy
 decides what happens to keys and values:
 
     keep            tensors received in the forward pass are kept; the table is the forward table with time and moves reversed

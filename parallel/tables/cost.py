@@ -1,8 +1,8 @@
-"""The integer cost model with which strategies balance work. It makes every rank compute the same plan, bit for bit.
+"""The cost model with which strategies balance work. Its integers let every rank compute the same plan, bit for bit.
 
-It is the kernel-time model of `distattn.cluster.cost` in integers. A kernel works on full blocks of rows, and each row costs as
-much as `overhead` additional keys. A document shorter than a block therefore costs as much as a full block, and short documents
-cost more than their cells.
+It is the model of kernel times in `distattn.cluster.cost`, rounded to integers. A kernel works on full blocks of rows, and each
+row costs as much as `overhead` additional keys. A document shorter than a block therefore costs as much as a full block, and
+short documents cost more than their cells.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class CostModel:
         return out
 
     def seconds(self, call: Call, cluster: ClusterSpec, cost: int) -> float:
-        """Convert a cost to kernel seconds on a cluster, at the speed for long sequences, since costs include overheads."""
+        """Convert a cost to kernel seconds on a cluster, at the speed for long sequences, since costs contain the overheads."""
         long = np.array([_LONG])
         speed = float(attention_speed(cluster, self.direction, call.head_dim, long, long)[0])
         return cost * self.block * flops_per_cell(self.direction, call.head_dim, call.v_head_dim) / speed
@@ -80,8 +80,8 @@ class CostModel:
         return np.maximum(q1 - blocks * self.block, q0), q1 - (blocks - 1) * self.block
 
     def last_keys_of_area(self, bands: Ints, wanted: Ints) -> Ints:
-        """Find the fewest full blocks of keys at the end of each band that hold `wanted` cells. Return their first keys,
-        (M,)."""
+        """Find the fewest full blocks of keys at the end of each band that hold at least `wanted` cells. Return their first
+        keys, (M,)."""
         k0, k1 = bands[:, K0], bands[:, K1]
 
         def is_enough(i: Ints, blocks: Ints) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Attention in head chunks: the same tasks and moves with fewer heads at a time, so that buffers are smaller.
 
 Every rank's heads are cut into chunks. Each chunk repeats the entire table for some of the heads, a few steps later. Chunks may
-overlap, so that the messages of one travel while another is computed. Untied Ulysses does this for Ulysses (UPipe, arXiv
+overlap, so that one chunk's messages travel while another chunk is computed. Untied Ulysses does this for Ulysses (UPipe, arXiv
 2602.21196); here it works for every strategy. A key/value head shared by query heads in several chunks is sent for the first of
 these chunks and stays.
 """
@@ -53,11 +53,11 @@ def possible_head_chunks(call: Call, table: Table) -> Iterator[HeadChunks]:
 
 
 def in_head_chunks(call: Call, table: Table, cut: HeadChunks) -> Table:
-    """Cut a forward table's heads into chunks. A move is cut at the chunks of the rank that uses, or has computed, what it
-    moves."""
+    """Cut a forward table's heads into chunks. A move is cut at the chunk bounds of the rank that uses the moved tensors or has
+    computed them."""
     low, high = _heads_of_ranks(call, table.tasks)
     limits = low[:, None] + (high - low)[:, None] * np.arange(cut.chunks + 1) // cut.chunks
-    # a KV head shared by two chunks is sent with the first
+    # a KV head shared by several chunks is sent with the first of them
     group = call.gqa_group_size
     key_limits = np.maximum.accumulate(-(-limits // group), 1)
     key_limits[:, 0] = 0
@@ -81,7 +81,7 @@ def _heads_of_ranks(call: Call, tasks: Columns) -> tuple[Ints, Ints]:
 
 
 def _cut(rows: Columns, rank: Ints, limits: Ints, stride: int) -> Columns:
-    """Cut rows at their rank's chunks. limits: the first head of each chunk, and the end of the last, (ranks, chunks + 1)."""
+    """Cut each row at its rank's chunk bounds. limits: first head of each chunk and end of the last, (ranks, chunks + 1)."""
     parts = []
     for chunk in range(limits.shape[1] - 1):
         h0 = np.maximum(rows["h0"], limits[rank, chunk])

@@ -1,4 +1,4 @@
-"""The states of a recurrence that one rank holds for one head. Each covers an interval of tokens; adjacent ones combine."""
+"""The states of a recurrence that a rank holds for one head, each for an interval of tokens; adjacent states can be combined."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Tiling(NamedTuple):
 class HeldStates:
     """All states that a rank ever holds for one head, and the states that can be combined from them.
 
-    If an interval has several tilings, the one available first is used; among those available in the same step, the one whose
-    last state is longest. The result is therefore unique, and holding more states never makes a combination impossible.
+    If an interval has several tilings, the tiling available first is used; among tilings available in the same step, the tiling
+    whose last state is longest. The result is therefore unique, and holding more states never makes a combination impossible.
     """
 
     def __init__(self, states: Iterable[HeldState]):
@@ -41,8 +41,8 @@ class HeldStates:
         return None if reached is None else reached[0]
 
     def last_uses(self, t0: int, uses: Mapping[int, int]) -> dict[HeldState, int]:
-        """Return the states used in tilings from t0, with the last step that uses each. uses: maps each end t1 to its last
-        step.
+        """Return the states used in the tilings of intervals [t0, t1), with the last step that uses each state. uses: maps each
+        t1 to the last step that uses its interval.
 
         A common prefix of several tilings is visited only once.
         """
@@ -56,7 +56,7 @@ class HeldStates:
         return last
 
     def find(self, t0: int, t1: int) -> Tiling | None:
-        """Return the tiling of tokens [t0, t1), or None."""
+        """Return the tiling of tokens [t0, t1), or None if there is no such tiling."""
         reached = self._from(t0)
         if t1 not in reached:
             return None

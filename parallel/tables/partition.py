@@ -85,7 +85,7 @@ def owns_range(call: Call, rank: Ints, a: Ints, b: Ints) -> np.ndarray:
 def clip_rectangles(
     call: Call, area: Rectangles, i: Ints, q0: Ints, q1: Ints, k0: Ints, k1: Ints
 ) -> tuple[Rectangles, Ints]:
-    """Clip rectangles `i` to [q0, q1) x [k0, k1), tighten them, and drop empty ones. Return (rectangles, rows kept)."""
+    """Clip rectangles `i` to [q0, q1) x [k0, k1), tighten them, and drop those that are empty. Return (rectangles, rows kept)."""
     tight = tighten(
         clip(clip(call.mask.pieces[area.piece[i]], area.q0[i], area.q1[i], area.k0[i], area.k1[i]), q0, q1, k0, k1)
     )

@@ -1,9 +1,9 @@
 """Re-layout: run a layer's strategy on a working layout that differs from the layout of q, k, v and o.
 
 The strategy plans on the working layout, and its table is then rewritten for the layout of the call. The rank that owns a token
-in the working layout is its *working owner*. Tokens that the working owner uses itself are sent to it first, and its own results
-go to the true owner last. Tokens that it would only forward travel directly between the user and the true owner. The result is a
-table like any other: its backward table is derived, and it is proven, in the same way.
+in the working layout is its *working owner*. Tokens that the working owner uses itself are sent to it first, and its own
+results go to the true owner last. Tokens that it would only forward travel directly between the user and the true owner. The
+result is a table like any other: it is proven, and its backward table is derived, in the same way.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def relayout_table(call: Call, working: Call, table: Table) -> Table:
 
 
 def _used_by_working_owners(working: Call, tasks: Columns, payload: Payload) -> Columns:
-    """Return the tokens and heads used by tasks on their working owner, as disjoint rows (working_owner, t0, t1, h0, h1)."""
+    """Return the tokens and heads that tasks use on their working owner, as disjoint rows (working_owner, t0, t1, h0, h1)."""
     ranges = task_token_ranges(working, payload, tasks)
     cut, working_owner, i = _cut_by_owner(working.layout, ranges["t0"], ranges["t1"])
     is_local = working_owner == tasks["rank"][i]
@@ -97,7 +97,7 @@ def _cut_at_owners(call: Call, working: Call, moves: Columns, needed: Columns) -
 
 
 def _to_working_owners(call: Call, payload: Payload, needed: Columns) -> Columns:
-    """Return the moves of step 0, which bring the tokens that working owners need from their owners."""
+    """Return the moves of step 0, which bring to working owners the tokens that their own tasks use."""
     cut, owner, i = _cut_by_owner(call.layout, needed["t0"], needed["t1"])
     rows = {**select_rows(needed, i), **cut}
     place = {name: rows[name] for name in ("t0", "t1", "h0", "h1")}

@@ -1,4 +1,4 @@
-"""Rings of ranks, or of nodes, that exchange tokens. Members not connected by documents are in different rings."""
+"""Rings of ranks, or of nodes, that exchange tokens. Members not connected by shared documents are in different rings."""
 
 from __future__ import annotations
 

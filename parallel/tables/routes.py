@@ -72,7 +72,8 @@ def send_direct(payload: Payload, users: Columns, step: int | Ints) -> Columns:
 
 
 def send_along_ring(payload: Payload, users: Columns, ring: Ints | None = None) -> Columns:
-    """Return moves from the owner to the first user, from there to the next, and so on, each one step before its use.
+    """Return moves from the owner to the first user, from that user to the next, and so on, each one step before the receiver
+    uses the tokens.
 
     The users of a segment must have different steps. ring: the ring number of each rank; if given, users receive from users in
     the same ring, and the first user of each ring receives from the owner.
@@ -94,7 +95,7 @@ def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
     is_first = differs_from_previous(users["segment"])
     enters = (user_node != owner_node) & (is_first | (user_node != np.append(-1, user_node[:-1])))
-    # the first rank in each node that has the token: the user that receives it, or the owner
+    # the first rank in each node to have the token: the user that receives it from another node, or the owner
     leader = np.where(enters, users["rank"], users["owner"])
     entry = np.maximum.accumulate(np.where(enters | is_first, np.arange(len(user_node)), 0))
     previous_entry = np.append(0, entry[:-1]) if len(entry) else entry
@@ -106,13 +107,13 @@ def send_along_double_ring(payload: Payload, users: Columns, node: Ints, devices
 
 
 def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Columns, Columns]:
-    """Return (moves, rows of `users` that receive in step 1).
+    """Return (moves, rows of `users` whose ranks receive the tokens in step 1).
 
     In step 0, tokens go to the users in the owner's node and to one leader in every other node. In step 1, leaders forward them
     within their nodes.
     """
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is the user nearest to the owner's position in its node, which spreads leaders as evenly as owners
+    # the leader is the user whose position in its node is nearest to the owner's, which spreads leaders as evenly as owners
     devices = int(np.bincount(node).max())
     order = lexicographic_argsort(users["segment"], user_node, (users["rank"] - users["owner"]) % devices)
     users, user_node, owner_node = select_rows(users, order), user_node[order], owner_node[order]
@@ -127,14 +128,14 @@ def send_hierarchical(payload: Payload, users: Columns, node: Ints) -> tuple[Col
 def reduce_direct(payload: Payload, users: Columns, node: Ints | None = None) -> Columns:
     """Return moves of partial results from every user to the owner, one step after the user's last contribution.
 
-    node: the node of each rank; if given, the results of users in any other node are first summed at a leader there. users:
-    the remote users, with their last steps.
+    node: the node of each rank; if given, the results of users in each node other than the owner's are first summed at a leader
+    in that node. users: the remote users, with their last steps.
     """
     if node is None:
         return _make_moves(payload, users, users["rank"], users["owner"], users["step"] + 1)
     user_node, owner_node = node[users["rank"]], node[users["owner"]]
-    # the leader is one of the last users to contribute: the one nearest to the owner's position in its node, which spreads
-    # leaders as evenly as owners
+    # the leader is one of the last users to contribute: the user whose position in its node is nearest to the owner's, which
+    # spreads leaders as evenly as owners
     devices = int(np.bincount(node).max())
     nearness = -((users["rank"] - users["owner"]) % devices)
     order = lexicographic_argsort(users["segment"], user_node, users["step"], nearness)

@@ -13,7 +13,7 @@ from distattn.parallel.runtime.communication.transport import Packet, Transport
 
 
 def all_reduce_sum(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
-    """Sum tensors of equal shape and dtype over `ranks`, of which this process is `rank`. All of these ranks must call this.
+    """Sum tensors of equal shape and dtype over `ranks`, of which this process is `rank`. All ranks in `ranks` must call this.
 
     The sum is differentiable: its gradient is the sum of the ranks' gradients. Values are added in rank order. Raise
     LostRankError naming the peers that stopped answering.
@@ -36,8 +36,8 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def _summed(x: Tensor, ranks: Sequence[int], rank: int, transport: Transport) -> Tensor:
-    """Sum a different part of x on each rank and send it to all other ranks: 2 (1 - 1/R) times the bytes of x, in two
-    exchanges."""
+    """Sum a different part of x on each rank and send it to all other ranks. In two exchanges, a rank sends 2 (1 - 1/R) times
+    the bytes of x."""
     # memory for x, for the sum, and for every rank's values of this rank's part
     sizes = [part.numel() for part in x.reshape(-1).tensor_split(len(ranks))]
     part_size = sizes[list(ranks).index(rank)]

@@ -1,4 +1,4 @@
-"""Collective calls that name missing ranks. Each rank records its calls in the job's store, read only after a failure."""
+"""Collective calls whose errors name missing ranks. Each rank records its calls in the job's store, read after a failure."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from distattn.ir.errors import LostRankError, named_ranks
 Result = TypeVar("Result")
 # for each group, how often this rank has made each call, keyed by name
 _CALLS: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
-# seconds that the store may take to answer, and that other ranks may be late: so far, only this rank has noticed the failure
+# after a failure: seconds to wait for the store's answer, and for ranks that may merely be late
 _ANSWER, _LATER = 5.0, 10.0
 
 
 def run_collective(group: dist.ProcessGroup, call: str, work: Callable[[], Result]) -> Result:
     """Run the collective `work` and return its result. If it fails, raise LostRankError naming the ranks that never joined.
 
-    call: the name of the call, for the error; all ranks of the group must make it the same number of times. The error gives
-    ranks in the default group.
+    call: the name of the call, for the error; all ranks of the group must make it the same number of times. The error numbers
+    ranks as in the default group.
     """
     calls = _CALLS.setdefault(group, Counter())
     calls[call] += 1
@@ -64,7 +64,7 @@ def ask_store(work: Callable[[], Result], seconds: float) -> Result | None:
 
 def _missing(name: str, members: list[int], number: int, call: str, error: RuntimeError) -> LostRankError:
     def look_up() -> list[int]:
-        # open a separate connection, since other threads may be blocked on the shared one
+        # open a separate connection, since other threads may be blocked on the shared connection
         store = dist.PrefixStore(name, default_store().clone())  # type: ignore[attr-defined]
         ends, absent = time.monotonic() + _LATER, list(members)
         while absent and time.monotonic() < ends:

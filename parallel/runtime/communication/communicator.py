@@ -1,4 +1,4 @@
-"""Our own communicators alongside a process group: they have the same ranks, but carry no other user's messages.
+"""Our own communicators alongside a process group: they have the same ranks, but carry only our messages.
 
 A communicator is created from the job's store and the kind of backend that the group has for a device. `new_group` is unsuitable
 for two reasons. If the world is bound to devices (`device_id=`), it splits the world's communicator, and ranks outside the group
@@ -36,11 +36,11 @@ _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def open_communicator(group: dist.ProcessGroup, device: torch.device, timeout: timedelta) -> Any:
-    """Open a backend of the same kind as the group's for messages between devices like `device`. All ranks of the group must
-    call this.
+    """Open a backend of the same kind as the group's for messages between devices of `device`'s type. All ranks of the group
+    must call this.
 
-    The backend is already warm (`warm_up`). It ends when `end_communicator` is called, when the group ends, or at exit.
-    timeout: the longest wait for other ranks, here and in each message. Raise DistattnError if the group has no suitable
+    The backend is returned already warmed up (`warm_up`). It ends when `end_communicator` is called, when the group ends, or at
+    exit. timeout: the longest wait for other ranks, here and in each message. Raise DistattnError if the group has no suitable
     backend for the device, LostRankError if a rank does not join.
     """
     kind = backend_name(group, device)
@@ -64,7 +64,7 @@ def warm_up(backend: Any, rank: int, ranks: int, device: torch.device, timeout: 
         # gloo connects all pairs when it is created, and its waits have a timeout
         backend.allreduce([first]).wait()
         return
-    # Neither of NCCL's two waits has a timeout. `abort` ends the second one. Whether it also ends the first, in which the
+    # Neither of NCCL's two waits has a timeout. `abort` ends the second wait. Whether it also ends the first, in which the
     # communicator is created, has never been tried on GPUs, but all ranks have just shown that they are alive.
     alarm = threading.Timer(timeout.total_seconds(), backend.abort)
     alarm.daemon = True
@@ -159,15 +159,15 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 
 
 def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """Create a process group of these ranks of the default group, for trainers. These ranks, and no others, must call this."""
+    """Create a process group of `ranks`, ranks of the default group, for trainers. Exactly these ranks must call this."""
     with _unbound_world():
         return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 @contextmanager
 def _unbound_world() -> Iterator[None]:
-    """Let groups created in the block open their own communicators instead of splitting that of a default group bound to
-    devices."""
+    """Let groups created in the block open their own communicators instead of splitting the communicator of a default group
+    that is bound to devices."""
     world = dist.group.WORLD
     assert world is not None
     bound = world.bound_device_id  # type: ignore[attr-defined]
@@ -180,14 +180,14 @@ def _unbound_world() -> Iterator[None]:
 
 def _opened(group: dist.ProcessGroup, make: Callable[..., Any], device: torch.device, timeout: timedelta) -> Any:
     members, rank = dist.get_process_group_ranks(group), dist.get_rank(group)
-    # the same on all ranks, since all of them make the same number of these calls
+    # the number is the same on all ranks, since every rank makes the same number of these calls
     number = _OPENED[group] = _OPENED.get(group, 0) + 1
     members_digest = hashlib.sha1(str(members).encode()).hexdigest()[:12]
     name = f"distattn/communicator {number} of {group.group_name} {members_digest}"
     store = dist.PrefixStore(name, default_store())
 
     def work() -> Any:
-        # synchronize on the host before anything waits on a device without a timeout
+        # wait for all ranks on the host, with a timeout, before anything waits on a device, where no wait has a timeout
         store.set(f"here/{rank}", "1")
         store.wait([f"here/{other}" for other in range(len(members))], timeout)
         backend = make(store, rank, members, timeout, name)
@@ -215,7 +215,7 @@ def _open_gloo(store: dist.Store, rank: int, members: Sequence[int], timeout: ti
 def _open_nccl(store: dist.Store, rank: int, members: Sequence[int], timeout: timedelta, name: str) -> Any:
     # give messages a high priority, so that they start before the kernels that they overlap
     options: Any = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    # `driver.message_watch` names lost ranks before this timeout; PyTorch's watchdog would kill the process without naming any
+    # `driver.message_watch` names lost ranks before this timeout; PyTorch's watchdog would kill the process without naming them
     options._timeout = max(10 * timeout, _WATCHDOG)
     # set the names shown by PyTorch's flight recorder
     options.global_ranks_in_group, options.group_name = list(members), name

@@ -1,4 +1,4 @@
-"""Shutdown of our own communicators: each is shut down once, when its last driver closes, when its group is freed, or at exit.
+"""Shutdown of our own communicators. Each is shut down once: when its last driver closes, when its group is freed, or at exit.
 
 PyTorch's NCCL backend prints a warning and aborts if it is destroyed without `shutdown` or `abort` (see the destructor in
 ProcessGroupNCCL.cpp), and `destroy_process_group` ends only communicators that PyTorch itself has created. `shutdown` waits
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-# Seconds within which all ranks must reach the end. After that, the communicator is aborted.
+# Seconds within which all ranks must call `end_communicator`. After that, the communicator is aborted.
 _END_SECONDS = 20.0
 # The same at exit if `close` was not called: a rank that exits with an error must not be delayed for long.
 _LATE_SECONDS = 5.0
@@ -65,8 +65,8 @@ def end_communicator(backend: Any, gracefully: bool = True, seconds: float | Non
     communicators.
 
     gracefully: wait at most `seconds` (default: _END_SECONDS) for unfinished messages and other ranks; if False, abort the
-    communicator immediately. It is also aborted if a rank does not reach the end or the shutdown fails. Nothing is printed or
-    raised. This also works for a backend that was never passed to `end_with_group`.
+    communicator immediately. It is also aborted if a rank does not call this in time, or if the shutdown fails. Nothing is
+    printed or raised. This also works for a backend that was never passed to `end_with_group`.
     """
     with _LOCK:
         if backend in _ENDED:
@@ -120,7 +120,7 @@ class _Helper:
         return bool(succeeded)
 
     def close(self) -> None:
-        """End the threads, except one that hangs."""
+        """End the threads. A thread that hangs is left behind."""
         for _ in self.threads:
             self._calls.put(None)
         ends = time.monotonic() + 1.0

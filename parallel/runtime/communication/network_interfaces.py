@@ -1,4 +1,4 @@
-"""The address at which other ranks reach this machine: that of one interface, for sockets that must not listen on all of them."""
+"""The address of the interface at which other ranks reach this machine, for sockets that must not listen on all interfaces."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def reachable_address() -> str:
 
 
 def interface_address(name: str) -> str | None:
-    """Return the IPv4 address of one of this machine's interfaces, its global IPv6 address if it has no other, or None."""
+    """Return an interface's IPv4 address, its global IPv6 address if it has no IPv4 address, or None if it has neither."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             reply = fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
@@ -69,14 +69,14 @@ def resolve_host(host: str) -> list[str]:
 
 
 def listening_socket(address: str, port: int, waiting: int) -> socket.socket:
-    """Open a socket that listens on one address only. port: 0 for any free port. waiting: the backlog. Raise OSError if that
-    fails."""
+    """Open a socket that listens on one address only. port: 0 for any free port. waiting: the backlog. Raise OSError if the
+    address or port cannot be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server((address, port), family=family, backlog=waiting)
 
 
 def _towards_store() -> Iterator[str]:
-    """Yield the address that this machine uses to send to the job's store."""
+    """Yield the address from which this machine sends to the job's store, if it is a TCPStore."""
     store = default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
@@ -86,7 +86,7 @@ def _towards_store() -> Iterator[str]:
 
 
 def addresses_towards(host: str, port: int) -> Iterator[str]:
-    """Yield the addresses that this machine uses to send to `host`, a name or an address."""
+    """Yield the addresses from which this machine sends to `host`, a name or an address."""
     for address in resolve_host(host):
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:

@@ -21,7 +21,7 @@ from distattn.parallel.runtime.communication.transport import Packet, Transport
 class RowMoves(NamedTuple):
     """The rows that one rank sends to and receives from each peer, including itself, in token order.
 
-    rows: the number of rows in the second layout. sends, receives: the row indices for each peer.
+    rows: the number of rows in the second layout. sends, receives: row indices, keyed by peer.
     """
 
     rank: int

@@ -1,4 +1,4 @@
-"""Ordering of work between threads on devices with streams: events order the work, not the order of the calls."""
+"""Ordering of work between threads on devices with streams: work is ordered by events, not by the order of calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Handover(NamedTuple):
 
     @staticmethod
     def of(tensors: Iterable[Tensor]) -> Handover:
-        """Record an event on this thread's current stream. Host tensors are already ready. All others must be on one device."""
+        """Record an event on this thread's current stream. Host tensors are already ready; all others must be on one device."""
         streamed = [tensor for tensor in tensors if has_streams(tensor.device)]
         return Handover(streamed, torch.cuda.current_stream(streamed[0].device).record_event() if streamed else None)
 

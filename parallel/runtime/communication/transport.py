@@ -1,6 +1,6 @@
-"""Transports for a step's messages: torch.distributed (NCCL, gloo), or the ranks of one process in lockstep.
+"""Transports for a step's messages: over torch.distributed (NCCL, gloo), or between ranks that run in lockstep in one process.
 
-A transport has one method, `exchange`, which starts all sends and receives of a step and returns an object to wait for.
+A transport has one method, `exchange`, which starts all sends and receives of a step and returns an object to wait on.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class GroupTransport:
     """
 
     def __init__(self, group: dist.ProcessGroup, backend: Any):
-        """Create a transport not yet used by any driver. backend: see `open_communicator`."""
+        """Create a transport that no driver uses yet. backend: see `open_communicator`."""
         # a weak reference: torch.distributed keeps the group until destroy_process_group, and the process would abort at exit
         # if the group outlived that
         self._group = weakref.ref(group)
@@ -117,15 +117,15 @@ class GroupTransport:
         return self._all_to_all(sends, receives, where) if collective else self._one_by_one(sends, receives, where)
 
     def abort(self) -> None:
-        """Drop all unfinished messages. Kernels that wait for them on a device continue."""
+        """Drop all unfinished messages. Kernels on a device stop waiting for them."""
         self.close(gracefully=False)
 
     def acquire(self) -> None:
-        """Count one more driver that sends through this transport until it calls `release`."""
+        """Register one more driver, which sends through this transport until it calls `release`."""
         self._users += 1
 
     def release(self, gracefully: bool) -> None:
-        """Remove one driver, and close the transport after the last one. See `close`."""
+        """Drop one driver, and close the transport (see `close`) once no driver uses it."""
         self._users -= 1
         self._is_healthy = self._is_healthy and gracefully
         if not self._users:

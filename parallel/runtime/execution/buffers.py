@@ -1,4 +1,4 @@
-"""The tensors of one pass on one rank, by buffer, and the operations on views of them."""
+"""The tensors of one pass on one rank, keyed by buffer, and the operations on views of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Places = Sequence[PlacedTensor]
 
 
 def convert_sums(sums: list[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
-    """Convert the sums to these dtypes and empty the list. Each sum is freed once it is converted, smallest first."""
+    """Convert each sum to its dtype, the smallest sum first, and empty `sums`. A sum is freed as soon as it is converted."""
     dtype_of, out = dict(enumerate(dtypes)), {}
     for number in sorted(dtype_of, key=lambda number: sums[number].nbytes):
         out[number] = sums[number].to(dtype_of[number])
@@ -41,19 +41,19 @@ class Buffers:
     def __init__(self, program: Program, arena: Tensor):
         """Start without buffers. arena: a uint8 tensor on the pass's device."""
         self._own, self._blank, self._turns = program.own_tensors, program.blank, program.turns
-        # the tensors of finished rows of own results that launches sum up
+        # for each of the rank's own results whose rows launches finish: the tensor of finished rows, in the inputs' dtype
         self._final: dict[Payload, Tensor] = {}
         self._merges_by_lse = program.call.op.merge == "lse"
         self.fields: dict[BufferKey, Fields] = {}
         # O, in backward passes that compute rowsum(dO * O) while copying dO
         self._outputs: Tensor | None = None
-        # the rows of bundles, each (rows, elements)
+        # the matrices of bundles, each (rows, elements)
         self._rows: dict[PlaceKey, Tensor] = {}
         # the arena, viewed as each dtype
         self._arena = {torch.uint8: arena}
 
     def new_own(self, payload: Payload) -> Fields:
-        """Allocate and bind the rank's own tensors of a result."""
+        """Allocate and bind the rank's own tensors for a result."""
         (key, tensors), device, fields = self._own[payload], self._arena[torch.uint8].device, []
         for dtype, shape in tensors:
             fields.append(torch.empty(shape, dtype=dtype, device=device))
@@ -61,7 +61,7 @@ class Buffers:
         return self._begun(key, out) if key in self._blank else out
 
     def new_final(self, payload: Payload, dtype: torch.dtype) -> Tensor | None:
-        """Allocate the tensor of finished rows of an own result that launches sum up; None if they do not finish it."""
+        """Allocate the tensor for the finished rows of the rank's own result. Return None if launches do not finish its rows."""
         if payload not in self._turns:
             return None
         key, ((_, shape), *_) = self._own[payload]
@@ -70,7 +70,7 @@ class Buffers:
         return out.zero_() if key in self._blank else out
 
     def final_rows(self, payload: Payload, view: View, number: int) -> FinalRows | None:
-        """Return the finished rows of a launch's result, None for other results. number: the launch's."""
+        """Return where launch `number` writes the rows of a result that it finishes, or None if launches do not finish them."""
         target = self._final.get(payload)
         (only,) = view.slices
         if target is None or only.buffer.step != OWN:
@@ -84,14 +84,14 @@ class Buffers:
             self.fields[self._own[payload].key] = fields
 
     def bind_outputs(self, do_THE: Tensor, lse_TH: Tensor, o_THE: Tensor) -> None:
-        """Bind dO without delta: rowsum(dO * O) is computed while rows of dO are copied into messages and buffers."""
+        """Bind dO without delta: rowsum(dO * O) is computed from O while rows of dO are copied into messages and buffers."""
         self.bind_own({Payload.dO: (do_THE, lse_TH)})
         self._outputs = o_THE
 
     def bind_flat(
         self, kept: FlatPlaces, flat: Tensor, renamed: Callable[[BufferKey], BufferKey] | None = None
     ) -> None:
-        """Make the kept buffers views of one flat tensor. renamed: maps their keys to their keys in this pass."""
+        """Make the kept buffers views of one flat tensor. renamed: maps a buffer's forward key to its key in this pass."""
         for key, places in kept.places.items():
             # saved-tensor hooks may return the flat tensor as part of another tensor
             begin = flat.storage_offset()
@@ -102,7 +102,7 @@ class Buffers:
                 self._rows[key] = fields[0]
 
     def bind(self, tensors: Mapping[BufferKey, Fields]) -> None:
-        """Use `tensors` as the contents of these buffers."""
+        """Use `tensors`, keyed by buffer, as the contents of those buffers."""
         self.fields.update(tensors)
 
     def place(self, places: Places) -> Fields:
@@ -115,7 +115,7 @@ class Buffers:
         return out
 
     def allocate(self, key: BufferKey, places: Places, rows: Places = ()) -> None:
-        """Create a buffer. rows: the place of the bundle that starts with this buffer, if any."""
+        """Create a buffer. rows: the place of the bundle that starts with this buffer, or empty if no bundle does."""
         for place in rows:
             self._rows["rows", key] = self._view(place)
         fields = self.place(places)
@@ -145,7 +145,7 @@ class Buffers:
         self._arena.clear()
 
     def pack(self, packed: PackedMessages, places: Sequence[Places]) -> None:
-        """Copy own rows into messages. places: the places of each part of a row."""
+        """Copy the rank's own rows into messages. places: the places of each part of a row."""
         for part, of_part in zip(packed.parts, places, strict=True):
             own_fields = self.fields[self._own[part.payload].key]
             sources = tuple(tensor.reshape(-1, part.heads, *tensor.shape[2:]) for tensor in own_fields)
@@ -157,7 +157,8 @@ class Buffers:
             )
 
     def unpack(self, packed: PackedMessages, fields: Sequence[Fields]) -> None:
-        """Write received results into own tensors that hold no results yet. fields: the tensors for each part of a row."""
+        """Write received results into the rank's own tensors, which hold no results yet. fields: tensors for each part of a
+        row."""
         for part, tensors in zip(packed.parts, fields, strict=True):
             own_fields = self.fields[self._own[part.payload].key]
             for whole, tensor in zip(own_fields, tensors, strict=True):
@@ -206,7 +207,7 @@ class Buffers:
                 (copy_rows if piece.is_first else add_rows)(total, rows, part, view_rows)
 
     def _begun(self, key: BufferKey, fields: Fields) -> Fields:
-        """Initialize those tensors of a new buffer that first writes do not fill: O and gradients to 0, LSE to -inf."""
+        """Initialize the tensors of a new buffer that first writes do not fill completely: O and gradients to 0, LSE to -inf."""
         for tensor in fields:
             tensor.zero_()
         if key.payload == Payload.O and self._merges_by_lse:
@@ -217,7 +218,7 @@ class Buffers:
         """Gather a view's tensors into the arena at `places`, converted to the dtypes of the places."""
         out = self.place(places)
         if not view.is_complete:
-            # zero unused elements: kernels may read entire tiles, so they must be finite
+            # zero unused elements, which must be finite because kernels may read entire tiles
             for tensor in out:
                 tensor.zero_()
         for piece in view.slices:
@@ -251,7 +252,7 @@ def _copy_fields(
 
 
 def _of_heads(fields: Fields, heads: slice) -> Fields:
-    """Return the given heads of tensors (rows, heads, ...). Skip the slice, which costs host time, if that selects all heads."""
+    """Select `heads` in tensors (rows, heads, ...). If that would select all heads, skip the slicing, which costs host time."""
     if not fields or heads.start == 0 and heads.stop == fields[0].shape[1]:
         return fields
     return tuple(tensor[:, heads] for tensor in fields)

@@ -1,8 +1,9 @@
 """The executor, which runs a program on one rank, forward and backward, with any transport and kernel.
 
 One loop serves both directions. Each step first posts its messages, then runs kernels on the tensors available when the step
-started, then waits for messages and merges received partial results. Results of own tasks are merged first, then arrivals in
-order. The functions are generators that pause while messages are in flight, so that the ranks of one process can run in lockstep.
+started, then waits for messages and merges received partial results. Results of the rank's own tasks are merged first, then
+arrivals in order. The functions are generators that pause while messages are in flight, so that the ranks of one process can
+run in lockstep.
 """
 
 # T tokens on this rank, H query heads, K key/value heads, D head dim, E value head dim
@@ -31,10 +32,10 @@ PausableRun = Generator[None, None, Result]
 
 
 class Target(NamedTuple):
-    """The tensors that a kernel writes a result to. adds: True to add or merge the result. is_part: the tensors are part of a
-    buffer.
+    """The tensors that a kernel writes a result to. adds: True to add or merge the result. is_part: True if the tensors are
+    part of a buffer.
 
-    final: the tensor of the rows that this launch finishes, if rows are returned in another dtype than they are summed in.
+    final: where to write the rows that this launch finishes, if the result is returned in a different dtype than it is summed in.
     """
 
     fields: Fields
@@ -44,11 +45,11 @@ class Target(NamedTuple):
 
     @property
     def final_argument(self) -> dict[str, FinalRows]:
-        """The argument `final` of a kernel; no kernel need take it otherwise."""
+        """The keyword argument `final` of a kernel, or nothing, since not all kernels accept `final`."""
         return {} if self.final is None else {"final": self.final}
 
 
-# (launch, operands, targets of results) -> results; there are no targets if a kernel allocates its own tensors
+# (launch, operands, targets of results) -> results; there are no targets if the kernel allocates its own tensors
 Compute = Callable[[KernelLaunch, dict[Payload, Fields], dict[Payload, Target]], dict[Payload, Fields]]
 
 
@@ -63,9 +64,9 @@ def forward(
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """Compute core attention for this rank's tokens: (o_THE, lse_TH, kept).
 
-    lse is in the accumulation dtype. So is o, unless nothing is added to it or launches finish it; in that case it is in the
-    inputs' dtype. `kept` is one flat tensor of the received tensors that the backward pass needs (empty unless the policy is
-    "keep").
+    lse is in the accumulation dtype. So is o, unless nothing is added to it or launches finish its rows; in that case it is in
+    the inputs' dtype. `kept` is one flat tensor of the received tensors that the backward pass needs (empty unless the policy
+    is "keep").
     """
 
     def compute(
@@ -109,7 +110,7 @@ def backward(
 ) -> PausableRun[tuple[Tensor, Tensor, Tensor]]:
     """Compute gradients (dq_THD, dk_TKD, dv_TKE) in the inputs' dtype.
 
-    delta_TH: rowsum(dO * O), minus the gradient of the log-sum-exp, if any. If None, `program.sums_where_copied` must be
+    delta_TH: rowsum(dO * O), minus the gradient of the log-sum-exp if it has one. If None, `program.sums_where_copied` must be
     True, and the row sums are computed from o_THE while dO is copied.
     """
 
@@ -180,7 +181,7 @@ def run_steps(
     accumulates: bool,
     states: HeldStateTensors | None = None,
 ) -> PausableRun[None]:
-    """Run the steps of a pass. states: the states of a recurrence, or None."""
+    """Run the steps of a pass. states: the states of a recurrence, or None for other ops."""
     for number, step in enumerate(steps):
         where = f"in step {number + 1} of {len(steps)} of the {direction} pass"
         messages = _begin_step(step, buffers, states)
@@ -197,8 +198,8 @@ def run_steps(
 
 
 class _StepMessages(NamedTuple):
-    """The messages of a step. arrived: tensors of packed messages. incoming: tensors of other results, keyed by message
-    index."""
+    """The messages of a step. arrived: the tensors that receive packed messages. incoming: the tensors that receive other
+    results, keyed by message index."""
 
     sends: list[Packet]
     receives: list[Packet]
@@ -233,7 +234,7 @@ def _begin_step(step: ProgramStep, buffers: Buffers, states: HeldStateTensors | 
 def _end_step(step: ProgramStep, buffers: Buffers, messages: _StepMessages, states: HeldStateTensors | None) -> None:
     """Accumulate the received tensors, and release the buffers last used in this step."""
     for packed, parts in zip(step.packed_receives, messages.arrived, strict=True):
-        # write the packed results first: their rows hold no results yet
+        # write the packed results first: they overwrite their rows, which hold no results yet
         buffers.unpack(packed, parts)
     for number, fields in messages.incoming.items():
         payload, message = step.receives[number]
@@ -280,7 +281,7 @@ def _places_of(step: ProgramStep, name: str, packed: PackedMessages) -> list[Pla
 
 
 def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -> PackedMessages | None:
-    """Return the packed messages that contain the messages `numbers`, or None."""
+    """Return the packed messages that contain the messages `numbers`, or None if these are not packed."""
     for some in packed:
         if numbers in some.begins:
             return some
@@ -288,7 +289,7 @@ def _packed_with(numbers: tuple[int, ...], packed: tuple[PackedMessages, ...]) -
 
 
 def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> list[Packet]:
-    """Return the packets for messages sent together, taken from their buffer, or from a copy if one has a place in the arena."""
+    """Return the packets for messages sent together, taken from their buffer, or from a copy if the arena has a place for it."""
     payload, message = step.sends[numbers[0]]
     packed = _packed_with(numbers, step.packed_sends)
     if packed:
@@ -305,8 +306,8 @@ def _outgoing(buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...]) -> 
 def _incoming(
     buffers: Buffers, step: ProgramStep, numbers: tuple[int, ...], results: dict[int, Fields]
 ) -> list[Packet]:
-    """Return the packets for messages that arrive together: copies go to their buffer, partial results to tensors of
-    `results`."""
+    """Return the packets for messages that arrive together: copies are received into their buffers, partial results into new
+    tensors, stored in `results`."""
     payload, message = step.receives[numbers[0]]
     packed = _packed_with(numbers, step.packed_receives)
     if packed:

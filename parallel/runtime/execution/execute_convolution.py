@@ -34,7 +34,7 @@ class ConvolutionKernel(Protocol):
 def forward(
     program: Program, transport: Transport, kernel: ConvolutionKernel, x_THD: Tensor, weight: Tensor | None
 ) -> PausableRun[tuple[Tensor, Tensor]]:
-    """Compute (y_THD, kept). y is in x's dtype, and `kept` is one flat tensor for the backward pass."""
+    """Compute (y_THD, kept). y is in x's dtype, and `kept` is one flat tensor of all that the backward pass needs."""
 
     def compute(
         launch: KernelLaunch, operands: dict[Payload, Fields], targets: dict[Payload, Target]
@@ -64,7 +64,7 @@ def backward(
     weight: Tensor | None,
     kept: Tensor,
 ) -> PausableRun[tuple[Tensor, Tensor | None]]:
-    """Compute (dx_THD in x's dtype, this rank's share of the weight's gradient in the accumulation dtype)."""
+    """Compute dx_THD, in x's dtype, and this rank's share of the weight's gradient, in the accumulation dtype, or None."""
     wide = getattr(torch, program.call.accumulation_dtype)
     dweight = None if weight is None else torch.zeros_like(weight, dtype=wide)
 

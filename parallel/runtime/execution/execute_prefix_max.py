@@ -47,8 +47,8 @@ def forward(
     initial_MHV: Tensor | None,
     final_states: bool = True,
 ) -> PausableRun[PrefixMaxResult]:
-    """Compute the maximum over the tokens before each of this rank's tokens. The first token of a document gets the initial
-    state, or -inf."""
+    """Compute the maximum over the tokens before each of this rank's tokens. The first token of a document gets the document's
+    initial state, or -inf if there are no initial states."""
     # states of a maximum have one row
     initial = None if initial_MHV is None else initial_MHV[:, :, None]
 

@@ -62,8 +62,8 @@ class ForwardResult(NamedTuple):
 
 
 class BackwardResult(NamedTuple):
-    """Gradients of this rank's tokens, and of the initial states, if any, of documents that start on this rank (0 for
-    others)."""
+    """Gradients of this rank's tokens, and those of the initial states of documents that start on this rank (0 for others; None
+    without initial states)."""
 
     dx: RecurrenceTokens
     dinitial_MHKV: Tensor | None
@@ -124,7 +124,7 @@ def backward(
 
 
 class _Pass(StatePass):
-    """One pass on one rank. begun: the states that tasks started from."""
+    """One pass on one rank. begun: the tensors, kept for the backward pass, of the states that tasks start from."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class _Pass(StatePass):
             self.leave(launch, task, State(a, dentering[i]))
 
     def _following(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
-        """Return the gradient of the state that leaves a segment, from later segments or from its document's final state."""
+        """Return the gradient of the state that leaves a segment: from later segments, else of its document's final state."""
         if task.after:
             return self.states.put_together(task.after)
         return self.edge(launch, self.dfinal, task.final)

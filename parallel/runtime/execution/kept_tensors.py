@@ -47,7 +47,7 @@ class KeptPlaces(NamedTuple):
 
 
 def kept_size(program: Program) -> int:
-    """Return the size in bytes of a program's flat tensor, or 0 unless the program is a recurrence."""
+    """Return the size in bytes of a program's flat tensor, or 0 if the program is not a recurrence."""
     return KeptPlaces.of(program).bytes if program.forward_states is not None else 0
 
 

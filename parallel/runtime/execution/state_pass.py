@@ -46,7 +46,7 @@ class StatePass:
         self.edge_states: Tensor | None = None
 
     def make_edge_states(self) -> None:
-        """Allocate a state for every document. Those that this rank does not compute stay 0."""
+        """Allocate a state for every document. States that this rank does not compute stay 0."""
         shape = (len(self.call.documents), self.call.heads, self.call.head_dim, self.call.v_head_dim)
         self.edge_states = torch.zeros(shape, dtype=self.dtype, device=self._device)
 
@@ -55,7 +55,7 @@ class StatePass:
         return [self.program_states.tasks[number] for number in launch.schedule.tasks]
 
     def entering(self, launch: KernelLaunch, task: SegmentStates) -> State | None:
-        """Return the state that enters a segment, from earlier segments or from its document's initial state, if any."""
+        """Return the state that enters a segment: from earlier segments, else its document's initial state, else None."""
         if task.before:
             return self.states.put_together(task.before)
         return self.edge(launch, self.initial, task.initial)
@@ -86,7 +86,7 @@ class StatePass:
 
     def leave_final(self, launch: KernelLaunch, tasks: Sequence[SegmentStates], leaving_NHKV: Tensor) -> None:
         """Store the states that segments leave behind in the forward pass, and the final states of documents that end with
-        them."""
+        these segments."""
         for task, ends in zip(tasks, leaving_NHKV, strict=True):
             if task.final >= 0 and self.edge_states is not None:
                 self.edge_states[task.final, launch.heads] = ends

@@ -1,6 +1,6 @@
 """The states that one rank holds during a pass of a recurrence, and how it combines, sends, receives and frees them."""
 
-# N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), its B is (H, K, V); a maximum is B only
+# N segments, H heads, K key dim, V value dim; a state's A is (H, K), (H, 1) or (H, K, K), B is (H, K, V); maxima have only B
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distattn.parallel.runtime.lowering.state_program import StateKey, StateMess
 class State(NamedTuple):
     """The effect of some tokens on an entering state S, which becomes A S + B. For dS, A is transposed.
 
-    a: None if no state can enter. If the op's states are maxima, the effect is max(S, B), and a is None.
+    a: None if the tokens begin (for dS: end) their document, so that no state enters. For maxima, a is None: S becomes max(S, B).
     """
 
     a: Tensor | None
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 
 class HeldStateTensors:
-    """The tensors of all states that a rank holds, by state key."""
+    """The tensors of all states that a rank holds, keyed by state."""
 
     def __init__(self, call: Call, g_H: Tensor | None, device: torch.device, allocator: ArenaAllocator):
         """Start without states.
@@ -36,7 +36,7 @@ class HeldStateTensors:
         g_H: the logarithm of each head's decay, if all tokens share it. allocator: memory for a step's messages.
         """
         self._allocator = allocator
-        # for the states received in a step: the tensors to keep, and the tensors that receive them
+        # for each tensor received in a step: the tensor to keep, and the tensor in the arena that the message arrives in
         self._arriving: list[tuple[Tensor, Tensor]] = []
         self.call, self._g_H, self._device = call, g_H, device
         self._dtype = getattr(torch, call.accumulation_dtype)
@@ -57,7 +57,7 @@ class HeldStateTensors:
         self._kept.add(key)
 
     def end_step(self, step: StateStep) -> None:
-        """Store the states that have arrived, and free those not used after this step."""
+        """Store the states that have arrived, and free the states not used after this step."""
         for there, tensor in self._arriving:
             there.copy_(tensor)
         self._arriving.clear()

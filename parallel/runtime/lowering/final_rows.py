@@ -1,6 +1,6 @@
-"""Own results to which several launches add: each row is returned in the inputs' dtype by the launch that is its last.
+"""A rank's own results that several launches add to: the last launch that adds to a row returns the row in the inputs' dtype.
 
-Otherwise such a result is summed in the accumulation dtype and converted after all launches, which reads and writes all of it.
+Without this, a result is summed in the accumulation dtype and then converted, which reads and writes all of it once more.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
 
 
-# mean keys of a row up to which launches finish dQ. The backward pass then needs memory for both the sums and the finished
-# rows. Conversion takes about 108 / keys of the time of attention (2.5 TB/s, 450 TFLOP/s), so less than 1 % from here on.
+# launches finish dQ only up to this mean number of keys per row, because that takes memory for both the sums and the finished
+# rows. Beyond it, conversion takes less than 1 % of attention's time: about 108 / keys (2.5 TB/s, 450 TFLOP/s).
 _MOST_KEYS = 12288
 
 
 def turns_of_rows(
     call: Call, table: Table, rank: int, steps: list[ProgramStep], payload: Payload, unadded: Container[Payload]
 ) -> Tensor | None:
-    """Return the first and the last launch that write each own row of a result, (tokens,), as `FinalRows` holds them.
+    """Return the first and last launch that write each of the rank's own rows of a result, (tokens,), encoded as in `FinalRows`.
 
     Return None if launches cannot finish the result, because a message or a copy adds to it, a launch writes only some of its
-    heads, or nothing is added to it. Return None also for dQ of rows with many keys.
+    heads, or nothing is added to it. Also return None for dQ if rows have many keys.
     """
     if payload in unadded or call.accumulation_dtype == call.dtype or not call.op.is_softmax:
         return None
@@ -58,7 +58,7 @@ def turns_of_rows(
         written = slice(piece.rows.start, piece.rows.stop)
         first[written] = np.where(first[written] < 0, number, first[written])
         last[written] = number
-    # rows that no launch writes stay 0: no launch has them
+    # the turns of rows that no launch writes may be anything, because no launch reads them
     return torch.from_numpy((np.maximum(first, 0) * MOST_TURNS + np.maximum(last, 0)).astype(np.int32))
 
 

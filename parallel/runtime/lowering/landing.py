@@ -3,8 +3,9 @@ are written.
 
 If a launch needs one received buffer and the rank's own tokens, that buffer is made as large as the working tensor into which
 both would be gathered, with the tokens in the same order. Own rows are copied in first, and messages then land between them.
-Results are treated alike: the kernel writes one tensor, messages leave from it, and own rows are accumulated from it. A buffer
-that lives until the backward pass keeps its copy of the own rows as long, so it is enlarged only if that adds little memory.
+Results are treated alike: messages leave from the tensor that the kernel writes, and its own rows are added to the rank's
+result. A buffer that lives until the backward pass keeps its copy of own rows as long, so it is enlarged only if that adds
+little memory.
 """
 
 from __future__ import annotations
@@ -24,15 +25,14 @@ from distattn.parallel.runtime.lowering.views import OWN, BufferKey, BufferSlice
 if TYPE_CHECKING:
     from distattn.parallel.runtime.program import ProgramStep
 
-# a kept buffer may grow by at most this factor; it suffices for an all-to-all on four ranks, after which neither pass copies
-# the buffer
+# a kept buffer may grow by at most this factor, which is enough to avoid copies in both passes for an all-to-all on four ranks
 _MOST_KEPT = 4 / 3
 
 
 class Landing(NamedTuple):
-    """A buffer that is a launch's working tensor. rows: the rows of that tensor. new_row: the new row of each old row.
+    """A buffer that is a launch's working tensor. rows: its number of rows. new_row: maps the buffer's old rows to its new rows.
 
-    own_slices: the slices with rows of the rank's own tensor.
+    own_slices: the slices of the working tensor that hold rows of the rank's own tensors.
     """
 
     rows: int
@@ -41,13 +41,13 @@ class Landing(NamedTuple):
 
     @property
     def own_view(self) -> View:
-        """The own rows in the buffer's order, as a view that covers only part of the buffer."""
+        """The rank's own rows in the buffer's order, as a view that covers only part of the buffer."""
         return View(
             self.rows, self.own_slices[0].view_heads.stop if self.own_slices else 0, list(self.own_slices), False
         )
 
     def rows_of_own(self, tensor: BufferKey) -> Ints:
-        """Map each row of an own tensor to the buffer row that holds it, or to -1 if the buffer does not have it."""
+        """Map each row of one of the rank's own tensors to the buffer row that holds it, or to -1 if no row does."""
         rows = [
             (_numbers(piece.rows), _numbers(piece.view_rows)) for piece in self.own_slices if piece.buffer == tensor
         ]
@@ -99,9 +99,9 @@ def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
     """Return which moves are to or from a buffer that may be a launch's working tensor. Both ends of a message get the same
     result.
 
-    The buffer is where copies arrive or partial results leave. As a working tensor it also contains own rows, so it qualifies
-    only if the tasks of one step use both own tokens and other ranks' tokens, after the copies arrive or before the results
-    leave.
+    The buffer is where copies arrive or partial results leave. As a working tensor it also contains the rank's own rows, so it
+    qualifies only if the tasks of one step use both its own and other ranks' tokens, after the copies arrive or before the
+    results leave.
     """
     is_result = np.isin(moves["payload"], REDUCED_PAYLOADS)
     holder = np.where(is_result, moves["src"], moves["dst"])
@@ -112,13 +112,13 @@ def may_land(call: Call, table: Table, moves: Columns) -> np.ndarray:
     chunks, ranks = call.layout.chunks, call.ranks
     is_of_keys = np.isin(moves["payload"], KEY_PAYLOADS)
     for of_kind, t0, t1 in ((is_of_keys, "k0", "k1"), (~is_of_keys, "q0", "q1")):
-        # True if the tasks of a rank in a step use tokens of other ranks (0) or of the rank itself (1)
+        # has[0]: True if a rank's tasks in a step use tokens of other ranks; has[1]: True if they use the rank's own tokens
         has = np.zeros((2, ranks, table.steps), bool)
         i, j = overlapping_pairs(chunks["t0"], chunks["t1"], tasks[t0], tasks[t1])
         rank = tasks["rank"][i]
         has[(chunks["rank"][j] == rank).astype(np.int64), rank, tasks["step"][i]] = True
         mixes = has[0] & has[1]
-        # True if any step up to and including this one, or from this one on, uses both
+        # True if any step up to and including this step (before), or from this step on (after), uses both
         before = np.logical_or.accumulate(mixes, 1)
         after = np.logical_or.accumulate(mixes[:, ::-1], 1)[:, ::-1]
         for of_moves, mixed in ((of_kind & is_result, before), (of_kind & ~is_result, after)):
@@ -186,8 +186,8 @@ def _change(step: ProgramStep, landings: Mapping[BufferKey, Landing]) -> None:
 
 
 def _as_landed(view: View, landings: Mapping[BufferKey, Landing]) -> View:
-    """Return a launch's view as one row range of a landed buffer that holds all of its rows in order, or else with updated
-    rows."""
+    """Return a launch's view as one row range of a landed buffer that holds all of its rows in order, or else with its rows
+    updated."""
     slices = [_moved(piece, landings) for piece in view.slices]
     for i, piece in enumerate(slices):
         landing = landings.get(piece.buffer)
@@ -199,7 +199,7 @@ def _as_landed(view: View, landings: Mapping[BufferKey, Landing]) -> View:
 
 
 def _run_of_landed(piece: BufferSlice, others: tuple[BufferSlice, ...], view: View, landing: Landing) -> slice | None:
-    """Return the contiguous rows of a landed buffer that hold an entire view in order, or None if no rows do.
+    """Return the contiguous rows of a landed buffer that hold an entire view in order, or None if there is no such range.
 
     piece: the view's slice of that buffer, with its new rows. others: the view's other slices.
     """
@@ -213,7 +213,7 @@ def _run_of_landed(piece: BufferSlice, others: tuple[BufferSlice, ...], view: Vi
         if other.heads.start != first_head + piece.heads.start or rows.max(initial=-1) >= len(new_rows):
             return None
         where[_numbers(other.view_rows)] = new_rows[rows]
-    # the own rows of a result are accumulated from the buffer once, so the view must be the entire buffer
+    # the rank's own rows of a result are accumulated from the buffer once, so the view must be the entire buffer
     whole = piece.buffer.payload not in REDUCED_PAYLOADS or view.rows == landing.rows
     if not whole or not view.rows or (where < 0).any() or not _is_run(where):
         return None

@@ -55,7 +55,7 @@ class TokenIntervals(NamedTuple):
         return TokenIntervals(where, begin, end, row, h0, h1, part_launch, *bounds, part, part_t0, part_t1)
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view per launch, for a payload."""
+        """Return one view of a payload for each launch, as parts."""
         launch, h0 = self.part_launch, self.part_h0
         row = self.part_t0 + self.to_row(launch[self.part], self.part_t0)
         heads = launch, np.full(len(launch), int(payload)), h0, self.part_h1, h0 - self.h0[launch]
@@ -84,7 +84,7 @@ class TokenIntervals(NamedTuple):
 class LaunchTable(NamedTuple):
     """All kernel launches of a table, sorted by step.
 
-    The tasks of a step form one launch, or one launch per buffer of query rows, or one per head range.
+    The tasks of a step form one launch, one launch per buffer of query rows, or one launch per head range.
     """
 
     # for each launch: its step and its query heads [h0, h1)
@@ -105,7 +105,7 @@ class LaunchTable(NamedTuple):
         """
         head_range = np.unique(np.stack([tasks["h0"], tasks["h1"]], 1), axis=0, return_inverse=True)[1].reshape(-1)
         tasks = {**tasks, "buffer": buffer, "head_range": head_range}
-        # a tensor of own rows and of rows received for fewer heads would consist mostly of unused heads
+        # a tensor that combines the rank's own rows with rows received for fewer heads would consist mostly of unused heads
         table = LaunchTable._numbered(tasks, group_size, tasks["step"])
         table = table._divided(table._smaller_by_buffer(), "buffer")
         # head ranges that need very different tokens get separate launches
@@ -113,7 +113,7 @@ class LaunchTable(NamedTuple):
         return table._divided(wasteful, "head_range")
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view per launch, for a payload."""
+        """Return one view of a payload for each launch, as parts."""
         return (self.keys if payload in KEY_PAYLOADS else self.rows).parts(payload)
 
     def uses(self, number: int, payload: Payload) -> bool:
@@ -128,7 +128,7 @@ class LaunchTable(NamedTuple):
         return LaunchTable._numbered(self.tasks, self.group_size, self.launch * (int(value.max()) + 1) + value)
 
     def _smaller_by_buffer(self) -> np.ndarray:
-        """Return which launches have much smaller query tensors in total if each buffer gets its own launch."""
+        """Return which launches would have much smaller query tensors in total if each buffer got its own launch."""
         low, high = (np.full(len(self.steps), edge) for edge in (np.iinfo(np.int64).max, -1))
         np.minimum.at(low, self.launch, self.tasks["buffer"])
         np.maximum.at(high, self.launch, self.tasks["buffer"])
@@ -143,7 +143,7 @@ class LaunchTable(NamedTuple):
         )
 
     def _query_cells(self) -> Ints:
-        """Return the number of rows times heads of each launch's query tensor."""
+        """Return the number of (row, head) cells of each launch's query tensor."""
         return self.rows.rows() * (self.rows.h1 - self.rows.h0)
 
     @staticmethod

@@ -70,14 +70,14 @@ def lower(
 ) -> Program:
     """Lower a plan for one rank. `prepare` derives the kernel's own schedule from a launch's mask or a recurrence's segments.
 
-    The proof is stored with the program. Running an unproven plan is at the caller's risk. in_larger_job: the job has ranks
-    outside the plan, so messages may be in flight even if the plan has only one rank. The arenas have room for the results of
-    kernels that accept `into`. Other kernels allocate their own results, so that room is unused. finishes: the directions
-    in which the kernel accepts `final`.
+    The proof is stored with the program. Running an unproven plan is at the caller's risk. in_larger_job: True if the job has
+    ranks outside the plan, so that messages may be in flight even if the plan has only one rank. The arenas have room for the
+    results of kernels that accept `into`. Other kernels allocate their own results, so that room is unused. finishes: the
+    directions in which the kernel accepts `final`.
     """
     call = plan.call
     tokens = int(call.layout.shard_sizes()[rank])
-    # most launches of the backward pass have the same mask as a launch of the forward pass
+    # cache the schedules: most backward launches have the same mask as a forward launch
     prepare = _memoized(prepare, in_larger_job or call.ranks > 1)
     forward = _TableLowering(call, plan.forward, rank, FORWARD_PAYLOADS, prepare)
     kept = {
@@ -167,7 +167,8 @@ class _TableLowering:
     def steps(
         self, kept: Container[BufferKey] = (), inherited: Mapping[BufferKey, Landing] = MappingProxyType({})
     ) -> list[ProgramStep]:
-        """Return the steps of this rank. kept: buffers that are already allocated. inherited: see `land`."""
+        """Return this rank's steps. kept: buffers kept for the backward pass, which are allocated elsewhere. inherited: see
+        `land`."""
         steps = [ProgramStep(collective=dense) for dense in _dense_steps(self.call, self.table)]
         outgoing, sends, cut_sends = self._messages(self.outgoing, "dst")
         incoming, receives, cut_receives = self._messages(self.incoming, "src")
@@ -283,8 +284,7 @@ class _TableLowering:
     def _land(
         self, steps: list[ProgramStep], kept: Container[BufferKey], inherited: Mapping[BufferKey, Landing]
     ) -> None:
-        """Turn buffers into the working tensors of launches where that saves copies. Only attention does this with kept
-        buffers."""
+        """Turn buffers into the working tensors of launches where that saves copies (kept buffers only for attention)."""
         sizes = {key: rows for key, rows in self.sizes.items() if key not in kept or self.call.op.is_softmax}
         self.landings = land(steps, sizes, self.bundles, kept, inherited)
         for key, landing in self.landings.items():
@@ -292,7 +292,7 @@ class _TableLowering:
             if not landing.own_slices or key.payload not in REDUCED_PAYLOADS:
                 continue
             for step in steps:
-                # launches that only compute states have no results in this payload
+                # launches that only compute states have no results of this payload
                 views = [launch.results[key.payload] for launch in step.launches if key.payload in launch.results]
                 if any(key == piece.buffer for view in views for piece in view.slices):
                     step.own_results.append((key, landing.own_view))
@@ -317,7 +317,7 @@ class _TableLowering:
             steps[step].launches.append(KernelLaunch(slice(*launches.heads[i]), operands, schedules[i], results, i))
 
     def _set_lifetimes(self, steps: list[ProgramStep], kept: Container[BufferKey]) -> None:
-        """Allocate each buffer in the first step that uses it and release it in the last. Skip those in `kept`."""
+        """Allocate each buffer in the first step that uses it and release it after the last. Skip buffers in `kept`."""
         first: dict[BufferKey, int] = {}
         last: dict[BufferKey, int] = {}
         for index, step in enumerate(steps):
@@ -338,8 +338,8 @@ class _TableLowering:
     def _mark_first_writes(self, steps: list[ProgramStep]) -> None:
         """Mark the slices that are the first to write to their rows and heads, in the executor's order of accumulation.
 
-        Buffers that first writes do not fill completely go to `blank`. Own results that nothing is added to go
-        to `unadded`.
+        Buffers that first writes do not fill completely go to `blank`. The rank's own results that nothing is added to go to
+        `unadded`.
         """
         own_results = {payload for payload in self.payloads if payload in REDUCED_PAYLOADS}
         self.unadded = set(own_results)
@@ -385,7 +385,8 @@ class _TableLowering:
 
 
 def _result_views(step: ProgramStep) -> Iterator[View]:
-    """Yield the views that a step accumulates results into: those of its launches, then those of its incoming messages."""
+    """Yield the views that a step accumulates results into: those of launches, own results and incoming messages, in this
+    order."""
     for launch in step.launches:
         yield from launch.results.values()
     yield from (view for _, view in step.own_results)
@@ -395,7 +396,7 @@ def _result_views(step: ProgramStep) -> Iterator[View]:
 
 
 def _memoized(prepare: PrepareKernel, in_larger_job: bool) -> PrepareKernel:
-    """Return `prepare` with a cache for equal masks or segments. `in_larger_job` is set in the masks that it receives."""
+    """Return `prepare` with a cache for equal masks or segments. It sets `in_larger_job` in the masks that it passes on."""
     prepared: dict[tuple[Any, ...], Any] = {}
 
     def once(cells: Any) -> Any:
@@ -418,6 +419,6 @@ def _dense_steps(call: Call, table: Table) -> np.ndarray:
 
 
 def _grouped(rows: Columns, by: tuple[str, ...], then: tuple[str, ...]) -> tuple[Columns, list[int]]:
-    """Return the rows sorted by columns `by` and `then`, and the start of each run of equal `by` (and the end of the last)."""
+    """Return rows sorted by columns `by` and `then`, and the bounds of all runs of equal `by`, from 0 to the number of rows."""
     rows = select_rows(rows, lexicographic_argsort(*(rows[name] for name in by + then)))
     return rows, [*run_starts(*(rows[name] for name in by)).tolist(), num_rows(rows)]

@@ -61,7 +61,7 @@ class FlatPlaces(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A request for a number of bytes from moment `begin` to moment `end`, inclusive."""
+    """A request for memory from moment `begin` to moment `end`, inclusive."""
 
     bytes: int
     begin: int
@@ -69,7 +69,7 @@ class Request(NamedTuple):
 
 
 def place_fields(widths: Widths, rows: int, heads: int, offset: int) -> tuple[list[PlacedTensor], int]:
-    """Place tensors one after another, starting at byte `offset`. Return them and the end of the last one."""
+    """Place tensors one after another from byte `offset` on. Return the tensors and the byte at which the last of them ends."""
     tensors = []
     for width, name in widths:
         dtype = getattr(torch, name)
@@ -89,14 +89,14 @@ class PassMemory(NamedTuple):
     """The bytes that a pass needs on the device besides q, k, v and a contiguous dO, by component.
 
     arena: buffers, messages, gathered operands and partial results. The arena is kept between passes. Passes on one stream
-    share the largest of their arenas; a forward pass requests the size of the backward pass if one will follow (see
-    `arenas`). results: the rank's own results while they are accumulated. A forward pass adds the tensors kept for the
-    backward pass, a backward pass adds delta and, for latent attention, the gradient of the weights. Kept tensors are
-    received directly into their final place; layers recomputed by a checkpoint share one place for them, which is also kept
-    between passes. workspace: the largest workspace that the kernel needs for a launch. It is 0 if the kernel cannot count
-    it, except for expanded latents and their gradients. returned: extra memory while results are converted from the
-    accumulation dtype to the inputs' dtype, one by one, smallest first. states: the states of a recurrence that live across
-    steps. The few values per row that a sink needs are not counted.
+    share the largest of their arenas; a forward pass requests the size of the backward pass if one will follow (see `arenas`).
+    results: the rank's own results while they are accumulated. A forward pass adds the tensors kept for the backward pass, a
+    backward pass adds delta and, for latent attention, the gradient of the weights. Kept tensors are received directly into
+    their final place; layers recomputed by a checkpoint share one place for them, which is also kept between passes. workspace:
+    the largest workspace that the kernel needs for a launch. For a kernel that cannot count its workspace, it includes only
+    expanded latents and their gradients. returned: extra memory while results are converted from the accumulation dtype to the
+    inputs' dtype, one by one, smallest first. states: the states of a recurrence that live across steps. The few values per row
+    that a sink needs are not counted.
     """
 
     arena: int
@@ -166,7 +166,7 @@ def forward_arena_bytes(program: Program, *inputs: Tensor | None) -> int:
 
 
 def place_kept(call: Call, kept: Mapping[BufferKey, int], bundles: Mapping[BufferKey, Bundle]) -> FlatPlaces:
-    """Place the buffers kept until the backward pass in one flat tensor of the inputs' dtype. kept: the rows of each buffer."""
+    """Place the buffers kept for the backward pass in one flat tensor of the inputs' dtype. kept: each buffer's row count."""
     places: dict[PlaceKey, list[PlacedTensor]] = {}
     begin = size = 0
     for key, rows in kept.items():
@@ -204,7 +204,7 @@ class OwnTensors(NamedTuple):
 
 
 def describe_own_tensors(call: Call, tokens: int, unadded: Container[Payload]) -> dict[Payload, OwnTensors]:
-    """Return the dtypes and shapes of the rank's own tensors, for all payloads that consist of tokens."""
+    """Return the buffer key, dtypes and shapes of the rank's own tensors for each payload that consists of tokens."""
     out = {}
     for payload in dict.fromkeys((*FORWARD_PAYLOADS, *BACKWARD_PAYLOADS)):
         heads = call.payload_heads(payload)
@@ -344,7 +344,7 @@ def _packed(
 
 
 def _others(joined: list[tuple[int, ...]], packed: tuple[PackedMessages, ...]) -> list[tuple[int, ...]]:
-    """Return the groups of messages that are not packed together with those of other peers."""
+    """Return the groups of joined messages that are not packed together with other peers' messages."""
     return [numbers for numbers in joined if not any(numbers in some.begins for some in packed)]
 
 
@@ -394,7 +394,7 @@ def _result_bytes(program: Program, payloads: tuple[Payload, ...]) -> tuple[int,
     for wide, narrow in sorted(_sums(program, payloads)):
         most = max(most, now + narrow)
         now += narrow - wide
-    # sums of finished rows are freed before the others are converted
+    # sums of finished rows are freed before the other sums are converted
     freed = sum(
         _cells(program, payload, width) * getattr(torch, name).itemsize
         for payload in payloads

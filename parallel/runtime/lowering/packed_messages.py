@@ -1,4 +1,4 @@
-"""Packing of a step's messages from, or unpacking into, a rank's own tensors, with one copy per tensor for all peers.
+"""Packing of a step's messages from a rank's own tensors, and unpacking into them, with one copy per tensor for all peers.
 
 The rows of all these messages are consecutive, either in one bundle (see `row_bundles`) or tensor by tensor. If every peer has
 the same number of heads of a tensor (tokens, heads, width), the tensor is viewed as (tokens x peers, heads per peer, width), so
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 
 class OwnRows(NamedTuple):
-    """Rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that together are the rows of all
-    messages."""
+    """The rows of a rank's own tensors of a payload, viewed with `heads` heads per row, that make up all messages, in order."""
 
     payload: Payload
     heads: int
@@ -32,7 +31,7 @@ class OwnRows(NamedTuple):
 
 
 class PackedMessages(NamedTuple):
-    """Messages whose rows have the same format.
+    """Messages whose rows have the same format and are stored one after another.
 
     begins: maps the indices of each peer's messages to their first row. rows: the total number of rows. parts: the parts of a
     row, or a single part if tensors travel one by one.
@@ -44,7 +43,7 @@ class PackedMessages(NamedTuple):
 
     @property
     def first(self) -> tuple[int, ...]:
-        """The indices of the first peer's messages, which are the key of the place for all rows."""
+        """The indices of the first peer's messages, which are also the key of the place that holds the rows of all peers."""
         return next(iter(self.begins))
 
 
@@ -81,7 +80,7 @@ def pack(
 
 
 def uses_copies_of(payload: Payload, step: ProgramStep) -> bool:
-    """Return whether a step uses the rank's own tensors of a payload only in packed messages and in the own rows of buffers."""
+    """Return whether a step only copies the rank's own tensors of a payload, into packed messages or into buffers."""
     packed = {number for some in step.packed_sends for numbers in some.begins for number in numbers}
     views = [message.view for number, (_, message) in enumerate(step.sends) if number not in packed]
     views += [view for launch in step.launches for view in launch.operands.values()]
@@ -91,7 +90,7 @@ def uses_copies_of(payload: Payload, step: ProgramStep) -> bool:
 
 
 def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...], list[Ints]]) -> PackedMessages:
-    """Build the messages of one format. rows: rows of the own tensors, one list per part, keyed by the messages' indices."""
+    """Build the messages of one format. rows: rows of the rank's own tensors per part, keyed by the messages' indices."""
     begins = np.cumsum([0, *(len(of_peer[0]) for of_peer in rows.values())]).tolist()
     parts = [
         OwnRows(payload, heads, torch.from_numpy(np.concatenate(of_part)))
@@ -101,8 +100,8 @@ def _packed(format_: tuple[tuple[Payload, int], ...], rows: dict[tuple[int, ...]
 
 
 def _own_rows(call: Call, payload: Payload, view: View, are_results: bool) -> Ints | None:
-    """Map each row of the view to its row in the own tensor, viewed with the same number of heads. Return None if any row is
-    missing."""
+    """Map each row of the view to its row in the rank's own tensor, viewed with the same number of heads. Return None if the
+    view cannot be packed: it includes other rows, parts of rows, or results that must be added."""
     heads, groups = view.heads, call.payload_heads(payload) // view.heads
     if not view.is_complete or groups * heads != call.payload_heads(payload):
         return None

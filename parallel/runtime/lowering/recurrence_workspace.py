@@ -1,6 +1,6 @@
 """The bytes that a recurrence's launch allocates on the device, counted by running the kernel's own functions on meta tensors.
 
-Recurrence kernels allocate tensors of many sizes, most of them inside PyTorch. A formula for the total could become outdated.
+Recurrence kernels allocate tensors of many sizes, most of them inside PyTorch, so a formula for the total could become outdated.
 """
 
 # T tokens, N segments, H value heads, G query and key heads, K key dim, V value dim
@@ -85,7 +85,7 @@ def _launch_bytes(program: Program, is_forward: bool, launch: KernelLaunch, is_p
         beta = tensor(rows, heads) if call.op.delta else None
         lists = schedule_to_device(launch.schedule.segments, META)
         input_bytes = counted.peak = counted.alive
-        # if the launch splits a group of heads that share queries and keys, each head gets its own copy
+        # if the launch splits a group of heads that share queries and keys, each value head gets its own copy of them
         queries_and_keys = (q, k) if is_even else tuple(tensor(rows, heads, call.head_dim) for _ in range(2))
         x, entering = RecurrenceTokens(queries_and_keys[0], queries_and_keys[1], v, g, beta), states()
         if kind is SegmentKind.STATE:

@@ -2,8 +2,8 @@
 
 A *bundle* is a matrix with one row per token. A row holds all heads of all tensors of the bundle's buffers, one after another.
 The rows of one peer are therefore contiguous, and kernels still read each tensor in place, by its strides. A bundle costs
-nothing, because own rows are copied to the arena before they are sent in any case. A buffer with all heads is a bundle by itself,
-since one copy of the own rows serves all peers.
+nothing, because a rank's own rows are copied to the arena before they are sent in any case. A buffer with all heads is a bundle
+by itself, since one copy of the rank's own rows serves all peers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from distattn.parallel.tables.partition import owns_range
 _ADDRESS_ALIGNMENT = 16
 # in elements: Triton uses wide loads if the row stride is a multiple of this
 _ROW_ALIGNMENT = 16
-# maximum padding in a row, as a fraction of its tensors: padding is sent as well
+# maximum padding in a row, as a fraction of its tensors: padding is also sent
 _MOST_PADDING = 1 / 8
 # maximum number of bytes that may be kept longer, and copied once more, to send several buffers in one message; above this,
 # separate messages are about as fast
@@ -95,14 +95,14 @@ class RowFormat(NamedTuple):
 
 
 def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, BufferKey], Bundle]:
-    """Return the bundles of these ranks, keyed by rank and buffer. Both ends of a message compute the same bundles.
+    """Return the bundles of `ranks`, keyed by rank and buffer. Both ends of a message compute the same bundles.
 
-    All buffers that arrive at a rank in a step (or leave it, for partial results) form one bundle if they hold the same
-    tokens of the same peers, at least one of them lacks some of the heads, and they have equal lifetimes. Lifetimes are equal
-    if all tasks of the rank are in one step and the rank forwards nothing. Small copies form one bundle even if their
-    lifetimes differ. Otherwise Q and dO form one bundle, and each other buffer is a bundle. Results numbered by `result_parts`
-    form a bundle although they hold different tokens. A buffer is in no bundle if its rows would need much padding, or if its
-    tensors would not be aligned in a row, since fast kernels reject such tensors.
+    All buffers that arrive at a rank in a step (or leave it, for partial results) form one bundle if they hold the same tokens
+    of the same peers, at least one of them lacks some of the heads, and they have equal lifetimes. Lifetimes are equal if all
+    tasks of the rank are in one step and the rank forwards nothing. Small copies form one bundle even if their lifetimes
+    differ. Otherwise Q and dO form one bundle, and every other buffer is a bundle by itself. Results that `result_parts` puts
+    in part 1 form a bundle although they hold different tokens. A buffer is in no bundle if its rows would need much padding,
+    or if its tensors would not be aligned in a row, since fast kernels reject such tensors.
     """
     bundles: dict[tuple[int, BufferKey], Bundle] = {}
     moves, tasks = {**table.moves, "part": result_parts(call, table)}, table.tasks
@@ -114,7 +114,7 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
     for payloads, end, peer in ((HELD_PAYLOADS, "dst", "src"), (REDUCED_PAYLOADS, "src", "dst")):
         of_kind = np.isin(moves["payload"], payloads)
         rows = select_rows(moves, of_kind & np.isin(moves[end], ranks))
-        # ranks that send copies of other ranks' tokens, or receive partial results for them
+        # ranks that pass on copies of, or partial results for, other ranks' tokens
         is_passed_on = of_kind & ~owns_range(call, moves[peer], moves["t0"], moves["t1"])
         passing_ranks = set(np.unique(moves[peer][is_passed_on]).tolist())
         for (rank, step, part), buffers in _buffers_by_step(rows, end, peer):
@@ -133,7 +133,7 @@ def find_bundles(call: Call, table: Table, ranks: Ints) -> dict[tuple[int, Buffe
                 if with_some_heads and (lives_are_equal or are_small):
                     groups = [tuple(keys)]
                 elif with_some_heads and payloads is HELD_PAYLOADS:
-                    # Q and dO are used by the same tasks
+                    # Q and dO are used by the same tasks, so they live equally long
                     of_keys = tuple(key for key in keys if key.payload in KEY_PAYLOADS)
                     groups = [group for group in (tuple(key for key in keys if key not in of_keys), of_keys) if group]
             for bundle in groups:
@@ -165,11 +165,11 @@ def _extended_bytes(call: Call, tokens_of: dict[BufferKey, Ints], keys: list[Buf
 
 
 def result_parts(call: Call, table: Table) -> Ints:
-    """Return for each move the part of its buffer: 1 for dQ and dKV that share rows although the rank's other moves do not.
+    """Return the part of each move's buffer: 1 for dQ and dKV that share rows although the rank's other moves do not, else 0.
 
     A rank may send dQ and dKV of equally many tokens to some peers, and only dKV to others, all in one step. Results for the
-    former are then in separate buffers, and a row holds dQ of one token and dKV of another. This is so only for results of the
-    rank's first step with tasks, which live equally long.
+    former are then in separate buffers, and a row holds dQ of one token and dKV of another. Only results of the rank's first
+    step with tasks are in part 1, because they live equally long.
     """
     moves, tasks = table.moves, table.tasks
     part = np.zeros(num_rows(moves), np.int64)
@@ -178,7 +178,7 @@ def result_parts(call: Call, table: Table) -> Ints:
     if not is_query.any() or not call.op.is_softmax:
         return part
     rows, is_query = select_rows(moves, chosen), is_query[chosen]
-    # the moves of a rank, step and peer, and whether they are of the same tokens
+    # group moves by rank, step and peer, and compare the tokens of dQ and dKV in each group
     size = table.steps * call.ranks
     pair, group = np.unique((rows["src"] * table.steps + rows["step"]) * call.ranks + rows["dst"], return_inverse=True)
     sign = np.where(is_query, 1, -1)
@@ -187,7 +187,7 @@ def result_parts(call: Call, table: Table) -> Ints:
         np.add.at(column, group, values)
     counts = [np.bincount(group[selected], minlength=len(pair)) for selected in (is_query, ~is_query)]
     are_equal = (tokens == 0).all(0)
-    # one interval of as many tokens each
+    # dQ and dKV are one interval each, with the same number of tokens
     are_joint = (counts[0] == 1) & (counts[1] == 1) & (tokens[1] == tokens[2])
     source = pair // call.ranks
     _, sender = np.unique(source, return_inverse=True)
@@ -206,7 +206,7 @@ def result_parts(call: Call, table: Table) -> Ints:
 def _buffers_by_step(
     moves: Columns, end: str, peer: str
 ) -> Iterator[tuple[tuple[int, int, int], list[tuple[int, int, int, Ints]]]]:
-    """Yield ((rank, step, part), buffers) of moves.
+    """Yield ((rank, step, part), buffers) for all combinations in `moves`.
 
     A buffer is (payload, h0, h1, tokens); tokens are (3, intervals): peer, t0, t1.
     """

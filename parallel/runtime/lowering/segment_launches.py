@@ -24,7 +24,7 @@ class SegmentKind(Enum):
     GRADIENT_STATE = "gradient state"
 
 
-# maximum number of segments per launch, since each segment needs a state: packs of short documents take several launches
+# maximum number of segments per launch: each needs memory for a state, so packs of short documents take several launches
 _MOST_SEGMENTS = 64
 _OPERANDS = {
     SegmentKind.WHOLE: (Payload.Q, Payload.KV, Payload.dO),
@@ -72,7 +72,7 @@ class SegmentLaunches(NamedTuple):
         return SegmentLaunches(steps, kinds, heads, tasks, launch, tokens, shared, call.op.shared_payloads)
 
     def parts(self, payload: Payload) -> ViewParts:
-        """Return the parts of one view per launch, for a payload."""
+        """Return one view of a payload for each launch, as parts."""
         return (self.shared if payload.name in self.shared_payloads else self.tokens).parts(payload)
 
     def uses(self, number: int, payload: Payload) -> bool:

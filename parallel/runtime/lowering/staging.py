@@ -1,8 +1,8 @@
 """Staging: messages of a rank's own rows are sent from the arena, like all other messages (see `arenas`).
 
-If a buffer in the arena has own rows between those that arrive (see `landing`), messages are sent from that buffer. Otherwise,
-each step copies the own rows that it sends once for all peers, as rows of a bundle if messages are rows of bundles (see
-`row_bundles`). Messages that are packed before they travel need neither.
+If a buffer in the arena has the rank's own rows between those that arrive (see `landing`), messages are sent from that buffer.
+Otherwise, each step makes one copy of the own rows that it sends, for all peers, as rows of a bundle if messages are rows of
+bundles (see `row_bundles`). Messages that are packed before they travel need neither.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _COPIES = -(1 << 32)
 def stage(
     call: Call, steps: list[ProgramStep], landings: Mapping[BufferKey, Landing], bundles: dict[BufferKey, Bundle]
 ) -> dict[BufferKey, View]:
-    """Change the steps' sends so that own rows are sent from the arena. Add the new buffers to the rank's bundles.
+    """Change the steps' sends so that the rank's own rows are sent from the arena. Add the new buffers to the rank's bundles.
 
-    Return, for each new buffer, a view of the own rows copied into it. landings: only those of buffers that do not share
+    Return, for each new buffer, a view of the rank's own rows copied into it. landings: only those of buffers that do not share
     their rows with another buffer.
     """
     copies: dict[BufferKey, View] = {}
@@ -71,7 +71,7 @@ def stage(
 
 
 class _CopiedRows:
-    """The own rows of one tensor that a step sends, contiguous in a buffer. view: these rows of the own tensor."""
+    """The rows of one of the rank's own tensors that a step sends, copied to a buffer. view: those rows of the tensor."""
 
     def __init__(self, source: BufferKey, step: int, sent: list[slice]):
         begin, end = (np.array([getattr(rows, side) for rows in sent], np.int64) for side in ("start", "stop"))
@@ -87,7 +87,7 @@ class _CopiedRows:
         self.view = View(total, heads.stop, [piece], True)
 
     def moved(self, piece: BufferSlice) -> BufferSlice:
-        """Translate a slice of the own tensor into a slice of the buffer."""
+        """Translate a slice of the rank's own tensor into a slice of the buffer."""
         assert isinstance(piece.rows, slice)
         part = int(np.searchsorted(self.begin, piece.rows.start, "right")) - 1
         start = int(self.first_row[part] + piece.rows.start - self.begin[part])
@@ -95,7 +95,7 @@ class _CopiedRows:
 
 
 def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[BufferSlice] | None:
-    """Return the slices of a landed buffer that hold a message's own rows, or None if any segment is not contiguous there."""
+    """Return the slices of a landed buffer that hold a message's rows, or None if any segment is not contiguous there."""
     if len(message.view.slices) != 1:
         return None
     (piece,) = message.view.slices
@@ -114,7 +114,7 @@ def _in_landed(message: Message, key: BufferKey, landing: Landing) -> list[Buffe
 
 
 def _rows_in_landed(tensor: BufferKey, key: BufferKey, landing: Landing) -> np.ndarray | None:
-    """Map each row of an own tensor to its row in a landed buffer (-1 if it is not there). Return None if the heads differ."""
+    """Map each row of the rank's own `tensor` to its row in a landed buffer, or to -1. Return None if their heads differ."""
     parts = [piece for piece in landing.own_slices if piece.buffer == tensor]
     all_heads = slice(0, tensor.h1 - tensor.h0)
     if (key.h0, key.h1) != (tensor.h0, tensor.h1) or not parts or any(piece.heads != all_heads for piece in parts):

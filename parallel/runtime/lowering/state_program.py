@@ -22,7 +22,7 @@ class StateKey(NamedTuple):
 
 
 class StatePart(NamedTuple):
-    """Heads [h0, h1) of a state, combined from other states (`tiles`) in the order in which the state passes through them."""
+    """Heads [h0, h1) of a state, combined from the states `tiles` in the order in which the recurrence passes through them."""
 
     h0: int
     h1: int
@@ -30,7 +30,7 @@ class StatePart(NamedTuple):
 
 
 class StateMessage(NamedTuple):
-    """A state sent: heads [h0, h1) of the state of `tokens` tokens, combined from `parts` by the sender and stored as `key`.
+    """Heads [h0, h1) of a state of `tokens` tokens, which the sender combines from `parts` and the receiver stores as `key`.
 
     is_prefix: the state depends on no earlier state, so its transition is not sent.
     """
@@ -48,9 +48,9 @@ class SegmentStates(NamedTuple):
     """The states of one task.
 
     before: the parts of the state before the segment. after: the parts of the gradient state after it. Either may be empty.
-    initial, final: the document that starts, or ends, with the segment, or -1. leaves: the key of the state that the task
-    leaves behind, if that state is used. is_prefix: that state has no transition. begun: the index, among the states kept for
-    the backward pass, of the state that the task starts from, or -1.
+    initial, final: the index of the document that starts (ends) with the segment, or -1. leaves: the key of the state that the
+    task leaves behind, if that state is used. is_prefix: that state has no transition. begun: the index, among the states kept
+    for the backward pass, of the state that the task starts from, or -1.
     """
 
     before: tuple[StatePart, ...]
@@ -143,7 +143,7 @@ def lower_states(plan: Plan, rank: int, direction: str) -> StateProgram:
 
 
 def _message_bytes(call: Call, message: StateMessage) -> int:
-    """Return the bytes of a message's tensors, with padding: those of its transition, if any, and those of the rest."""
+    """Return the bytes of a message's tensors in the arena (B and possibly A), with enough room to align each of them."""
     size = (message.h1 - message.h0) * call.state_bytes(message.is_prefix)
     return -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
 

@@ -22,7 +22,7 @@ RowIndex = slice | Tensor
 class BufferKey(NamedTuple):
     """The key of a buffer: the rank's own tensor of a payload (step OWN), or heads [h0, h1) of tokens that move in `step`.
 
-    part: the index of the peers that the buffer is for, if results for other peers leave in the same step (see `row_bundles`).
+    part: which group of peers the buffer is for, if one step's results are split by peer into two buffers (see `result_parts`).
     """
 
     payload: Payload
@@ -53,12 +53,12 @@ class View(NamedTuple):
     rows: int
     heads: int
     slices: list[BufferSlice]
-    # True if the slices cover every cell (and a single slice is in order). They may not if head groups differ.
+    # True if the slices cover every cell (and a single slice is in order), which they may not if heads need different tokens
     is_complete: bool
 
     @property
     def is_part(self) -> bool:
-        """True if the view is one part of one buffer and needs no tensor of its own."""
+        """True if the view is a single part of one buffer, so that it needs no tensor of its own."""
         return self.is_complete and len(self.slices) == 1 and isinstance(self.slices[0].rows, slice)
 
 
@@ -109,7 +109,7 @@ class ViewParts(NamedTuple):
 
 
 def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[View]:
-    """Find the tokens and heads of all views in the buffers. A view's size is the extent of its parts."""
+    """Find the tokens and heads of all views in the buffers. A view is just large enough for all of its parts."""
     shapes = np.zeros((2, parts.views), np.int64)
     np.maximum.at(shapes[0], parts.view[parts.part], parts.row + parts.t1 - parts.t0)
     np.maximum.at(shapes[1], parts.view, parts.head + parts.h1 - parts.h0)
@@ -141,10 +141,10 @@ def resolve_views(extents: Iterable[BufferExtent], parts: ViewParts) -> list[Vie
 
 
 def _joined_heads(slices: list[BufferSlice]) -> list[BufferSlice]:
-    """Join adjacent heads with the same rows. Parts of a view were cut wherever the heads of any task differ."""
+    """Join slices of adjacent heads with the same rows, since views are cut wherever the heads of any task begin or end."""
     if len(slices) < 2:
         return slices
-    # keyed by the first heads that the next slice must have to be joined
+    # keyed by where a slice must start to be joined: its buffer, its first head there, and its first head in the view
     out: dict[tuple[BufferKey, int, int], list[BufferSlice]] = {}
     for piece in sorted(slices, key=lambda piece: piece.view_heads.start):
         before = out.get((piece.buffer, piece.heads.start, piece.view_heads.start), [])
@@ -208,15 +208,15 @@ def _extent_indices(extents: Iterable[BufferExtent]) -> list[_ExtentIndex]:
 
 
 def _row_indices(start: Ints, length: Ints, first: Ints) -> list[RowIndex]:
-    """Join the ranges [start_i, start_i + length_i) from each `first` up to the next: as a slice if consecutive, otherwise as
-    an index."""
+    """Join the ranges [start_i, start_i + length_i) of each group into a slice if they are consecutive, otherwise into an index
+    tensor. first: the index of each group's first range."""
     broken = np.zeros(len(start), bool)
     broken[1:] = start[1:] != start[:-1] + length[:-1]
     broken[first] = False
     scattered = np.logical_or.reduceat(broken, first)
     last = np.append(first[1:], len(start)) - 1
     cells = np.append(0, np.cumsum(length))
-    # build an index only where one is needed
+    # build index tensors only for the groups that need them
     kept = np.repeat(scattered, np.diff(np.append(first, len(start))))
     _, index = expand_ranges(start[kept], (start + length)[kept])
     rows, begin_of_index = torch.from_numpy(index), 0
