@@ -60,10 +60,8 @@ class Buffers:
         self.fields[key] = out = tuple(fields)
         return self._begun(key, out) if key in self._blank else out
 
-    def new_final(self, payload: Payload, dtype: torch.dtype) -> Tensor | None:
-        """Allocate the tensor for the finished rows of the rank's own result. Return None if launches do not finish its rows."""
-        if payload not in self._turns:
-            return None
+    def new_final(self, payload: Payload, dtype: torch.dtype) -> Tensor:
+        """Allocate the tensor for the finished rows of the rank's own result, a payload in `Program.turns`."""
         key, ((_, shape), *_) = self._own[payload]
         out = self._final[payload] = torch.empty(shape, dtype=dtype, device=self._arena[torch.uint8].device)
         # rows that no launch writes are 0

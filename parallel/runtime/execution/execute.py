@@ -88,7 +88,7 @@ def forward(
         if program.kept_places.places:
             buffers.bind_flat(program.kept_places, kept)
         o_THE, lse_TH = buffers.new_own(Payload.O)
-        final_THE = buffers.new_final(Payload.O, q_THD.dtype)
+        final_THE = buffers.new_final(Payload.O, q_THD.dtype) if Payload.O in program.turns else None
         yield from run_steps("forward", program.forward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
     return o_THE if final_THE is None else final_THE, lse_TH, kept
@@ -137,7 +137,7 @@ def backward(
             buffers.bind_own({Payload.dO: (do_THE, lse_TH, delta_TH)})
         buffers.bind_flat(program.kept_places, kept, kept_key)
         sums = [*buffers.new_own(Payload.dQ), *buffers.new_own(Payload.dKV)]
-        final_THD = buffers.new_final(Payload.dQ, q_THD.dtype)
+        final_THD = buffers.new_final(Payload.dQ, q_THD.dtype) if Payload.dQ in program.turns else None
         yield from run_steps("backward", program.backward, transport, buffers, compute, kernel.ACCUMULATES)
         buffers.close()
         if final_THD is not None:
