@@ -71,16 +71,16 @@ class PackRule:
 
     context: ((first step, tokens per pack), ...), a curriculum of context lengths that begins at step 0.
     tokens_per_step: the capacity of all packs in a step together, at every context length; a multiple of each context length.
-    window: the number of packs among which a document's place is chosen, rounded up to whole steps. A larger one fills packs
-      better.
-    max_documents: the maximum number of documents per pack. A piece of a cut document counts as one.
+    window: the number of packs among which a document's place is chosen, rounded up to whole steps. A larger window fills
+      packs better.
+    max_documents: the maximum number of documents per pack. A piece of a cut document counts as a document.
     max_cost: the maximum cost of a pack, relative to that of a single document that fills it; `cost` defines how it is computed.
       Below 1.0, packs of long documents are left partly empty. A piece may be alone in a pack regardless of its cost.
-    long_documents: "cut" makes pieces of exactly the context length, and a shorter last one. "keep" leaves longer documents
+    long_documents: "cut" makes pieces of exactly the context length, and a shorter last piece. "keep" leaves longer documents
       whole: the pack is then as large as several packs, and replaces them in its step. Its free space is filled like that of
       other packs, and its caps are higher by the same factor. If all ranks split every pack, each rank has as many tokens as
-      before. With several data-parallel shares, one gets the whole pack and so more tokens than the others. A document longer
-      than a step is refused.
+      before. With several data-parallel shares, one share gets the whole pack and so more tokens than the others. A document
+      longer than a step is refused.
     level: give each step packs with nearly equal attention work (sum of squared lengths), for strategies that do not move work
       between ranks. Otherwise the packs of a window are shuffled.
     """

@@ -309,7 +309,7 @@ def _command_digest(job: TokenizeJob) -> str:
 
 
 def _is_lock(lock: int, file: str) -> bool:
-    """Return True if the open lock file is still the one at this path."""
+    """Return True if the open lock file is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(file))
     except FileNotFoundError:
