@@ -50,7 +50,7 @@ class NodeReservation:
         """
         self._needs, self._without = needs, [*left_out, *nodes]
         self._counts = [len(nodes), *sorted(count for count in counts if count > len(nodes))]
-        # groups for the second count, the third and so on; only the last group may still be pending
+        # groups by which the nodes grow to the second count, the third and so on; only the last group may still be pending
         self._groups: list[PlacementGroup] = []
         self._placed = 0
         self._looked = self._found_at = float("-inf")
