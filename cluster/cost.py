@@ -152,7 +152,7 @@ def launch_seconds(
 
 
 def copy_seconds(cluster: ClusterSpec, size: Numbers) -> Numbers:
-    """Return the seconds to copy `size` bytes on a device."""
+    """Return the seconds that it takes to copy `size` bytes on a device."""
     return size / (cluster.device.copy_gbs * _GIGA)
 
 
