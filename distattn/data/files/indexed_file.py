@@ -39,8 +39,8 @@ class IndexedFile:
     Data is checked when it is read. The index entries of a document are compared with each other. A block with a digest is
     compared with it the first time it is read; later reads of the block read only the requested bytes. So if a bit flips on the
     disk later, the next process that opens the file notices, but this one does not: it usually gets the right bytes from the page
-    cache, and wrong ones if the cache has dropped them. Tokens are read with `pread`, not from a mapping, so the process survives
-    even if the file is truncated while it is open.
+    cache, and wrong bytes if the cache has dropped them. Tokens are read with `pread`, not from a mapping, so the process
+    survives even if the file is truncated while it is open.
     """
 
     def __init__(self, prefix: str, index: np.ndarray, bin_file: int, check_tokens: bool):
@@ -290,7 +290,7 @@ class IndexedFile:
         done = 0
         while done < size:
             try:
-                # one call reads at most 2 GiB
+                # preadv reads at most 2 GiB per call
                 got = os.preadv(self._bin_file, [content[done:].data], offset + done)
             except OSError as error:
                 raise DamagedDataError(

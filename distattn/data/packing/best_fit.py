@@ -25,7 +25,7 @@ _PACK_BITS = 32
 _PACK_MASK = (1 << _PACK_BITS) - 1
 # pieces longer than one eighth of a pack are placed first; one quarter of each pack is kept free for the last pieces
 _LONG_PART, _LAST_PART = 8, 4
-# open 1/256 more packs than the tokens need: packs are never completely full, and short pieces left over would get their own
+# open 1/256 more packs than the tokens need: packs are never completely full, so short pieces would be left over
 _SPARE_PART = 256
 
 
@@ -90,7 +90,7 @@ class BestFitPacks:
     def _place_by_best_fit(self, lengths: np.ndarray, chosen: np.ndarray, packs: np.ndarray) -> None:
         """Place the chosen pieces by best fit, longest first. Write to `packs`.
 
-        Ties go to the first piece, and to the first pack.
+        Ties are broken in favor of the first piece and the first pack.
         """
         if not len(chosen):
             return
@@ -128,7 +128,7 @@ class BestFitPacks:
         )
 
     def _open(self, length: int) -> int:
-        """Open a new pack with room for a piece of this length. Return the pack's index."""
+        """Open a new pack with room for a piece of `length` tokens. Return the pack's index."""
         slots = -(-length // self._limits.tokens)
         self._slots.append(slots)
         self._room.append(slots * self._limits.tokens)

@@ -38,7 +38,7 @@ class PackCost:
         check_limits(self)
 
     def of(self, length: Any) -> Any:
-        """Return the cost in cells of a document with this many tokens. length: an integer, or int64 (N,)."""
+        """Return the cost in cells of a document of `length` tokens, an integer or int64 (N,)."""
         return length * (length + 1) // 2 + self.token_cells * length + self.document_cells
 
     def seconds(self, length: int) -> float:
@@ -134,19 +134,19 @@ class PackRule:
         return facts
 
     def context_at(self, step: int) -> int:
-        """Return the tokens per pack in this step."""
+        """Return the tokens per pack in a step."""
         return max((first, tokens) for first, tokens in self.context if first <= step)[1]
 
     def packs_at(self, step: int) -> int:
-        """Return the number of packs in this step."""
+        """Return the number of packs in a step."""
         return self.tokens_per_step // self.context_at(step)
 
     def next_change(self, step: int) -> int | None:
-        """Return the first later step with a different context length, or None if the length does not change again."""
+        """Return the first step after `step` with a different context length, or None if the length does not change again."""
         return min((first for first, _ in self.context if first > step), default=None)
 
     def limits_at(self, step: int) -> PackLimits:
-        """Return the caps of a pack in this step."""
+        """Return the caps of a pack in a step."""
         tokens = self.context_at(step)
         cells = None if self.max_cost is None else math.floor(Fraction(self.max_cost) * self.cost.of(tokens))
         return PackLimits(tokens, self.cost, self.max_documents, cells)

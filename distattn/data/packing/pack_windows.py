@@ -30,7 +30,7 @@ PIECE = np.dtype(
         ("ends_document", "?"),
     ]
 )
-# distinguishes the keys of windows from those of corpora, whose indices are lower
+# tells the keys of windows from the keys of corpora, whose indices are lower
 _WINDOW = 1 << 32
 # a document is packed at most this many windows after the window it was read for, whatever the rule (`plan_windows`)
 MOST_WINDOWS_WAITED = 12
@@ -162,7 +162,7 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def _steps_of_window(rule: PackRule, step: int) -> int:
-    """Return the number of steps in the window that begins at this step.
+    """Return the number of steps in the window that begins at `step`.
 
     The steps up to a change of the context length are split into windows of similar size.
     """

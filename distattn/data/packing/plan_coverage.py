@@ -84,7 +84,7 @@ class _Epoch:
 
 
 class _Corpus:
-    """The state of the check of one corpus.
+    """The state of the coverage check for one corpus.
 
     under_way: the incomplete epochs. complete: the indices of the complete epochs. first_steps: the first step with tokens of
     each epoch, by epoch. tokens: the number of tokens read.
@@ -98,7 +98,7 @@ class _Corpus:
 
 
 class _Checker:
-    """The state of a coverage check."""
+    """The state of a coverage check for all corpora."""
 
     def __init__(self, plan: PackPlan, corpora: Sequence[CorpusLengths]) -> None:
         self._plan = plan
@@ -192,7 +192,7 @@ class _Checker:
         if most is not None:
             due, rest = divmod(most, source.documents)
         else:
-            # when the next epoch begins, documents may still be carried for MOST_WINDOWS_WAITED windows of `steps` steps
+            # when the next epoch begins, documents may still be carried for up to MOST_WINDOWS_WAITED windows of `steps` steps
             steps = max(-(-plan.rule.window // plan.rule.packs_at(first)) for first, _ in plan.rule.context)
             limit = plan.steps - steps * (MOST_WINDOWS_WAITED + 1)
             due, rest = max((epoch for epoch, first in state.first_steps.items() if first < limit), default=0), 0

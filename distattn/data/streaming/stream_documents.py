@@ -97,7 +97,7 @@ class DocumentReader:
         return StreamDocument(ids.astype(np.int32), None if own_labels is None else own_labels.astype(np.int32))
 
     def _numbers(self, values: Any, field: str) -> np.ndarray:
-        """Return the values as an integer array (n,). Raise DistattnError if they are anything else."""
+        """Return the values as an integer array (n,). Raise DistattnError if they are not integers in one dimension."""
         try:
             array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         except (ValueError, TypeError):
