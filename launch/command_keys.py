@@ -12,7 +12,7 @@ from distattn.training.config.run_file import all_keys
 
 
 def _keys(*names: str) -> frozenset[str]:
-    """Return the keys with these names, and all keys in sections with these names."""
+    """Return all keys whose own name or section is in `names`."""
     return frozenset(key for key in all_keys() if key in names or key.partition(".")[0] in names)
 
 

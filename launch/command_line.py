@@ -92,7 +92,7 @@ class ResultConsole(Console):
     """Console for results. If the reader has closed the pipe, raises BrokenPipeError; rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
-        """Raise again the exception that rich has caught."""
+        """Let the exception that rich has caught propagate."""
         raise
 
 

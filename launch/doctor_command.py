@@ -177,7 +177,7 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
 
 
 def _hidden(measured: Mapping[str, float]) -> str:
-    """Return a sentence that says how large a mistake rounding may hide, or "" if only a negligible mistake."""
+    """Return a sentence that says how large a mistake rounding may hide, or "" if that is negligible."""
     forward, backward = measured.get("hidden", 0.0), measured.get("hidden in gradients", 0.0)
     if max(forward, backward) < _COARSE:
         return ""

@@ -178,7 +178,7 @@ def _launcher(run: RunFolder) -> Owner | None:
 
 
 def _with_report(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts about an ended run. Its state mentions a missing report and the command that writes it."""
+    """Return the facts about an ended run. If its report is missing, the state says so and names the command that writes it."""
     missing = _unreported(run, facts)
     return facts | {"state": facts["state"] + missing, "all_done": bool(missing)}
 

@@ -99,7 +99,7 @@ def resume_run(
 
 
 def change_config(run: RunFolder, config: Config) -> None:
-    """Replace the configuration of a run that no job holds, and keep the previous one next to it.
+    """Replace the configuration of a run that no job holds, and keep the previous configuration next to it.
 
     Raises the same errors as `resume_run`. Does not remove a request to stop.
     """

@@ -142,7 +142,7 @@ class _Worker:
         self._order()
 
     def _order(self) -> None:
-        # ignore a dead process here: its messages end, and the caller handles that
+        # ignore a dead process here: the caller notices it, because its messages end
         with contextlib.suppress(BrokenPipeError):
             if self.shard is None:
                 self._orders.close()
@@ -194,7 +194,7 @@ class _Worker:
         return lost
 
     def kill_if_stopped(self) -> None:
-        """Kill the process if it has been stopped for _STOPPED_SECONDS. Then its messages end."""
+        """Kill the process if it has been stopped for _STOPPED_SECONDS. Its messages then end."""
         now = time.monotonic()
         if now < self._looked + LOOK_SECONDS:
             return

@@ -75,7 +75,7 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
         _server().kill()
         raise
     finally:
-        # a stopped tracker would outlive this process
+        # a tracker that is stopped (SIGSTOP) would outlive this process
         if (tracker := _tracker()).is_stopped():
             tracker.kill()
 
@@ -192,7 +192,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
 
 
 def _named(error: EOFError | OSError) -> Exception:
-    """Return an error that names /dev/shm and a remedy if a semaphore could not be created; otherwise the same error."""
+    """Return an error that names /dev/shm and a remedy if a semaphore could not be created; otherwise `error` itself."""
     if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename:
         return error
     return DistattnError(
@@ -205,7 +205,7 @@ def _forget_server_of_parent() -> None:
     """Forget the parent's fork server in a forked process, where multiprocessing would wait for it in vain."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     if server._forkserver_pid is not None and server._forkserver_pid not in _children():
-        # while this descriptor is open, the parent's server outlives the parent
+        # close the descriptor: while it is open, the parent's server outlives the parent
         os.close(server._forkserver_alive_fd)
         server.__init__()
 

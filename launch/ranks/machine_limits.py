@@ -63,7 +63,7 @@ def check_nodes_hold_ranks(config: Config, node_bytes: int | None) -> None:
 
 
 def check_memory(key: str, ranks: int, rank_mb: float, parts: str) -> None:
-    """Raise DistattnError if the ranks do not fit in free memory. rank_mb: MB (10^6 bytes) per rank. parts: what that is for."""
+    """Raise DistattnError if the ranks do not fit in free memory. rank_mb: MB (10^6 bytes) per rank. parts: its breakdown."""
     free = available_bytes()
     if free is None or ranks * rank_mb * 1e6 <= free:
         return

@@ -44,7 +44,7 @@ def child_environment() -> dict[str, str]:
 
 
 class NodeAgent:
-    """The actor on one node for one attempt. Its process ends with the driver, and its child ends with its process."""
+    """The actor on one node for one attempt. The actor's process ends with the driver, and the child process with the actor's."""
 
     def place(self) -> NodePlace:
         """Return the location of this agent, with a port that is free now."""

@@ -44,7 +44,7 @@ def _begin_here(cores: int, options: dict[str, Any]) -> None:
 
 
 def _join(address: str, options: dict[str, Any]) -> bool:
-    """Connect to an existing cluster. Return False if none is named or running here. Raises DistattnError if it refuses."""
+    """Connect to an existing cluster. Return False if none is named or running here. Raises DistattnError if connecting fails."""
     named = address or os.environ.get("RAY_ADDRESS", "")
     try:
         ray.init(address=named or "auto", **options)

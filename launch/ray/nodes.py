@@ -178,7 +178,7 @@ class RayNodes:
             self._group = None
 
     def _placed(self) -> PlacementGroup | None:
-        """Return the group when Ray has placed all bundles; None after `waiting_seconds` or if the run is asked to stop."""
+        """Wait until Ray has placed all bundles. Return the group, or None after `waiting_seconds` or if asked to stop."""
         began = requested_at = time.monotonic()
         announced = False
         while not (group := self._held()).wait(_LOOK_SECONDS):

@@ -25,7 +25,7 @@ def hold_nodes(needs: NodeNeeds, count: int, without: Sequence[str]) -> Placemen
 
 
 def node_slots(needs: NodeNeeds) -> int:
-    """Return how many nodes of this size an idle cluster has room for. A large node may count several times."""
+    """Return how many times the cluster, if idle, has room for a node with `needs`. A large node may count several times."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus}
     return sum(min(int(node.get(kind, 0) // count) for kind, count in wanted.items() if count) for node in resources)

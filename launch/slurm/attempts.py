@@ -80,7 +80,7 @@ class JobNodes:
         return usable[: self._wanted] if len(usable) >= self._wanted else None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Run a job step with an address of its own."""
+        """Run the attempt as a job step, with an address of its own."""
         address = f"{host_address(hosts[0])}:{_port(int(self._job.number), attempt)}"
         print_message(f"attempt {attempt} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
         return self._step(hosts, address)
