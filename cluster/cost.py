@@ -15,14 +15,14 @@ from distattn.ir.bands import Q0, Q1, areas, row_key_ranges
 from distattn.ir.intervals import Ints
 
 Numbers = np.ndarray
-# floating-point operations per cell and unit of (query dim + value dim): two products forward, five backward
+# floating-point operations per cell, divided by (head dim + value head dim): two matrix products forward, five backward
 _FLOPS = {"forward": 2.0, "backward": 5.0}
-# the time to start and end a kernel program, expressed as a number of keys: 558 TFLOP/s at 1,024 keys against 701 at
-# 32,768 (FlashAttention 3 on an H100, see descriptions/h100.toml)
+# time to start and end a kernel program, expressed as a number of keys: FlashAttention 3 on an H100 reaches 558 TFLOP/s at 1,024
+# keys and 701 at 32,768 (descriptions/h100.toml)
 _PROGRAM_OVERHEAD_KEYS = 1024 * (701 / 558 - 1)
 # speed of a recurrence's kernels, as a fraction of attention's speed on long sequences: Gated DeltaNet of flash-linear-attention
 # takes 4.81 ms for 32K tokens and 64 heads of 128 x 128 on an H800 (its issue 691), where FlashAttention 3 reaches 701 TFLOP/s. A
-# pass that computes only states takes 0.58 of that. These are estimates from published numbers, not measured here
+# pass that computes only states takes 0.58 of that time. These are estimates from published numbers, not measured here
 _RECURRENCE_SPEED, _STATE_PASS = 42.9 / 701, 0.58
 # tokens in a chunk, within which a recurrence consists of matrix products
 _CHUNK = 64
@@ -37,10 +37,10 @@ def flops_per_cell(direction: str, head_dim: int, v_head_dim: int) -> float:
 def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries: Ints, keys: Ints) -> Numbers:
     """Return a kernel's operations per second on full rectangles of queries x keys, (M,).
 
-    The table is interpolated in the logarithms of both sides; a table with only squares is read at the shorter side. Below the
-    table's first point the speed falls, because each row of tiles takes a fixed time (the prologue and epilogue of a program). A
-    table with a single length does not show that time, so the overhead of FlashAttention 3 on an H100 is used instead. Work is
-    counted in whole tiles, so no rectangle is slower than a tile.
+    The table is interpolated linearly in log(queries) and log(keys); a table of squares only is interpolated at the shorter side.
+    Below the table's first point the speed falls, because each row of tiles takes a fixed time (the prologue and epilogue of a
+    program). A table with a single length does not show that time, so the overhead of FlashAttention 3 on an H100 is used
+    instead. Kernels compute whole tiles, so smaller lengths are raised to the tile's shorter side.
     """
     queries, keys = (np.maximum(lengths, min(cluster.device.tile)) for lengths in (queries, keys))
     rows = [row for row in cluster.attention if row.direction == direction]
@@ -65,7 +65,7 @@ def attention_speed(cluster: ClusterSpec, direction: str, head_dim: int, queries
 
 
 def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) -> float:
-    """Return a recurrence's floating-point operations per token and head, on the state and within the chunk."""
+    """Return a recurrence's floating-point operations per token and head: on the state, and within the chunk."""
     forward = 4.0 * key_dim * v_head_dim + 2.0 * _CHUNK * (key_dim + v_head_dim)
     return forward * _FLOPS[direction] / _FLOPS["forward"]
 
@@ -73,7 +73,7 @@ def recurrence_flops_per_token(direction: str, key_dim: int, v_head_dim: int) ->
 def recurrence_seconds(
     cluster: ClusterSpec, direction: str, key_dim: int, v_head_dim: int, tokens: Ints, heads: Ints, whole: np.ndarray
 ) -> Numbers:
-    """Estimate the time of recurrence tasks in seconds, (M,). whole: True for tasks that compute more than a state."""
+    """Estimate the time of recurrence tasks in seconds, (M,). whole: False for tasks that only compute a state."""
     best = max(row.tflops for row in cluster.attention if row.direction == direction) * _TERA
     whole_flops = recurrence_flops_per_token(direction, key_dim, v_head_dim)
     # a pass that computes only states costs the same in both directions
@@ -86,8 +86,8 @@ def expansion_seconds(
 ) -> Numbers:
     """Estimate the seconds, (M,), to expand latents to keys and values with `widths` elements per head.
 
-    Matrix products run at attention's speed on long sequences. The backward pass has two, for the gradients of latents and
-    weights. Unless keys and values are kept, a third product expands the latents again.
+    Matrix products run at attention's speed on long sequences. The forward pass has one product. The backward pass has two, for
+    the gradients of latents and weights, and a third that expands the latents again unless keys and values are kept.
     """
     best = max(row.tflops for row in cluster.attention if row.direction == "forward") * _TERA
     products = 1 if direction == "forward" else 2 if kept else 3
@@ -95,9 +95,9 @@ def expansion_seconds(
 
 
 def overhead_keys(cluster: ClusterSpec, direction: str, head_dim: int) -> int:
-    """Return the fixed cost of a row, expressed as a number of keys. It makes short documents slow.
+    """Return the fixed cost of a kernel's row, expressed as a number of keys. This cost makes short documents slow.
 
-    It is the overhead in speed(n) = best * n / (n + overhead): the median over the table's squares n x n.
+    The model is speed(n) = best * n / (n + overhead); the result is the median of `overhead` over squares n x n.
     """
     lengths = np.array(sorted({min(row.queries, row.keys) for row in cluster.attention if row.direction == direction}))
     speed = attention_speed(cluster, direction, head_dim, lengths, lengths)
@@ -122,8 +122,8 @@ def padded_cells(bands: Ints, tile_rows: int, extra_keys: Ints | int | Numbers) 
 def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
     """Return the cells in the tiles that each tightened band touches, and the keys in its widest row of tiles, both (M,).
 
-    Within a row of tiles, a slanted edge moves by a tile's height. That adds half a tile to every row, plus the part of the last
-    tile of keys that the row does not fill.
+    Within a row of tiles, a slanted edge moves by the tile's height. So on average every row computes half that height of extra
+    keys, plus the part of the last tile of keys that the row does not fill.
     """
     first_begin, first_end = row_key_ranges(bands, bands[:, Q0])
     last_begin, last_end = row_key_ranges(bands, bands[:, Q1] - 1)
@@ -138,11 +138,10 @@ def tiled_area(bands: Ints, tile: tuple[int, int]) -> tuple[Numbers, Numbers]:
 def launch_seconds(
     cluster: ClusterSpec, cells: Numbers, widest: Numbers, heads: Ints, speed: Numbers, per_cell: float, group: Ints
 ) -> tuple[Ints, Numbers]:
-    """Return the indices of kernel launches and the seconds that each launch takes, for tasks grouped into launches.
+    """Return the distinct launches in `group`, and the seconds that each takes.
 
-    cells, widest: each task's results of `tiled_area`. speed: each task's operations per second. group: the index of
-    each task's launch. A launch runs at full speed, but takes at least as long as its longest program on one
-    multiprocessor.
+    cells, widest: the results of `tiled_area` for each task. speed: each task's operations per second. group: the index of each
+    task's launch. A launch runs at full speed, but takes at least as long as its longest program on one multiprocessor.
     """
     device = cluster.device
     launches, index = np.unique(group, return_inverse=True)
@@ -153,15 +152,15 @@ def launch_seconds(
 
 
 def copy_seconds(cluster: ClusterSpec, size: Numbers) -> Numbers:
-    """Return the seconds to copy `size` bytes on a device."""
+    """Return the seconds that it takes to copy `size` bytes on a device."""
     return size / (cluster.device.copy_gbs * _GIGA)
 
 
 def message_seconds(cluster: ClusterSpec, src: Ints, dst: Ints, size: Numbers) -> Numbers:
-    """Return the seconds until each message has arrived, if all are sent at the same time, (M,).
+    """Return the seconds until each message arrives, (M,), assuming that all messages are sent at the same time.
 
     A device has one port per direction of each link (inside a node, between nodes), and its messages share the port. If a link is
-    shared, all devices of a node share a port. A message takes as long as the busier of its two ports.
+    shared, all devices of a node share a port. A message arrives when the busier of its two ports has finished.
     """
     ranks, devices = cluster.ranks, cluster.devices
     out = np.zeros(len(src))

@@ -18,7 +18,7 @@ import numpy as np
 from distattn.cluster.spec import Link
 from distattn.ir.errors import DistattnError
 
-# bytes through a rank's port on n ranks, divided by the size that nccl-tests prints
+# bytes through each rank's port with n ranks, as a multiple of the size that nccl-tests prints
 FACTORS = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "all_gather": lambda n: (n - 1) / n,
@@ -52,7 +52,7 @@ class NcclTestRun:
 
 
 def read(path: str | Path, test: str | None = None) -> NcclTestRun:
-    """Read a text or JSON file. test: the test's name, for files without it. Raise DistattnError for other files."""
+    """Read nccl-tests' text or JSON output. test: overrides the test's name in it. Raise DistattnError for other content."""
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -87,7 +87,7 @@ def commands(ranks_on_node: int, nodes: int = 1) -> list[str]:
 
 def _parse_text(text: str) -> tuple[str, int, list[tuple[int, float]]]:
     name, ranks, rows = "", 0, []
-    # older tables have one column fewer
+    # index of the time column in current tables; the header of an older table, which has one column fewer, corrects it
     time = 5
     for line in text.splitlines():
         columns = line.split()
@@ -99,7 +99,7 @@ def _parse_text(text: str) -> tuple[str, int, list[tuple[int, float]]]:
             ranks += 1
         elif not line.startswith("#") and len(columns) > time + 1 and columns[0].isdecimal():
             size, micro, rate = int(columns[0]), float(columns[time]), float(columns[time + 1])
-            # algbw is size divided by time, rounded to the printed digits
+            # check the row: algbw is size / time, rounded to the printed digits
             if micro > 0 and abs(size / micro / 1e3 - rate) > 0.02 + 0.02 * rate:
                 raise ValueError(f"time and algbw of size {size} do not agree")
             rows.append((size, micro))

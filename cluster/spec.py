@@ -22,7 +22,7 @@ from distattn.ir.intervals import Ints
 from distattn.ir.limits import Check, Number, OneOf, SettingProblem, nested_problems
 from distattn.ir.toml_records import TomlFile, parse_record, raise_problems
 
-# pydantic and tomli_w are imported only to read and write files, because kernel checks run with only torch and Triton installed
+# pydantic and tomli_w are imported where files are read and written, because kernel checks must run with just torch and Triton
 if TYPE_CHECKING:
     from pydantic import ConfigDict
 
@@ -48,7 +48,7 @@ class Device:
     memory_gb: Annotated[float, _POSITIVE]
     # dense bf16, from the manufacturer's data sheet
     peak_tflops: Annotated[float, _POSITIVE]
-    # achieved in large matrix products
+    # achieved by large matrix products
     gemm_tflops: Annotated[float, _POSITIVE]
     # 10^9 bytes copied per second
     copy_gbs: Annotated[float, _POSITIVE]
@@ -56,7 +56,7 @@ class Device:
     num_sms: Annotated[int, _POSITIVE]
     # sides of the kernels' tiles (query rows, keys); kernels compute whole tiles
     tile: Annotated[tuple[int, int], Check(_tile_problem)]
-    # microseconds from the end of a kernel to the start of the next one, and for each task in a launch
+    # microseconds from the end of a kernel to the start of the next kernel (launch_us), and per task of a launch (task_us)
     launch_us: Annotated[float, Number(ge=0)]
     task_us: Annotated[float, Number(ge=0)]
     # microseconds the host needs to issue one step
@@ -65,7 +65,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """The link of each device, or of an entire node if `shared`. gbs: 10^9 bytes per second in one direction."""
+    """The link of each device, or the one link of a node if `shared`. gbs: 10^9 bytes per second in each direction."""
 
     __pydantic_config__ = _STRICT
 
@@ -78,7 +78,7 @@ class Link:
 class KernelThroughput:
     """The speed of a core-attention kernel on a full mask of queries x keys.
 
-    A forward pass counts 4 x cells x heads x head dim operations, a backward pass 10 x cells x heads x head dim.
+    A forward pass counts as 4 x cells x heads x head dim operations, a backward pass 10 x cells x heads x head dim.
     """
 
     __pydantic_config__ = _STRICT
@@ -130,7 +130,7 @@ AnyCluster = Cluster | ClusterSpec
 
 
 def shipped_names() -> list[str]:
-    """Return the names of the clusters shipped with distattn, without sizes."""
+    """Return the names of the clusters shipped with distattn, without their sizes: "h200", not "h200-8x8"."""
     folder = resources.files("distattn.cluster") / "descriptions"
     return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
 
@@ -167,7 +167,7 @@ def load(name: str | Path, ranks: int | None = None) -> ClusterSpec:
 
 @cache
 def _load_shipped(kind: str) -> ClusterSpec:
-    """Return a shipped cluster without checks. Tests check these files with pydantic, which strategies must not need."""
+    """Return a shipped cluster without checks: strategies must not need pydantic, so only tests check the shipped files."""
     content = tomllib.loads((resources.files("distattn.cluster") / "descriptions" / f"{kind}.toml").read_text("utf-8"))
     content["device"] = _record(Device, content["device"] | {"tile": tuple(content["device"]["tile"])})
     content |= {name: _record(Link, content[name]) for name in ("intra_node", "inter_node")}
@@ -176,13 +176,13 @@ def _load_shipped(kind: str) -> ClusterSpec:
 
 
 def _record(kind: type[Record], values: dict[str, Any]) -> Record:
-    """Return a dataclass with these values; integers become floats in fields of type float."""
+    """Build the dataclass `kind` from `values`. Integers become floats in fields of type float."""
     types = kind.__annotations__
     return kind(**{name: float(value) if "float" in types[name] else value for name, value in values.items()})
 
 
 def with_ranks(cluster: ClusterSpec, ranks: int) -> ClusterSpec:
-    """Return the part of a cluster with one device per rank, the same number on each node."""
+    """Return the cluster reduced to one device per rank, with the same number of devices on each node."""
     if ranks > cluster.ranks:
         raise DistattnError(
             f"{ranks} ranks need more devices than {cluster.name} has: {cluster.nodes} nodes x {cluster.devices}."
@@ -205,7 +205,7 @@ def _sized(cluster: ClusterSpec, name: str, nodes: int, devices: int) -> Cluster
 
 
 def _table_problems(cluster: ClusterSpec) -> Iterator[SettingProblem]:
-    """Yield problems that concern the entire table of kernel speeds."""
+    """Yield the problems of the table of kernel speeds as a whole, such as a missing direction."""
     for direction, head_dim in sorted({(row.direction, row.head_dim) for row in cluster.attention}):
         points = {
             (row.queries, row.keys)

@@ -32,5 +32,5 @@ class Cluster:
 
     @property
     def node(self) -> Ints:
-        """The node of each rank."""
+        """The node of each rank, (ranks,)."""
         return np.arange(self.ranks) // self.devices

@@ -11,11 +11,11 @@ from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError, R
 
 # exit codes of ranks that have given a reason, and would fail again for the same reason
 _FINAL = (DistattnError.exit_code, DamagedDataError.exit_code)
-# kinds of rank failures; the likeliest cause of other ranks' failures comes first
+# kinds of rank failures, likeliest cause of other ranks' failures first
 _KINDS = ("killed", "cut", "hung", "raised", "refused")
-# exit codes of ranks that end because of other ranks
+# exit codes of ranks that are not at fault: done, lost a peer, or asked to stop
 _OF_OTHERS = (0, LostRankError.exit_code, RunStopped.exit_code)
-# after the first failure, other nodes have this many seconds to fail by themselves before they are ended
+# seconds that other nodes get after the first failure to end by themselves, before they are killed
 OTHERS_SECONDS = 5.0
 # consecutive failures of one host before it is left out, and the maximum seconds between two of them
 _MOST_FAILURES, _FORGOTTEN_SECONDS = 2, 86400.0
@@ -39,7 +39,7 @@ class AttemptEnd:
     unstarted: str = ""
 
     def add(self, host: str, code: int | None, description: str = "") -> bool:
-        """Record how a host's ranks ended. Return False if they were asked to stop. description: by default the exit code."""
+        """Record how a host's ranks ended. Return False if ranks were asked to stop. description: by default the exit code."""
         self.codes.setdefault(host, code)
         self.descriptions.setdefault(host, description or f"ended with exit code {code}")
         return code != RunStopped.exit_code
@@ -59,13 +59,13 @@ class AttemptEnd:
 
     def is_final(self) -> bool:
         """Return whether ranks failed for a reason that would also make another attempt fail."""
-        # exit codes of ranks that fail for such a reason, or that end because another rank has ended
+        # exit codes of ranks that failed for such a reason, or that ended because another rank had ended
         following = (*_FINAL, 0, 1, LostRankError.exit_code)
         codes = self.codes.values()
         return not self.lost and any(code in _FINAL for code in codes) and all(code in following for code in codes)
 
     def cause(self, hosts: Sequence[str], node_reports: Mapping[int, Mapping[str, Any]]) -> tuple[str, list[str]]:
-        """Return the cause and the hosts at fault. node_reports: reports of nodes on their ranks, by index in hosts."""
+        """Return the cause and the hosts at fault. node_reports: the nodes' reports on their ranks, by index in `hosts`."""
         if self.lost or not node_reports:
             return self.why(hosts), self.blamed(hosts)
         least = min(map(_rank_of_cause, node_reports.values()))
@@ -73,7 +73,7 @@ class AttemptEnd:
         if least == len(_KINDS) and unreported:
             return self._describe(unreported), unreported
         first = [facts for facts in node_reports.values() if _rank_of_cause(facts) == least]
-        # if ranks hang, all nodes report the same sentence
+        # if ranks hang, all nodes report the same sentence, so remove duplicates
         sentences = list(
             dict.fromkeys(f"{', '.join(hosts[node] for node in facts['nodes'])}: {facts['why']}" for facts in first)
         )
@@ -105,7 +105,7 @@ class RepeatedFailures:
         self._last = float("-inf")
 
     def add(self, blamed: Iterable[Any]) -> None:
-        """Record the ranks or hosts at fault for a failure."""
+        """Record a failure and the ranks or hosts at fault for it."""
         now, blamed = time.monotonic(), set(blamed)
         common = self._suspects & blamed if now - self._last < _FORGOTTEN_SECONDS else set()
         self._suspects, self.count = (common, self.count + 1) if common else (blamed, 1)
@@ -113,11 +113,11 @@ class RepeatedFailures:
 
     @property
     def culprit(self) -> Any:
-        """The one rank or host at fault each time, or None if there is no such rank or host."""
+        """The only rank or host that was at fault each time, or None if there is no such rank or host."""
         return next(iter(self._suspects)) if self.count >= _MOST_FAILURES and len(self._suspects) == 1 else None
 
     def forget(self, suspect: Any) -> None:
-        """Restart the count if this rank or host is a suspect."""
+        """Restart the count if it counts failures of `suspect`."""
         if suspect in self._suspects:
             self._suspects, self.count = set(), 0
 
@@ -131,7 +131,7 @@ class LeftOut:
         # subsets of `hosts`: hosts that failed but still answer, and hosts on which no attempt could begin
         self._failing: list[str] = []
         self._unstarted: list[str] = []
-        # unstarted hosts that have been retried
+        # unstarted hosts that were taken back and asked again
         self.asked_again: set[str] = set()
 
     @property
@@ -160,7 +160,7 @@ class LeftOut:
         self._unstarted.append(host)
 
     def take_back_unstarted(self, alive: Collection[str]) -> str:
-        """Take back the first host that is alive and on which no attempt could begin. Return it, or "" without such a host."""
+        """Take back the first host in `alive` on which no attempt could begin. Return it, or "" if there is no such host."""
         for host in self._unstarted:
             if host in alive:
                 self._unstarted.remove(host)
@@ -170,7 +170,7 @@ class LeftOut:
         return ""
 
     def take_back(self) -> list[str]:
-        """Take back the hosts that failed but still answer, and return them. Use it if there are too few others."""
+        """Take back the hosts that failed but still answer, and return them. Call this if there are too few other hosts."""
         hosts, self._failing = self._failing, []
         for host in hosts:
             self.hosts.remove(host)
@@ -179,7 +179,7 @@ class LeftOut:
 
 
 def _rank_of_cause(facts: Mapping[str, Any]) -> int:
-    """Return how unlikely a node's report is to be the cause of the other nodes' failures. 0 is the likeliest cause."""
+    """Return how unlikely the failure in a node's report is to have caused those of other nodes; 0 is the likeliest cause."""
     # reports of older releases lack "lost_peer"
     follows = facts.get("lost_peer", facts["exit_code"] == LostRankError.exit_code)
     return len(_KINDS) if follows and facts["kind"] in ("raised", "refused") else _KINDS.index(facts["kind"])

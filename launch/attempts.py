@@ -39,7 +39,7 @@ class Attempts:
             self._begun(number).parent.rmdir()
 
     def end_open(self, why: str) -> None:
-        """Record the end of an attempt whose job was killed before it could do so itself."""
+        """Record the end of an attempt whose job was killed before it could record the end itself."""
         if self.goes_on:
             self.end(self.latest, None, why)
 
@@ -68,7 +68,7 @@ class Attempts:
         return self._begun(self.latest).exists()
 
     def report_node(self, number: int, node: int, facts: dict[str, Any]) -> None:
-        """Report what went wrong on a node to the process, on another machine, that starts attempts. A full disk is ignored."""
+        """Report what went wrong on a node to the process that starts attempts, on another machine. A full disk is ignored."""
         with contextlib.suppress(OSError):
             self.folder(number).mkdir(parents=True, exist_ok=True)
             write_whole(self.folder(number) / f"{_NODE}{node}.json", json_text(facts))
@@ -94,7 +94,7 @@ class Attempts:
         try:
             board = HeartbeatBoard.open(Path(facts["board"]))
         except (OSError, KeyError):
-            # the ranks may be on other machines
+            # there is no board on this machine if the ranks are on others
             return None
         with contextlib.closing(board):
             beats = {rank: board.read(rank) for rank in range(board.slots)}

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the options. Raises DistattnError for numbers below 1 and an unsuitable --out."""
+    """Parse the options. Raises DistattnError for numbers below 1, or an unsuitable --out."""
     parser = CommandParser("calibrate")
     for name in ("out", "name", "nccl-inside", "nccl-across"):
         parser.add_argument(f"--{name}")
@@ -127,7 +127,7 @@ def _calibrate_nodes(options: argparse.Namespace) -> int:
 
 
 def _ranks(asked: int | None) -> int:
-    """Return the number of ranks: `asked`, by default one per GPU, or 4 without GPUs. Raises DistattnError if they do not fit."""
+    """Return the number of ranks: `asked`, else one per GPU, else 4. Raises DistattnError if this machine is too small."""
     # import this here: importing torch takes seconds
     from distattn.launch.ranks import machine_limits
 
@@ -175,7 +175,7 @@ def rank_main(file: str, name: str) -> None:
 
 
 def _link_by_nccl_tests(ranks: int) -> describe.Link | None:
-    """Measure the link inside this machine with nccl-tests. Return None if they are missing or fail, or without GPUs."""
+    """Measure the link inside this machine with nccl-tests. Return None if there is no GPU, or if the tests cannot run."""
     from distattn.launch.ranks import machine_limits
 
     if ranks < 2 or not machine_limits.gpu_count() or shutil.which("sendrecv_perf") is None:

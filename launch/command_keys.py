@@ -12,11 +12,12 @@ from distattn.training.config.run_file import all_keys
 
 
 def _keys(*names: str) -> frozenset[str]:
-    """Return the keys with these names, and all keys in sections with these names."""
+    """Return all keys whose own name or section is in `names`."""
     return frozenset(key for key in all_keys() if key in names or key.partition(".")[0] in names)
 
 
-# the number of packs decides which documents the first packs contain; a plan of packs may lack the tokenizer's vocabulary
+# includes train.steps, because the number of packs decides which documents the first packs contain, and model.vocab_size, because
+# a plan of packs may lack the tokenizer's vocabulary
 _DOCUMENTS = _keys("data", "run.seed", "train.steps", "evaluation", "reference_check.steps", "model.vocab_size")
 _SIZES = _keys("model.num_layers", "model.intermediate_size", "model.vocab_size")
 _MODEL = _keys("model") - {"model.weights"}
@@ -31,7 +32,7 @@ READ_BY = {
     "plan": _ATTENTION | _DOCUMENTS,
     "plan --docs": _ATTENTION,
     "plan --memory": _ATTENTION | _DOCUMENTS | _MEMORY,
-    # the documents come from --docs, and the data keys are read only for the vocabulary
+    # the documents come from --docs, so data keys are read only to find the vocabulary
     "plan --memory --docs": _ATTENTION | _MEMORY | _keys("data.path", "data.max_document_tokens"),
     "train": _TRAINING,
     "launch local": _TRAINING,

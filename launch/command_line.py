@@ -79,7 +79,7 @@ def check_options(
 def run_subcommand(module: str, arguments: Sequence[str]) -> int:
     """Run the function `main` of a module, or print the module's USAGE if asked for help. Return the exit code.
 
-    Without arguments the usage is printed, too, and the exit code is 2.
+    Without arguments, print the usage, too, but return 2.
     """
     subcommand = importlib.import_module(module)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -92,7 +92,7 @@ class ResultConsole(Console):
     """Console for results. If the reader has closed the pipe, raises BrokenPipeError; rich would exit with code 1."""
 
     def on_broken_pipe(self) -> None:
-        """Raise again the exception that rich has caught."""
+        """Let the exception that rich has caught propagate."""
         raise
 
 

@@ -47,7 +47,7 @@ transformers with attn_implementation="distattn":
 """
 
 
-# report how large a mistake rounding may hide if it exceeds this share of a norm
+# if rounding may hide a mistake larger than this fraction of a norm, report how large
 _COARSE = 1e-3
 # maximum width of text, in columns
 _WIDEST = 120
@@ -177,7 +177,7 @@ def _show_diagnosis(diagnosis: Diagnosis, ranks: int) -> None:
 
 
 def _hidden(measured: Mapping[str, float]) -> str:
-    """Return a sentence that says how large a mistake rounding may hide, or "" if only a small mistake."""
+    """Return a sentence that says how large a mistake rounding may hide, or "" if that is negligible."""
     forward, backward = measured.get("hidden", 0.0), measured.get("hidden in gradients", 0.0)
     if max(forward, backward) < _COARSE:
         return ""
@@ -190,7 +190,7 @@ def _hidden(measured: Mapping[str, float]) -> str:
 def _not_repeated(why: str) -> str:
     """Return a sentence saying that only final results were compared, or "" if the ranks' steps were repeated.
 
-    why: the reason why they were not repeated; "" if they were.
+    why: the reason why the steps were not repeated; "" if they were.
     """
     if not why:
         return ""

@@ -18,7 +18,7 @@ from distattn.training.run_folder import RunFolder
 def node_counts(config: Config, most: int = 0) -> tuple[int, ...]:
     """Return a run's possible node counts, largest first. Each gives complete replicas with the same number of packs per step.
 
-    most: the node count at the run's start, if it was larger. Raises DistattnError if `ray.min_nodes` leaves no choice.
+    most: the node count at the run's start, if it was larger than now. Raises DistattnError if `ray.min_nodes` leaves no choice.
     """
     ranks, least = node_needs(config).ranks, config.ray.min_nodes
     now = config.parallel.ranks // ranks
@@ -38,10 +38,10 @@ def node_counts(config: Config, most: int = 0) -> tuple[int, ...]:
 
 
 class ElasticRun:
-    """A run's possible node counts, and its configuration with the current one. facts: recorded for each attempt."""
+    """A run's possible node counts, and its configuration for the current count. facts: recorded for each attempt."""
 
     def __init__(self, run: RunFolder, config: Config, most: int, facts: Mapping[str, Any]):
-        """Raise DistattnError as `node_counts` does. most: see `node_counts`. facts: additional facts about each attempt."""
+        """Find the counts. most: see `node_counts`, whose errors this raises. facts: additional facts about each attempt."""
         self._run, self._config = run, config
         self.counts = node_counts(config, most)
         self.facts = dict(facts)
@@ -62,5 +62,5 @@ class ElasticRun:
 
 
 def _resized(config: Config, nodes: int) -> Config:
-    """Return the configuration with the ranks of `nodes` nodes."""
+    """Return the configuration with as many ranks as `nodes` nodes have."""
     return replace(config, parallel=replace(config.parallel, ranks=nodes * node_needs(config).ranks))

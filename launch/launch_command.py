@@ -189,7 +189,7 @@ def _facts_before_start(where: str, config: Config) -> list[str]:
 
 
 def _submit(config: Config, sweep: Sequence[Config], json_output: bool) -> int:
-    """Create the run folders and submit their batch script. If Slurm rejects the job, no folder is left."""
+    """Create the run folders and submit their batch script. If Slurm rejects the job, the folders are removed."""
     slurm.require_slurm()
     largest = slurm.node_bytes(config.slurm.partition)
     for run_config in sweep or [config]:
@@ -212,7 +212,7 @@ def _run_on_ray(config: Config, sweep: Sequence[Config], json_output: bool) -> i
 
     with connected(sweep or [config], quiet=json_output):
         with _new_runs(config, sweep, json_output) as (folder, runs):
-            # later failures keep the folders, which record them
+            # leave the context at once, because it removes the folders if its block fails; they record any later failure
             pass
         if sweep:
             code = run_sweep(RunFolder(folder), [(run, configuration.load(run.config_file)) for run in runs])
@@ -237,7 +237,7 @@ def _new_runs(config: Config, sweep: Sequence[Config], json_output: bool) -> Ite
             run_config = replace(run_config, run=replace(run_config.run, folder=str(place)))
             runs.append(start_run(run_config, no_progress if json_output else print_line))
             runs[-1].logs.mkdir()
-        # a single run may have got a numbered folder
+        # a number may have been added to the name of a single run's folder
         yield folder if sweep else runs[0].folder, runs
     except slurm.SubmittedError:
         raise
@@ -257,7 +257,7 @@ def _new_folder(config: Config, sweep: Sequence[Config]) -> Path:
 
 
 def _commands(config: Config, sweep: Config) -> list[str]:
-    """Return the lines, without comments, of the batch script for `config` in the folder of the sweep."""
+    """Return the lines of the batch script for `config` in the sweep's folder, without comments."""
     lines = slurm.batch_script(config, Path(sweep.run.folder).absolute(), tasks=1).splitlines()
     return [line for line in lines if not line.startswith("# ")]
 
@@ -319,7 +319,7 @@ def _manage_run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _print_logs(run: RunFolder, rank: int | None) -> int:
-    """Print the log of a rank. rank: None for the batch script's log or, without one, rank 0's."""
+    """Print the log of a rank. rank: None for the batch script's log or, if there is no such log, rank 0's."""
     files = sorted(run.folder.glob("slurm-*.out")) if rank is None else [run.log_file(rank)]
     files = [file for file in files if file.exists()]
     if not files and rank is None:

@@ -19,7 +19,7 @@ _STOPPED = RunStopped.exit_code
 
 
 class Nodes(Protocol):
-    """The nodes on which attempts run. Hosts are the names that users know."""
+    """The nodes on which attempts run. A host is a node's name as users know it."""
 
     def choose(self) -> list[str] | None:
         """Return the hosts of the next attempt in rank order; None if too few are left or the run must stop."""
@@ -31,10 +31,10 @@ class Nodes(Protocol):
         """Write the run's report on one of the hosts. Return the exit code."""
 
     def blame(self, hosts: Sequence[str], end: AttemptEnd) -> None:
-        """Record hosts that failed. Some of these are left out of later attempts."""
+        """Record the hosts at fault. Some of them may be left out of later attempts."""
 
     def give_back(self) -> str:
-        """Return why the run must stop and continue later on other nodes, as a sentence without its period; or ""."""
+        """Return why the run must continue later on other nodes, as a sentence without its period, or "" if it need not."""
 
     def shortage(self) -> str:
         """Return why `choose` found too few hosts, as a sentence without its period."""
@@ -110,7 +110,7 @@ class NodeAttempts:
                 print_message(f"{why}.")
                 return Outcome(_STOPPED, again=not asked or self._asked_by_signal())
             started = started or not end.unstarted
-            # ranks that fail before the first step of a later attempt may trip over leftovers of the previous one: memory,
+            # ranks that fail before the first step of a later attempt may trip over leftovers of the previous attempt: memory,
             # locks, files
             left_over = not first and bool(node_reports)
             left_over = left_over and not any(facts.get("steps", 1) for facts in node_reports.values())
@@ -139,7 +139,7 @@ class NodeAttempts:
         return Outcome(_STOPPED, again=not asked or self._asked_by_signal())
 
     def _asked(self) -> str:
-        """Return who asked the ranks to stop: a signal's name or the text in the stop file; "" without a request.
+        """Return who asked the ranks to stop: a signal's name or the text in the stop file; "" if there is no request.
 
         Slurm may also signal the nodes, which write the signal's name to the stop file.
         """

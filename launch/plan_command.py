@@ -131,7 +131,7 @@ def _show_memory(options: argparse.Namespace, config: Config | None) -> int:
     # without a cluster, a device's memory is unknown
     cluster = _cluster(options, config) if options.cluster or config.cluster.description else None
     packs = _longest(_phases(options, config)).packs
-    # counting a rank takes seconds: count only those with the fewest or most tokens, or the most memory for attention
+    # counting a rank's memory takes seconds: count only ranks with the fewest or most tokens, or the most memory for attention
     memory = memory_of_config(config, packs, print_to_stderr if sys.stderr.isatty() else no_progress, extremes=True)
     if options.json:
         sys.stdout.write(memory_json(memory, cluster) + "\n")
@@ -216,14 +216,14 @@ def _cluster(options: argparse.Namespace, config: Config | None) -> describe.Clu
 
 
 class _Phase(NamedTuple):
-    """The steps with one context length. packs: document lengths in each pack of the first step. first_step: from 0."""
+    """The steps with one context length. packs: document lengths in each pack of the first step. first_step: counted from 0."""
 
     packs: list[list[int]]
     first_step: int = 0
     context: int = 0
 
     def title(self, phases: int) -> list[str]:
-        """Return the heading of the phase's table: one line if there are several phases, otherwise no line."""
+        """Return the heading of the phase's table: one line if there are several phases, otherwise no lines."""
         return [f"from step {self.first_step + 1:,}: context length {self.context:,}"] if phases > 1 else []
 
 
@@ -248,7 +248,7 @@ def _longest(phases: Sequence[_Phase]) -> _Phase:
 
 
 def _settings(options: argparse.Namespace, cluster: describe.ClusterSpec) -> PlanSettings:
-    """Return the settings shared by all plans, given by the options."""
+    """Return the settings shared by all plans, as the options give them."""
     heads, _, kv_heads = (options.heads or "32:8").partition(":")
     if not (heads.isdecimal() and (kv_heads or heads).isdecimal()):
         raise DistattnError(f"plan: --heads: {options.heads!r} is not query:key/value heads, such as 32:8.")

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _step(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Return the value of --step N or --step=N (None without the option), and the remaining arguments."""
+    """Return the value of --step N or --step=N (None if not given), and the remaining arguments."""
     step, others, left = None, [], list(arguments)
     while left:
         word = left.pop(0)

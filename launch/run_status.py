@@ -129,7 +129,7 @@ def state_of_ended(run: RunFolder) -> str | None:
 def cancel(run: RunFolder) -> tuple[str, int | str]:
     """Cancel a run's Slurm job, or end its launcher on this machine. Return ("job", number) or ("launcher", process id).
 
-    On Ray, the ranks are asked through the run folder to save and end. Raises DistattnError if the run has neither.
+    On Ray, the ranks are asked through the run folder to save and end. Raises DistattnError if the run has no job or launcher.
     """
     attempts = Attempts(run.attempts)
     if attempts.beats() is None and (launcher := _launcher(run)) is not None:
@@ -178,7 +178,7 @@ def _launcher(run: RunFolder) -> Owner | None:
 
 
 def _with_report(run: RunFolder, facts: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts about an ended run. Its state mentions a missing report and the command that writes it."""
+    """Return the facts about an ended run. If its report is missing, the state says so and names the command that writes it."""
     missing = _unreported(run, facts)
     return facts | {"state": facts["state"] + missing, "all_done": bool(missing)}
 

@@ -99,7 +99,7 @@ def resume_run(
 
 
 def change_config(run: RunFolder, config: Config) -> None:
-    """Replace the configuration of a run that no job holds, and keep the previous one next to it.
+    """Replace the configuration of a run that no job holds, and keep the previous configuration next to it.
 
     Raises the same errors as `resume_run`. Does not remove a request to stop.
     """
@@ -114,13 +114,13 @@ def change_config(run: RunFolder, config: Config) -> None:
 def _prepared(run: RunFolder, config: Config, step: int | None = None) -> Iterator[int]:
     """Check a configuration for a run that no process works on, and hold the run's lock while the block writes it.
 
-    step: step of the checkpoint to continue from; None for the checkpoint that the run prefers. Yields that step, or 0 without
-    a checkpoint. Raises DistattnError without changing anything.
+    step: step of the checkpoint to continue from; None for the checkpoint that the run prefers. Yields that step, or 0 if there
+    is no checkpoint. Raises DistattnError without changing anything.
     """
     data = open_data(run, config)
     begin = preferred_step(run.checkpoints) if step is None else step
     check_steps_left(run, config, begin)
-    # lock the run: no process may be working on it
+    # lock the run, which fails if a process is working on it
     with RunLock(run.folder), _removed_afterwards(run.packs_file.with_name("corpus.longer.packs")) as longer:
         # only a run on text needs a longer plan: `open_data` refuses a user's plan that is too short
         if data.plan.steps < config.train.steps:
@@ -150,7 +150,7 @@ def _renew_secret(run: RunFolder) -> None:
 def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
     """Plan the first step of each context length, so that an impossible strategy or layout fails before ranks start.
 
-    after: plan only steps after this one.
+    after: plan only steps after this step.
     """
     settings = PlanSettings.of_config(config)
     for step, _ in data.plan.rule.context:
@@ -159,14 +159,14 @@ def _check_plans(config: Config, data: RunData, after: int = -1) -> None:
 
 
 def _check_evaluation(config: Config, data: RunData) -> None:
-    """Raise DistattnError if held-out documents are missing or also trained. Days into the run would be too late to find out."""
+    """Raise DistattnError if held-out documents are missing or also trained on. Days into the run would be too late."""
     if config.evaluation.every_steps:
         check_held_out(config, data)
 
 
 @contextmanager
 def _removed_afterwards(file: Path) -> Iterator[Path]:
-    """Yield a file path, and remove the file afterwards. A file left there by a killed process is removed first."""
+    """Yield `file`, and remove the file afterwards. A file that a killed process left there is removed first."""
     file.unlink(missing_ok=True)
     try:
         yield file

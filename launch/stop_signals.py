@@ -89,7 +89,7 @@ def stopped(doing: str, then: str | Callable[[], str] = "") -> Iterator[None]:
 
 
 def end_now(code: int) -> None:
-    """End this process, interrupted by a signal, with an exit code and without Python's normal exit.
+    """End this process, which a signal interrupted, with exit code `code` and without Python's normal exit.
 
     Threads of torch's store may still use objects that Python would destroy at exit, which aborts the process.
     """

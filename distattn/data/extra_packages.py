@@ -9,7 +9,7 @@ from distattn.ir.errors import DistattnError
 
 
 def import_extra(package: str, purpose: str) -> Any:
-    """Import a package of the extra `data`. If it is not installed, raise DistattnError; its message begins with `purpose`."""
+    """Import a package of the extra `data`. If it is not installed, raise a DistattnError that begins with `purpose`."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:

@@ -102,7 +102,7 @@ class PackLoader:
         check_shares(self.plan, self.size, self.step, self.end, self.even)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return the arguments to pickle. Another process opens the plan and the files itself, and starts at the same step."""
+        """Return only the arguments for pickling: another process opens the files itself, and starts at the same step."""
         make = partial(
             PackLoader,
             rank=self.rank,
@@ -185,7 +185,7 @@ class PackLoader:
         check_shares(self.plan, self.size, self.step, self.end, self.even)
 
     def _record(self, step: int) -> StepPacks:
-        """Return the record of a step, and start reading those of the next steps."""
+        """Return the record of a step, and start reading the records of the next steps."""
         # keep the step yielded last, because a caller may still ask for its facts
         for done in [done for done in self._started if done < self.step - 1]:
             del self._started[done]

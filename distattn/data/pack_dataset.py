@@ -41,7 +41,7 @@ class PackDataset(Dataset[dict[str, Any]]):
                 f'{self.plan.path}: with long_documents = "keep" steps have different numbers of packs; use PackLoader, or "cut".'
             )
         changes = [first for first, _ in self.plan.rule.context if first < self._loader.end]
-        # the first step of each context length and the end of all steps; `_before` has the number of packs before each of them
+        # the first step of each context length, then the end of all steps; `_before` has the number of packs before each
         self._first = [*changes, self._loader.end]
         counts = [
             (end - begin) * self.plan.rule.packs_at(begin) for begin, end in zip(changes, self._first[1:], strict=True)
@@ -54,7 +54,7 @@ class PackDataset(Dataset[dict[str, Any]]):
         self._packs = self._before[-1] - (self.plan.rule.packs_at(last) if missing else 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return the arguments to pickle. A loader's worker processes open the plan and the files themselves."""
+        """Return only the arguments for pickling: a loader's worker processes open the plan and the files themselves."""
         return partial(PackDataset, steps=self._steps), self._given
 
     def __len__(self) -> int:

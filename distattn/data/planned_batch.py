@@ -29,9 +29,9 @@ _MOST_SKIPPED = 64
 class PlannedBatch:
     """A pack as a `Batch` for the driver: pieces of documents, concatenated along one axis of N tokens.
 
-    lengths: the number of tokens in each piece, in order. tokens: N. digest: equal on all ranks with the same batch.
-    bytes_read: bytes of tokens copied from files so far; if the files have digests, entire blocks of 16 KiB are read in
-    order to check them.
+    lengths: the number of tokens in each piece, in order. tokens: N. digest: identifies the batch, so it is equal on all ranks.
+    bytes_read: bytes of tokens copied from files so far; if the files have digests, entire blocks of 16 KiB are read in order to
+    check them.
 
     A token's label is the next token of its document, even if the piece ends before the document does. The last token of a
     document has no label (-100), nor has a token whose next token is masked (`distattn.data.files.label_masks`).
@@ -115,7 +115,7 @@ class PlannedBatch:
         return part
 
     def start_reading(self, tokens: np.ndarray) -> None:
-        """Start reading the token ids and labels at these positions. The next `read` of the same positions returns them.
+        """Start reading the token ids and labels at positions `tokens`. The next `read` of the same positions returns them.
 
         Memory is allocated here. Read errors are raised by `read`.
         """
@@ -129,8 +129,8 @@ class PlannedBatch:
         """Return (token ids, labels) at positions `tokens` (T,) of the pack, in the same order; both int64 (T,).
 
         The positions may be in any order. They are merged into runs of neighbours in one document; each run is read in one call,
-        with one more token for the last label. Raises DistattnError for positions outside the pack, and DamagedDataError naming
-        the file and byte if a file is damaged.
+        with one more token, the label of the last. Raises DistattnError for positions outside the pack, and DamagedDataError
+        naming the file and byte if a file is damaged.
         """
         ids, labels = self.read_tensors(tokens)
         return ids.numpy(), labels.numpy()
@@ -151,7 +151,7 @@ class PlannedBatch:
         return corpus_ids
 
     def _prepared(self, tokens: np.ndarray) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Allocate memory for these positions. Return a function that reads them into it."""
+        """Allocate memory for the positions `tokens`. Return a function that reads their token ids and labels into it."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise DistattnError(

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
 def _verified(path: Path) -> Path:
     """Return the folder of a checkpoint after verifying that its files have not changed, because one of them is a pickle.
 
-    path: a checkpoint, or a run, of which the preferred checkpoint is chosen.
+    path: a checkpoint, or a run, whose preferred checkpoint is chosen.
     """
     checkpoints = find_checkpoints(path)
     newest = next(iter(by_preference(checkpoints)), checkpoints[-1])

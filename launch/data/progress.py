@@ -16,7 +16,7 @@ _LINE_SECONDS = 10.0
 
 
 class ProgressReporter:
-    """A context manager that shows progress. Call `advance` with each amount done. total: the amount to do, such as bytes."""
+    """A context manager that shows progress, reported with `advance`. total: the total amount of work, for example in bytes."""
 
     def __init__(self, name: str, total: int):
         self.name, self.total = name, total
@@ -55,7 +55,7 @@ class ProgressReporter:
         return max(time.monotonic() - self._began, 1e-9)
 
     def advance(self, amount: int, rates: str = "") -> None:
-        """Add an amount done. rates: text to show with the progress, such as tokens per second."""
+        """Add `amount` to the amount done. rates: text to show with the progress, such as tokens per second."""
         self.done += amount
         now = time.monotonic()
         if self._bar:

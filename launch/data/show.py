@@ -39,7 +39,7 @@ Step 18 of metrics.jsonl is step 17 here.
 If the tokenizer that made the tokens is not available any more, token ids are shown instead.
 """
 
-# width in characters of the lines above packs and documents
+# width in characters of the heading lines above packs and documents
 _LINE_WIDTH = 100
 # a function of (first token, count, size of the vocabulary or None) that reads a document's tokens
 _Read = Callable[[int, int, int | None], np.ndarray]
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _show_run(run: RunFolder, step: int, pack: int | None, most: int, as_json: bool) -> None:
-    """Print the packs of a step that a run has trained, from the run's records. most: see `_Texts.print`."""
+    """Print the packs of a step that a run has trained on, from the run's records. most: see `_Texts.print`."""
     if step < 0:
         raise DistattnError(f"data show: there is no step {step}; steps are counted from 0.")
     rows = documents_of_step(run.documents_file, step)
@@ -143,7 +143,7 @@ def _title(corpus: Corpus, document: int, epoch: int, start: int, length: int) -
 
 
 class _Texts:
-    """A printer of tokens as text, with the tokenizers named in the files' manifests. of_bytes: a file whose tokens are bytes."""
+    """A printer of tokens as text, with the tokenizers named in the files' manifests. of_bytes: a file of byte tokens."""
 
     def __init__(self, of_bytes: str | None = None) -> None:
         # (tokenizer, size of its vocabulary) by file
@@ -152,7 +152,7 @@ class _Texts:
             self._tokenizers[os.path.abspath(of_bytes)] = load_tokenizer("bytes"), VOCABULARY
 
     def print(self, prefix: str, read: _Read, start: int, length: int, most: int) -> None:
-        """Print a piece of a document: all of it if `most` is 0, otherwise at most `most` tokens from its start and its end."""
+        """Print a piece of a document: all of it if `most` is 0, otherwise at most `most` tokens from each of its ends."""
         text = self._of(prefix, read, start, length, most)
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
 
@@ -172,7 +172,7 @@ class _Texts:
     def _tokenizer_of(self, prefix: str) -> tuple[Tokenizer | None, int | None]:
         """Return (the tokenizer of a file, the size of its vocabulary), each None if it is not known.
 
-        If the tokenizer is unknown, missing or a different one, print to stderr, once per file, why token ids are shown instead.
+        If the tokenizer is unknown, missing or has changed, print to stderr, once per file, why token ids are shown instead.
         """
         if prefix not in self._tokenizers:
             manifest, tokenizer, why = (

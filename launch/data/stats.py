@@ -25,7 +25,7 @@ attention work of a step's packs is. distattn data pack makes the plan.
   --json           the result as JSON
 """
 
-# the maximum number of steps whose packs are examined; in a longer plan, evenly spaced steps are examined
+# the maximum number of steps whose packs are examined; in a plan with more steps, evenly spaced steps are examined
 _MOST_STEPS = 2000
 _BINS = 64
 

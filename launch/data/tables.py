@@ -99,7 +99,7 @@ def filled(plan: PackPlan) -> float:
 
 
 def _context_lengths(plan: PackPlan) -> list[int]:
-    """Return the context lengths of the plan, in tokens, ascending. A plan may end before the last one in its rule."""
+    """Return the context lengths of the plan, in tokens, ascending. A plan may end before it reaches all lengths of its rule."""
     return sorted({tokens for first, tokens in plan.rule.context if first < plan.steps})
 
 
@@ -108,5 +108,5 @@ def _share(plan: PackPlan, source: PlannedSource) -> float:
 
 
 def _epochs_of_window(plan: PackPlan, source: PlannedSource) -> float:
-    """Return the number of epochs of a corpus in the plan's largest window, within which packs are shuffled."""
+    """Return how many epochs of a corpus the plan's largest window contains. Packs are shuffled within a window."""
     return plan.rule.window * _context_lengths(plan)[-1] * _share(plan, source) / source.tokens

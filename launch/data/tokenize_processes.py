@@ -35,7 +35,7 @@ _STOPPED_SECONDS = 10.0
 
 
 class LostProcessError(DistattnError):
-    """An error raised when too many processes were lost. The message names the last process. The command exits with code 1."""
+    """An error raised when too many processes were lost. Names the last process lost. The command exits with code 1."""
 
     exit_code = 1
 
@@ -69,8 +69,8 @@ def run_workers(
 ) -> None:
     """Tokenize shards in at most `processes` processes. If one fails, end them all and raise DistattnError.
 
-    A process that dies or is stopped is replaced, and the new one starts its shard again, because only completely written shards
-    count. After MOST_REPLACEMENTS replacements, the next lost process counts as a failure.
+    A process that dies or is stopped is replaced, and the new process starts its shard again, because only completely written
+    shards count. After MOST_REPLACEMENTS replacements, the next lost process counts as a failure.
     """
     waiting = deque(shards)
     if not waiting:
@@ -84,7 +84,7 @@ def run_workers(
                 selector.register(workers[-1].messages, selectors.EVENT_READ, workers[-1])
                 workers[-1].give(waiting)
             while selector.get_map():
-                # a stopped process sends no messages, so check it here
+                # a stopped process sends no messages, so look for stopped processes here
                 for worker in workers:
                     worker.kill_if_stopped()
                 for key, _ in selector.select(LOOK_SECONDS):
@@ -100,7 +100,7 @@ def run_workers(
                         selector.unregister(worker.messages)
                         if not (lost := worker.lost(job)):
                             continue
-                        # do not replace a process that ended by itself: its reason would also end the new process
+                        # do not replace a process that ended by itself: a new process would end for the same reason
                         if replaced == MOST_REPLACEMENTS or not worker.was_killed:
                             raise LostProcessError(f"{lost}; the others were stopped.{worker.hint}")
                         replaced += 1
@@ -142,7 +142,7 @@ class _Worker:
         self._order()
 
     def _order(self) -> None:
-        # ignore a dead process here: its messages end, and the caller handles that
+        # ignore a dead process here: the caller notices it, because its messages end
         with contextlib.suppress(BrokenPipeError):
             if self.shard is None:
                 self._orders.close()
@@ -159,7 +159,7 @@ class _Worker:
             yield json.loads(line)
 
     def advance(self, progress: Progress) -> Progress:
-        """Add `progress` to that of the current shard, and return it."""
+        """Add `progress` to that of the current shard. Return `progress`."""
         self._progress = self._progress.plus(progress)
         return progress
 
@@ -186,7 +186,7 @@ class _Worker:
         return " If memory ran out, use fewer --processes." if memory_ran_out else ""
 
     def replace(self) -> Progress:
-        """Start a new process on the shard of the one that ended. Return the lost progress as negative numbers."""
+        """Start a new process on the shard of the process that ended. Return the lost progress as negative numbers."""
         lost = Progress(*(-done for done in self._progress))
         self._close_pipes()
         self._start()
@@ -194,7 +194,7 @@ class _Worker:
         return lost
 
     def kill_if_stopped(self) -> None:
-        """Kill the process if it has been stopped for _STOPPED_SECONDS. That ends its messages."""
+        """Kill the process if it has been stopped for _STOPPED_SECONDS. Its messages then end."""
         now = time.monotonic()
         if now < self._looked + LOOK_SECONDS:
             return

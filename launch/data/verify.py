@@ -39,7 +39,7 @@ _NUMBERS_WIDTH = 100
 
 
 class VerifiedPlan(NamedTuple):
-    """A plan without faults. plan: its file. coverage: the parts of each corpus that it reads."""
+    """A plan without faults. plan: its file. coverage: the part of each corpus that it reads."""
 
     plan: str
     digest: str

@@ -36,7 +36,7 @@ from distattn.supervision.node_links import NodeLinks
 from distattn.supervision.node_reports import NodeReports
 from distattn.supervision.rank_watch import Patience, RankWatch, Trouble
 
-# modules that every rank needs; torch._dynamo would be imported when a rank creates its first optimizer
+# modules that every rank needs; if torch._dynamo were not here, each rank would import it with its first optimizer
 _PRELOAD = ("distattn.launch.ranks.ends_with_parent", "torch", "torch._dynamo", "distattn.launch.ranks.entry")
 # seconds between torchrun's checks. The watch checks more often: it must find the first failed rank before torchrun ends
 # the others
@@ -71,11 +71,11 @@ def fork_server(preload: Sequence[str], node: Node = HERE, run: str = "") -> Ite
     try:
         yield
     except BaseException:
-        # end the server before this process: it may be about to fork ranks that no process would wait for
+        # end the server before this process: it may be about to fork ranks, and no process would wait for them
         _server().kill()
         raise
     finally:
-        # a stopped tracker would outlive this process
+        # a tracker that is stopped (SIGSTOP) would outlive this process
         if (tracker := _tracker()).is_stopped():
             tracker.kill()
 
@@ -89,7 +89,7 @@ def _start_server(node: Node, run: str) -> None:
     blocked = {signal.SIGINT, signal.SIGTERM} if node.keeps_sigterm else {signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        # ranks inherit the server's environment
+        # ranks inherit the server's environment, so set gloo's interface in it
         with gloo_on_loopback() if node.nodes == 1 else contextlib.nullcontext():
             forkserver.ensure_running()
     finally:
@@ -99,7 +99,7 @@ def _start_server(node: Node, run: str) -> None:
 
 def _start_tracker() -> None:
     """Start the resource tracker unless it is running. A terminal's signals must not end it before this process ends."""
-    # it ignores SIGINT and SIGTERM by itself; other signals stay blocked if they are blocked when it starts
+    # it ignores SIGINT and SIGTERM by itself; other signals stay blocked if they are blocked when it starts, so block them
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGINT, signal.SIGTERM})
     try:
         resource_tracker.ensure_running()
@@ -133,7 +133,7 @@ def _tracker() -> Helper:
 
 
 def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) -> tuple[int, Trouble | None]:
-    """Run the ranks once. Return the exit code, and the trouble if they did not end well.
+    """Run the ranks once. Return the exit code, and the trouble, or None if all ended well.
 
     number: number of the attempt. folder: folder for evidence, shared by all nodes. board: heartbeat board of this machine's
     ranks. The exit code is that of the rank at fault, 128 + N if it was killed by signal N, or 1 if ranks hang or the code is
@@ -151,7 +151,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
             links = NodeLinks(folder, node.number, node.nodes, place)
         reports = NodeReports(folder, node.number, node.nodes, links)
     numbers = range(node.number * ranks.size, (node.number + 1) * ranks.size)
-    # the server of the previous attempt may have been killed
+    # start it again if it was killed during the previous attempt
     _start_server(node, ranks.run)
     watch = RankWatch(board, numbers, ranks.patience, evidence, reports, [_server(), _tracker()], print_message)
     rank_arguments = (os.getpid(), str(board.path), number, str(evidence), ranks.function, *ranks.arguments)
@@ -192,7 +192,7 @@ def run_attempt(ranks: Ranks, number: int, folder: Path, board: HeartbeatBoard) 
 
 
 def _named(error: EOFError | OSError) -> Exception:
-    """Return an error that names /dev/shm and a remedy if a semaphore could not be created; otherwise the same error."""
+    """Return an error that names /dev/shm and a remedy if a semaphore could not be created; otherwise `error` itself."""
     if not isinstance(error, OSError) or error.errno != errno.ENOSPC or error.filename:
         return error
     return DistattnError(
@@ -205,7 +205,7 @@ def _forget_server_of_parent() -> None:
     """Forget the parent's fork server in a forked process, where multiprocessing would wait for it in vain."""
     server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     if server._forkserver_pid is not None and server._forkserver_pid not in _children():
-        # while this descriptor is open, the parent's server outlives the parent
+        # close the descriptor: while it is open, the parent's server outlives the parent
         os.close(server._forkserver_alive_fd)
         server.__init__()
 
@@ -240,7 +240,7 @@ def _how_it_died(code: int) -> str:
 
 
 def _silent_end(error: ChildFailedError) -> tuple[int, Trouble]:
-    """Return the exit code and the trouble of an attempt whose ranks had no heartbeat. The rank that ended first is blamed."""
+    """Return the exit code and the trouble of an attempt without any heartbeat. The rank that ended first is blamed."""
     rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
     culprits = (Culprit(rank, f"{describe_exit(failure.exitcode)} before its first heartbeat"),)
     code = shell_exit_code(failure.exitcode)

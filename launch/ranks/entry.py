@@ -36,7 +36,7 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     end_with_process(launcher)
-    # also end with the fork server, which ends with the launcher, because the thread of end_with_process needs the GIL
+    # end_with_process has a thread, which may not get the GIL: also end with the fork server, which ends with the launcher
     set_parent_death_signal()
     rank = int(os.environ["RANK"])
     attach(Path(board), int(os.environ["LOCAL_RANK"]), attempt)
@@ -57,11 +57,11 @@ def run_rank(launcher: int, board: str, attempt: int, evidence: str, function: s
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
-        # if this rank fails because another one died, the launcher must notice the other's end first
+        # if this rank fails because another rank died, the launcher must notice that rank's end first
         time.sleep(_AFTER_OTHERS_SECONDS)
         # torchrun sees exceptions and exit codes, but not return values
         os._exit(code)
-    # runs after torchrun has released all ranks, which wait for each other
+    # runs at exit, after torchrun has released all ranks, which wait for each other
     Finalize(None, _leave, (_LEFT_THREADS_SECONDS, rank), exitpriority=0)
 
 
@@ -80,7 +80,7 @@ def end_with_process(pid: int) -> None:
 
 
 def _leave(seconds: float, rank: int) -> None:
-    """End this process with exit code 0 after `seconds`, even if Python still waits for threads. The rank's work is done."""
+    """End this process, whose work is done, with exit code 0 after `seconds`, even if Python still waits for threads."""
     set_left()
 
     def end() -> None:

@@ -98,7 +98,7 @@ def torchrun_config(ranks: int, node: Node = HERE, start_method: str = "spawn", 
         max_restarts=0,
         monitor_interval=interval,
         start_method=start_method,
-        # `restore_process_state` handles signals: torchrun would also handle ignored ones, and repeatedly
+        # `restore_process_state` handles signals: torchrun would also handle ignored signals, and a signal more than once
         signals_to_handle="",
         **meeting,
     )

@@ -1,4 +1,4 @@
-"""Rendezvous of ranks on one machine's loopback, or at the first machine's address. torchrun's listens on all interfaces.
+"""Rendezvous of ranks on one machine's loopback, or at the first machine's address. torchrun's own listens on all interfaces.
 
 Each attempt has a new store, since PyTorch keeps its store across restarts, with the dead ranks' addresses (pytorch#167288).
 """
@@ -143,7 +143,7 @@ def _socket_of(host: str, port: int) -> socket.socket:
     """Return a socket that listens on the address of `host`, a name of this machine. Raises OSError if the port is taken.
 
     The socket listens on all interfaces if the name does not resolve here to an address by which other machines reach this
-    one: if it has no address, another machine's, or the loopback's, as in /etc/hosts of some systems.
+    machine: if it resolves to nothing, to another machine, or to the loopback, as /etc/hosts makes it on some systems.
     """
     for address in resolve_host(host)[:1]:
         if host in (address, "localhost") or not ipaddress.ip_address(address).is_loopback:

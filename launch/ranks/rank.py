@@ -19,7 +19,7 @@ _COPY_PATIENCE_SECONDS = 3.0
 
 
 def run(folder: str, json_lines: bool, proposed: str = "") -> int:
-    """Run one rank of a run in this process, whose rank torchrun has set. Return the exit code.
+    """Run one rank of a run in this process. torchrun has set the rank's number. Return the exit code.
 
     proposed: name of the proposal of `distattn resume`; "" to use the run's own configuration.
     """
@@ -44,7 +44,7 @@ def set_allocator() -> None:
 
 
 def keep_log(folder: Path) -> None:
-    """Send the output of this rank and its libraries to a log file of its own. Rank 0's also goes to the console."""
+    """Send the output of this rank and its libraries to the rank's log file. Rank 0's output also goes to the console."""
     rank = os.environ["RANK"]
     file = folder / f"rank-{rank}.log"
     if rank == "0":

@@ -22,9 +22,9 @@ from distattn.supervision.rank_watch import Trouble
 
 @dataclass(frozen=True)
 class Restarts:
-    """The conditions of restarts. limit: maximum number of consecutive restarts without progress.
+    """The conditions under which ranks are restarted. limit: maximum number of consecutive restarts without progress.
 
-    progress: returns the run's progress as a number. folder: the run folder; ranks are restarted only while it is in place.
+    progress: returns the run's progress as a number. folder: the run folder; ranks are restarted only if it is still there.
     """
 
     limit: int

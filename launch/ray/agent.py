@@ -44,7 +44,7 @@ def child_environment() -> dict[str, str]:
 
 
 class NodeAgent:
-    """The actor on one node for one attempt. Its process ends with the driver's, and its child process ends with it."""
+    """The actor on one node for one attempt. The actor's process ends with the driver, and the child process with the actor's."""
 
     def place(self) -> NodePlace:
         """Return the location of this agent, with a port that is free now."""
@@ -54,9 +54,10 @@ class NodeAgent:
             return NodePlace(ray.get_runtime_context().get_node_id(), address, free.getsockname()[1])
 
     def run(self, folder: Path, job: str, attempt: int, *arguments: str) -> int:
-        """Run `run_node FOLDER ARGUMENTS`. Return its exit code, or -N if signal N killed it. attempt: 0 for the report.
+        """Run `run_node FOLDER ARGUMENTS`. Return its exit code, or -N if signal N killed it.
 
-        An agent that the driver has given up on but that is still alive kills its ranks when a later attempt begins.
+        attempt: its number, or 0 for the report. An agent that the driver has given up on but that is still alive kills its ranks
+        when a later attempt begins.
         """
         environment = child_environment() | {JOB_VARIABLE: job}
         module = "distattn.launch.run_node"

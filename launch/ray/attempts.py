@@ -31,7 +31,7 @@ from distattn.training.run_folder import RunFolder
 
 @contextmanager
 def connected(configs: Sequence[Config], quiet: bool) -> Iterator[None]:
-    """Connect to the cluster named by all runs. See `ray.driver.connected`."""
+    """Connect to the cluster that the configurations name. See `ray.driver.connected`."""
     with ray_driver.connected(configs[0].ray.address, quiet, lambda: _cores_here(configs)):
         yield
 

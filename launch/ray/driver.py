@@ -20,7 +20,7 @@ _HERE = "local"
 
 @contextmanager
 def connected(address: str, quiet: bool, cores_here: Callable[[], int]) -> Iterator[None]:
-    """Connect this process to a cluster: at `address` (HOST:PORT), at RAY_ADDRESS, on this machine, or a new one here.
+    """Connect to the cluster at `address` (HOST:PORT), else at RAY_ADDRESS, else on this machine, else to a new cluster here.
 
     quiet: hide the output of the cluster's processes. cores_here: returns the number of CPUs for a new cluster. Raises
     DistattnError if no cluster can be reached or started.
@@ -44,7 +44,7 @@ def _begin_here(cores: int, options: dict[str, Any]) -> None:
 
 
 def _join(address: str, options: dict[str, Any]) -> bool:
-    """Connect to an existing cluster. Return False if none is named and none runs here. Raises DistattnError if it fails."""
+    """Connect to an existing cluster. Return False if none is named or running here. Raises DistattnError if connecting fails."""
     named = address or os.environ.get("RAY_ADDRESS", "")
     try:
         ray.init(address=named or "auto", **options)

@@ -62,7 +62,7 @@ class RayNodes:
         # agents and places in the current attempt, by node name
         self._agents: dict[str, Any] = {}
         self._places: dict[str, NodePlace] = {}
-        # contains Ray's node ids; a node that is restarted gets a new id
+        # contains Ray's node ids; a restarted node gets a new id, so it is not left out
         self._left_out = LeftOut()
 
     def choose(self) -> list[str] | None:
@@ -167,7 +167,7 @@ class RayNodes:
         return ""
 
     def shortage(self) -> str:
-        """Return a sentence about the nodes that the run waited for, and how many the cluster has."""
+        """Return a sentence that says which nodes the run waited for, and how many of them the cluster has."""
         waited = f"{self._size.waiting_seconds:,.0f} s"
         return f"for {waited} there was no room for {self._demand()}: {self._usable()} nodes are that large"
 
@@ -178,7 +178,7 @@ class RayNodes:
             self._group = None
 
     def _placed(self) -> PlacementGroup | None:
-        """Return the group when Ray has placed all bundles; None after `waiting_seconds` or if the run is asked to stop."""
+        """Wait until Ray has placed all bundles. Return the group, or None after `waiting_seconds` or if asked to stop."""
         began = requested_at = time.monotonic()
         announced = False
         while not (group := self._held()).wait(_LOOK_SECONDS):
@@ -217,7 +217,7 @@ class RayNodes:
         self.close()
 
     def _take_back(self) -> bool:
-        """Take back nodes that failed but still answer. Return whether there are any."""
+        """Take back nodes that failed but still answer. Return whether there are such nodes."""
         alive, names = _alive(), node_names()
         nodes = [node for node in self._left_out.take_back() if node in alive]
         if nodes:
@@ -271,7 +271,7 @@ class RayNodes:
     def _leave_out(self, group: PlacementGroup, answers: Sequence[NodePlace | str]) -> bool:
         """Leave out the nodes whose agents did not answer or could not start.
 
-        Returns False if no other nodes are left, or only nodes that were already asked again.
+        Returns False if no other node is left, or only nodes that have already been asked again.
         """
         others_left = True
         nodes, names = bundle_nodes(group), node_names()
@@ -323,7 +323,7 @@ def _answer(request: Any) -> NodePlace | str:
 def _exit(request: Any) -> tuple[int | None, str]:
     """Return the exit code of `run_node` and a description of its end.
 
-    The code is None if a signal killed `run_node` or its agent. Otherwise the description is "".
+    The code is None if a signal killed `run_node`, or if its agent was lost; otherwise the description is "".
     """
     try:
         code: int = ray.get(request)

@@ -25,7 +25,7 @@ def hold_nodes(needs: NodeNeeds, count: int, without: Sequence[str]) -> Placemen
 
 
 def node_slots(needs: NodeNeeds) -> int:
-    """Return how many nodes of this size an idle cluster has room for. A large node may count several times."""
+    """Return how many times the cluster, if idle, has room for a node with `needs`. A large node may count several times."""
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wanted = {"CPU": needs.cpus, "GPU": needs.gpus}
     return sum(min(int(node.get(kind, 0) // count) for kind, count in wanted.items() if count) for node in resources)
@@ -50,7 +50,7 @@ class NodeReservation:
         """
         self._needs, self._without = needs, [*left_out, *nodes]
         self._counts = [len(nodes), *sorted(count for count in counts if count > len(nodes))]
-        # groups for the second count, the third and so on; only the last group may still be pending
+        # groups by which the nodes grow to the second count, the third and so on; only the last group may still be pending
         self._groups: list[PlacementGroup] = []
         self._placed = 0
         self._looked = self._found_at = float("-inf")

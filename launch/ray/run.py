@@ -90,7 +90,7 @@ def note_state(run: RunFolder, state: str) -> None:
 
 
 def new_job() -> str:
-    """Return a job name for this driver's runs. This process uses it as well, since it changes run folders' configurations."""
+    """Return a job name for this driver's runs. This process also uses it, because it changes configurations in run folders."""
     job = f"Ray job {ray.get_runtime_context().get_job_id()} ({secrets.token_hex(4)})"
     os.environ[JOB_VARIABLE] = job
     return job

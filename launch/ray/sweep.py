@@ -38,7 +38,7 @@ class RaySweep:
                 run.stop(number)
 
     def train(self) -> int:
-        """Run the entire sweep. Return the exit code of the first failed run, or 75 if a run was stopped, or 0."""
+        """Run the entire sweep. Return the exit code of the first failed run, else 75 if a run was stopped, else 0."""
         for folder in (self._folder, *(run.run for run in self._runs)):
             folder.forget_requests()
         while (self._waiting and not self._stopped) or self._running():
@@ -49,7 +49,7 @@ class RaySweep:
             time.sleep(_LOOK_SECONDS)
         codes = [self._codes.get(run, RunStopped.exit_code) for run in self._runs]
         for run, code in zip(self._runs, codes, strict=True):
-            # record it even for runs that were never started
+            # record an end even for runs that were never started
             note_state(run.run, f"ended {code}")
             print_message(f"{run.run.folder} ended with exit code {code}.")
         return next((code for code in codes if code not in (0, RunStopped.exit_code)), max(codes, default=0))
@@ -58,7 +58,7 @@ class RaySweep:
         return [run for run, thread in self._threads.items() if thread.is_alive()]
 
     def _has_room(self, run: RayRun) -> bool:
-        """Return whether the cluster has room for another run. Always True for the first, so that an autoscaler sees it."""
+        """Return whether the cluster has room for another run. True if no run is active, so that an autoscaler sees it."""
         running = self._running()
         return not running or node_slots(run.needs) >= sum(other.most_nodes for other in [*running, run])
 

@@ -68,7 +68,7 @@ class RayNode(NamedTuple):
 
 
 def task_nodes() -> list[RayNode]:
-    """Return the nodes for tasks that occupy an entire node, sorted by name. If any have GPUs, only these are returned."""
+    """Return the nodes for tasks that occupy an entire node, sorted by name. If nodes have GPUs, return only those nodes."""
     names = node_names()
     nodes = [
         RayNode(
@@ -95,7 +95,7 @@ def run_tasks(tasks: Sequence[Task]) -> Iterator[tuple[Task, TaskEnd]]:
 
 
 def run_command(command: Sequence[str], folder: str) -> TaskEnd:
-    """Run a command as a task, which ends with its worker. folder: working directory, if it exists on the node."""
+    """Run a command as a task. It is killed if the worker ends. folder: working directory, if it exists on the node."""
     program = sys.executable if command[0] == "python" else command[0]
     with tempfile.TemporaryDirectory() as out:
         wrapper = [sys.executable, "-m", "distattn.launch.ranks.die_with_launcher", str(os.getpid()), "--"]

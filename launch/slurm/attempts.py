@@ -80,7 +80,7 @@ class JobNodes:
         return usable[: self._wanted] if len(usable) >= self._wanted else None
 
     def run(self, hosts: Sequence[str], attempt: int) -> AttemptEnd:
-        """Run a job step with an address of its own."""
+        """Run the attempt as a job step, with an address of its own."""
         address = f"{host_address(hosts[0])}:{_port(int(self._job.number), attempt)}"
         print_message(f"attempt {attempt} of job {self._job.number} on {' '.join(hosts)}, led by {address}")
         return self._step(hosts, address)
@@ -94,9 +94,9 @@ class JobNodes:
         self._left_out.blame(hosts, end, spare=len(self._hosts) - len(self._left_out.hosts) - self._wanted)
 
     def give_back(self) -> str:
-        """Return a clause that names repeatedly failing nodes without a spare, so that the job is requeued without them; or "".
+        """Return a clause that names the repeatedly failing nodes that no spare replaces; the job is then requeued without them.
 
-        It is also "" if no requeues are left or Slurm has too few other nodes.
+        Return "" if there are no such nodes, if no requeues are left, or if Slurm has too few other nodes.
         """
         stuck = [host for host in self._left_out.failing if host not in self._left_out.hosts]
         if self._job.requeues >= self._job.max_requeues or not stuck or not self.to_avoid():

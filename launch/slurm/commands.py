@@ -12,7 +12,7 @@ from distattn.ir.errors import DistattnError
 # states of nodes that cannot run a step; Slurm appends a star to the state of a node that does not respond
 _UNUSABLE = ("down", "fail", "error", "power", "reboot", "unknown")
 
-# messages of an unresponsive controller, as while a backup takes over; seconds that this may take; seconds between requests
+# messages about an unresponsive controller, as when a backup takes over; seconds that this may take; seconds between requests
 _UNANSWERED = re.compile(r"[Uu]nable to contact|timed out|[Cc]onnection refused|connect failure|Zero Bytes")
 OUTAGE_SECONDS, _PAUSE_SECONDS = 120.0, 2.0
 

@@ -149,7 +149,7 @@ def cancel(run: RunFolder) -> int | str:
 
 
 def _container(config: Config, folder: Path, gpus: bool) -> tuple[str, str]:
-    """Return srun's container options, and the prefix of commands to run in the container; both "" without a container."""
+    """Return srun's container options, and the prefix of commands to run in the container; both "" if no container is set."""
     slurm = config.slurm
     if not slurm.container_image:
         return "", ""

@@ -76,10 +76,10 @@ class BlockDigests:
         return cls(file, tables, bin_blocks, (bin_root, idx_root))
 
     def check(self, kind: str, prefix: str, first: int, content: memoryview) -> None:
-        """Compare the blocks of a file from block number `first` on with their digests.
+        """Compare a file's blocks, from block number `first` on, with their digests.
 
-        kind: "bin" or "idx". content: complete blocks; only the file's last block may be shorter. Raises DamagedDataError
-        naming the file and the bytes of the first block that differs.
+        kind: "bin" or "idx". content: the bytes of these blocks, each complete; only the file's last block may be shorter. Raises
+        DamagedDataError naming the file and the bytes of the first block that differs.
         """
         table = self.bin_table if kind == "bin" else self.idx_table
         digest = self._digest
@@ -95,7 +95,7 @@ class BlockDigests:
                 )
 
     def check_roots(self) -> None:
-        """Compare both tables with their root digests. Raise DamagedDataError if one differs."""
+        """Compare both tables with their root digests. Raise DamagedDataError if a table differs."""
         for table, root in ((self.bin_table, self.bin_root), (self.idx_table, self.idx_root)):
             if self._digest(table.data) != root:
                 raise DamagedDataError(f"{self.file}: a table of digests was altered; write the file again.")
@@ -115,11 +115,11 @@ class CheckedBlocks:
         return bool(self._bits[block >> 3] >> (block & 7) & 1)
 
     def first_missing(self, first: int, last: int) -> int:
-        """Return the first of the blocks [first, last) that is not in the set, or `last` if all of them are."""
+        """Return the first of the blocks [first, last) that is not in the set, or `last` if the set has all of them."""
         return next((block for block in range(first, last) if block not in self), last)
 
     def add(self, first: int, last: int) -> None:
-        """Add blocks [first, last). Blocks added by two threads at the same time may be lost; these are compared again later."""
+        """Add blocks [first, last). If two threads add blocks at the same time, some may be lost; these are compared again."""
         for block in range(first, last):
             self._bits[block >> 3] |= 1 << (block & 7)
 
@@ -170,7 +170,7 @@ class BlockDigestsWriter:
 
 
 def root_digest(file: str) -> int:
-    """Return the root digest of a file's blocks, the same as in a side file. Reads the entire file."""
+    """Return the root digest that a side file would have for a file. Reads the entire file."""
     digest, root = xxhash.xxh3_64_digest, xxhash.xxh3_64()
     with open(file, "rb") as opened:
         while part := opened.read(_PART_BYTES):
@@ -182,5 +182,5 @@ def root_digest(file: str) -> int:
 
 
 def combined_digest(*facts: object) -> str:
-    """Return the xxh3-128 of facts (numbers, strings, lists of them) in JSON, as 32 hexadecimal digits."""
+    """Return the xxh3-128 of `facts` (numbers, strings, and lists of these) serialized as JSON, as 32 hexadecimal digits."""
     return str(xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode()))

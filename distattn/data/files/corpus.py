@@ -32,7 +32,7 @@ class Corpus:
 
     @classmethod
     def open(cls, name: str, paths: Sequence[str], check_tokens: bool = True) -> Corpus:
-        """Open the files with these prefixes. Raises the same errors as `IndexedFile.open`; DistattnError if all are empty."""
+        """Open the files `paths`. Raises the same errors as `IndexedFile.open`, and DistattnError if all files are empty."""
         corpus = cls(name, [IndexedFile.open(path, check_tokens) for path in paths])
         if not corpus.tokens:
             files = ", ".join(paths) or "no files"
@@ -65,7 +65,7 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the dtypes, sizes and indices of all files in order. It does not depend on their names and folders.
+        """A digest of the dtypes, sizes and indices of all files in order. It does not depend on their names or folders.
 
         With side files it takes O(1) time and also covers the tokens. Without them, it reads the indices and covers only the
         number of tokens. So the digest changes when a side file is removed.
@@ -73,7 +73,7 @@ class Corpus:
         return self._digest(True)
 
     def has_digest(self, digest: str) -> bool:
-        """Return True if `digest` is the digest of these files, now or before they had side files."""
+        """Return True if `digest` is the digest of these files, computed with or without their side files."""
         return digest in (self.digest, self._digest(False))
 
     def _digest(self, of_tokens: bool) -> str:
@@ -103,7 +103,7 @@ class Corpus:
         return file.read(number, start, count, vocabulary)
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Return the lengths in tokens of the documents with these indices. Both arrays are int64 (n,).
+        """Return the lengths in tokens of the documents with indices `documents`. Both arrays are int64 (n,).
 
         Like `IndexedFile.lengths_of`, it reads only the entries needed from each file's index.
         """
@@ -117,7 +117,7 @@ class Corpus:
         return lengths
 
     def file_of(self, document: int) -> tuple[IndexedFile, int]:
-        """Return the file that contains a document, and its index in that file. Raise DistattnError if it does not exist."""
+        """Return (the document's file, its index in the file). Raise DistattnError if there is no such document."""
         if not 0 <= document < self.documents:
             raise DistattnError(f"corpus {self.name!r}: there is no document {document}; it has {self.documents:,}.")
         # choose the last file that begins at or before the document, because an empty file begins where the next one does

@@ -39,8 +39,8 @@ class IndexedFile:
     Data is checked when it is read. The index entries of a document are compared with each other. A block with a digest is
     compared with it the first time it is read; later reads of the block read only the requested bytes. So if a bit flips on the
     disk later, the next process that opens the file notices, but this one does not: it usually gets the right bytes from the page
-    cache, and wrong ones if the cache has dropped them. Tokens are read with `pread`, not from a mapping, so the process survives
-    even if the file is truncated while it is open.
+    cache, and wrong bytes if the cache has dropped them. Tokens are read with `pread`, not from a mapping, so the process
+    survives even if the file is truncated while it is open.
     """
 
     def __init__(self, prefix: str, index: np.ndarray, bin_file: int, check_tokens: bool):
@@ -68,7 +68,7 @@ class IndexedFile:
 
         check_tokens: compare what is read from PREFIX.bin with its digests, if there are any. Without this check, reading takes
         about two thirds of the time (benchmarks/indexed_reading.py), and only `distattn data verify` detects altered tokens.
-        Raises DistattnError if a file is missing, and DamagedDataError if the headers and the sizes contradict each other.
+        Raises DistattnError if a file is missing, and DamagedDataError if the headers and the file sizes contradict each other.
         """
         prefix = prefix.removesuffix(".idx").removesuffix(".bin")
         index = map_index(f"{prefix}.idx")
@@ -124,7 +124,7 @@ class IndexedFile:
         return self._located(document)[0]
 
     def lengths_of(self, documents: np.ndarray) -> np.ndarray:
-        """Return the lengths in tokens of the documents with these indices. Both arrays are int64 (n,).
+        """Return the lengths in tokens of the documents with indices `documents`. Both arrays are int64 (n,).
 
         Only their index entries are read and checked. Raises DistattnError if a document does not exist, and DamagedDataError if
         an entry is wrong.
@@ -137,7 +137,7 @@ class IndexedFile:
         lengths_begin, _, ends_begin = self._offsets[:3]
         self._check_entries(ends_begin + 8 * documents, 16)
         first, last = self.document_ends[documents], self.document_ends[documents + 1]
-        # most documents are one sequence
+        # a fast path, since most documents are a single sequence
         simple = (last - first == 1) & (first >= 0) & (last <= self.sequences)
         self._check_entries(lengths_begin + 4 * first[simple], 4)
         lengths = np.full(len(documents), -1)
@@ -243,13 +243,13 @@ class IndexedFile:
             )
 
     def _check_entries(self, offsets: np.ndarray, size: int) -> None:
-        """Compare the index blocks that hold entries of `size` bytes at these offsets with their digests, unless already done."""
+        """Check the digests of the index blocks that hold the entries of `size` bytes at `offsets`, unless checked before."""
         if self.digests is not None:
             for block in np.unique(np.stack([offsets, offsets + size - 1]) // BLOCK_BYTES).tolist():
                 self._check_index_bytes(block * BLOCK_BYTES, 1)
 
     def _check_index_bytes(self, offset: int, size: int) -> None:
-        """Compare the index blocks that contain bytes [offset, offset + size) with their digests, unless already done."""
+        """Check the digests of the index blocks that hold bytes [offset, offset + size), unless checked before."""
         if self.digests is None or not size:
             return
         first, last = offset // BLOCK_BYTES, -(-(offset + size) // BLOCK_BYTES)
@@ -290,7 +290,7 @@ class IndexedFile:
         done = 0
         while done < size:
             try:
-                # one call reads at most 2 GiB
+                # preadv reads at most 2 GiB per call
                 got = os.preadv(self._bin_file, [content[done:].data], offset + done)
             except OSError as error:
                 raise DamagedDataError(
@@ -325,10 +325,10 @@ class IndexedFile:
 class IndexedFileWriter:
     """A writer of an indexed file with one sequence per document, and of its digests. Use it as a context manager.
 
-    prefix: the path of the files without suffix; none of them may exist. dtype: the stored dtype of tokens, one of the format's
-    eight. The files are written under temporary names (.tmp). If the context ends without an error, they are synced to disk and
-    renamed; otherwise they are removed. Memory use is small, regardless of the number of documents. Raises DistattnError for
-    tokens that the dtype cannot hold, and if a file cannot be written.
+    prefix: the path of the files without suffix; no file with it may exist yet. dtype: the stored dtype of tokens, one of the
+    format's eight. The files are written under temporary names (.tmp). If the context ends without an error, they are synced to
+    disk and renamed; otherwise they are removed. Memory use is small, regardless of the number of documents. Raises DistattnError
+    for tokens that the dtype cannot hold, and if a file cannot be written.
     """
 
     def __init__(self, prefix: str, dtype: np.typing.DTypeLike):
@@ -366,7 +366,7 @@ class IndexedFileWriter:
         self.add_many(tokens, [len(tokens)])
 
     def add_many(self, tokens: np.typing.ArrayLike, lengths: np.typing.ArrayLike) -> None:
-        """Add documents of these lengths, (k,). tokens: all documents, concatenated, (sum of lengths,)."""
+        """Add k documents. tokens: all documents, concatenated, (sum of lengths,). lengths: tokens per document, (k,)."""
         tokens, lengths = np.asarray(tokens), np.asarray(lengths, np.int64)
         if tokens.ndim != 1 or len(lengths) and lengths.min() < 0 or lengths.sum() != len(tokens):
             raise DistattnError(
@@ -390,7 +390,7 @@ class IndexedFileWriter:
         self.tokens += len(tokens)
 
     def append(self, file: IndexedFile) -> None:
-        """Add all documents of another indexed file with the same dtype, checking its digests if it has any."""
+        """Add all documents of another indexed file with the same dtype. If that file has digests, they are checked."""
         if file.dtype != self.dtype:
             raise DistattnError(f"{file.prefix}: has {file.dtype.name} tokens, {self.prefix} has {self.dtype.name}.")
         file.check_index()
@@ -426,7 +426,7 @@ class IndexedFileWriter:
         self._digests.finish()
 
     def _publish(self) -> None:
-        """Rename the files to their final names, the index last: if it exists, all of them do."""
+        """Rename the files to their final names, the index last, so that all files exist if the index does."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -444,7 +444,7 @@ class IndexedFileWriter:
 
     def _discard(self) -> None:
         for name, file in self._files.items():
-            # closing may also fail, if the buffered bytes do not fit on the disk
+            # closing also fails if the buffered bytes do not fit on the disk
             with contextlib.suppress(OSError):
                 file.close()
             with contextlib.suppress(FileNotFoundError):
@@ -465,7 +465,7 @@ class IndexedFileWriter:
 
 
 def synchronise_folder(path: str) -> None:
-    """Synchronize the folder of `path` to disk, so that the names in it survive a power failure."""
+    """Synchronize the folder of `path` to disk, so that renamed files survive a power failure."""
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(folder)

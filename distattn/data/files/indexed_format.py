@@ -28,7 +28,7 @@ DTYPES = {
 
 
 def section_offsets(sequences: int, limits: int) -> tuple[int, int, int, int, int]:
-    """Return the offsets at which lengths, pointers, limits and modes begin, and at which an index with modes ends."""
+    """Return the offsets of lengths, pointers, document limits and modes in an index, and the offset at which the modes end."""
     pointers = HEADER.size + 4 * sequences
     ends = pointers + 8 * sequences
     modes = ends + 8 * limits

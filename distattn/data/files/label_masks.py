@@ -2,7 +2,7 @@
 
 PREFIX.loss.bin and .idx are an indexed file of uint8 with the same documents and lengths as PREFIX. It has 0 for each token that
 must not be learnt, such as the prompts of supervised fine-tuning. PREFIX.spans.bin and .idx are an indexed file of int32 with the
-same documents as PREFIX. Each document holds pairs (start, end) in rising order: tokens [start, end) stand for something other
+same documents as PREFIX. Each document holds pairs (start, end) in ascending order: tokens [start, end) stand for something other
 than text, such as an image. They are not learnt either, and a document longer than a pack is never cut within such a span. Each
 kind is optional for each file of a corpus.
 """
@@ -65,7 +65,7 @@ class LabelMasks:
         return cls(corpus, files) if any(any(masks) for masks in files) else None
 
     def may_be_labels(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return a mask of those tokens [start, start + count) of a document that may be labels, bool (count,).
+        """Return which of the tokens [start, start + count) of a document may be labels, bool (count,).
 
         Reads one byte per token if there is a loss mask, and all spans of the document. Raises DamagedDataError if a mask does
         not match the document.
@@ -110,8 +110,8 @@ class LabelMasks:
 def check_planned_masks(path: str, planned: str | None, corpus: Corpus) -> None:
     """Raise DistattnError if a corpus's masks have changed since a plan was made from it.
 
-    path: the plan's file. planned: the masks' digest in the plan, or None if there were none. Without side files (.xxh3) only
-    sizes and indices are compared.
+    path: the plan's file. planned: the masks' digest in the plan, or None if the corpus had no masks. Without side files (.xxh3),
+    only sizes and indices are compared.
     """
     digest = corpus.masks and corpus.masks.digest
     if digest == planned:

@@ -23,7 +23,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 VOCABULARY = 256
 # files are checked in chunks of this size
 _PART_BYTES = 1 << 20
-# this many bytes at the start of a file show whether it is binary
+# bytes read from the start of a file to tell whether it is binary
 _FIRST_BYTES = 4096
 _MOST_DOCUMENTS = 5_000_000
 
@@ -128,7 +128,7 @@ def find_files(
 ) -> list[str]:
     """Return the files that `path` (a folder, a file or a glob) names, sorted. Raise DistattnError if there are no files.
 
-    options: the user's names for `path` and `exclude`, used in errors.
+    options: the names of the user's options for `path` and `exclude`, used in errors.
     """
     literal = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
     if os.path.exists(literal):

@@ -16,9 +16,9 @@ _PART_BYTES = 1 << 23
 
 
 class VerifiedFile(NamedTuple):
-    """A file without faults. bytes: the size of .bin. vocabulary: the limit on ids that was checked, or None if it is not known.
+    """A file without faults. bytes: the size of .bin. vocabulary: the limit below which all ids are, or None if it is not known.
 
-    digests: True if there is a side file, which proves that the tokens and document boundaries are what was written.
+    digests: True if there is a side file, which proves that the tokens and document boundaries are as written.
     """
 
     documents: int

@@ -23,9 +23,9 @@ from distattn.data.packing.pack_rule import PackLimits
 # each entry in the sorted list of free space holds a pack's index in its lower bits
 _PACK_BITS = 32
 _PACK_MASK = (1 << _PACK_BITS) - 1
-# pieces longer than one eighth of a pack are placed first; one quarter is kept free for the last pieces
+# pieces longer than one eighth of a pack are placed first; one quarter of each pack is kept free for the last pieces
 _LONG_PART, _LAST_PART = 8, 4
-# packs are never completely full, so without a few extra packs the shortest pieces would get packs of their own
+# open 1/256 more packs than the tokens need: packs are never completely full, so short pieces would be left over
 _SPARE_PART = 256
 
 
@@ -53,7 +53,7 @@ class BestFitPacks:
         return np.array(self._room, np.int64)
 
     def add(self, lengths: np.ndarray) -> np.ndarray:
-        """Add pieces of these lengths, int64 (N,), each at least 1. Return the index of each piece's pack, int64 (N,).
+        """Add N pieces. lengths: tokens per piece, at least 1, int64 (N,). Return the index of each piece's pack, int64 (N,).
 
         Packs from earlier calls also receive pieces. No pack is empty. The result depends on the order of the pieces, so
         shuffle them first.
@@ -90,7 +90,7 @@ class BestFitPacks:
     def _place_by_best_fit(self, lengths: np.ndarray, chosen: np.ndarray, packs: np.ndarray) -> None:
         """Place the chosen pieces by best fit, longest first. Write to `packs`.
 
-        Ties go to the first piece, and to the first pack.
+        Ties are broken in favor of the first piece and the first pack.
         """
         if not len(chosen):
             return
@@ -111,7 +111,7 @@ class BestFitPacks:
             # place at least one piece: a piece may be alone in a pack regardless of its cost
             end = max(first + 1, self._run_end(sums, first, pack))
             if place and (better := fits[place - 1] >> _PACK_BITS) >= falling[end - 1]:
-                # end the run before the first piece short enough for a fuller pack
+                # end the run before the first piece that a fuller pack has room for
                 end = bisect_left(rising, -better, first + 1, end)
             self._take(sums, first, end, pack)
             if (fit := self._fit(pack)) >= shortest:
@@ -128,7 +128,7 @@ class BestFitPacks:
         )
 
     def _open(self, length: int) -> int:
-        """Open a new pack with room for a piece of this length. Return the pack's index."""
+        """Open a new pack with room for a piece of `length` tokens. Return the pack's index."""
         slots = -(-length // self._limits.tokens)
         self._slots.append(slots)
         self._room.append(slots * self._limits.tokens)
@@ -169,7 +169,7 @@ class BestFitPacks:
 
 
 class _Sums(NamedTuple):
-    """Tokens and cells of the first 0, 1, ..., N pieces. `cells` is empty if the cost of packs is not capped."""
+    """Running sums of the tokens and cells of N pieces, starting with 0. `cells` is empty if the cost of packs is not capped."""
 
     tokens: list[int]
     cells: list[int]

@@ -22,7 +22,7 @@ import numpy as np
 from distattn.data.packing.permutation import derived_key, permuted
 from distattn.ir.errors import DistattnError
 
-# the sum of the weights in their integer units; a document's turn is the number of its corpus's earlier tokens x
+# the sum of all weights after conversion to integers; a document's turn is the number of its corpus's earlier tokens x
 # WEIGHT_UNITS / weight
 WEIGHT_UNITS = 1 << 20
 MOST_DOCUMENTS = (1 << 32) - 1
@@ -72,7 +72,7 @@ class BlendSource:
 
 
 class DocumentColumns(NamedTuple):
-    """Documents in order. document: indices within the corpus. epoch: counted from 0. length: in tokens. All are int64 (D,)."""
+    """Documents in order, as columns int64 (D,). document: index in the corpus. epoch: counted from 0. length: in tokens."""
 
     corpus: np.ndarray
     document: np.ndarray
@@ -130,7 +130,7 @@ def blend_documents(
 
 
 def epoch_order(seed: int, corpus: int, epoch: int, documents: int, positions: np.ndarray) -> np.ndarray:
-    """Return the documents at `positions` (N,) of the shuffled order of an epoch, int64 (N,).
+    """Return the documents at `positions` (N,) in the shuffled order of an epoch, int64 (N,).
 
     corpus, epoch: their indices. documents: the number of documents in the corpus.
     """

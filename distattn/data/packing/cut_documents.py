@@ -26,16 +26,16 @@ class CorpusSpans(NamedTuple):
 def cut_documents(rows: np.ndarray, tokens: int, spans: Mapping[int, CorpusSpans]) -> tuple[np.ndarray, np.ndarray]:
     """Cut rows with more tokens than a pack. Return (pieces (N,), the index of each piece's source row (N,)).
 
-    rows: PIECE of `pack_windows.py`, (D,). tokens: tokens per pack. spans: the spans of corpora that have any, by corpus index.
-    Each piece has as many tokens as fit, and the last piece has the rest. A piece that would end inside a span ends before the
-    span instead. Raises DistattnError for a span that does not fit into a pack.
+    rows: documents or pieces of them, PIECE (D,) of `pack_windows.py`. tokens: tokens per pack. spans: by corpus index, for each
+    corpus that has spans. Each piece has as many tokens as fit, and the last piece has the rest. A piece that would end inside a
+    span ends before the span instead. Raises DistattnError for a span that does not fit into a pack.
     """
     lengths = rows["length"].astype(np.int64)
     pieces = -(-lengths // tokens)
     long = np.flatnonzero(pieces > 1)
     if not len(long):
         return rows, np.arange(len(rows))
-    # for rows with spans: the offsets of their pieces from the row's start
+    # offsets of the pieces from the start of their row, for each long row of a corpus with spans
     begins = {row: _begins(rows[row], tokens, spans[rows["corpus"][row]]) for row in _with_spans(rows, long, spans)}
     for row, row_begins in begins.items():
         pieces[row] = len(row_begins)

@@ -54,7 +54,7 @@ def make_pack_plan(
 
     weights: each corpus's share of the tokens; by default its number of tokens. max_epochs: how often the documents of each
     corpus may be read; by default without limit. steps: the number of steps; without it the plan ends when all corpora have
-    ended. A plan with fewer steps is a prefix of one with more. progress: called after each window with the (steps, tokens)
+    ended. A plan with fewer steps is a prefix of a plan with more. progress: called after each window with the (steps, tokens)
     planned so far.
 
     The plan depends only on the document lengths and spans in the order of the corpora, and on seed, rule, weights, max_epochs
@@ -137,7 +137,7 @@ class _Totals:
         self._documents = [a + b for a, b in zip(self._documents, documents, strict=True)]
         self.longest_wait = max(self.longest_wait, int(window.waited.max(initial=0)))
         step_of_pack = np.repeat(np.arange(len(window.packs)), window.packs)
-        # numpy keeps the last value assigned to a corpus, and the steps are in ascending order
+        # steps are in ascending order and numpy keeps the last value assigned to an index, so each corpus gets its last step
         self._last_step[corpus] = first_step + np.repeat(step_of_pack, window.pieces)
 
     def of(self, corpus: int) -> tuple[int, int, int]:
@@ -185,7 +185,7 @@ def _sources(
 
 
 def _first_steps(window: PackedWindow, steps: int) -> PackedWindow:
-    """Return the first steps of a window, or all of them if there are fewer."""
+    """Return the first `steps` steps of a window, or all steps if it has fewer."""
     packs = window.packs[:steps]
     pieces = window.pieces[: packs.sum()]
     rows = int(pieces.sum())

@@ -31,8 +31,8 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 class CorpusConfig:
     """One corpus. files: prefixes of indexed files; * and ? are wildcards, and a suffix .idx or .bin is dropped.
 
-    weight: the corpus's share of the tokens is weight / sum of weights. Give all corpora a weight or none; without weights, the
-    shares are proportional to their tokens. max_epochs: how often each document may be read.
+    weight: the corpus's share of the tokens is weight / sum of weights. Give either all corpora a weight or none of them; without
+    weights, the shares are proportional to their tokens. max_epochs: how often each document may be read.
     """
 
     name: str
@@ -45,7 +45,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class CostConfig:
-    """The model and device for which pack costs are estimated. device: a device such as "h100", a cluster, or its TOML file.
+    """The model and device for which pack costs are estimated. device: a device such as "h100", a cluster, or a TOML file.
 
     model: a config.json with the model's sizes. Without it, all sizes of `ModelShape` must be given except head_dim and
     num_key_value_heads.
@@ -223,7 +223,7 @@ def _estimated_cost(cost: CostConfig, folder: str) -> PackCost:
             next(iter(sizes)), "is given in addition to model, which has all sizes; leave out one of the two."
         )
     try:
-        # a name that ends in .toml is a file; any other names a device or a cluster
+        # a name that ends in .toml is a file; any other name is that of a device or a cluster
         device = load_device(os.path.join(folder, cost.device) if cost.device.endswith(".toml") else cost.device)
     except DistattnError as error:
         raise SettingError("device", str(error)) from None

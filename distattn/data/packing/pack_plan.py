@@ -37,8 +37,8 @@ class PlannedSource:
 
     documents, empty_documents, tokens: the size of the corpus. planned_documents: the number of documents that the plan starts to
     read, over all epochs. planned_tokens: the number of tokens that it reads, over all epochs. last_step: the last step with
-    tokens of the corpus, or -1. digest: digest of its files. masks: digest of their loss masks and spans, or None if there were
-    none.
+    tokens of the corpus, or -1. digest: digest of its files. masks: digest of their loss masks and spans, or None if they had
+    neither.
     """
 
     name: str
@@ -185,7 +185,7 @@ class PackPlan:
         return plan
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return the path and the digest to pickle. A loader's worker processes open the file themselves."""
+        """Return only the path and the digest for pickling: a loader's worker processes open the file themselves."""
         return PackPlan.open, (self.path, self.digest)
 
     def __enter__(self) -> PackPlan:
@@ -223,7 +223,7 @@ class PackPlan:
         """A digest of everything that determines the order of tokens.
 
         It is the xxh3-128 of the seed, the rule, and each corpus's files, masks, weight and epochs. It does not cover the number
-        of steps, because a shorter plan is a prefix of a longer one, nor, unlike `digest`, the file's contents.
+        of steps, because a shorter plan is a prefix of a longer plan, nor, unlike `digest`, the file's contents.
         """
         corpora = [
             (source.name, source.digest, source.masks, source.weight, source.max_epochs) for source in self.sources
@@ -233,7 +233,7 @@ class PackPlan:
 
     @cached_property
     def full_steps(self) -> int:
-        """The number of steps, not counting the last one if it has free slots. The first use reads that step.
+        """The number of steps, not counting the last step if it has free slots. The first use reads that step.
 
         The last step of a plan that ends with its corpora contains only the remaining packs.
         """
@@ -241,7 +241,7 @@ class PackPlan:
         return self.steps - (sum(last.slots) < self.rule.packs_at(last.step))
 
     def find(self, corpus: int, document: int) -> list[int]:
-        """Read all steps, and return those with a piece of this document. Raises the same errors as `step`."""
+        """Read all steps, and return the numbers of those with a piece of the document. Raises the same errors as `step`."""
 
         def holds(rows: np.ndarray) -> bool:
             return bool(((rows["document"] == document) & (rows["corpus"] == corpus)).any())

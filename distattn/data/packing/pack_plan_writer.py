@@ -56,7 +56,7 @@ class PackPlanWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # if the disk is full, closing fails as writing did
+        # on a full disk, closing fails again, just as writing did
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(FileNotFoundError):

@@ -38,7 +38,7 @@ class PackCost:
         check_limits(self)
 
     def of(self, length: Any) -> Any:
-        """Return the cost in cells of a document with this many tokens. length: an integer, or int64 (N,)."""
+        """Return the cost in cells of a document of `length` tokens, an integer or int64 (N,)."""
         return length * (length + 1) // 2 + self.token_cells * length + self.document_cells
 
     def seconds(self, length: int) -> float:
@@ -71,16 +71,16 @@ class PackRule:
 
     context: ((first step, tokens per pack), ...), a curriculum of context lengths that begins at step 0.
     tokens_per_step: the capacity of all packs in a step together, at every context length; a multiple of each context length.
-    window: the number of packs among which a document's place is chosen, rounded up to whole steps. A larger one fills packs
-      better.
-    max_documents: the maximum number of documents per pack. A piece of a cut document counts as one.
+    window: the number of packs among which a document's place is chosen, rounded up to whole steps. A larger window fills
+      packs better.
+    max_documents: the maximum number of documents per pack. A piece of a cut document counts as a document.
     max_cost: the maximum cost of a pack, relative to that of a single document that fills it; `cost` defines how it is computed.
       Below 1.0, packs of long documents are left partly empty. A piece may be alone in a pack regardless of its cost.
-    long_documents: "cut" makes pieces of exactly the context length, and a shorter last one. "keep" leaves longer documents
+    long_documents: "cut" makes pieces of exactly the context length, and a shorter last piece. "keep" leaves longer documents
       whole: the pack is then as large as several packs, and replaces them in its step. Its free space is filled like that of
       other packs, and its caps are higher by the same factor. If all ranks split every pack, each rank has as many tokens as
-      before. With several data-parallel shares, one gets the whole pack and so more tokens than the others. A document longer
-      than a step is refused.
+      before. With several data-parallel shares, one share gets the whole pack and so more tokens than the others. A document
+      longer than a step is refused.
     level: give each step packs with nearly equal attention work (sum of squared lengths), for strategies that do not move work
       between ranks. Otherwise the packs of a window are shuffled.
     """
@@ -134,19 +134,19 @@ class PackRule:
         return facts
 
     def context_at(self, step: int) -> int:
-        """Return the tokens per pack in this step."""
+        """Return the tokens per pack in a step."""
         return max((first, tokens) for first, tokens in self.context if first <= step)[1]
 
     def packs_at(self, step: int) -> int:
-        """Return the number of packs in this step."""
+        """Return the number of packs in a step."""
         return self.tokens_per_step // self.context_at(step)
 
     def next_change(self, step: int) -> int | None:
-        """Return the first later step with a different context length, or None if the length does not change again."""
+        """Return the first step after `step` with a different context length, or None if the length does not change again."""
         return min((first for first, _ in self.context if first > step), default=None)
 
     def limits_at(self, step: int) -> PackLimits:
-        """Return the caps of a pack in this step."""
+        """Return the caps of a pack in a step."""
         tokens = self.context_at(step)
         cells = None if self.max_cost is None else math.floor(Fraction(self.max_cost) * self.cost.of(tokens))
         return PackLimits(tokens, self.cost, self.max_documents, cells)

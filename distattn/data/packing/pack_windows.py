@@ -30,9 +30,9 @@ PIECE = np.dtype(
         ("ends_document", "?"),
     ]
 )
-# distinguishes the keys of windows from those of corpora, whose indices are lower
+# tells the keys of windows from the keys of corpora, whose indices are lower
 _WINDOW = 1 << 32
-# a document is packed at most this many windows after the one it was read for, regardless of the rule (`plan_windows`)
+# a document is packed at most this many windows after the window it was read for, whatever the rule (`plan_windows`)
 MOST_WINDOWS_WAITED = 12
 # an extra 1 / _MORE_PART of a window is read, so that the emptiest packs can be carried over and filled up
 _MORE_PART = 64
@@ -66,7 +66,7 @@ def plan_windows(
     read for or in one of the next two, or one of the next six if the documents or the cost of a pack are capped. A change of the
     context length within that time may double it.
 
-    spans: by corpus index, the tokens that must not be separated. Documents to be kept whole must fit into a step
+    spans: by corpus index, the spans of tokens that must stay in one pack. Documents to be kept whole must fit into a step
     (`make_pack_plan` checks this). Raises DistattnError for a span that does not fit into a pack.
     """
     reader = _DocumentReader(documents)
@@ -81,7 +81,7 @@ def plan_windows(
         pack_of_row = packs.add(_lengths(rows))
         carried_packs = len(packs.slots)
         slots = steps * packs_per_step
-        # this runs once unless documents were cut at spans, because such pieces may cost less than was assumed
+        # one pass is enough unless documents were cut at spans, because such pieces may cost less than the reader assumed
         while packs.slots.sum() < slots:
             fresh, _ = _cut(reader.read(limits, slots + slots // _MORE_PART, _lengths(rows)), rule, step, spans)
             if not len(fresh):
@@ -117,8 +117,8 @@ class _DocumentReader:
     def read(self, limits: PackLimits, slots: int, carried: np.ndarray) -> np.ndarray:
         """Read just enough documents to fill `slots` slots together with the carried pieces. Return PIECE (D,).
 
-        carried: lengths of the carried pieces. "Enough" means that the tokens, and the capped number or cost of documents, cannot
-        fit into fewer slots. Reads all remaining documents if there are too few.
+        carried: lengths of the carried pieces. "Enough" means that the tokens, or the number or cost of documents if capped, use
+        up the capacity of the slots. Reads all remaining documents if there are too few.
         """
         read = [np.empty(0, PIECE)]
         missing = [total - int(sums[-1]) if len(sums) else total for total, sums in self._sums(limits, slots, carried)]
@@ -143,7 +143,7 @@ class _DocumentReader:
         return np.concatenate(read)
 
     def _sums(self, limits: PackLimits, slots: int, lengths: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Return, for each limit, (capacity of `slots` slots, running sums (D,) of what documents of these lengths use)."""
+        """Return, for each limit, (capacity of `slots` slots, running sums (D,) of what D documents use of it)."""
         sums = [(slots * limits.tokens, np.cumsum(lengths))]
         if limits.max_documents is not None:
             sums.append((slots * limits.max_documents, np.arange(1, len(lengths) + 1)))
@@ -162,7 +162,7 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def _steps_of_window(rule: PackRule, step: int) -> int:
-    """Return the number of steps in the window that begins at this step.
+    """Return the number of steps in the window that begins at `step`.
 
     The steps up to a change of the context length are split into windows of similar size.
     """
@@ -194,7 +194,8 @@ def _choose_steps(
     step = np.full(len(slots), -1)
     free = np.full(steps, packs_per_step)
     is_fresh = np.arange(len(slots)) >= carried
-    # place packs of several slots first, largest first, each in the first step with enough free slots; so all carried packs fit
+    # place packs of several slots first, largest first, each in the first step with enough free slots; fresh packs take only
+    # slots that carried packs do not need
     spare = steps * packs_per_step - int(slots[:carried].sum())
     large = np.flatnonzero(slots > 1)
     for pack in large[np.lexsort((-slots[large], is_fresh[large]))].tolist():
@@ -214,7 +215,7 @@ def _choose_steps(
 
 
 def _shuffle_steps(step: np.ndarray, slots: np.ndarray, packs_per_step: int, key: int) -> np.ndarray:
-    """Number the steps again: the full ones first, shuffled, then those with free slots. Steps without packs are dropped."""
+    """Number the steps again: full steps first, shuffled, then steps with free slots. Steps without packs are dropped."""
     leaving = step >= 0
     filled = np.bincount(step[leaving], slots[leaving])
     full = np.flatnonzero(filled == packs_per_step)

@@ -22,7 +22,7 @@ _BLOCK = 1 << 15
 
 
 def permuted(position: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Return the numbers at the given positions of a random permutation of 0 .. size - 1.
+    """Return the numbers at the given positions of a pseudorandom permutation of 0 .. size - 1.
 
     position: integers in [0, size), any shape. Returns int64 of the same shape. For each (size, key) this is a bijection of
     [0, size). Memory and time depend on the number of positions, not on the size. Raises DistattnError if a position is out of

@@ -70,7 +70,7 @@ class _Epoch:
         self.documents = 0
 
     def has(self, document: np.ndarray) -> np.ndarray:
-        """Return which of these documents are complete, bool (N,)."""
+        """Return which of the documents with indices `document` are complete, bool (N,)."""
         return (self.done[document >> 3] >> (document & 7) & 1).astype(np.bool_)
 
     def add(self, document: np.ndarray) -> None:
@@ -84,10 +84,10 @@ class _Epoch:
 
 
 class _Corpus:
-    """The state of the check of one corpus.
+    """The state of the coverage check for one corpus.
 
     under_way: the incomplete epochs. complete: the indices of the complete epochs. first_steps: the first step with tokens of
-    each epoch. tokens: the number of tokens read.
+    each epoch, by epoch. tokens: the number of tokens read.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class _Corpus:
 
 
 class _Checker:
-    """The state of a coverage check."""
+    """The state of a coverage check for all corpora."""
 
     def __init__(self, plan: PackPlan, corpora: Sequence[CorpusLengths]) -> None:
         self._plan = plan
@@ -159,7 +159,7 @@ class _Checker:
             raise self._wrong(corpus, epoch, int(rows["document"][at]), problem)
 
     def _add(self, corpus: int, epoch: int, state: _Epoch, rows: np.ndarray) -> None:
-        """Mark the documents that these pieces complete. Raise DamagedDataError for tokens that are read twice."""
+        """Mark the documents completed by the pieces `rows`. Raise DamagedDataError for tokens that are read twice."""
         is_whole = (rows["start"] == 0) & rows["ends_document"]
         parts = np.concatenate([state.parts, rows.compress(~is_whole)])
         parts = parts.take(np.lexsort((parts["start"], parts["document"])))
@@ -192,14 +192,14 @@ class _Checker:
         if most is not None:
             due, rest = divmod(most, source.documents)
         else:
-            # a document still carried when the next epoch begins waits for at most MOST_WINDOWS_WAITED windows of this many steps
+            # when the next epoch begins, documents may still be carried for up to MOST_WINDOWS_WAITED windows of `steps` steps
             steps = max(-(-plan.rule.window // plan.rule.packs_at(first)) for first, _ in plan.rule.context)
             limit = plan.steps - steps * (MOST_WINDOWS_WAITED + 1)
             due, rest = max((epoch for epoch, first in state.first_steps.items() if first < limit), default=0), 0
         for epoch in range(due):
             if epoch not in state.complete:
                 self._check_there(corpus, epoch, source.documents, lambda positions: positions)
-        # the plan also ends with a partial epoch; it counts as complete if the documents that it leaves out are all empty
+        # the plan also ends with a partial epoch, which counts as complete if all documents that it leaves out are empty
         if rest and due not in state.complete:
             order = partial(epoch_order, plan.seed, corpus, due, source.documents)
             self._check_there(corpus, due, rest, order)

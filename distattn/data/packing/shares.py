@@ -10,8 +10,8 @@ def deal_packs(record: StepPacks, size: int) -> list[list[int]]:
     """Return the indices of each share's packs, in the plan's order.
 
     Packs are assigned largest first. Each goes to the share with the fewest slots so far (`StepPacks.slots`), and to the first of
-    these shares in a tie. So packs of one slot are dealt out round-robin, and a pack that replaces several counts as several.
-    Every share gets a pack if there are at least as many packs as shares.
+    these shares in a tie. So packs of one slot are dealt out round-robin, and a pack that replaces several packs counts as
+    several. Every share gets a pack if there are at least as many packs as shares.
     """
     slots = record.slots
     taken = [0] * size

@@ -113,10 +113,10 @@ def load_device(name: str | Path) -> ClusterSpec:
 def training_cost(shape: ModelShape, cluster: ClusterSpec) -> PackCost:
     """Return the cost of the forward and backward pass on one device, as integers in units of an attention cell.
 
-    A cell, one (query, key) pair, costs as much as in long sequences. A token costs its products with weights, and the part of a
-    kernel row's time that does not depend on the number of keys. A document costs the empty rows of its last tile, half a tile on
-    average, and one task in each layer and direction. Activation recomputation, the optimizer and communication are left out.
-    Raises DistattnError if a cost is too large for a plan.
+    A cell, one (query, key) pair, costs what it costs in long sequences. A token costs its products with weights, and the part of
+    a kernel row's time that does not depend on the number of keys. A document costs the empty rows of its last tile, half a tile
+    on average, and the fixed time of one task in each layer and direction. Activation recomputation, the optimizer and
+    communication are left out. Raises DistattnError if a cost is too large for a plan.
     """
     device, head_dim = cluster.device, shape.width
     # on average, half a tile of rows is empty at the end of a document

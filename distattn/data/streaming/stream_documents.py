@@ -15,7 +15,7 @@ _MOST_ID = (1 << 31) - 1
 
 
 class StreamDocument(NamedTuple):
-    """A document, or a piece of one. ids: token ids, int32 (n,). labels: each token's own label (not shifted), int32 (n,).
+    """A document or a piece of a document. ids: token ids, int32 (n,). labels: each token's own label (not shifted), int32 (n,).
 
     labels is None if the stream has no labels. follows: the label of the token after the piece, or -100 if the document ends.
     """
@@ -29,14 +29,14 @@ class DocumentReader:
     """A reader that extracts and counts the documents in stream items. count: the number of documents so far.
 
     An item is a document or a batch of documents. A document is a list or array of token ids, text (if there is a tokenizer), or
-    a mapping with either under `field` and optionally `labels` of the same length. A batch is a list of documents, a 2-D array,
-    or a mapping of lists or 2-D arrays. If a mapping has an `attention_mask`, tokens whose mask is 0 are left out.
+    a mapping that has one of these under `field`, and optionally `labels` of the same length. A batch is a list of documents, a
+    2-D array, or a mapping of lists or 2-D arrays. If a mapping has an `attention_mask`, tokens whose mask is 0 are left out.
     """
 
     def __init__(self, field: str, tokenizer: Callable[[str], Sequence[int]] | None) -> None:
         self.count = 0
         self._field, self._tokenizer = field, tokenizer
-        # True if the first document has labels, None before it is read; all others must agree
+        # whether the first document has labels, or None before it is read; all other documents must agree
         self.has_labels: bool | None = None
 
     def documents(self, item: Any) -> Iterator[StreamDocument]:
@@ -97,7 +97,7 @@ class DocumentReader:
         return StreamDocument(ids.astype(np.int32), None if own_labels is None else own_labels.astype(np.int32))
 
     def _numbers(self, values: Any, field: str) -> np.ndarray:
-        """Return the values as an integer array (n,). Raise DistattnError if they are anything else."""
+        """Return the values as an integer array (n,). Raise DistattnError if they are not integers in one dimension."""
         try:
             array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
         except (ValueError, TypeError):

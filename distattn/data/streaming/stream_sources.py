@@ -65,7 +65,7 @@ class _StatefulStream:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        # some streams return the loaded state only once they have been iterated
+        # until it is iterated, a stream may not return the state that was loaded into it
         self._before_reading = stream.state_dict()
         self._began = False
 
@@ -83,7 +83,7 @@ class _StatefulStream:
 
 
 class _CountedStream:
-    """A `StreamingDataset` of mosaicml-streaming, whose state depends on the number of samples read."""
+    """A `StreamingDataset` of mosaicml-streaming, whose `state_dict` must be told the number of samples read."""
 
     promises = [
         "Resuming is exact, and reads only the window's own documents again: mosaicml-streaming can begin anywhere in an epoch.",

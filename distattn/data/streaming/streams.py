@@ -32,8 +32,8 @@ class StreamLoader:
     packs them before any others. Documents longer than `context` are cut. As in a plan, the label of a piece's last token is the
     next token of its document. Empty documents are left out.
 
-    A second loop over the loader continues where the first one stopped. When the stream ends, the last step may have fewer packs,
-    and some shares may get none. To start another epoch, create a new loader. step: the number of steps yielded so far.
+    A second loop over the loader continues where the first loop stopped. When the stream ends, the last step may have fewer
+    packs, and some shares may get none. To start another epoch, create a new loader. step: the number of steps yielded so far.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class StreamLoader:
                 yield [_batch([pieces[piece] for piece in pack]) for pack in packs[self.rank :: self.size]]
 
     def _read_window(self, items: Iterator[Any]) -> tuple[list[StreamDocument], bool]:
-        """Return (pieces, ended): the pieces of the next window, carried ones first, and whether the stream has ended."""
+        """Return (pieces, ended): the pieces of the next window, carried pieces first, and whether the stream has ended."""
         pieces = list(self._window.carried)
         tokens = self._packs_of_window * self.context - sum(len(piece.ids) for piece in pieces)
         most_pieces = self._packs_of_window * (self.max_documents or self.context)
@@ -202,7 +202,7 @@ class StreamLoader:
         leaving = np.lexsort((packs.room, is_fresh))
         if not ended:
             leaving = leaving[: self._packs_of_window]
-        # shuffle the packs: best fit puts the long documents into the first ones
+        # shuffle the packs, because best fit puts the long documents into the first packs
         leaving = leaving[permuted(np.arange(len(leaving)), len(leaving), derived_key(0, self._window.number))]
         members = np.split(np.argsort(pack_of_piece, kind="stable"), np.cumsum(np.bincount(pack_of_piece))[:-1])
         step = self.packs_per_step
@@ -239,7 +239,7 @@ def _cut(document: StreamDocument, context: int) -> list[StreamDocument]:
 
 
 def _batch(pieces: list[StreamDocument]) -> dict[str, Any]:
-    """Return the micro-batch of a pack that consists of these pieces."""
+    """Return the micro-batch of a pack that consists of `pieces`."""
     labels = [np.append((piece.ids if piece.labels is None else piece.labels)[1:], piece.follows) for piece in pieces]
     return {
         "input_ids": torch.from_numpy(np.concatenate([piece.ids for piece in pieces]).astype(np.int64))[None],

@@ -81,7 +81,7 @@ def cut_shards(sources: Sequence[Source]) -> list[list[Piece]]:
 
 
 def open_parquet(file: str) -> Any:
-    """Open a Parquet file. Raise DamagedDataError if it is not one."""
+    """Open a Parquet file. Raise DamagedDataError if it is damaged or of another kind."""
     arrow = import_extra("pyarrow", f"reading {file}")
     parquet = import_extra("pyarrow.parquet", f"reading {file}")
     try:

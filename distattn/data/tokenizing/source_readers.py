@@ -47,7 +47,7 @@ def _read_text(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, 
 
 
 def _read_lines(source: Source, piece: Piece, field: str) -> Iterator[tuple[str, int]]:
-    """Yield the JSON lines that start in bytes [start, stop) of the file."""
+    """Yield the JSON lines that start within bytes [piece.start, piece.stop) of the file."""
     with open(source.file, "rb") as file:
         if piece.start:
             # a line that starts before `start` belongs to the previous piece

@@ -185,7 +185,7 @@ def remove_parts(job: TokenizeJob) -> None:
 def finished_manifest(job: TokenizeJob) -> Manifest | None:
     """Return the manifest if the same command has finished before, otherwise None.
 
-    Raises DistattnError if other files with this prefix exist.
+    Raises DistattnError if other files with the job's prefix exist.
     """
     files = [f"{job.prefix}{suffix}" for suffix in (".json", ".idx", ".bin", ".xxh3")]
     existing = [file for file in files if os.path.lexists(file)]
@@ -309,7 +309,7 @@ def _command_digest(job: TokenizeJob) -> str:
 
 
 def _is_lock(lock: int, file: str) -> bool:
-    """Return True if the open lock file is still the one at this path."""
+    """Return True if the open lock file is still the file at this path."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(file))
     except FileNotFoundError:

@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text that these tokens encode."""
+        """Return the text that the tokens `ids` encode."""
         ...
 
 
@@ -73,7 +73,7 @@ class ByteTokenizer:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of these tokens, with U+FFFD in place of bytes that are not valid UTF-8."""
+        """Return the text of the tokens `ids`, with U+FFFD in place of bytes that are not valid UTF-8."""
         return bytes(ids).decode("utf-8", "replace")
 
 
@@ -112,7 +112,7 @@ class FileTokenizer:
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode documents, see `Tokenizer.encode`. The tokens have the dtype of `token_dtype`."""
-        # unlike encode_batch, this does not record each token's position in the text; the ids are the same
+        # unlike encode_batch, this does not record each token's position in the text, which is not needed
         ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         if self.eos is not None:
             ids = [[*document, self.eos] if document else document for document in ids]
@@ -121,7 +121,7 @@ class FileTokenizer:
         return Encoded(tokens, lengths)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of these tokens, including special tokens."""
+        """Return the text of the tokens `ids`, including special tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
 
