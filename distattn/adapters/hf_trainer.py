@@ -135,7 +135,7 @@ class ContextParallelTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Return this rank's parts of a step's micro-batches. Their losses are scaled by the step's number of labels."""
+        """Return this rank's parts of a step's micro-batches, with loss scales for the step's number of labels, and None."""
         if self._probed is not self.model_wrapped:
             self._probed = self.model_wrapped
             self.context_parallel.loss_scale(self._probe_target())
@@ -162,7 +162,7 @@ class ContextParallelTrainer(Trainer):
         return local_loss(model, inputs)
 
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **named: Any) -> Any:
-        """Evaluate split sequences by their mean loss over all labels, and unsplit ones without context parallelism."""
+        """Evaluate split batches by their mean loss over all labels, and unsplit batches without context parallelism."""
         evaluated: list[tuple[float, int]] | None = [] if dataloader is self._split else None
         self._evaluated, self._evaluated_as = evaluated, named.get("metric_key_prefix", "eval")
         with nullcontext() if evaluated is not None else single_process_attention(self.model):
@@ -178,14 +178,14 @@ class ContextParallelTrainer(Trainer):
         return done
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record metrics. Correct the steps per second of split evaluations, which the Trainer counts once per rank."""
+        """Log metrics. Correct the steps per second of split evaluations, since the Trainer counts each step once per rank."""
         name, seconds = f"{self._evaluated_as}_steps_per_second", logs.get(f"{self._evaluated_as}_runtime")
         if self._evaluated and seconds and name in logs:
             logs[name] = round(len(self._evaluated) / seconds, 3)
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        """Return only the loss of a split batch, averaged over all ranks' batches."""
+        """Return the loss of a split batch, averaged over all ranks' batches, and None for the logits and labels."""
         if self._evaluated is None:
             return super().prediction_step(model, inputs, *arguments, **named)
         cp = self.context_parallel
@@ -197,7 +197,7 @@ class ContextParallelTrainer(Trainer):
         return torch.tensor(mean, device=loss.device), None, None
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of all ranks, each exactly once and without padding."""
+        """Count each token on all ranks once, and leave out padding."""
         ids = inputs["input_ids"][:, : inputs["context_parallel"].own_tokens]
         super()._track_num_input_tokens({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 

@@ -27,7 +27,7 @@ def _refuse_operator(self: Any, *operands: Any) -> Any:
 
 
 class MaskPattern:
-    """A stand-in for the mask that a model passes to its layers. window: the number of last tokens allowed, None for all.
+    """A stand-in for the mask that a model passes to its layers. window: the number of latest tokens seen; None for all.
 
     Using it as a tensor raises DistattnError.
     """
