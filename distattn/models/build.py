@@ -322,7 +322,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the random number generators from which initialisation on `device` draws, and no others."""
+    """Set the seeds of the random number generators from which initialisation on `device` draws, and of no others."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
