@@ -28,7 +28,7 @@ def common_change(changes: Sequence[Change | None]) -> Change | None:
 
 
 def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change | None:
-    """Describe how a rank's values (T, ...) differ from the expected ones. Return None if no simple change fits.
+    """Describe how a rank's values (T, ...) differ from the expected values. Return None if no simple change fits.
 
     bound: the norm of the largest difference that rounding explains.
     """
@@ -44,7 +44,7 @@ def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change |
 
 
 def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
-    """Return the low-precision dtype to which values were rounded before being stored in fp32 or fp64; None if they were not."""
+    """Return the low-precision dtype to which values were rounded before being stored in fp32 or fp64, or None."""
     if got_T.dtype not in (torch.float32, torch.float64) or not got_T.any():
         return None
     for dtype in (torch.bfloat16, torch.float16):
@@ -110,7 +110,7 @@ def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
 
 
 def _moved(expected_TC: Tensor, got_TC: Tensor, bound: float) -> Change | None:
-    """Describe values that belong to another token of the same rank, or whose tokens or features are in a different order."""
+    """Describe values that are a neighbouring token's on the same rank, or whose tokens or features are in a different order."""
     tokens, features = expected_TC.shape
     for step in _NEIGHBOURS:
         if tokens > abs(step) + 1:

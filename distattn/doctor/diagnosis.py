@@ -115,11 +115,11 @@ class _Backward:
     """The backward pass, repeated in one process if the parameters' gradients alone do not show the mistake."""
 
     def __init__(self, replay: Replay | None, reference: ReferenceResult):
-        # a model with a router loss cannot be replayed from the logits' gradients, since that loss does not pass through them
+        # not with a router loss, whose gradient does not pass through the logits, from which the replay starts
         self._replay = replay if reference.token_gradients is None else None
         self._done = False
         self.where: str | None = None
-        # the error that kept the backward pass from being repeated; empty if there was none
+        # the error that kept the backward pass from being repeated; empty if there was no error
         self.failure = ""
 
     def explain(self) -> Finding | None:
@@ -159,7 +159,7 @@ class _Backward:
 
 
 def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Finding | None:
-    """Add the refusal by the script's setup to the finding, since both may have one cause. Without a finding, report it alone."""
+    """Add the setup's refusal to the finding, since both may have one cause. Without a finding, return the refusal alone."""
     for rank, result in enumerate(ranks):
         if refusal := result.get("setup_refusal", "").rstrip("."):
             if finding is None:
@@ -350,7 +350,7 @@ def _explain_gradients_and_weights(
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
-    """Return the ranks' loss divided by the single-process loss. Ranks may hold shares or the full loss: use what fits better."""
+    """Return the ranks' loss divided by the single-process loss. Ranks hold shares or the full loss: use what fits better."""
     losses = torch.stack([torch.stack([part["loss"] for part in result["parts"]]).sum() for result in ranks])
     ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
     return min(ratios, key=lambda ratio: abs(ratio - 1))

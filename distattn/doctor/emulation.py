@@ -58,8 +58,8 @@ class Mistake(NamedTuple):
 class VisibleTokens(NamedTuple):
     """The tokens that each token sees.
 
-    allowed_NN: a mask of the keys that each query attends to. read: for each sequence, the tokens that recurrent layers read.
-    convolved: for each sequence, the tokens that convolutions read.
+    allowed_NN: a mask of the keys that each query attends to. read: the sequences of tokens that recurrent layers read.
+    convolved: the sequences of tokens that convolutions read.
     """
 
     allowed_NN: Tensor

@@ -15,8 +15,8 @@ from distattn.doctor.reference import ReferenceResult
 class GradientComparison(NamedTuple):
     """The gradients of all parameters in fp64, on each rank and in one process (expected).
 
-    tolerances: the largest permitted norm of each gradient's difference from `expected`. roundings: its largest permitted
-    relative difference between ranks. Reduced gradients are equal on all ranks except for a rounding or two.
+    tolerances: the largest permitted norm of each gradient's difference from `expected`. roundings: the largest permitted
+    relative difference of each gradient between ranks, since reduced gradients may differ by a rounding or two.
     """
 
     ranks: list[dict[str, Tensor]]
@@ -26,7 +26,7 @@ class GradientComparison(NamedTuple):
 
     @staticmethod
     def of(reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: dict[str, float]) -> GradientComparison:
-        """Collect the gradients of the parameters that have one on every rank."""
+        """Collect the gradients of the parameters that have a gradient on every rank."""
         names = [name for name in reference.gradients if all(name in result["gradients"] for result in ranks)]
         wide = [{name: result["gradients"][name].double() for name in names} for result in ranks]
         expected = {name: reference.gradients[name].double() for name in names}
@@ -70,7 +70,7 @@ class GradientComparison(NamedTuple):
 def explain_gradients(
     reference: ReferenceResult, ranks: Sequence[RankResult], compared: GradientComparison
 ) -> Finding | None:
-    """Find the mistake in the ranks' gradients. Return None if they match the expected ones."""
+    """Find the mistake in the ranks' gradients. Return None if they match the expected gradients."""
     if finding := explain_missing(reference, ranks, compared):
         return finding
     if unequal := compared.unequal():

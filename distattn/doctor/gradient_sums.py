@@ -22,7 +22,7 @@ _REDUCE = "sum gradients over all data- and context-parallel ranks, once, after 
 
 
 class _Fit(NamedTuple):
-    """The factors (ranks, micro-batches) of local gradients in one rank's gradient. fits: True if the weighted sum fits."""
+    """The factors (ranks, micro-batches) with which local gradients sum to one rank's gradient. fits: True if the sum fits."""
 
     factors: Tensor
     fits: bool
@@ -222,7 +222,7 @@ class LocalGradients:
         return Finding("weights in gradients", observed, "leave weight decay to the optimizer")
 
     def _explain_single(self, names: Sequence[str]) -> Finding | None:
-        """Explain a parameter whose gradient is summed with other factors than those of most parameters."""
+        """Explain a parameter whose gradient is summed over ranks and micro-batches with unusual factors."""
         fits = {name: self._fit(0, [name]) for name in names}
         usual = (
             float(torch.stack([fit.factors.median() for fit in fits.values() if fit.fits]).median())

@@ -19,7 +19,7 @@ from distattn.doctor.reference import ReferenceResult, Tolerances, outputs_of_ra
 
 
 class MicroBatch(NamedTuple):
-    """What hypotheses need to know of a micro-batch.
+    """The data of a micro-batch that hypotheses need.
 
     tokens: the indices of each rank's tokens (T,) in the micro-batch. passed: the positions (T,) that each rank passed to the
     model. planned: the document lengths in the ranks' plan. padding: the token ids of each rank's padding.
@@ -37,12 +37,12 @@ class MicroBatch(NamedTuple):
         return [whole[tokens] for tokens in self.tokens]
 
     def documents(self) -> list[tuple[int, int]]:
-        """Return each document's first token and its end (exclusive)."""
+        """Return the range of each document's tokens as (first, end), end excluded."""
         ends = list(accumulate(self.pack.lengths, initial=0))
         return list(pairwise(ends))
 
 
-# the token sequences that recurrent layers read; the state is reset at the start of each
+# the token sequences that recurrent layers read; the state is reset at the start of each sequence
 Readings = list[Tensor]
 
 

@@ -126,7 +126,7 @@ def _misfit_and_smoothing(
 
 
 def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the label and weight that best fit each token's gradient, preferring the right label if it fits."""
+    """Return the labels and weights that best fit the tokens' gradients. If the right label of a token fits, it is preferred."""
     weights_T = _along(gradient_TV, _direction(probability_TV, right_T))
     rest_TV = gradient_TV - weights_T[:, None] * _direction(probability_TV, right_T)
     fits_T = (right_T != IGNORE_INDEX) & (rest_TV.norm(dim=-1) <= _FITS * gradient_TV.norm(dim=-1))

@@ -186,7 +186,7 @@ def _one_rounding(values: Tensor, error: float) -> float:
 
 
 def packs_of(batches: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
-    """Read batches as `ContextParallel.shard` does. The script's other keys are ignored."""
+    """Read batches as `ContextParallel.shard` does. Keys that only the script uses are ignored."""
     packs = [PackedBatch.of({name: value for name, value in batch.items() if name in KEYS}) for batch in batches]
     # results are compared on the CPU
     return [PackedBatch(pack.ids_N.cpu(), pack.labels_N.cpu(), pack.lengths) for pack in packs]
@@ -211,7 +211,7 @@ def _unshifted_labels(batch: Mapping[str, Any]) -> Tensor:
 def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, int]:
     """Return the token dimension of each output, keyed by name.
 
-    It is the first dimension whose size equals the document's length in every document. Outputs without one are left out.
+    It is the first dimension whose size equals the document's length in every document. Other outputs are left out.
     """
     dims: dict[str, int] = {}
     for name in outputs[0]:

@@ -28,7 +28,7 @@ def check_run(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[
 
 
 def check_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
-    """Find a value that is finite in one process but not on a rank. Return its module, None outside modules, and the finding."""
+    """Find a value that is finite in one process but not on a rank. Return the module (None for other values) and the finding."""
     remedy = (
         "look at the first module or parameter named; an overflow, a division by zero, or memory that was not filled"
     )
