@@ -138,7 +138,7 @@ class AllocationWatch(TorchDispatchMode):
             executable = EXECUTABLES.by_handle(args[number])
             memory = executable.memory()[direction]
             self._largest_arena = max(self._largest_arena, memory.arena)
-            # leave out what a recomputed pass receives for its backward pass: `_repeat` counts it as part of the arena
+            # leave out the buffer that a recomputed pass receives into for its backward pass, since `_repeat` counts it
             kept = executable.program.kept_places.bytes if direction == "forward" and runs_backward() else 0
             self._note(self.alive + memory.beside_arena - kept)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -275,7 +275,7 @@ class PlannedAttention:
         self.executable = executable
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any) -> Tensor:
-        """Return `distattn.attention` of this rank's tokens, (T, heads, dim). All layers share one shape."""
+        """Return `distattn.attention` of this rank's tokens, (T, heads, dim). All layers have the same shape."""
         modifiers = {name: value for name, value in options.items() if name not in ("window", "layer")}
         out: Tensor = attention(q, k, v, self.executable, scale=scale, **modifiers)
         return out

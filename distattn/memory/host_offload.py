@@ -76,7 +76,7 @@ class HostOffload:
             if fitting:
                 return free.pop(min(fitting, key=lambda number: free[number].nbytes))
             if free:
-                # replace the largest free buffer with a larger one, once the former's copies are complete
+                # drop the largest free buffer, which a larger one replaces, once all copies from and to it are complete
                 self._streams[x.device].synchronize()
                 del free[max(range(len(free)), key=lambda number: free[number].nbytes)]
         with current_device(x.device):

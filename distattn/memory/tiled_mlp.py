@@ -32,7 +32,7 @@ def tile_feed_forward(model: nn.Module, tile_tokens: int) -> int:
 
     Norms are tiled because in eager mode they allocate several fp32 tensors, which would take more memory than tiled feed-forward
     layers. Return the number of feed-forward layers. Call this before or after `fully_shard`. Raises DistattnError if there are
-    no such layers, or if one (named in the error) has experts, dropout, or parts that FSDP2 shards separately.
+    no feed-forward layers, or if a layer (named in the error) has experts, dropout, or parts that FSDP2 shards separately.
     """
     if tile_tokens < 1:
         raise DistattnError(f"tile_tokens must be at least 1, not {tile_tokens}.")
