@@ -172,7 +172,7 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Restore gradients and the optimizer's gradient state on exit. Raises DistattnError in the middle of a step."""
+        """Set gradients aside, and restore them and the optimizer's on exit. Raises DistattnError in the middle of a step."""
         engine, optimizer = self.engine, self.engine.optimizer
         steps = engine.gradient_accumulation_steps()
         if engine.micro_steps % steps:

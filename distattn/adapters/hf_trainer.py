@@ -47,8 +47,8 @@ class ContextParallelTrainer(Trainer):
         self._probed: Any = None
         # the current epoch's iterator, and its steps, which are sharded one step ahead
         self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
-        # the evaluation loader whose batches are split; the losses and label counts of the last evaluation with it, one
-        # pair per step; and the prefix of that evaluation's metrics
+        # the evaluation loader whose batches are split; the loss and label count of each step of the last evaluation
+        # with it; and the prefix of that evaluation's metrics
         self._split: Any = None
         self._evaluated: list[tuple[float, int]] | None = None
         self._evaluated_as = ""
@@ -152,7 +152,7 @@ class ContextParallelTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute this rank's share of the loss for a split batch, or transformers' loss for an unsplit one (evaluation)."""
+        """Compute this rank's share of the loss for a split batch, or transformers' loss for an unsplit batch (evaluation)."""
         if "context_parallel" not in inputs:
             if isinstance(inputs.get("labels"), torch.Tensor):
                 inputs = {**inputs, "labels": int64_labels(inputs["labels"])}
@@ -168,8 +168,8 @@ class ContextParallelTrainer(Trainer):
         with nullcontext() if evaluated is not None else single_process_attention(self.model):
             done = super().evaluation_loop(dataloader, *arguments, **named)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # once accelerate has prepared a model for evaluation, it would not wrap the model in DDP for training, and
-            # ranks would train different models
+            # let accelerate prepare the model again for training: otherwise, it would not wrap the model in DDP, and ranks
+            # would train different models
             self.model._is_accelerate_prepared = self.model_wrapped is not self.model  # type: ignore[union-attr]
         labels = sum(labels for _, labels in evaluated or ())
         if evaluated and labels and done.metrics:

@@ -30,7 +30,7 @@ def attend_by_latents(model: torch.nn.Module) -> None:
     """Make a transformers model's latent attention send latents, R + L numbers per token, and expand them at the receiver.
 
     A rank expands the latents of all tokens that it attends to, and does so again in the backward pass. Call this before the
-    model is compiled. Raises DistattnError if the model has no such layers, or if their up-projections are not plain linear
+    model is compiled. Raises DistattnError if the model has no latent attention, or if its up-projections are not plain linear
     layers (LoRA).
     """
     folder = model_folder(type(model).__module__)

@@ -94,7 +94,7 @@ def recurrence_shape(config: Any) -> dict[str, Any] | None:
 
 
 def recurrent_op(config: Any) -> str | None:
-    """Return the op of a configuration's recurrent layers, or None if it has no such layers or their op is unknown."""
+    """Return the op of a configuration's recurrent layers, or None if it has no recurrent layers or their op is unknown."""
     kinds = getattr(config, "layer_types", None) or ()
     if _RECURRENT not in kinds and _WITH_ATTENTION not in kinds:
         return None
@@ -143,7 +143,7 @@ class _Span:
 
     @torch.compiler.disable
     def within(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Replace the batch and the positions before each of the remaining layers."""
+        """Replace the batch and remove the positions before each of the remaining layers."""
         if self._span is None:
             return None
         if not _hidden_states_only(args, kwargs):
