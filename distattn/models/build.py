@@ -140,7 +140,7 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
     rank keeps its part. So the weights do not depend on the number of ranks or on the sharding. Besides its shards, a rank
     holds one module's weights at a time. The largest, an embedding of 128,256 x 8,192, takes 2.1 GB in bfloat16. device: where
     the shards are allocated and the random numbers drawn; CPUs and GPUs draw different numbers. torch's random state does not
-    change. Raises DistattnError naming the tensor if a tensor would stay uninitialised.
+    change. Raises DistattnError naming any tensor that would stay uninitialised.
     """
     blueprint = untied_meta_model(model)
     check_unfilled(model, blueprint)
@@ -177,7 +177,7 @@ def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
 
 
 def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
-    """Raise DistattnError naming the tensor if a model differs from its configuration or is not on the meta device.
+    """Raise DistattnError naming a tensor that differs from the model's configuration or is not on the meta device.
 
     blueprint: the model's `untied_meta_model`.
     """

@@ -108,5 +108,5 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 
 
 def _cause(error: dcp.CheckpointException) -> BaseException:
-    """Return the error that DCP has wrapped, given that a single process took part."""
+    """Return the error that DCP has wrapped. There is only one, since no other rank took part."""
     return next(iter(error.failures.values()))[0]

@@ -57,7 +57,7 @@ def export_model(
     """Export a model whose parameters are plain tensors or DTensors. All ranks call this, and rank 0 returns the written files.
 
     Tensors are gathered one at a time. Rank 0 holds at most one file's tensors, other ranks one tensor. All ranks raise an error
-    if rank 0 could not write. For everything else, see `export_safetensors`.
+    if rank 0 cannot write. For everything else, see `export_safetensors`.
     """
     tied = model.all_tied_weights_keys
     tensors = ((name, _whole(tensor)) for name, tensor in model.state_dict().items() if name not in tied)
@@ -191,7 +191,7 @@ def _write_files(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_
     counts: Counter[torch.dtype] = Counter()
 
     def flush() -> None:
-        # use temporary names, since the final ones contain the number of files, which is known only at the end
+        # use temporary names, since the final names contain the number of files, which is known only at the end
         save_file(held, _part(folder, len(names)), metadata={"format": "pt"})
         names.append(list(held))
         held.clear()

@@ -42,7 +42,7 @@ _BY_COLUMNS = {
 
 
 class MegatronShard(NamedTuple):
-    """The part of a GPTModel that a rank holds. layers: indices in the entire model; Megatron's are per stage."""
+    """The part of a GPTModel that a rank holds. layers: indices in the entire model, not in the stage."""
 
     tensor_rank: int
     tensor_ranks: int

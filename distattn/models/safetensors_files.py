@@ -115,7 +115,7 @@ class PretrainedWeights:
         return _DTYPES[self._sources[name].first.dtype]
 
     def check(self, tied: dict[str, str]) -> None:
-        """Raise DistattnError naming a tensor of the model that the files lack. tied: each tied tensor's source, by name."""
+        """Raise DistattnError naming a tensor of the model that the files lack. tied: maps each tied name to its source."""
         sources = {target: source for target, source in tied.items()} | {
             source: target for target, source in tied.items()
         }
@@ -279,7 +279,7 @@ def _stacks_rows(converter: WeightConverter) -> bool:
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Return the names of a model's files: the single file, or those in the index."""
+    """Return the names of a model's files: the single file, or those listed in the index."""
     index = folder / INDEX
     if not index.exists():
         if (folder / ONE_FILE).exists():

@@ -82,8 +82,8 @@ def whole_modules(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.
     """Gather a model sharded by `shard_rows`, one module at a time, and yield each module once its parameters are gathered.
 
     dtype: the dtype of the gathered parameters. A rank's rows are freed once they are gathered, so a rank holds only its share,
-    the caller's copies of modules, and one full parameter. A tied parameter is gathered with the first module that has it. This
-    is a collective call of all ranks of the mesh.
+    the caller's copies of modules, and one full parameter. A tied parameter is gathered with the first module that has it. All
+    ranks of the mesh must iterate together.
     """
     places = {id(parameter): owners for parameter, owners in _places(model).items()}
     # yield children before parents, since the caller may process a module together with its children
