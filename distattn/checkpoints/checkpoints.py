@@ -84,7 +84,7 @@ class _Note:
 
 
 class _Start(NamedTuple):
-    """Rank 0's answer before a rank writes. plan: None if it is unchanged since the previous save."""
+    """Rank 0's instructions to a rank that is about to write. plan: None if it is unchanged since the previous save."""
 
     folder: Path
     serial: int
@@ -237,7 +237,7 @@ class Checkpoints:
         Each rank reads a share of the checkpoint's blocks and compares their digests before any pickle is read. A damaged
         checkpoint is passed over, with one warning that names the damage. If no checkpoint is passed over, those that the keep
         rule does not keep are removed. required: facts that the checkpoint must have. The number of ranks and the sharding of
-        tensors may differ from those at the save.
+        tensors may differ from those at the time of the save.
 
         Returns None if there is no checkpoint. Raises DamagedDataError if all checkpoints are damaged, and DistattnError if a
         required fact differs or the state does not fit.
@@ -408,7 +408,7 @@ class Checkpoints:
                 remove_folder(start.folder)
 
     def _stage(self, save: _Save) -> tuple[int, SavePlan | None]:
-        """Copy the tensors. Return the step, and DCP's plan for this rank or None if the plan has not changed."""
+        """Copy the tensors. Return the step and DCP's plan for this rank, with None for a plan that has not changed."""
         try:
             save.state.copy_tensors()
         finally:

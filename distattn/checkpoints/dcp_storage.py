@@ -47,7 +47,7 @@ class DigestingFileSystem(FileSystem):
 
     @property
     def failure(self) -> OSError | None:
-        """The first write error, which torch.save replaces by an error of its own; None without a write error."""
+        """The first write error, which torch.save replaces with its own error; None if every write succeeded."""
         return next((file.failure for file in self._written.values() if file.failure is not None), None)
 
     def digests(self) -> list[FileDigests]:

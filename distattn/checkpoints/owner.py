@@ -98,7 +98,7 @@ def _digest(text: str) -> str:
 
 
 def writer_is_alive(name: str) -> bool | None:
-    """Return whether the process with a `writer_name` is still running; None if it ran on another machine or before a reboot."""
+    """Return whether the process that `name` describes is running; None if it ran on another machine or before a reboot."""
     machine, pid, started = name.split("-")
     if machine != _digest(_machine()):
         return None

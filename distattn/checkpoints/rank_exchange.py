@@ -54,7 +54,7 @@ class _Answer(NamedTuple):
 
 
 class RankExchange:
-    """Exchanges between the ranks of a group, or of one process with itself. For one thread at a time. Creation is collective."""
+    """A channel between a group's ranks, or for a single process. For one thread at a time. Creating it is collective."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.rank = 0 if group is None else dist.get_rank(group)

@@ -38,8 +38,8 @@ class HostBuffers:
     def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into its buffer and return the buffer. The caller may drop the tensor immediately.
 
-        On a GPU, the copy overlaps with other work on the device. It keeps at most two tensors alive; at a third, the current
-        stream waits for the oldest copy. Call `finish_kept` after the last tensor.
+        On a GPU, the copy overlaps with other work on the device. At most two copies are in flight; before a third, the current
+        stream waits for the oldest. Call `finish_kept` after the last tensor.
         """
         source = tensor.detach()
         buffer = self.like(name, source)
@@ -96,7 +96,7 @@ class HostBuffers:
         return buffer
 
     def forget_others(self, names: set[str]) -> None:
-        """Drop all buffers except those called `names` and those that `keep` has returned since the last save."""
+        """Drop all buffers except those whose names are in `names` and those that `keep` has returned since the last save."""
         names = names | set(self._kept.values())
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in names}
         self._kept = {}
