@@ -42,7 +42,7 @@ class RankFailure(Exception):
         return cls("error", rank, f"{type(error).__name__}: {error}")
 
     def raised(self) -> DistattnError:
-        """Return the DistattnError that the user gets to see."""
+        """Return the DistattnError that tells the user about this failure."""
         kinds = {"lost": LostRankError, "damaged": DamagedDataError}
         where = "" if self.kind in ("lost", "damaged", "refused") else f"rank {self.rank}: "
         return kinds.get(self.kind, DistattnError)(where + self.text)

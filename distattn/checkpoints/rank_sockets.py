@@ -173,7 +173,7 @@ def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> Ra
 
 
 def _within(opened: socket.socket, handshake: Callable[..., int], *arguments: Any) -> int:
-    """Return the result of a handshake over a new connection. If it fails or is too slow, close the connection, raise OSError."""
+    """Return a handshake's result. If the handshake fails or times out, close the connection and raise OSError."""
     deadline = time.monotonic() + _CONNECT_SECONDS
     try:
         return handshake(opened, deadline, *arguments)

@@ -55,7 +55,7 @@ class KeepRule:
         return [checkpoint for checkpoint in with_manifest if checkpoint.folder not in kept]
 
     def _spaced(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Return checkpoints at least `every_hours` apart, starting with the first, and all checkpoints without hours."""
+        """Return checkpoints at least `every_hours` apart, starting with the first, and all without recorded hours."""
         if self.every_hours is None:
             return []
         kept, next_seconds = [], 0.0

@@ -34,7 +34,7 @@ class CheckpointVerdict(NamedTuple):
 
     @property
     def is_doubtful(self) -> bool:
-        """True if a run tries all other checkpoints before this one and the keep rule does not count it."""
+        """True if a run tries this checkpoint only after those without doubt, and the keep rule does not count it."""
         return self.kind in (REFUSED, SET_ASIDE)
 
     def write(self, checkpoint: Path) -> None:
