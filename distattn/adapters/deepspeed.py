@@ -111,7 +111,7 @@ def set_data_parallel_size(engine: Any, size: int) -> None:
 
 
 class ProbeTarget:
-    """A DeepSpeed engine for `ContextParallel.loss_scale` to probe between two steps, not during gradient accumulation.
+    """A DeepSpeed engine, which `ContextParallel.loss_scale` probes between two steps, not during gradient accumulation.
 
     scale_wrt_gas: the value that you pass to `engine.backward`. forward: computes logits from a batch, by default by calling
     the engine. output_layer: the linear layer that computes logits, by default that of `output_layer_of`.
@@ -172,7 +172,7 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Set gradients aside, and restore them and the optimizer's on exit. Raises DistattnError in the middle of a step."""
+        """Set gradients aside while the context is open, then restore them. Raises DistattnError in the middle of a step."""
         engine, optimizer = self.engine, self.engine.optimizer
         steps = engine.gradient_accumulation_steps()
         if engine.micro_steps % steps:

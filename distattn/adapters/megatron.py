@@ -325,7 +325,7 @@ def check_rotary(model: Any) -> None:
 
 
 class ProbeTarget:
-    """Megatron's model chunks in its DistributedDataParallel, for `ContextParallel.loss_scale` to probe.
+    """Model chunks in Megatron's DistributedDataParallel, which `ContextParallel.loss_scale` probes.
 
     micro_batches: the number of micro-batches in a step. Megatron divides by it unless calculate_per_token_loss is set.
     """

@@ -201,7 +201,7 @@ def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 
 
 def sum_fsdp_gradients(model: torch.nn.Module) -> None:
-    """Let FSDP2 sum gradients over ranks. By default it averages them, and losses must be multiplied by the number of ranks.
+    """Let FSDP2 sum gradients over ranks. By default, it averages them, which losses would have to undo.
 
     The norms in transformers' models round gradients to float32 even in a float64 model. Multiplying a gradient by 3
     rounds it differently from multiplying it by 2, so with averaging, the float64 loss curves of 3 ranks and of 2
@@ -215,7 +215,7 @@ def sum_fsdp_gradients(model: torch.nn.Module) -> None:
 
 
 class ProbeTarget:
-    """Your own training loop for `ContextParallel.loss_scale` to probe between steps, with FSDP2's synchronization on.
+    """Your own training loop, which `ContextParallel.loss_scale` probes between steps, with FSDP2's synchronization on.
 
     forward: computes logits from a batch, by default by calling a transformers model. reduce: reduces gradients after backward;
     nothing by default. output_layer: the linear layer that computes logits, by default that of `output_layer_of`.
