@@ -73,7 +73,7 @@ class SequenceGroups:
         return dist.get_world_size(self._split)
 
     def get_sequence_parallel_rank(self) -> int:
-        """Return this rank's index among those that split a sequence."""
+        """Return this rank's index among the ranks that split a sequence."""
         return dist.get_rank(self._split)
 
     def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
@@ -104,17 +104,17 @@ class SequenceGroups:
 def set_data_parallel_size(engine: Any, size: int) -> None:
     """Set the sample counts of an engine created without `SequenceGroups`. size: the number of data-parallel replicas.
 
-    Otherwise DeepSpeed assumes that every rank has its own samples. This affects reports, not gradients.
+    Without this call, DeepSpeed assumes that every rank has its own samples. This affects what it reports, not gradients.
     """
     samples = engine.train_micro_batch_size_per_gpu() * engine.gradient_accumulation_steps() * size
     engine._config.train_batch_size = engine.tput_timer.batch_size = samples
 
 
 class ProbeTarget:
-    """A DeepSpeed engine for `ContextParallel.loss_scale` to probe between two steps, not during gradient accumulation.
+    """A DeepSpeed engine, which `ContextParallel.loss_scale` probes between two steps, not during gradient accumulation.
 
     scale_wrt_gas: the value that you pass to `engine.backward`. forward: computes logits from a batch, by default by calling
-    the engine. output_layer: the linear layer that computes logits, by default the one that transformers names.
+    the engine. output_layer: the linear layer that computes logits, by default that of `output_layer_of`.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class ProbeTarget:
         self.micro_batches_per_step = engine.gradient_accumulation_steps() if scale_wrt_gas else None
 
     def layer(self) -> torch.nn.Module:
-        """Return the output layer, or another trained layer if it is frozen."""
+        """Return the output layer, or another layer that is trained if the output layer is frozen."""
         return trained_layer(self.engine.module, self._output())
 
     def vocab_rows(self) -> int:
-        """Return the number of rows for the full vocabulary, even if the weight is partitioned."""
+        """Return the number of rows of the output layer's full weight, even if it is partitioned."""
         weight: Any = self._output().weight
         return getattr(weight, "ds_shape", weight.shape)[0]
 
@@ -172,7 +172,7 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Restore gradients and the optimizer's gradient state on exit. Raises DistattnError in the middle of a step."""
+        """Set gradients aside while the context is open, then restore them. Raises DistattnError in the middle of a step."""
         engine, optimizer = self.engine, self.engine.optimizer
         steps = engine.gradient_accumulation_steps()
         if engine.micro_steps % steps:
@@ -190,7 +190,7 @@ class ProbeTarget:
             finally:
                 optimizer.zero_grad()
                 engine.zero_grad()
-                # ZeRO accumulates into these until it takes a step
+                # ZeRO accumulates gradients in these attributes until its optimizer takes a step
                 if micro_step is not None:
                     optimizer.averaged_gradients.clear()
                     optimizer.averaged_gradients.update(averaged)

@@ -47,8 +47,8 @@ class ContextParallelTrainer(Trainer):
         self._probed: Any = None
         # the current epoch's iterator, and its steps, which are sharded one step ahead
         self._epoch: tuple[Any, Iterator[list[dict[str, Any]]]] = None, iter(())
-        # the evaluation loader whose batches are split; the losses and label counts of the last evaluation with it, one
-        # pair per step; and the prefix of that evaluation's metrics
+        # the evaluation loader whose batches are split; the loss and label count of each step of the last evaluation
+        # with it; and the prefix of that evaluation's metrics
         self._split: Any = None
         self._evaluated: list[tuple[float, int]] | None = None
         self._evaluated_as = ""
@@ -135,7 +135,7 @@ class ContextParallelTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """Return this rank's parts of a step's micro-batches. Their losses are scaled by the step's number of labels."""
+        """Return this rank's parts of a step's micro-batches, with loss scales for the step's number of labels, and None."""
         if self._probed is not self.model_wrapped:
             self._probed = self.model_wrapped
             self.context_parallel.loss_scale(self._probe_target())
@@ -152,7 +152,7 @@ class ContextParallelTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute this rank's share of the loss for a split batch, or transformers' loss for an unsplit one (evaluation)."""
+        """Compute this rank's share of the loss for a split batch, or transformers' loss for an unsplit batch (evaluation)."""
         if "context_parallel" not in inputs:
             if isinstance(inputs.get("labels"), torch.Tensor):
                 inputs = {**inputs, "labels": int64_labels(inputs["labels"])}
@@ -162,14 +162,14 @@ class ContextParallelTrainer(Trainer):
         return local_loss(model, inputs)
 
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **named: Any) -> Any:
-        """Evaluate split sequences by their mean loss over all labels, and unsplit ones without context parallelism."""
+        """Evaluate split batches by their mean loss over all labels, and unsplit batches without context parallelism."""
         evaluated: list[tuple[float, int]] | None = [] if dataloader is self._split else None
         self._evaluated, self._evaluated_as = evaluated, named.get("metric_key_prefix", "eval")
         with nullcontext() if evaluated is not None else single_process_attention(self.model):
             done = super().evaluation_loop(dataloader, *arguments, **named)
         if not (self.is_in_train or self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # once accelerate has prepared a model for evaluation, it would not wrap the model in DDP for training, and
-            # ranks would train different models
+            # let accelerate prepare the model again for training: otherwise, it would not wrap the model in DDP, and ranks
+            # would train different models
             self.model._is_accelerate_prepared = self.model_wrapped is not self.model  # type: ignore[union-attr]
         labels = sum(labels for _, labels in evaluated or ())
         if evaluated and labels and done.metrics:
@@ -178,14 +178,14 @@ class ContextParallelTrainer(Trainer):
         return done
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Record metrics. Correct the steps per second of split evaluations, which the Trainer counts once per rank."""
+        """Log metrics. Correct the steps per second of split evaluations, since the Trainer counts each step once per rank."""
         name, seconds = f"{self._evaluated_as}_steps_per_second", logs.get(f"{self._evaluated_as}_runtime")
         if self._evaluated and seconds and name in logs:
             logs[name] = round(len(self._evaluated) / seconds, 3)
         super().log(logs, start_time)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        """Return only the loss of a split batch, averaged over all ranks' batches."""
+        """Return the loss of a split batch, averaged over all ranks' batches, and None for the logits and labels."""
         if self._evaluated is None:
             return super().prediction_step(model, inputs, *arguments, **named)
         cp = self.context_parallel
@@ -197,7 +197,7 @@ class ContextParallelTrainer(Trainer):
         return torch.tensor(mean, device=loss.device), None, None
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the tokens of all ranks, each exactly once and without padding."""
+        """Count each token on all ranks once, and leave out padding."""
         ids = inputs["input_ids"][:, : inputs["context_parallel"].own_tokens]
         super()._track_num_input_tokens({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 

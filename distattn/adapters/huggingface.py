@@ -38,7 +38,7 @@ from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
 from distattn.ir.renamed import renamed_attributes
 
-# the supported kinds of layers in configurations: attention, and layers that read no other tokens
+# the supported kinds of layers in configurations: attention layers, and layers in which no token reads another
 _COMPUTED = ("full_attention", "sliding_attention", "mlp", "moe")
 __getattr__ = renamed_attributes(__name__, {"relayout_recurrent_runs": "relayout_recurrent_spans"})
 
@@ -54,7 +54,7 @@ def register() -> None:
 
 @contextmanager
 def single_process_attention(model: Any) -> Iterator[None]:
-    """Let a transformers model attend to whole batches in this process while the context is open, to evaluate or `generate`.
+    """Let a transformers model attend to whole batches in this process while the context is open, for evaluation or `generate`.
 
     With activation checkpointing, also run backward passes inside the context, since they recompute attention.
     """
@@ -85,8 +85,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers calls it: query (1, H, T, D), key (1, K, T, D), value (1, K, T, E) -> (1, T, H, E).
 
-    softcap, s_aux (a sink logit per head, (H,)) and sliding_window are as Gemma 2, gpt-oss and Mistral pass them. Raises
-    DistattnError for anything else that a layer requests.
+    softcap, s_aux (a sink logit per head, (H,)) and sliding_window: as Gemma 2, gpt-oss and Mistral pass them. None
+    stands for the attention weights that transformers expects. Raises DistattnError for anything else that a layer requests.
     """
     layer = getattr(module, "layer_idx", None)
     where = "" if layer is None else f"layer {layer}: "
@@ -144,7 +144,7 @@ def mask_pattern(
     config: Any = None,
     **kwargs: Any,
 ) -> MaskPattern:
-    """Return a pattern instead of a mask, since the plan has the mask: causal in each document, possibly with a window.
+    """Return a pattern in place of a mask, since the plan has the mask: causal in each document, possibly with a window.
 
     transformers marks windows and chunks by local_size, and masks of users and multimodal models by use_vmap or an outer
     `or_mask`. It wraps its causal function in an `and_mask` for windows, and when positions restart, as in packed documents.

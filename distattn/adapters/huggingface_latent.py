@@ -3,8 +3,8 @@
     attend_by_latents(model)
 
 Without that call, such models are computed like any others: each rank expands its tokens' latents, and the keys and values of
-all heads are sent. transformers' attention layers expand latents in a method, `expand_kv`. On the layers of this one model, it is
-replaced by a function that returns the latents unchanged. `attention_forward` passes them to the plan together with the weight.
+all heads are sent. transformers' attention layers expand latents in a method, `expand_kv`. The call replaces it, on the layers of
+this model only, by a function that returns the latents unchanged. `attention_forward` passes them to the plan with the weight.
 """
 
 # T tokens on this rank, H heads, N key dim without the rotary part, R rotary dim, L latent dim, E value head dim
@@ -30,7 +30,7 @@ def attend_by_latents(model: torch.nn.Module) -> None:
     """Make a transformers model's latent attention send latents, R + L numbers per token, and expand them at the receiver.
 
     A rank expands the latents of all tokens that it attends to, and does so again in the backward pass. Call this before the
-    model is compiled. Raises DistattnError if the model has no such layers, or if their up-projections are not plain linear
+    model is compiled. Raises DistattnError if the model has no latent attention, or if its up-projections are not plain linear
     layers (LoRA).
     """
     folder = model_folder(type(model).__module__)
@@ -47,7 +47,7 @@ def attend_by_latents(model: torch.nn.Module) -> None:
 
 @contextmanager
 def latents_expanded(model: torch.nn.Module) -> Iterator[None]:
-    """Let the model's layers expand latents themselves while the context is open, as transformers' own attention needs."""
+    """Let the model's layers expand latents themselves while the context is open, for transformers' own attention."""
     layers = [layer for layer in model.modules() if has_latents(layer)]
     for layer in layers:
         del layer.__dict__["expand_kv"]

@@ -1,8 +1,8 @@
 """Hugging Face transformers: Mamba models without attention, which do not pass keyword arguments on to their layers.
 
 The layers of `huggingface_recurrent` find the batch among the keyword arguments of the model's call. `Mamba2ForCausalLM` passes
-only the mask on to the `Mamba2Model` inside it, so the batch replaces the mask for this one step. Since the batch is part of the
-call, different models, threads and repeated layers do not share it.
+only the mask on to the `Mamba2Model` inside it, so the batch takes the mask's place there. Since the batch is an argument of the
+call, not a global, it cannot reach other models or threads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distattn.adapters.huggingface_recurrent import check_mixing_layer
 from distattn.batch.local_batch import BatchAttention
 from distattn.ir.errors import DistattnError
 
-# transformers' folders of such models, and the prefixes of their class names
+# transformers' folders of models without attention, and the prefixes of their class names
 _ALONE = {"falcon_mamba": "FalconMamba", "mamba": "Mamba", "mamba2": "Mamba2"}
 
 

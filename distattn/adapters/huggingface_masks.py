@@ -27,7 +27,7 @@ def _refuse_operator(self: Any, *operands: Any) -> Any:
 
 
 class MaskPattern:
-    """A stand-in for the mask that a model passes to its layers. window: the number of last tokens allowed, None for all.
+    """A stand-in for the mask that a model passes to its layers. window: how many tokens each query sees; None for all.
 
     Using it as a tensor raises DistattnError.
     """
@@ -60,7 +60,7 @@ for _name in (
 
 
 def refuse_attention_classes(module: ModuleType) -> None:
-    """Make models that choose an attention class by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse ours.
+    """Make models that choose an attention class by the implementation's name (Falcon, GPT-J, GPT-Neo) refuse "distattn".
 
     module: one of transformers' modeling modules; see `huggingface_modules.patch_model_modules`.
     """

@@ -1,9 +1,9 @@
 """Hugging Face transformers: compute recurrent layers and short convolutions by the batch's plans.
 
 Transformers' hybrid models call a few functions of their module (`causal_conv1d_fn`, `torch_chunk_gated_delta_rule`, ...), each
-with the keyword arguments of the model's call. `replace_functions` replaces them with ours. If the arguments contain a sharded
-batch, ours compute by its plans; otherwise they call the original function. To add a model, enter it in `MODELS`. To add a kind
-of layer, enter its function in `_FUNCTIONS`.
+with the keyword arguments of the model's call. `replace_functions` replaces these functions. If its arguments contain a sharded
+batch, a replacement computes by the batch's plans; otherwise it calls the original. To add a model, enter it in `MODELS`. To add
+a kind of layer, enter its function in `_FUNCTIONS`.
 """
 
 # T tokens on this rank, C channels, W taps, H heads of values, G heads of queries and keys, K key dim, V value dim
@@ -47,7 +47,7 @@ MODELS = (
 )
 # models whose recurrent layers are Mamba-1
 _MAMBA_1 = ("falcon_mamba", "jamba", "mamba", "zamba")
-# the first version of transformers that passes the model's keyword arguments on to these functions
+# the first version of transformers that passes the model's keyword arguments on to the functions in `_FUNCTIONS`
 _LEAST = "5.23"
 
 
@@ -161,7 +161,7 @@ def _state_space(
 
 
 def _not_fused(batch: LocalBatch, *arguments: Any, **named: Any) -> None:
-    """Return None instead of the fused kernel's result, so that the layer calls the convolution and the scan separately."""
+    """Return None in place of the fused kernel's result, which makes the layer call the convolution and the scan separately."""
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

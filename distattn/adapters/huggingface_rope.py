@@ -33,8 +33,8 @@ def rope_by_length(config: Any) -> str:
 def scale_rope_by_pack(model: torch.nn.Module) -> None:
     """Make a transformers model scale dynamic RoPE or longrope by a sharded pack's longest document, equally on all ranks.
 
-    Call this once, before the first forward pass. It does nothing for models with other RoPE types. Whole batches, without
-    context_parallel, are scaled by their own longest position. Raises DistattnError if the model's rotary embeddings are not
+    Call this once, before the first forward pass. It does nothing for models with other RoPE types. In calls with whole batches
+    (no context_parallel), RoPE is scaled by their longest position. Raises DistattnError if the model's rotary embeddings are not
     modules like transformers' own.
     """
     kind = rope_by_length(model.config)
@@ -95,5 +95,5 @@ def check_rope(config: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _with_last(position_ids: Tensor, length: int) -> Tensor:
-    """Append the last position of a document of this length to positions (1, T)."""
+    """Append the last position of a document of `length` tokens to positions (1, T)."""
     return torch.cat([position_ids, position_ids.new_full((len(position_ids), 1), length - 1)], 1)

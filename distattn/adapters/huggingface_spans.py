@@ -36,7 +36,7 @@ _SHAPES = (
     ("ssd", ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")),
     ("ssd", ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")),
 )
-# models whose configurations lack these sizes, and the op of their recurrent layers
+# the op of the recurrent layers in models whose configurations lack these sizes
 _OPS_OF_OTHERS = {"mamba2": "ssd", "zamba2": "ssd"}
 # arguments that decoders pass to all layers but only attention reads, since recurrent layers use no positions
 _POSITIONS = ("position_ids", "position_embeddings")
@@ -48,9 +48,9 @@ def relayout_recurrent_spans(model: Any) -> list[Any]:
     """Move tokens to contiguous slices for spans of recurrent layers where that is faster on the batch's `cluster`.
 
     Call this once, before the transformers model is sharded or compiled. `distattn.recurrent_span` decides for each batch and
-    span. Rows stay in place without a cluster description, if hidden states or router logits are to be returned, if layers get
-    other per-token tensors, and in models whose configuration does not give the shape of their states. Return handles with
-    `remove()`, or an empty list for a model without such spans. Other hooks on layers inside a span see the moved rows.
+    span. Rows stay in place if there is no cluster description, if hidden states or router logits are to be returned, if layers
+    get other per-token tensors, or if the model's configuration does not give the shape of the states. Return handles with
+    `remove()`, or an empty list for a model without spans to move. Other hooks on layers inside a span see the moved rows.
     """
     decoder = unwrapped(model).get_decoder()
     shape = recurrence_shape(decoder.config)
@@ -69,7 +69,7 @@ def relayout_recurrent_spans(model: Any) -> list[Any]:
 
 
 def find_spans(kinds: Sequence[str]) -> list[range]:
-    """Return each span's layer numbers, from a recurrent layer to the last one that follows without attention in between."""
+    """Return each span's layer numbers, from a recurrent layer to the last recurrent layer without attention in between."""
     spans: list[range] = []
     begin: int | None = None
     for number, kind in enumerate([*kinds, ""]):
@@ -82,7 +82,7 @@ def find_spans(kinds: Sequence[str]) -> list[range]:
 
 
 def recurrence_shape(config: Any) -> dict[str, Any] | None:
-    """Return op, heads, kv_heads, head_dim and v_head_dim of a configuration's recurrent layers, or None if unknown."""
+    """Return op, heads, kv_heads, head_dim and v_head_dim of a configuration's recurrent layers, or None if they are unknown."""
     if _RECURRENT not in (getattr(config, "layer_types", None) or ()):
         return None
     check_mixing_layer(list(config.layer_types).index(_RECURRENT), config)
@@ -94,7 +94,7 @@ def recurrence_shape(config: Any) -> dict[str, Any] | None:
 
 
 def recurrent_op(config: Any) -> str | None:
-    """Return the op of a configuration's recurrent layers, or None if it has no such layers or their op is unknown."""
+    """Return the op of a configuration's recurrent layers, or None if it has no recurrent layers or their op is unknown."""
     kinds = getattr(config, "layer_types", None) or ()
     if _RECURRENT not in kinds and _WITH_ATTENTION not in kinds:
         return None
@@ -102,12 +102,12 @@ def recurrent_op(config: Any) -> str | None:
 
 
 def _op_and_sizes(config: Any) -> tuple[str | None, tuple[str, ...]]:
-    """Return the op whose sizes a configuration has, and the configuration's names for these sizes."""
+    """Return the op whose sizes a configuration gives, and its names for the sizes; (None, ()) if it gives no op's sizes."""
     return next(((op, names) for op, names in _SHAPES if all(hasattr(config, name) for name in names)), (None, ()))
 
 
 class _Returned:
-    """A flag that is set if the decoder has to return its layers' rows in this forward pass."""
+    """A flag, set in each forward pass, that tells whether the decoder has to return its layers' rows."""
 
     def __init__(self, config: Any):
         self._config, self.any = config, False
@@ -143,7 +143,7 @@ class _Span:
 
     @torch.compiler.disable
     def within(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Replace the batch and the positions before each of the remaining layers."""
+        """Replace the batch and remove the positions before each of the remaining layers."""
         if self._span is None:
             return None
         if not _hidden_states_only(args, kwargs):

@@ -54,8 +54,8 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 def replace_core_attention(spec: Any, **settings: Any) -> Any:
     """Put distattn's core attention into the spec of a layer, or of all layers of a block or a Mamba stack. Return the spec.
 
-    The core attention of multi-latent attention is also replaced. Gated DeltaNet and Mamba-2 layers become those of
-    `megatron_recurrent`, and expert routers become that of `megatron_experts`. settings: fields of `AttentionConfig` for batches
+    This includes the core attention of multi-latent attention. Gated DeltaNet and Mamba-2 layers are replaced by those of
+    `megatron_recurrent`, and expert routers by that of `megatron_experts`. settings: fields of `AttentionConfig` for batches
     sharded by Megatron's loaders; the default strategy is "ring".
     """
     batches = MegatronBatches({"strategy": "ring", **settings})
@@ -82,7 +82,7 @@ def replace_core_attention(spec: Any, **settings: Any) -> Any:
 
 
 def close(model: Any) -> None:
-    """End the threads and communicators of a model's core attention. All ranks call this. model: one model, or its chunks."""
+    """End the threads and communicators of a model's core attention. All ranks call this. model: a model or its chunks."""
     for part in model if isinstance(model, list) else [model]:
         for module in unwrapped(part).modules():
             if isinstance(batches := getattr(module, "batches", None), MegatronBatches):
@@ -107,7 +107,7 @@ def _name_of(spec: Any) -> str:
 class CoreAttention(MegatronModule):
     """Megatron's core attention, run by a plan.
 
-    q (T, B, H, D), k, v -> (T, B, H * E). For thd, (T, H, D) -> (T, H * E).
+    q (T, B, H, D), k (T, B, K, D), v (T, B, K, E) -> (T, B, H * E). In the thd format, all of them are without B.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Compute attention as Megatron's attention layer calls it."""
+        """Compute core attention as called by Megatron's attention layer (shapes: see the class)."""
         if attention_mask is not None:
             self._refuse("an attention mask (pass None: documents are causal)")
         if attention_bias is not None:
@@ -271,13 +271,13 @@ def use_batch_positions(model: Any) -> Any:
 def forward_step(batches: Iterator[Mapping[str, Any]], model: Any, config: Any) -> tuple[Tensor, Callable[..., Any]]:
     """Run a forward step on a sharded batch. With config bound, this is a `forward_step_func` for Megatron's schedules.
 
-    The loss is the sum of token losses divided by the number of valid tokens.
+    Return the token losses, and a function that computes the loss from them: their sum divided by the number of valid tokens.
     """
     batch = next(batches)
     check_shard(batch, config)
     check_servers(batch)
     check_rotary(model)
-    # Megatron has no label that means "ignore": give these tokens label 0 here, and leave them out in `loss_of`
+    # Megatron has no label that means "ignore": give such tokens the label 0 here, and leave their losses out in `loss_of`
     labels = batch["labels"].clamp(min=0)
     packed = PackedShard.of(batch)
     named = dict(labels=labels, packed_seq_params=packed, padding_mask=padding_of(batch, config))
@@ -325,7 +325,7 @@ def check_rotary(model: Any) -> None:
 
 
 class ProbeTarget:
-    """Megatron's model chunks in its DistributedDataParallel, for `ContextParallel.loss_scale` to probe.
+    """Model chunks in Megatron's DistributedDataParallel, which `ContextParallel.loss_scale` probes.
 
     micro_batches: the number of micro-batches in a step. Megatron divides by it unless calculate_per_token_loss is set.
     """
@@ -380,7 +380,7 @@ class ProbeTarget:
         return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
 
     def gradient(self) -> Tensor:
-        """Return the output layer's weight gradient without the loss scale, gathered from a distributed optimizer's parts."""
+        """Return the output layer's weight gradient without the loss scale, gathering the parts of a distributed optimizer."""
         weight = self._last.output_layer.weight
         if weight is None:
             weight = self._last.shared_embedding_or_output_weight()
@@ -465,7 +465,7 @@ class ProbeTarget:
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Set gradient buffers aside while the context is open, and restore them afterwards."""
+        """Set gradients aside while the context is open. Restore them and the random number generators afterwards."""
         distributed = [chunk for chunk in self.chunks if hasattr(chunk, "zero_grad_buffer")]
         buffers = [buffer for chunk in distributed for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         before = [buffer.grad_data.clone() for buffer in buffers]

@@ -26,7 +26,7 @@ from distattn.parallel.attention_config import AttentionConfig
 from distattn.parallel.runtime.communication.communicator import timeout_of
 from distattn.parallel.runtime.communication.transport import Transport
 
-# keep at most this many row shapes, since batches of varying length have many
+# keep the batches of at most this many row shapes, since there are many shapes if lengths vary
 _MOST_ROWS = 64
 # settings that Megatron's loaders determine, or that only ContextParallel supports
 _OF_DRIVER = {"layout", "layout_options", "document_mask", "data", "context_parallel_size", "loss_group"}
@@ -65,7 +65,7 @@ class MegatronBatches:
         self._closed = False
 
     def batch(self, shape: tuple[int, ...], packed: Any, group: dist.ProcessGroup) -> LocalBatch:
-        """Return the batch of (T, B) tokens. packed: Megatron's PackedSeqParams, or a `PackedShard` for a sharded batch."""
+        """Return the batch of inputs (T, B). packed: Megatron's PackedSeqParams, or a `PackedShard` for a sharded batch."""
         if isinstance(packed, PackedShard):
             sharded: LocalBatch = packed.batch["context_parallel"]
             return sharded
@@ -81,7 +81,7 @@ class MegatronBatches:
                     del self._rows[next(iter(self._rows))]
                 self._rows[key] = self._planner(group).batch((tokens * ranks,) * rows)
             return self._rows[key]
-        # read the lengths only once per micro-batch, at its first layer, because reading them waits for the device
+        # read the lengths only once per micro-batch, at its first layer, because the host waits for the device to read them
         if self._pack is None or self._pack[0] is not packed:
             ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
             edges = ends.tolist()
@@ -134,7 +134,7 @@ class _GroupPlanner:
             self._transports = MonitoredTransports(group, self._monitor, members)
 
     def batch(self, lengths: tuple[int, ...]) -> LocalBatch:
-        """Return the next batch, which has documents of these lengths."""
+        """Return the next batch. lengths: the lengths of its documents."""
         number = self._batches
         self._batches += 1
         return LocalBatch(self.planner, BatchKey(lengths), number, number % self.planner.config.verify_every == 0)

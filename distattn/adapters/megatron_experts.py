@@ -1,4 +1,4 @@
-"""Megatron-core's expert router with context parallelism: its losses count each real token once.
+"""Megatron-core's expert router with context parallelism: its losses count every token except padding once.
 
 Splitting sequences does not change how tokens are dispatched to experts, but it changes the router's losses. Megatron-core
 0.16 assumes that all ranks have the same number of tokens, and with `calculate_per_token_loss` it weights a loss over
@@ -22,13 +22,13 @@ from distattn.ir.errors import DistattnError
 
 
 class Router(TopKRouter):  # type: ignore[misc]
-    """Megatron's router, with losses over the real tokens of all ranks of a batch."""
+    """Megatron's router, with losses over the tokens, without padding, of all ranks that share a batch."""
 
     own_tokens: int | Tensor = 0
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route like Megatron's router, and count the tokens in logits (T, B, X) without padding."""
-        # keep a separate count: Megatron sums its own over ranks in place, so that may be this rank's count or that of
+        # count tokens separately, since Megatron sums its count over ranks in place, so it may be that of this rank or of
         # all ranks
         self.own_tokens = logits.shape[:2].numel() if padding_mask is None else (~padding_mask).sum()
         routed: tuple[Tensor, Tensor] = super().routing(logits, padding_mask)
@@ -71,12 +71,12 @@ class Router(TopKRouter):  # type: ignore[misc]
         return scaled
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Apply the bias like Megatron's router, whose padding mask does not fit the shape of its map (T, X)."""
+        """Apply the bias like Megatron's router, but mask the map (T, X) here, since Megatron's mask does not fit its shape."""
         super()._apply_expert_bias(routing_map if padding_mask is None else routing_map & ~padding_mask[:, None])
 
 
 def replace_router(layer: Any) -> None:
-    """Replace Megatron's router in a layer's spec with ours."""
+    """Replace Megatron's router in a layer's spec, if it has one, with `Router`."""
     experts: Any = getattr(getattr(layer, "submodules", None), "mlp", None)
     submodules: Any = getattr(experts, "submodules", None)
     if getattr(submodules, "router", None) is TopKRouter:
@@ -84,7 +84,7 @@ def replace_router(layer: Any) -> None:
 
 
 def check_experts(model: torch.nn.Module, config: Any) -> None:
-    """Raise DistattnError if experts or their routers' losses would depend on how a batch is split."""
+    """Raise DistattnError if experts or router losses would depend on how a batch is split over ranks."""
     if config.num_moe_experts is None:
         return
     routers = [module for module in model.modules() if isinstance(module, TopKRouter)]

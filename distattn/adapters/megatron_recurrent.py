@@ -97,7 +97,7 @@ class GatedDeltaNet(MegatronGatedDeltaNet):  # type: ignore[misc]
         return normed
 
     def _key_heads(self, x_TX: Tensor) -> Tensor:
-        """Split into key heads (T, G, K), and normalize them if the layer does so."""
+        """Split channels into key heads (T, G, K), and normalize these if the layer uses L2 norms."""
         x = x_TX.unflatten(-1, (-1, self.key_head_dim)).contiguous()
         return l2norm(x) if self.use_qk_l2norm else x
 
@@ -152,13 +152,13 @@ class _OneRank:
 
 
 def _flat(layer: Any, x_TBX: Tensor, packed_seq_params: Any) -> tuple[Tensor, LocalBatch]:
-    """Return the rows concatenated end to end, (T * B, X), and their batch."""
+    """Return the rows of x, concatenated end to end, (T * B, X), and the batch to which they belong."""
     batch = layer.batches.batch(tuple(x_TBX.shape[:2]), packed_seq_params, layer.pg_collection.cp)
     return x_TBX.transpose(0, 1).flatten(0, 1), batch
 
 
 def _rows(x_THV: Tensor, like_TBX: Tensor) -> Tensor:
-    """Return (T, B, H * V) from rows concatenated end to end."""
+    """Undo the concatenation of rows by `_flat`. Returns (T, B, H * V)."""
     tokens, rows = like_TBX.shape[:2]
     return x_THV.reshape(rows, tokens, -1).transpose(0, 1).contiguous()
 

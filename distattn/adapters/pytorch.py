@@ -47,9 +47,9 @@ def context_parallel(
 ) -> ContextParallel:
     """Create a `ContextParallel` over a mesh of data- and context-parallel ranks. The loss covers the entire mesh.
 
-    config, settings: those of `ContextParallel`. With replicated data, the ranks along `dim` split a batch. With
+    config, settings: as for `ContextParallel`. With replicated data, the ranks along `dim` split a batch. With
     data="per_rank", attention is shared over the entire mesh. The ranks along `dim`, which must be the last dimension, hold the
-    same batch; without such a dimension, each rank has its own batch.
+    same batch; if the mesh has no such dimension, each rank has its own batch.
     """
     names = mesh.mesh_dim_names or ()
     all_ranks = gradient_mesh(mesh).get_group()
@@ -77,7 +77,7 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forward(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Compute logits (1, T, V) of a sharded batch for a loss, with a transformers model or your own.
+    """Compute the logits (1, T, V) for a sharded batch's loss, with a transformers model or your own.
 
     Your model gets whichever of input_ids, position_ids (both (1, T)) and context_parallel its forward names. It must name
     context_parallel, and return logits or an object with `logits`. Raises DistattnError if it takes no context_parallel, or if a
@@ -143,7 +143,7 @@ def local_loss(
 ) -> Tensor:
     """Compute this rank's share of the loss: the sum of its token losses times the batch's loss scale, plus any router loss.
 
-    A mixture-of-experts model of transformers has a router loss with `output_router_logits` in its config (see `router_loss`).
+    A transformers mixture-of-experts model has a router loss if its config sets `output_router_logits` (see `router_loss`).
 
     loss: if given, compute the loss over tiles of tokens, so that the logits of all tokens never exist at the same time, and
     call on_token_losses with each token's cross-entropy (T,), detached, and the batch. Raises DistattnError if the model's
@@ -166,7 +166,7 @@ def local_loss(
 
 
 def with_router_loss(loss: Tensor, model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Add this rank's share of the router loss (see `router_loss`) to its token losses if the model's output has one."""
+    """Add this rank's share of the router loss (see `router_loss`) to `loss`, if the model's output has a router loss."""
     share = router_loss(unwrapped(model), output, batch)
     if share is not None and current_micro_batch() is not None:
         raise DistattnError(
@@ -201,11 +201,11 @@ def shard_parameters(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 
 
 def sum_fsdp_gradients(model: torch.nn.Module) -> None:
-    """Let FSDP2 sum gradients over ranks. By default it averages them, and losses must be multiplied by the number of ranks.
+    """Let FSDP2 sum gradients over ranks. By default, it averages them, which losses would have to undo.
 
     The norms in transformers' models round gradients to float32 even in a float64 model. Multiplying a gradient by 3
-    rounds it differently from multiplying it by 2, so with averaging, the float64 curves of 3 ranks and of 2 would
-    differ by 1e-8.
+    rounds it differently from multiplying it by 2, so with averaging, the float64 loss curves of 3 ranks and of 2
+    ranks would differ by 1e-8.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -215,10 +215,10 @@ def sum_fsdp_gradients(model: torch.nn.Module) -> None:
 
 
 class ProbeTarget:
-    """Your own training loop for `ContextParallel.loss_scale` to probe between steps, with FSDP2's synchronization on.
+    """Your own training loop, which `ContextParallel.loss_scale` probes between steps, with FSDP2's synchronization on.
 
     forward: computes logits from a batch, by default by calling a transformers model. reduce: reduces gradients after backward;
-    nothing by default. output_layer: the linear layer that computes logits, by default the one that transformers names.
+    nothing by default. output_layer: the linear layer that computes logits, by default that of `output_layer_of`.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class ProbeTarget:
         self._output_layer = output_layer
 
     def layer(self) -> torch.nn.Module:
-        """Return the output layer, or another trained layer if it is frozen."""
+        """Return the output layer, or another layer that is trained if the output layer is frozen."""
         return trained_layer(self.model, self._output())
 
     def vocab_rows(self) -> int:
@@ -253,7 +253,7 @@ class ProbeTarget:
         return x
 
     def gradient(self) -> Tensor:
-        """Return the full gradient of the layer's weight, sharded or not."""
+        """Return the full gradient of the layer's weight, gathering it if it is sharded."""
         weight: Any = self.layer().weight
         return full_tensor(weight.grad)
 
@@ -323,7 +323,7 @@ def probed_parameters(model: Any, gradient_of: Callable[[Any], Tensor | None]) -
     gradient_of: returns a parameter's reduced gradient, or this rank's part of it.
     """
     inner = unwrapped(model)
-    # FSDP2 computes with a tensor other than the optimizer's
+    # FSDP2's objects by tensor id, since FSDP2 does not compute with the tensors that the optimizer holds
     of_tensor: dict[int, Any] = {}
     for module in inner.modules():
         for group in _fsdp_groups(module):
@@ -364,7 +364,7 @@ def _fsdp_groups(module: Any) -> list[Any]:
 
 
 def _check_synchronized(module: Any) -> None:
-    # FSDP2 has no public attribute for this
+    # FSDP2 does not say in a public attribute whether it holds unreduced gradients
     for group in _fsdp_groups(module):
         gathered = [getattr(sharded, "_unsharded_param", None) for sharded in group.fsdp_params]
         held = any(sharded.unsharded_accumulated_grad is not None for sharded in group.fsdp_params)
@@ -377,7 +377,7 @@ def _check_synchronized(module: Any) -> None:
 
 
 def full_tensor(gradient: Tensor | None) -> Tensor:
-    """Return the full gradient as a plain tensor. All ranks call this."""
+    """Return the full gradient as a plain tensor. All ranks call this. Raises DistattnError if the gradient is None."""
     if gradient is None:
         raise DistattnError("the probed layer has no gradient after backward: keep gradients until they are reduced.")
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
@@ -385,7 +385,7 @@ def full_tensor(gradient: Tensor | None) -> Tensor:
 
 @contextmanager
 def gradients_aside(model: torch.nn.Module) -> Iterator[None]:
-    """Set a model's gradients aside while the context is open. Restore gradients and buffers afterwards."""
+    """Set a model's gradients aside while the context is open. Restore its gradients and buffers afterwards."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     for parameter, _ in gradients:

@@ -12,8 +12,8 @@
 
 `ContextParallel` and `distattn.adapters.pytorch` need nothing from Ray, since Ray Train creates the process group. Each worker
 writes its own shards into the storage path, so nothing is gathered or copied. Ray Train gets the checkpoint's path, and removes
-checkpoints according to its `CheckpointConfig`. A run continues from the newest complete checkpoint there. After a worker was
-killed, that checkpoint may be newer than the last one reported to Ray Train's controller.
+checkpoints according to its `CheckpointConfig`. A run continues from the newest complete checkpoint there. After a worker has
+been killed, that checkpoint may be newer than the last checkpoint reported to Ray Train's controller.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KEEP_ALL = KeepRule(last=sys.maxsize)
 class RunCheckpoints:
     """The checkpoints of a Ray Train run. All workers create, use and close them together, inside the training function.
 
-    facts: strings saved with every checkpoint that must match when it is loaded, such as the dataset's name. Raises
+    facts: strings, such as the dataset's name, that are saved with every checkpoint and must match when it is loaded. Raises
     DistattnError if the storage path is not a mounted file system.
     """
 
@@ -58,7 +58,7 @@ class RunCheckpoints:
         )
 
     def load(self, state: dict[str, Any]) -> int:
-        """Load the newest complete checkpoint into `state`, in place. Return its step, or 0 without a checkpoint. Collective.
+        """Load the newest complete checkpoint into `state`, in place. Return its step, or 0 if no checkpoint exists. Collective.
 
         Raises DistattnError if the checkpoint's facts differ.
         """
@@ -66,10 +66,10 @@ class RunCheckpoints:
         return 0 if loaded is None else loaded.step
 
     def report(self, step: int, state: dict[str, Any], metrics: Mapping[str, Any]) -> None:
-        """Save the state after `step` training steps, and report it with its metrics to Ray Train. Collective.
+        """Save the state after `step` training steps, and report it with `metrics` to Ray Train. Collective.
 
         This returns once the checkpoint is complete, so Ray Train only ever sees checkpoints that can be loaded. Raises
-        the errors of `Checkpoints.save`. If a checkpoint could not be written, for example to a full disk, only its
+        the errors of `Checkpoints.save`. If the checkpoint could not be written, for example to a full disk, only the
         metrics are reported.
         """
         self._checkpoints.save(step, state)

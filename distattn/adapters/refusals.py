@@ -15,7 +15,7 @@ import torch.distributed as dist
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communication.collective_calls import ask_store, default_store
 
-# wait at most this long, so that a rank ends even if the store does not answer
+# wait for the store at most this long, so that the rank exits even if the store does not answer
 _STORE_SECONDS = 5.0
 
 
@@ -48,7 +48,7 @@ def _rank() -> int:
 
 
 def _is_first(sentence: str) -> bool:
-    """Return False if another rank has already printed this sentence, True if not or if the ranks' store does not answer."""
+    """Return whether this rank should print the sentence: no other rank has printed it, or the ranks' store does not answer."""
     if not dist.is_initialized():
         return True
     key = "distattn/refusal/" + hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()

@@ -27,11 +27,11 @@ _NAMES = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
 
 
 def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """Compute this rank's share of the router loss, weighted as in the model's configuration. Return None without a router loss.
+    """Compute this rank's share of the router loss, weighted as in the model's configuration; None if there is no router loss.
 
     output: the model's output for a sharded batch. Fractions and mean probabilities are taken over the micro-batch's
     tokens on all ranks of the loss group, without padding. Micro-batches of a step are weighted by their label counts.
-    The results add up over ranks like token losses, and include the batch's loss scale. This is a collective call of
+    Shares add up over ranks like token losses, and include the batch's loss scale. This is a collective call of
     the loss group. Raises DistattnError if the model does not give its number of experts or its loss's weight, or if
     the batch belongs to a pipeline.
     """
@@ -55,7 +55,7 @@ def router_loss(model: torch.nn.Module, output: Any, batch: Mapping[str, Any]) -
 
 
 def router_loss_of_tokens(model: torch.nn.Module, router_logits: Sequence[Tensor]) -> Tensor:
-    """Compute the router loss of these tokens alone, as in one process. router_logits: (T, E) for each layer.
+    """Compute the router loss of a single process's tokens. router_logits: (T, E) for each layer.
 
     Raises DistattnError if the model does not give its number of experts or its loss's weight.
     """
@@ -77,7 +77,7 @@ def _settings(model: torch.nn.Module) -> tuple[int, int, float]:
 
 
 def _sums_of_tokens(router_logits: Sequence[Tensor], experts: int, chosen: int) -> tuple[Tensor, Tensor]:
-    """Return each expert's number of tokens (E,) and the sum of its probabilities (E,), over all layers."""
+    """Return each expert's token count (E,) and sum of probabilities (E,), both summed over all layers."""
     device = router_logits[0].device
     counts_E = torch.zeros(experts, dtype=torch.float64, device=device)
     probabilities_E = torch.zeros(experts, device=device)

@@ -23,7 +23,7 @@ from distattn.checkpoints.verdicts import GOOD, SET_ASIDE, UNTESTED, VERDICT_FIL
 from distattn.data.files.indexed_file import synchronise_folder
 from distattn.ir.errors import DamagedDataError, DistattnError
 
-# a writer on another machine, whose process cannot be looked up, counts as dead after this time without a write
+# a writer on another machine counts as dead after this time without a write, since its process cannot be looked up
 WRITER_SILENCE_SECONDS = 3600.0
 _CHECKPOINT = re.compile(r"step-(\d{8,})")
 # the folder's name contains the writer's name
@@ -64,7 +64,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Return a folder's checkpoints in the order in which they were saved. Those without a manifest come last, by step.
+    """Return a folder's checkpoints in the order in which they were saved. Checkpoints without a manifest come last.
 
     Their data files are not read. Returns [] for a missing folder. Raises DistattnError if the folder cannot be read.
     """
@@ -82,18 +82,18 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def by_preference(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints with a manifest in the order in which a run tries them: newest first, doubtful ones last."""
+    """Return the checkpoints with a manifest as a run tries them: newest first, but all doubtful checkpoints last."""
     with_manifest = [(c.verdict.is_doubtful, -c.manifest.serial, c) for c in checkpoints if c.manifest is not None]
     return [checkpoint for *_, checkpoint in sorted(with_manifest, key=lambda entry: entry[:2])]
 
 
 def preferred_step(folder: Path) -> int:
-    """Return the step of the checkpoint that a run tries first, or 0 without checkpoints. Raises as `list_checkpoints` does."""
+    """Return the step of the checkpoint that a run tries first; 0 if it has no checkpoint. Raises as `list_checkpoints` does."""
     return next((checkpoint.step for checkpoint in by_preference(list_checkpoints(folder))), 0)
 
 
 def set_aside_since(folder: Path, step: int) -> list[Checkpoint]:
-    """Return the checkpoints saved after that of `step` and set aside, in the order in which they were saved.
+    """Return the set-aside checkpoints that were saved after the checkpoint of `step`, in the order in which they were saved.
 
     Raises DistattnError as `check_step` does.
     """
@@ -162,7 +162,7 @@ def check_step(folder: Path, step: int) -> Checkpoint:
 
 @contextlib.contextmanager
 def choose_step(folder: Path, step: int) -> Iterator[None]:
-    """Make a run continue from the checkpoint of this step by setting aside those saved later.
+    """Make a run continue from the checkpoint of `step` by setting aside all checkpoints that were saved later.
 
     If the context's body raises, all verdicts are restored. If the process is killed, the next run continues either from this
     step or as it would have without the choice. Raises DistattnError as `check_step` does, or if a verdict cannot be written, in
@@ -234,7 +234,7 @@ def find_checkpoints(path: Path) -> list[Checkpoint]:
 
 
 def newest_good(folder: Path) -> Path | None:
-    """Read checkpoints from end to end, newest first. Return the first one whose files are all as written, or None."""
+    """Read checkpoints from end to end, newest first. Return the first undamaged checkpoint's folder, or None."""
     for checkpoint in reversed(list_checkpoints(folder)):
         if checkpoint.manifest is not None and first_problem(checkpoint.folder, checkpoint.manifest) is None:
             return checkpoint.folder
@@ -253,7 +253,7 @@ def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: No
         return [CheckpointProblem("manifest.json", None, str(error))]
     problems = list(problems_of(folder, manifest, report=report))
     if not problems:
-        # digests do not show who wrote the folder, so check the pickles as well
+        # digests do not show who wrote the folder, so also check the pickles
         try:
             problems += [CheckpointProblem(*pickle) for pickle in foreign_pickles(folder)]
         except OSError as error:
@@ -266,7 +266,7 @@ def verify_checkpoint(folder: Path, report: Callable[[int], None] = lambda _: No
 
 
 def first_problem(folder: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> CheckpointProblem | None:
-    """Return the first problem that `problems_of` yields, or None."""
+    """Return the first problem that `problems_of` yields; None if it yields no problem."""
     return next(problems_of(folder, manifest, part, parts), None)
 
 
@@ -322,7 +322,7 @@ def commit(unfinished: Path, step: int) -> Path:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint. Rename it first, so that a partly removed one is not mistaken for a damaged one.
+    """Remove a checkpoint. Rename it first, so that if this is interrupted, the rest is not mistaken for a damaged checkpoint.
 
     Raises OSError on failure.
     """
@@ -339,8 +339,8 @@ def remove_folder(folder: Path) -> None:
 def clean_leftovers(folder: Path) -> list[str]:
     """Remove dead writers' unfinished folders, and restore a folder that was being replaced. Return the removed names.
 
-    A writer on this machine is looked up. A writer elsewhere counts as dead once nothing in its folder has changed for
-    WRITER_SILENCE_SECONDS. Folders that cannot be removed stay.
+    A writer on this machine is dead if its process has ended. A writer elsewhere counts as dead once nothing in its folder has
+    changed for WRITER_SILENCE_SECONDS. Folders that cannot be removed stay.
     """
     removed = []
     for name in _names(folder):
@@ -396,7 +396,7 @@ def _problems_of_file(
 
 
 def _is_left(unfinished: Path, writer: str) -> bool:
-    """Return whether the process that was writing into a folder is dead."""
+    """Return whether the process that was writing into a folder is dead, as `clean_leftovers` defines it."""
     if (alive := writer_is_alive(writer)) is not None:
         return not alive
     try:

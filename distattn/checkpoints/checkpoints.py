@@ -48,12 +48,12 @@ from distattn.supervision.heartbeats import activity, awaiting_thread, thread_ac
 
 # warn if waiting for an earlier save takes longer than this many seconds
 _LONG_WAIT = 1.0
-# a rank that is writing a checkpoint counts as hung after this many seconds without a write
+# a rank counts as hung if it is writing a checkpoint and has not written anything for this many seconds
 _WRITE_SECONDS = 120.0
 
 
 class Loaded(NamedTuple):
-    """The checkpoint that a state was loaded from. step: training steps done. facts: those in its manifest.
+    """The checkpoint that a state was loaded from. step: training steps done. facts: its manifest's facts.
 
     doubt: the verdict, if it is doubtful and no other checkpoint could be loaded, otherwise "".
     """
@@ -84,7 +84,7 @@ class _Note:
 
 
 class _Start(NamedTuple):
-    """Rank 0's answer before a rank writes. plan: None if it is unchanged since the previous save."""
+    """Rank 0's instructions to a rank that is about to write. plan: None if it is unchanged since the previous save."""
 
     folder: Path
     serial: int
@@ -99,7 +99,7 @@ class _Written(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """A checkpoint for all ranks to verify. passed_over: why newer or unreadable ones were skipped. doubt: see `Loaded`."""
+    """A checkpoint for all ranks to verify. passed_over: why newer or unreadable folders were skipped. doubt: see `Loaded`."""
 
     folder: Path
     manifest: Manifest
@@ -111,7 +111,7 @@ class Checkpoints:
     """The checkpoints of a run. All ranks of a group create, use and close this object together, each from one thread.
 
     folder: the same on all ranks, on a shared file system; the first save creates it. group: the ranks that save, with any
-    backend; None for one process. facts: digests and other strings, by name, for every manifest. keep: the rule that decides
+    backend; None for one process. facts: strings such as digests, keyed by name, for every manifest. keep: the rule that decides
     which checkpoints stay. warn: called on rank 0, also by the writer thread, with a sentence about a failure that the run
     survives.
 
@@ -140,7 +140,7 @@ class Checkpoints:
         # when this object was created, and how long earlier jobs used the folder (see `Manifest.seconds`)
         self._began = time.monotonic()
         self._seconds_before: float | None = None
-        # the writer thread's error, and True once a permanent one has been raised
+        # the writer thread's error, and True once a permanent error has been raised
         self._error: DistattnError | None = None
         self._failure_reported = False
         self._last: _Save | None = None
@@ -171,7 +171,7 @@ class Checkpoints:
         state: nested dictionaries of tensors, DTensors and plain values, as `dcp.save` takes them, or a function that builds
         them (`HostBuffers.build_state`). This returns once the tensors are copied to host memory. With `overlap` it returns
         immediately, and no tensor may change until `wait_staged` returns. torch.optim's optimizers call that before each step;
-        other code that changes the state must do so first. facts: additional facts for this save. verdict: an early verdict.
+        other code that changes the state must do so first. facts: additional facts for this save. verdict: the verdict so far.
 
         If an earlier save is still running, wait for it and warn: skipping this save would require all ranks to agree at every
         save, and a second copy of the state would take as much memory again. A full or unwritable disk causes one warning, and
@@ -233,11 +233,11 @@ class Checkpoints:
     def load_newest(self, state: dict[str, Any], *, required: Mapping[str, str] | None = None) -> Loaded | None:
         """Load the newest undamaged checkpoint into `state`, in place as `dcp.load` does. Collective.
 
-        Doubtful checkpoints are tried last. If that passes over a newer one, or if a doubtful one is loaded, a warning says so.
+        Doubtful checkpoints are tried last. A warning is given if a newer checkpoint is passed over or a doubtful one is loaded.
         Each rank reads a share of the checkpoint's blocks and compares their digests before any pickle is read. A damaged
-        checkpoint is passed over, with one warning that names the damage. If the newest one is undamaged, checkpoints that the
+        checkpoint is passed over, with one warning that names the damage. If no checkpoint is passed over, those that the keep
         rule does not keep are removed. required: facts that the checkpoint must have. The number of ranks and the sharding of
-        tensors may differ from those at the save.
+        tensors may differ from those at the time of the save.
 
         Returns None if there is no checkpoint. Raises DamagedDataError if all checkpoints are damaged, and DistattnError if a
         required fact differs or the state does not fit.
@@ -254,7 +254,7 @@ class Checkpoints:
                 self._failed_steps.discard(candidate.manifest.step)
                 folder, doubt = candidate.folder, candidate.doubt
                 if not passed and self._is_root:
-                    # remove what an earlier job did not: it may have been killed right after its last save
+                    # remove what an earlier job would have removed: it may have been killed right after its last save
                     self._remove_old()
                 if (passed or doubt) and self._is_root:
                     how = f"anyway: it is in doubt, but no other can be loaded ({doubt})" if doubt else "instead"
@@ -266,7 +266,7 @@ class Checkpoints:
     # ---- loading
 
     def _next_candidate(self, tried: set[Path], passed: list[str]) -> _Candidate | None:
-        """Return the best untried checkpoint, the same on all ranks. passed: the problems of those already tried."""
+        """Return the best untried checkpoint, the same on all ranks. passed: the problems of the checkpoints already tried."""
 
         def choose(_: Sequence[None]) -> Sequence[_Candidate | None]:
             clean_leftovers(self._folder)
@@ -293,7 +293,7 @@ class Checkpoints:
         return candidate
 
     def _verify_and_read(self, candidate: _Candidate, state: dict[str, Any]) -> str | None:
-        """Verify and read a checkpoint. Return its problem, or None. The result is the same on all ranks."""
+        """Verify and read a checkpoint. Return its problem, or None if it was read. The result is the same on all ranks."""
         part, parts = self._exchange.rank, self._exchange.ranks
         problem: CheckpointProblem | None = self._decided(
             lambda: first_problem(candidate.folder, candidate.manifest, part, parts),
@@ -408,7 +408,7 @@ class Checkpoints:
                 remove_folder(start.folder)
 
     def _stage(self, save: _Save) -> tuple[int, SavePlan | None]:
-        """Copy the tensors. Return the step and DCP's plan for this rank, or None if the plan has not changed."""
+        """Copy the tensors. Return the step and DCP's plan for this rank, with None for a plan that has not changed."""
         try:
             save.state.copy_tensors()
         finally:
@@ -479,7 +479,7 @@ class Checkpoints:
         return [None] * len(parts)
 
     def _remove_old(self) -> None:
-        """Remove checkpoints that the rule does not keep, and warn if one cannot be removed."""
+        """Remove checkpoints that the keep rule does not keep, and warn if a checkpoint cannot be removed."""
         try:
             for old in self._keep.removable(list_checkpoints(self._folder)):
                 remove_checkpoint(old.folder)

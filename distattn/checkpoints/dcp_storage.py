@@ -1,7 +1,7 @@
 """Files of torch.distributed.checkpoint (DCP), digested while they are written and checked while they are read.
 
-The format is DCP's, so `dcp.load` can read the files, too, but without the checks. DCP's metadata and plain values are pickles.
-`dcp.load` runs any code that they name. Here they may name only what `pickled_names` lists.
+The format is DCP's, so `dcp.load` can also read the files, but without the checks. DCP's metadata and plain values are pickles.
+`dcp.load` runs any code that the pickles name. Here they may name only what `pickled_names` lists.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distattn.ir.errors import DamagedDataError, DistattnError
 
 
 class DigestingFileSystem(FileSystem):
-    """A file system that writes new files and keeps their digests."""
+    """A file system that only writes new files, and computes their digests."""
 
     def __init__(self) -> None:
         self._written: dict[str, DigestingFile] = {}
@@ -47,7 +47,7 @@ class DigestingFileSystem(FileSystem):
 
     @property
     def failure(self) -> OSError | None:
-        """The first write error; torch.save hides it behind an error of its own."""
+        """The first write error, which torch.save replaces with its own error; None if every write succeeded."""
         return next((file.failure for file in self._written.values() if file.failure is not None), None)
 
     def digests(self) -> list[FileDigests]:
@@ -68,7 +68,7 @@ class CheckedFileSystem(FileSystem):
         expected = self._expected.get(Path(path).name)
         if expected is None:
             raise DistattnError(f"{path}: is not a file of this checkpoint.")
-        # do not keep it open: DCP opens each file once for everything that it reads from it
+        # close the file afterwards: DCP opens each file only once and reads all that it needs
         with io.BufferedReader(CheckedFile(path, expected), BLOCK_BYTES) as file:
             yield file
 
@@ -83,7 +83,7 @@ class CheckpointReader(FileSystemReader):
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Return the metadata. Raises DamagedDataError if it names files elsewhere or anything that no checkpoint needs.
 
-        Raises OSError if it cannot be read.
+        Raises OSError if the file cannot be read.
         """
         with self.fs.create_stream(self._file, "rb") as opened:
             metadata = load_metadata(opened, self._file)
@@ -101,7 +101,7 @@ class PlainLoadPlanner(DefaultLoadPlanner):
     """DCP's load planner, which unpickles non-tensor values only if they are plain."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Load a value. Raises DamagedDataError if it names anything outside `pickled_names.VALUES`."""
+        """Load a value. Raises DamagedDataError if its pickle names anything outside `pickled_names.VALUES`."""
         super().load_bytes(read_item, _repickled(value, f"the checkpoint's value {read_item.dest_index.fqn}"))
 
 
@@ -131,8 +131,8 @@ def file_writer(folder: Path) -> tuple[FileSystemWriter, DigestingFileSystem]:
 def read_state(folder: Path, files: Iterable[FileDigests], state: dict[str, Any]) -> None:
     """Read this rank's part of a checkpoint into `state`, in place, as `dcp.load` does. Not collective.
 
-    Raises DamagedDataError if a file is not as written, OSError if one cannot be read, and DistattnError if the state's shapes
-    differ. Tensors read before the error keep their new values.
+    Raises DamagedDataError if a file is not as written, OSError if a file cannot be read, and DistattnError if the state's
+    shapes differ. Tensors read before the error keep their new values.
     """
     reader, planner = CheckpointReader(folder), PlainLoadPlanner()
     reader.fs = CheckedFileSystem(files)

@@ -85,7 +85,7 @@ class DigestingFile(io.RawIOBase):
 
 
 class CheckedFile(io.RawIOBase):
-    """A file for reading. Every block is compared with its digest before any byte of it is returned.
+    """A file opened for reading. Every block is compared with its digest before any byte of it is returned.
 
     Opening may raise OSError. Reading may raise OSError, or DamagedDataError naming the bytes that are not as written.
     """
@@ -115,7 +115,7 @@ class CheckedFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer, at most to the end of a block. Return the number of bytes read, 0 at the end of the file."""
+        """Read into a buffer, at most to the end of a block. Return the number of bytes read: 0 at the end of the file."""
         block, start = divmod(self._position, BLOCK_BYTES)
         if self._position >= self._expected.bytes:
             return 0

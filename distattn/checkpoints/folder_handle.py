@@ -27,7 +27,7 @@ class FolderHandle:
             return True
 
     def where(self) -> Path | None:
-        """Return the folder's current path, or None if it was deleted or another machine moved it."""
+        """Return the folder's current path, or None if it was deleted or was moved by another machine."""
         try:
             current = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
             return current if os.path.samestat(os.stat(current), os.fstat(self._descriptor)) else None

@@ -21,10 +21,10 @@ JOB_VARIABLE = "DISTATTN_JOB"
 
 @dataclass(frozen=True)
 class Owner:
-    """A process. host: its host name. machine: identifies this boot of this machine or container.
+    """A process that owns a folder. host: its host name. machine: identifies the boot of its machine or container.
 
     pid: its id within the machine. started: when it started, in clock ticks after boot, since process ids are reused. job: the
-    Slurm job id, or the launcher's name for the job (JOB_VARIABLE), shared by all attempts of the job; "" without a job. since:
+    Slurm job id, or the launcher's name for the job (JOB_VARIABLE), shared by all attempts of the job; "" outside jobs. since:
     when it became the owner, ISO 8601, UTC. token: unique to this ownership.
     """
 
@@ -63,7 +63,7 @@ class Owner:
             raise
 
     def is_alive(self) -> bool | None:
-        """Return whether the process is still running, or None if it ran on another machine or before a reboot of this one."""
+        """Return whether the process is still running; None if it ran on another machine, or on this machine before a reboot."""
         if self.machine != _machine():
             return None
         return _started(self.pid) == self.started
@@ -80,7 +80,7 @@ class Owner:
 
 
 def machine_digest() -> str:
-    """Return 8 hexadecimal digits that are equal for ranks with the same boot, process ids and network (hence loopback).
+    """Return 8 hexadecimal digits, equal for ranks that share a boot, a process-id namespace and a network (hence loopback).
 
     Pods on one host may see all of its processes (hostPID), but have their own networks.
     """
@@ -98,7 +98,7 @@ def _digest(text: str) -> str:
 
 
 def writer_is_alive(name: str) -> bool | None:
-    """Return whether the process with this `writer_name` is still running, or None if it ran elsewhere or before a reboot."""
+    """Return whether the process that `name` describes is running; None if it ran on another machine or before a reboot."""
     machine, pid, started = name.split("-")
     if machine != _digest(_machine()):
         return None
@@ -106,14 +106,14 @@ def writer_is_alive(name: str) -> bool | None:
 
 
 def file_age(path: Path) -> float:
-    """Return the seconds since a file was changed, by its file system's clock. Raises OSError on failure."""
+    """Return the seconds since a file was last changed, by its file system's clock. Raises OSError on failure."""
     with tempfile.TemporaryFile(dir=path.parent) as new_file:
         return os.fstat(new_file.fileno()).st_mtime - path.stat().st_mtime
 
 
 @cache
 def _machine() -> str:
-    """Return this machine's boot id and its process-id namespace, since containers have namespaces of their own."""
+    """Return this machine's boot id and this process's process-id namespace, since each container has its own namespace."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 

@@ -1,6 +1,6 @@
-"""The names that a checkpoint's pickles may contain: only DCP's own classes and PyTorch's tensors. It does not need torch.
+"""The names that a checkpoint's pickles may contain: only DCP's own classes and PyTorch's tensors. torch is not needed.
 
-A pickle can name any function of any module, which is called when the pickle is read. Digests do not help, since the author of a
+A pickle can name any function of any module, and reading the pickle calls it. Digests do not help, since the author of a
 checkpoint also creates its digests. So this file lists the permitted names. `METADATA` is for DCP's `.metadata`. `VALUES` is for
 the tensors and plain values in the other files, and is a subset of what `torch.load(weights_only=True)` permits.
 """
@@ -167,7 +167,7 @@ class _ListedUnpickler(pickle.Unpickler):
         self._path, self._names = path, names
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the object with this name. Raises DamagedDataError if the name is not listed."""
+        """Return the object that a pickle names. Raises DamagedDataError if the name is not listed."""
         if (module, name) not in self._names:
             raise refusal(self._path, module, name)
         if (module, name) == ("builtins", "getattr"):
@@ -187,7 +187,7 @@ class _InertUnpickler(_ListedUnpickler):
     """An unpickler that replaces every named object with `_Inert`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class that does nothing. Raises DamagedDataError if the name is not listed."""
+        """Return `_Inert` for every listed name. Raises DamagedDataError if the name is not listed."""
         if (module, name) not in self._names:
             raise refusal(self._path, module, name)
         return _Inert
@@ -243,7 +243,7 @@ class _Part(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer. Return the number of bytes read, 0 at the end of the part."""
+        """Read into a buffer. Return the number of bytes read: 0 at the end of the part."""
         bytes_left = max(self._length - self._position, 0)
         self._file.seek(self._offset + self._position)
         content = self._file.read(min(len(buffer), bytes_left))

@@ -1,7 +1,7 @@
 """Messages between the ranks that save or load a checkpoint: rank 0 receives all results, decides, and answers each rank.
 
-They use connections of their own, so that a thread can exchange them while the trainer communicates. If a rank fails, all ranks
-learn of it. If a rank ends, the others raise an error.
+They have their own connections, so that a thread can exchange them while the trainer communicates. If a rank fails, all ranks
+raise its error. If a rank exits, the others raise an error, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from distattn.checkpoints.rank_sockets import RankConnection, connect_to_root
 from distattn.ir.errors import DamagedDataError, DistattnError, LostRankError
 from distattn.supervision.heartbeats import thread_activity
 
-# seconds that a rank may take longer than others to write its part; a rank that has ended is noticed immediately
+# how many seconds longer than the others a rank may take to write its part; a rank that has exited is noticed immediately
 _SLOWEST_SECONDS = 1800.0
 Result = TypeVar("Result")
 
@@ -42,7 +42,7 @@ class RankFailure(Exception):
         return cls("error", rank, f"{type(error).__name__}: {error}")
 
     def raised(self) -> DistattnError:
-        """Return the DistattnError to raise to the user."""
+        """Return the DistattnError that tells the user about this failure."""
         kinds = {"lost": LostRankError, "damaged": DamagedDataError}
         where = "" if self.kind in ("lost", "damaged", "refused") else f"rank {self.rank}: "
         return kinds.get(self.kind, DistattnError)(where + self.text)
@@ -54,7 +54,7 @@ class _Answer(NamedTuple):
 
 
 class RankExchange:
-    """The ranks of a group, or a single process. Only one thread at a time may use it. Creating it is a collective call."""
+    """A channel between a group's ranks, or for a single process. For one thread at a time. Creating it is collective."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -68,7 +68,7 @@ class RankExchange:
         """Run `work` on every rank and `decision` on rank 0. Return this rank's answer. Collective.
 
         `decision` gets all ranks' results, in order, and returns an answer for each rank. If `work` or `decision` raises, all
-        ranks raise the same RankFailure. If a rank has ended, the failure's kind is "lost", and no further exchange is possible.
+        ranks raise the same RankFailure. If a rank has exited, the failure's kind is "lost", and no further exchange is possible.
         """
         outcome: Any
         try:
@@ -125,8 +125,8 @@ class RankExchange:
             try:
                 self._connections[rank].send(_Answer(answers[rank], failure))
             except OSError:
-                # continue without the lost rank: it may have ended after doing its part, and the next exchange raises in any
-                # case
+                # continue without the lost rank: it may have exited after doing its part, and the next exchange raises an
+                # error anyway
                 continue
         return _Answer(answers[0], failure)
 

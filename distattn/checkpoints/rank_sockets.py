@@ -1,10 +1,10 @@
-"""Connections from rank 0 of a group to each other rank. If a rank ends for any reason, its peer notices at once.
+"""Connections from rank 0 of a group to every other rank. If a rank exits for any reason, its peer notices at once.
 
-Gloo is not suitable: if a peer ends at the moment of a send, the send may wait for its whole timeout, which must be longer than
-the slowest write. This happened in 2 of 335 kills (benchmarks/LOG.md).
+Gloo is not suitable: if a peer exits during a send, the send may wait for the whole timeout, which must be longer than the
+slowest write. This happened in 2 of 335 kills (benchmarks/LOG.md).
 
 Rank 0 listens on one address, and the others connect. Both ends prove that they know a key, which a collective of the group has
-distributed and which is stored nowhere. A message has a digest made with that key, and is unpickled only if the digest matches.
+distributed and which is stored nowhere. A message has a digest that depends on the key, and is unpickled only if it matches.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _KEEPALIVE = {
     socket.TCP_KEEPCNT: 4,
     socket.TCP_USER_TIMEOUT: 120_000,
 }
-# how many times this process has connected each group
+# how many times this process has called `connect_to_root` for each group
 _OPENED: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class RankConnection:
     """A connection for picklable values between two ranks that share a key. A value with a wrong digest is never unpickled.
 
-    rank, other: this rank's number in the group, and the other rank's. They are part of the digests, so that a message cannot
+    rank, other: the group ranks of this end and of the other end. They are part of the digests, so that a message cannot
     be replayed in the other direction.
     """
 
@@ -84,7 +84,7 @@ class RankConnection:
 
 
 def connect_to_root(group: dist.ProcessGroup) -> dict[int, RankConnection]:
-    """Return connections by group rank: on rank 0 to all others, on the others to rank 0. A collective call of the group.
+    """Return connections, keyed by group rank: on rank 0 to all others, on the others to rank 0. Collective over the group.
 
     Raises LostRankError naming the ranks that do not connect within the group's timeout, and DistattnError if rank 0 has no
     address that ranks on other machines can reach.
@@ -133,7 +133,7 @@ def _accept_all(store: dist.Store, here: bool, key: bytes, ranks: int, timeout: 
                 rank = _within(opened, _admit, key)
             except OSError as error:
                 if time.monotonic() < deadline:
-                    # the connection was cut or does not come from a rank; a rank would try again
+                    # the connection was cut or is not from a rank; continue, since a rank tries again
                     continue
                 for connection in connections.values():
                     connection.close()
@@ -173,7 +173,7 @@ def _connect(store: dist.Store, key: bytes, rank: int, timeout: timedelta) -> Ra
 
 
 def _within(opened: socket.socket, handshake: Callable[..., int], *arguments: Any) -> int:
-    """Return the result of a handshake over a new connection. If it fails or is too slow, close it and raise OSError."""
+    """Return a handshake's result. If the handshake fails or times out, close the connection and raise OSError."""
     deadline = time.monotonic() + _CONNECT_SECONDS
     try:
         return handshake(opened, deadline, *arguments)

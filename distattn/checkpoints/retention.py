@@ -55,7 +55,7 @@ class KeepRule:
         return [checkpoint for checkpoint in with_manifest if checkpoint.folder not in kept]
 
     def _spaced(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Return checkpoints at least `every_hours` apart, starting with the first, and those whose hours are unknown."""
+        """Return checkpoints at least `every_hours` apart, starting with the first, and all without recorded hours."""
         if self.every_hours is None:
             return []
         kept, next_seconds = [], 0.0
@@ -63,7 +63,7 @@ class KeepRule:
             assert checkpoint.manifest is not None
             seconds = checkpoint.manifest.seconds
             if seconds is None:
-                # these are from earlier versions, which did not record seconds and kept checkpoints by a different rule
+                # it is from an earlier version, which did not record seconds and kept checkpoints by a different rule
                 kept.append(checkpoint)
             elif seconds >= next_seconds:
                 kept.append(checkpoint)

@@ -15,13 +15,13 @@ from types import TracebackType
 from distattn.checkpoints.owner import Owner, file_age
 from distattn.ir.errors import DistattnError
 
-# the roles that lock a folder: rank 0 while it trains, and the launcher from before it starts the ranks until it ends
+# the roles that lock a folder: rank 0 while it trains, and the launcher from before it starts the ranks until it exits
 OWNER, LAUNCHER = "owner", "launcher"
 # the locked file, and the file that names the owner; they are separate, since the latter is replaced
 _LOCK_FILE, _OWNER_FILE = "{}.lock", "{}.json"
 # the age at which a lease by another machine's owner expires, and the time between two renewals
 LEASE_SECONDS, RENEWAL_SECONDS = 120.0, 15.0
-# seconds that a process of this job's earlier attempt may take to end
+# seconds that a process of this job's previous attempt may take to exit
 _ENDING_SECONDS = 30.0
 # seconds that a new owner may take to write its name
 _NAMING_SECONDS = 3.0
@@ -45,7 +45,7 @@ os.register_at_fork(after_in_child=_forget_locks_of_parent)
 
 
 def _ending_seconds(owner: Owner) -> float:
-    """Return how long to wait for an owner of the same job to end. A file server may keep a lost host's locks for its lease."""
+    """Return how long to wait for an owner of the same job to exit. File servers may keep a lost host's locks for some time."""
     return LEASE_SECONDS if owner.is_alive() is None else _ENDING_SECONDS
 
 
@@ -68,7 +68,7 @@ class RunLock:
         self._folder, self._me = folder, Owner.of_this_process()
         self._closing = threading.Event()
         self._file, self._role = folder / _OWNER_FILE.format(role), role
-        # the descriptor of the lock file while this process holds the lock
+        # the descriptor of the lock file; None if this process does not hold the lock
         self._descriptor: int | None = None
         self._identity = (role, 0, 0)
         # the previous owner, whose name stays in the file while a full disk keeps ours from being written
@@ -128,7 +128,7 @@ class RunLock:
                 raise self._refused(owner, "")
             time.sleep(0.1)
         owner = Owner.read(self._file)
-        # since this process has the lock, an owner on this machine is dead; one on another machine may not see the lock
+        # since this process has the lock, an owner on this machine is dead, but an owner elsewhere may not see the lock
         if owner is not None and owner.is_alive() is None and not self._is_of_same_job(owner):
             self._wait_for_end_of_lease(owner)
         self._before = owner
@@ -173,10 +173,10 @@ class RunLock:
                 _HELD.discard(self._identity)
 
     def _wait_for_end_of_lease(self, owner: Owner) -> None:
-        """Wait until an owner on another machine is known to be dead. Raises DistattnError if it may be alive, or OSError.
+        """Wait until an owner on another machine must be dead. Raises DistattnError if it may be alive, OSError on failure.
 
-        After a clock jump, a lease may seem to have expired or to start in the future. So a lease counts as expired only if it
-        is not renewed for twice RENEWAL_SECONDS by this process's monotonic clock.
+        After a clock jump, a lease may seem to have expired or to start in the future. A lease therefore counts as expired only
+        if it is not renewed for twice RENEWAL_SECONDS by this process's monotonic clock.
         """
         age = file_age(self._file)
         if 0 <= age < LEASE_SECONDS:
@@ -192,7 +192,7 @@ class RunLock:
                 raise self._refused(owner, "")
 
     def _is_of_same_job(self, owner: Owner) -> bool:
-        """Return whether the owner and this process are attempts of one job, in which case the earlier one ends by itself."""
+        """Return whether the owner and this process are attempts of one job, so that the earlier attempt exits by itself."""
         return self._role == OWNER and owner.job != "" and owner.job == self._me.job
 
     def _refused(self, owner: Owner | None, hint: str) -> DistattnError:
@@ -222,7 +222,7 @@ class RunLock:
 
 
 def _modified(file: Path) -> int:
-    """Return when a file was last changed, in nanoseconds, or 0 for a missing file. Raises OSError on failure."""
+    """Return when a file was last changed, in nanoseconds; 0 if the file is missing. Raises OSError on failure."""
     with contextlib.suppress(FileNotFoundError), open(file, "rb") as opened:
         # a network file system may show an old time unless the file is opened
         return os.fstat(opened.fileno()).st_mtime_ns
@@ -230,7 +230,7 @@ def _modified(file: Path) -> int:
 
 
 def folder_owner(folder: Path, role: str = OWNER) -> tuple[Owner, bool] | None:
-    """Return a folder's owner in a role and whether it seems alive, or None for a free folder. Raises OSError on failure."""
+    """Return a folder's owner in a role and whether it seems alive; None if the folder is free. Raises OSError on failure."""
     file = folder / _OWNER_FILE.format(role)
     if (owner := Owner.read(file)) is None:
         return None

@@ -18,28 +18,28 @@ from distattn.ir.errors import DistattnError
 from distattn.kernels.devices import has_streams
 from distattn.memory import pinned_memory
 
-# the maximum number of copies by `HostBuffers.keep` in flight
+# the maximum number of copies that `HostBuffers.keep` has in flight
 _IN_FLIGHT = 2
 # immutable types, whose values need no copy
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 
 
 class HostBuffers:
-    """Host buffers for copies of tensors, by tensor name. Buffers for GPU tensors are pinned."""
+    """Host buffers for copies of tensors, keyed by tensor name. Buffers for GPU tensors are pinned."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
-        # the names of buffers that `keep` returned since the last save, by the buffers' ids
+        # the names of buffers that `keep` has returned since the last save, keyed by the buffer's id
         self._kept: dict[int, str] = {}
         self._streams: dict[torch.device, Any] = {}
-        # tensors that `keep` is copying, each with the event after its copy, oldest first
+        # tensors that `keep` is copying, each with the event recorded after its copy, oldest first
         self._leaving: deque[tuple[torch.Tensor, Any]] = deque()
 
     def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into its buffer and return the buffer. The caller may drop the tensor immediately.
 
-        On a GPU, the copy overlaps with other work on the device. At most two tensors are kept alive for it; with a third, the
-        current stream waits for the oldest copy. Call `finish_kept` after the last tensor.
+        On a GPU, the copy overlaps with other work on the device. At most two copies are in flight; before a third, the current
+        stream waits for the oldest. Call `finish_kept` after the last tensor.
         """
         source = tensor.detach()
         buffer = self.like(name, source)
@@ -96,7 +96,7 @@ class HostBuffers:
         return buffer
 
     def forget_others(self, names: set[str]) -> None:
-        """Drop the buffers with other names, except those that `keep` returned since the last save."""
+        """Drop all buffers except those whose names are in `names` and those that `keep` has returned since the last save."""
         names = names | set(self._kept.values())
         self._buffers = {name: buffer for name, buffer in self._buffers.items() if name in names}
         self._kept = {}
@@ -122,7 +122,7 @@ class StagedState(DefaultSavePlanner):
                 try:
                     self._staged[name] = value if type(value) in _PLAIN else _copied(name, value)
                 except DistattnError as error:
-                    # `copy_tensors` raises it later, where all ranks learn of it
+                    # let `copy_tensors` raise it, since its errors are raised on all ranks
                     self._refusal = self._refusal or error
                 signature.append((name,))
                 continue
@@ -145,7 +145,7 @@ class StagedState(DefaultSavePlanner):
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy_tensors(self) -> None:
-        """Copy all tensors. Raises DistattnError if one was changed in the meantime, or if another value cannot be saved."""
+        """Copy all tensors. Raises DistattnError if a tensor was changed in the meantime or another value cannot be saved."""
         if self._refusal is not None:
             raise self._refusal
         sources = self._sources

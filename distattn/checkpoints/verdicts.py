@@ -1,6 +1,6 @@
 """Training's verdict on a checkpoint, written after the save: verdict.json in its folder, not part of the manifest.
 
-A checkpoint is saved right after an update, before any step has used its weights. The first step with them shows whether they are
+A checkpoint is saved right after an update, before any step has used its weights. The next step shows whether the weights are
 good, so the verdict is written later. It is advice, not proof: it has no digest, and an unreadable file counts as no verdict.
 This module does not need torch.
 """
@@ -34,7 +34,7 @@ class CheckpointVerdict(NamedTuple):
 
     @property
     def is_doubtful(self) -> bool:
-        """True if a run prefers other checkpoints to this one and the keep rule does not count it."""
+        """True if a run tries this checkpoint only after those without doubt, and the keep rule does not count it."""
         return self.kind in (REFUSED, SET_ASIDE)
 
     def write(self, checkpoint: Path) -> None:
@@ -54,7 +54,7 @@ class CheckpointVerdict(NamedTuple):
 
     @classmethod
     def read(cls, checkpoint: Path) -> CheckpointVerdict:
-        """Return the verdict in a checkpoint's folder, UNTESTED if no verdict can be read."""
+        """Return the verdict in a checkpoint's folder, or an untested verdict if the file is missing or invalid."""
         with suppress(OSError, ValueError, TypeError, RecursionError):
             verdict = cls(**json.loads((checkpoint / VERDICT_FILE).read_bytes()))
             texts_are_right = all(isinstance(text, str) for text in verdict[:-1])

@@ -15,7 +15,7 @@ from distattn.doctor.comparison import Finding, name_ranks
 from distattn.doctor.emulation import ATTENTION_OPTIONS, AttentionCall, attend, visible_keys
 from distattn.doctor.replay import LinkedCall, LocalError, Replay
 
-# the number of tokens compared on each rank: enough to tell mistakes apart
+# compare at most this many tokens on each rank, which is enough to tell mistakes apart
 _ROWS = 128
 _STEPS = (-3, -2, -1, 1, 2, 3)
 _ASK = "look at what is done to queries, keys, values and results around the call of attention on that rank"
@@ -79,7 +79,7 @@ def _fits(computed_MHE: Tensor, rows: _Rows) -> bool:
 
 
 def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tensor]:
-    """Return a function that computes this call's results (M, H, E) for some tokens. tiled: see `attend`."""
+    """Return a function that computes the call's results (M, H, E) for the tokens of a `_Rows`. tiled: see `attend`."""
     allowed_NN = visible_keys(call)
 
     def compute(rows: _Rows) -> Tensor:
@@ -90,7 +90,7 @@ def _results(call: AttentionCall, tiled: bool = False) -> Callable[[_Rows], Tens
 
 
 def _variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Yield the mistakes that have no parameter to search for, simplest first."""
+    """Yield the mistakes that need no search for a parameter, simplest first."""
     group = call.q_NHD.shape[1] // call.k_NKD.shape[1]
     if group > 1:
         yield _Variant(
@@ -165,7 +165,7 @@ def _exchanged_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterat
 
 
 def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_Variant]:
-    """Yield variants whose masks allow too many or too few keys."""
+    """Yield mistakes in the mask, which allow too many or too few keys."""
     allowed_NN = visible_keys(call)
     size = len(allowed_NN)
     document_NN = allowed_NN | allowed_NN.t()
@@ -220,7 +220,7 @@ def _mask_variants(call: AttentionCall, tokens: Sequence[Tensor]) -> Iterator[_V
 def _explain_values(
     call: AttentionCall, tokens: Sequence[Tensor], wrong: Sequence[_Rows], where: str
 ) -> Finding | None:
-    """Find ranks whose values are scaled. Since results are linear in the values, least squares gives each rank's factor."""
+    """Find ranks whose values are scaled. Results are linear in the values, so least squares gives each rank's factor."""
     terms = []
     for rank_tokens in tokens:
         part_NKE = torch.zeros_like(call.v_NKE, dtype=torch.float64)
@@ -242,7 +242,7 @@ def _explain_values(
 def _explain_scales(
     call: AttentionCall, tokens: Sequence[Tensor], wrong: Sequence[_Rows], where: str
 ) -> Finding | None:
-    """Find a wrong factor on the queries of the ranks that differ, or on the keys of one rank."""
+    """Find a wrong factor on the queries of the ranks in `wrong`, or on the keys of one rank."""
 
     wide = call._replace(q_NHD=call.q_NHD.double(), k_NKD=call.k_NKD.double(), v_NKE=call.v_NKE.double())
 

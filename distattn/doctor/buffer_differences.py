@@ -1,4 +1,4 @@
-"""Find model buffers and settings that differ between the ranks and one process. Hypotheses about tokens cannot show these."""
+"""Find model buffers and settings that differ between the ranks and one process, which hypotheses about tokens cannot show."""
 
 # I rotary embedding frequencies
 
@@ -19,9 +19,9 @@ _REMEDY = "make the model with the same configuration, and fill buffers that no 
 def explain_by_module(
     model: torch.nn.Module, ranks: Sequence[RankResult], explains: Callable[[], bool]
 ) -> Finding | None:
-    """Copy the ranks' buffers and settings into the model. If that explains their results, name the first one that differed.
+    """Copy the ranks' buffers and settings into the model. If that explains the results, name a buffer or setting that differed.
 
-    explains: returns whether emulated ranks without a mistake reproduce the results with the changed model.
+    explains: returns whether emulated ranks that make no mistake reproduce the ranks' results with the changed model.
     """
     buffers = dict(model.named_buffers())
     other = {

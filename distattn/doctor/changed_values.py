@@ -21,14 +21,14 @@ class Change(NamedTuple):
 
 
 def common_change(changes: Sequence[Change | None]) -> Change | None:
-    """Return the change that all ranks share, or None if their changes differ or one was not recognized."""
+    """Return the first rank's change if all ranks' changes were recognized and are of the same kind, otherwise None."""
     recognized = [change for change in changes if change is not None]
     kinds = {change.kind for change in recognized}
     return recognized[0] if len(recognized) == len(changes) and len(kinds) == 1 else None
 
 
 def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change | None:
-    """Describe how a rank's values (T, ...) differ from the expected ones. Return None if no simple change fits.
+    """Describe how a rank's values (T, ...) differ from the expected values. Return None if no simple change fits.
 
     bound: the norm of the largest difference that rounding explains.
     """
@@ -44,7 +44,7 @@ def describe_change(expected_T: Tensor, got_T: Tensor, bound: float) -> Change |
 
 
 def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
-    """Return the dtype to which values were rounded before being stored in a finer one. Return None if they were not."""
+    """Return the low-precision dtype to which values were rounded before being stored in fp32 or fp64, or None."""
     if got_T.dtype not in (torch.float32, torch.float64) or not got_T.any():
         return None
     for dtype in (torch.bfloat16, torch.float16):
@@ -57,7 +57,7 @@ def coarser_dtype(expected_T: Tensor, got_T: Tensor) -> torch.dtype | None:
 
 
 def best_factor(expected: Tensor, got: Tensor) -> float:
-    """Compute the factor that scales the expected values to fit the rank's values best."""
+    """Compute the factor by which the expected values best fit the rank's values."""
     return float((expected.double() * got.double()).sum() / expected.double().square().sum().clamp(min=1e-30))
 
 
@@ -94,7 +94,7 @@ def _candidates(expected_TC: Tensor, got_TC: Tensor) -> Iterator[tuple[Change, T
 
 
 def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
-    """Describe the effect of dropout: random values are zero, and the others are scaled up."""
+    """Describe the effect of dropout: random values are zero, and the others are scaled up. Return None if it does not fit."""
     there = expected_TC != 0
     zero = (got_TC == 0) & there
     share = float(zero.sum() / there.sum().clamp(min=1))
@@ -110,7 +110,7 @@ def _dropped(expected_TC: Tensor, got_TC: Tensor) -> Change | None:
 
 
 def _moved(expected_TC: Tensor, got_TC: Tensor, bound: float) -> Change | None:
-    """Describe values that belong to another token of the same rank, and tokens or features in a different order."""
+    """Describe values that are a neighbouring token's on the same rank, or whose tokens or features are in a different order."""
     tokens, features = expected_TC.shape
     for step in _NEIGHBOURS:
         if tokens > abs(step) + 1:

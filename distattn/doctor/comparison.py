@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# one rank's result of `rank_run.run_on_this_rank`, and its part for one micro-batch; torch.save can store either
+# what `rank_run.run_on_this_rank` returns on a rank, and the part of it for one micro-batch; torch.save can store both
 RankResult = dict[str, Any]
 PartResult = dict[str, Any]
 
@@ -20,7 +20,7 @@ _SEGMENTS = 4
 
 
 class Finding(NamedTuple):
-    """A mistake found. cause: the mistake's short name. observed: the evidence for the mistake. remedy: how to fix it."""
+    """A mistake that was found. cause: its short name. observed: the evidence for the mistake. remedy: how to fix it."""
 
     cause: str
     observed: str
@@ -31,7 +31,7 @@ class Diagnosis(NamedTuple):
     """The doctor's result.
 
     measured: measurements, keyed by name. first_difference: the name of the first module that differs. findings: the most
-    likely cause first. where: a description of the place, ranks and tokens of the first difference. not_repeated: why the
+    likely cause first. where: the place, ranks and tokens of the first difference, in words. not_repeated: why the
     ranks' steps could not be repeated module by module in one process; empty if they could.
     """
 
@@ -55,7 +55,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def in_global_order(parts: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
-    """Arrange the ranks' values, (T, ...) each, in batch order, (N, ...), and leave out padding.
+    """Return the values of all parts, (T, ...) each, in batch order, (N, ...), without padding.
 
     tokens: the indices of each part's tokens in the batch.
     """

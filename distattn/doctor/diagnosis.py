@@ -1,7 +1,7 @@
 """The diagnosis of `distattn doctor`: the first difference from a single-process run, and the mistake that explains it.
 
-A mistake is named only if making it in one process reproduces the ranks' results. How large a difference may be is measured:
-see `measure_tolerances`.
+A mistake is named only if making it in one process reproduces the ranks' results. The permitted differences are measured: see
+`measure_tolerances`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
     finding = _with_refusal(finding or check_state(ranks), ranks)
     if finding is not None:
         return Diagnosis(measured, None, [finding], backward.where)
-    # without a replay, only the final logits were compared
+    # without a replay, only the model's logits were compared, not each module's output
     hidden = tolerances.logits / norm if replay is None else replay.hidden(FORWARD)
     measured |= {"hidden": hidden, "hidden in gradients": backward.hidden(compared)}
     not_repeated = (emulation.failures or ["for an unknown reason"])[-1] if replay is None else backward.failure
@@ -112,27 +112,27 @@ def diagnose(target: Target, ranks: Sequence[RankResult]) -> Diagnosis:
 
 
 class _Backward:
-    """The backward pass, repeated in one process where that shows more than the parameters' gradients do."""
+    """The backward pass, repeated in one process if the parameters' gradients alone do not show the mistake."""
 
     def __init__(self, replay: Replay | None, reference: ReferenceResult):
-        # the gradient of a router loss does not pass through the logits
+        # not with a router loss, whose gradient does not pass through the logits, from which the replay starts
         self._replay = replay if reference.token_gradients is None else None
         self._done = False
         self.where: str | None = None
-        # the error that kept the backward pass from being repeated; empty if there was none
+        # the error that kept the backward pass from being repeated; empty if there was no error
         self.failure = ""
 
     def explain(self) -> Finding | None:
         """Repeat the backward pass from the ranks' own gradients and explain the first gradient that differs.
 
-        Return None if all agree or the pass cannot be repeated.
+        Return None if all gradients agree or the pass cannot be repeated.
         """
         if self._replay is None:
             return None
         try:
             self._replay.add_backward()
         except Exception as error:
-            # recomputed layers call attention in the backward pass, where emulated ranks cannot meet
+            # recomputed layers call attention in the backward pass, where emulated ranks cannot wait for one another
             self.failure = f"{type(error).__name__}: {error}"
             return None
         self._done = True
@@ -149,7 +149,7 @@ class _Backward:
         return None
 
     def hidden(self, compared: GradientComparison) -> float:
-        """Return the largest relative difference in a gradient that rounding could hide."""
+        """Return the largest relative error of a gradient that could pass as rounding."""
         if self._done and self._replay is not None:
             return self._replay.hidden(BACKWARD)
         return max(
@@ -159,7 +159,7 @@ class _Backward:
 
 
 def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Finding | None:
-    """Add the setup's refusal to the finding, since they may share a cause. Without a finding, report the refusal alone."""
+    """Add the setup's refusal to the finding, since both may have one cause. Without a finding, return the refusal alone."""
     for rank, result in enumerate(ranks):
         if refusal := result.get("setup_refusal", "").rstrip("."):
             if finding is None:
@@ -169,7 +169,7 @@ def _with_refusal(finding: Finding | None, ranks: Sequence[RankResult]) -> Findi
 
 
 def _check_repeatable(emulation: EmulatedModel) -> Finding | None:
-    """Return a finding if the model is random in one process. Nothing can then be compared, even if the ranks are seeded."""
+    """Return a finding if two runs in one process differ: results then cannot be compared, even if the ranks are seeded."""
     first_NV, second_NV = emulation(RIGHT, False), emulation(RIGHT, False)
     if first_NV is None or second_NV is None or torch.equal(first_NV, second_NV):
         return None
@@ -208,9 +208,9 @@ def _errors_unsplit(
     ranks: Sequence[RankResult],
     tolerances: Tolerances,
 ) -> list[LocalError]:
-    """Return the first errors found when a single rank has all tokens.
+    """Replay the model with all tokens on a single rank, and return the first errors.
 
-    In fp32, return an empty list, since the logits would show such errors.
+    In fp32, return an empty list without a replay, since the logits would already show an error.
     """
     if not _is_coarse(ranks):
         return []
@@ -230,7 +230,7 @@ def _explain_forward(
     tolerances: Tolerances,
     first: str | None,
 ) -> Finding:
-    """Find why the logits, or values computed before them, differ. errors: the differences at the first place that differs."""
+    """Find why the logits, or values computed before them, differ. errors: see `Replay.first_errors`."""
     if finding := explain_weights_in_use(ranks):
         return finding
 
@@ -247,7 +247,7 @@ def _explain_forward(
 
     hypotheses = partial(recurrence_hypotheses, emulation.asked)
     finding = explain_logits(reference, ranks, tolerances.logits, emulation, score, hypotheses)
-    # a model without attention may ignore positions
+    # a plain convolution mixes tokens, and a model without attention may ignore positions
     if finding is not None and finding.cause in ("tokens mixed", "positions not sharded"):
         finding = explain_convolution(model, first) or finding
     if finding is None and errors and replay is not None:
@@ -271,7 +271,7 @@ _OTHER_BATCH = Finding(
 
 
 def _odd_logits(reference: ReferenceResult, ranks: Sequence[RankResult]) -> str:
-    """Describe the largest difference in logits: its rank, and the rank's tokens that differ at least a tenth as much."""
+    """Name the rank whose logits differ most, and its tokens that differ by more than a tenth of the largest difference."""
     worst, description = -1.0, ""
     for rank, part in parts_of(ranks):
         tokens = part["tokens"]
@@ -293,7 +293,7 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
             "return the plain module, and parameters that are partitioned (ZeRO stage 3) cannot be compared."
         ) from None
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
-        # recomputed layers call attention in the backward pass, where emulated ranks cannot meet
+        # recomputed layers call attention in the backward pass, where emulated ranks cannot wait for one another
         names = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
         methods = (getattr(model, name, None) for name in names)
         if disable := next((method for method in methods if method is not None), None):
@@ -305,7 +305,7 @@ def _model_of_one_process(target: Target, ranks: Sequence[RankResult]) -> torch.
 
 
 def _in_one_process(target: Target, work: Callable[[], Result]) -> Result:
-    """Return work(). Convert its errors to DistattnError, saying that the model cannot be run in one process."""
+    """Return the result of `work`. Convert its errors to a DistattnError saying that the model cannot be run in one process."""
     try:
         return work()
     except DistattnError:
@@ -326,11 +326,11 @@ def _explain_gradients_and_weights(
 ) -> Finding | None:
     """Find the mistake behind wrong gradients.
 
-    Gradients may be missing, not reduced, summed wrongly, or wrong before they are summed (explain_backward). Alternatively,
-    tokens or the router loss (explain_router) may have wrong weights.
+    Gradients may be missing, not reduced, summed wrongly, or wrong before they are summed (explain_backward), or tokens or the
+    router loss (explain_router) may have wrong weights.
     """
     finding = explain_gradients(reference, ranks, compared)
-    # unreduced gradients say nothing about weights
+    # missing or unreduced gradients say nothing about the weights of tokens
     if finding is not None and finding.cause in (
         "gradient missing",
         "keys and values detached",
@@ -338,7 +338,7 @@ def _explain_gradients_and_weights(
     ):
         return finding
     sums = LocalGradients(reference, ranks).explain()
-    # a later step may compensate for a factor common to all weights
+    # a factor common to all weights is no mistake if the gradients are right, since the trainer may correct it later
     if finding is None and sums is None and not are_unequal(losses):
         # in fp32, the parameters' gradients would already show a mistake in the backward pass
         return explain_backward() if _is_coarse(ranks) else None
@@ -350,7 +350,7 @@ def _explain_gradients_and_weights(
 
 
 def _loss_ratio(reference: ReferenceResult, ranks: Sequence[RankResult]) -> float:
-    """Return the ranks' loss divided by the single-process loss. The ranks hold shares to sum, or each holds the full loss."""
+    """Return the ranks' loss divided by the single-process loss. Ranks hold shares or the full loss: use what fits better."""
     losses = torch.stack([torch.stack([part["loss"] for part in result["parts"]]).sum() for result in ranks])
     ratios = [float(losses.sum() / reference.loss), float(losses.mean() / reference.loss)]
     return min(ratios, key=lambda ratio: abs(ratio - 1))

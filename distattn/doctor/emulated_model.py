@@ -1,4 +1,4 @@
-"""Run the single-process model as several ranks would, over all micro-batches, with or without a mistake."""
+"""Run the single-process model over all micro-batches as several ranks would, with or without a mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distattn.doctor.target import Target
 
 
 class EmulatedModel:
-    """The single-process model. Calling it runs a hypothesis over all micro-batches."""
+    """The single-process model. Calling it returns the logits of all micro-batches under a hypothesis."""
 
     def __init__(self, target: Target, model: torch.nn.Module, reference: ReferenceResult, ranks: Sequence[RankResult]):
         self._target, self._model, self._batches = target, model, micro_batches_of(reference, ranks)
@@ -43,12 +43,12 @@ class EmulatedModel:
         self.failures.append(self._target.describe_error(error))
 
     def gives(self, logits_NV: Tensor, tolerance: float) -> bool:
-        """Return whether ranks without a mistake compute these logits, up to a difference of norm `tolerance`."""
+        """Return whether emulated ranks that make no mistake compute `logits_NV`, up to a difference of norm `tolerance`."""
         emulated_NV = self(RIGHT, False)
         return emulated_NV is not None and distance(emulated_NV, logits_NV) <= tolerance
 
     def with_failures(self, finding: Finding) -> Finding:
-        """Return the finding with the first failure, if any, added to its observation."""
+        """Return the finding. If there are `failures`, add the first to its observation."""
         if not self.failures:
             return finding
         tried = f"; not all mistakes could be tried in one process: {self.failures[0]}"
@@ -66,13 +66,13 @@ class EmulatedModel:
 
         gradients: True if a backward pass may follow. observe: called with every attention call.
         """
-        # a rank without tokens gets one padding token; if gradients are needed, every rank gets one in that case
+        # without gradients, only ranks without tokens get a padding token; with gradients, all ranks do if one has no tokens
         empty = not all(map(len, batch.tokens))
         padding = torch.zeros(int(empty), dtype=batch.pack.ids_N.dtype) if gradients else None
         return self._emulate(self._forward, hypothesis, batch, padding, observe)
 
     def routed_batches(self) -> list[RoutedBatch] | None:
-        """Return each micro-batch's router outputs, padding included. Return None without routers or if the model fails."""
+        """Return each micro-batch's router outputs, padding included; None if the model has no routers or fails."""
         routed = []
         for batch in self._batches:
             with recorded_returns(self._model) as returned:
@@ -91,7 +91,7 @@ class EmulatedModel:
         return routed
 
     def _working_forward(self) -> Callable[[Mapping[str, Any]], Tensor]:
-        """Return a forward function that works: the plain one, or the script's if the model takes other arguments.
+        """Return a forward function that works: the plain function, or the script's if the model takes other arguments.
 
         If neither works, add the error of the script's function to `failures` and return that function.
         """

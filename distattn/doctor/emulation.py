@@ -1,6 +1,6 @@
-"""Emulate ranks as threads of one process. Layers that mix tokens follow their definition, with or without a mistake.
+"""Emulate ranks as threads of one process.
 
-All other layers run as they do on the ranks: on one rank's tokens.
+Layers that mix tokens are computed by definition over all tokens, with or without a mistake. Others run on one rank's tokens.
 """
 
 # N tokens of a micro-batch, M queries among them, T tokens on a rank, V vocabulary; H query heads, K key/value heads, D head
@@ -44,9 +44,9 @@ CallObserver = Callable[[AttentionCall, Tensor], None]
 
 
 class Mistake(NamedTuple):
-    """A mistake in layers.
+    """A mistake in how layers are computed.
 
-    dropped: the name in ATTENTION_OPTIONS of an ignored option. window_change: the number of tokens added to each window.
+    dropped: the option in ATTENTION_OPTIONS that is ignored, or None. window_change: the number of tokens added to each window.
     coarse_decay: True if the logarithms of a recurrence's decays are rounded to bf16.
     """
 
@@ -58,8 +58,8 @@ class Mistake(NamedTuple):
 class VisibleTokens(NamedTuple):
     """The tokens that each token sees.
 
-    allowed_NN: a mask of the keys that each query attends to. read: for each sequence, the tokens that recurrent layers read.
-    convolved: for each sequence, the tokens that convolutions read.
+    allowed_NN: a mask of the keys that each query attends to. read: the sequences of tokens that recurrent layers read.
+    convolved: the sequences of tokens that convolutions read.
     """
 
     allowed_NN: Tensor
@@ -81,7 +81,7 @@ def emulate(
 ) -> Tensor:
     """Compute the logits (N, V) of emulated ranks. Raises the errors of `forward`.
 
-    forward: computes logits (1, T, V) from a rank's part. tokens, positions: (T,) for each rank; a rank without tokens gets one
+    forward: computes logits (1, T, V) from a rank's part. tokens, positions: (T,) for each rank; a rank without tokens gets a
     padding token. seen: the tokens that layers see. asked: receives the names of the batch operations that layers call.
     padding: token ids (P,) appended to each rank's tokens; if given, gradients are kept. observe: called with every attention
     call.
@@ -107,7 +107,7 @@ def emulate(
         futures = [threads.submit(run, rank) for rank in range(len(tokens))]
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
-        # prefer the original error, since the other threads' broken barriers only follow from it
+        # prefer the original error, since it is what broke the other threads' barriers
         raise next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), errors[0])
     return in_global_order([future.result() for future in futures], tokens)
 
@@ -119,7 +119,7 @@ def emulated_rank() -> int:
 
 
 class _Exchange:
-    """All threads' inputs to one call, and its result."""
+    """The inputs that all threads pass to one call, and the call's result."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class _EmulatedRank(BatchAttention):
         def compute(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor) -> Tensor:
             return _prefix_softmax(weights_NHL, logits_NHL, v_NHV, exchange.seen.read).to(v_THV.dtype)
 
-        # a prefix softmax carries state like a recurrence, so the same mistakes apply
+        # a prefix softmax carries a state as a recurrence does, so the same mistakes are possible
         return exchange.together(self._rank, "recurrence", (weights_THL, logits_THL, v_THV), compute)
 
     def causal_conv1d(
@@ -260,7 +260,7 @@ class _EmulatedRank(BatchAttention):
 
 
 def _check_no_states(initial_state: Tensor | None, return_final_state: bool) -> None:
-    """Raise DistattnError if a layer uses document states: with a mistake, a sequence may mix several documents."""
+    """Raise DistattnError if a layer uses document states, since a hypothesis may read several documents as one sequence."""
     if initial_state is not None or return_final_state:
         raise DistattnError(
             "the doctor does not handle states of documents: call the layer without initial_state and return_final_state."
@@ -281,7 +281,7 @@ def _recurrence(x: RecurrenceTokens, sequences: Sequence[Tensor], scale: float) 
 
 
 def _prefix_softmax(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor, sequences: Sequence[Tensor]) -> Tensor:
-    """Average the values with softmax weights over each sequence's tokens so far. Returns (N, H, V)."""
+    """Average each sequence's values, up to every token, with softmax weights. Returns (N, H, V)."""
     wide = torch.promote_types(v_NHV.dtype, torch.float32)
     out = torch.zeros_like(v_NHV, dtype=wide)
     for sequence in sequences:
@@ -296,7 +296,7 @@ def _prefix_softmax(weights_NHL: Tensor, logits_NHL: Tensor, v_NHV: Tensor, sequ
 
 
 def _shifted(x_N: Tensor, distance: int, fill: int, sequences: Sequence[Tensor]) -> Tensor:
-    """Shift the tokens (N, ...) within each sequence."""
+    """Shift the tokens (N, ...) within each sequence, by `distance` places."""
     out = torch.full_like(x_N, fill)
     for sequence in sequences:
         rows = sequence.to(out.device)

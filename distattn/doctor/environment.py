@@ -37,7 +37,7 @@ _SHARED_MEMORY = 1 << 30
 
 
 class Check(NamedTuple):
-    """The result of one check. ok: None if the state is a choice rather than a fault. advice: how to fix it, if needed."""
+    """The result of one check. ok: None if the state is a choice, not a fault. advice: how to fix a fault, or ""."""
 
     name: str
     ok: bool | None
@@ -108,7 +108,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _kernels() -> Iterator[Check]:
-    """Yield the timings of kernels that kernel="auto" has cached so far."""
+    """Yield a check for each set of kernel timings that kernel="auto" has cached so far."""
     if importlib.util.find_spec("torch") is None:
         return
     from distattn.kernels.trial_cache import all_trials

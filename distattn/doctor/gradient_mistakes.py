@@ -15,8 +15,8 @@ from distattn.doctor.reference import ReferenceResult
 class GradientComparison(NamedTuple):
     """The gradients of all parameters in fp64, on each rank and in one process (expected).
 
-    tolerances: each gradient's largest permitted difference from the expected one, as a norm. roundings: its largest permitted
-    relative difference between ranks. Reduced gradients are equal on all ranks except for a rounding or two.
+    tolerances: the largest permitted norm of each gradient's difference from `expected`. roundings: the largest permitted
+    relative difference of each gradient between ranks, since reduced gradients may differ by a rounding or two.
     """
 
     ranks: list[dict[str, Tensor]]
@@ -26,7 +26,7 @@ class GradientComparison(NamedTuple):
 
     @staticmethod
     def of(reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: dict[str, float]) -> GradientComparison:
-        """Collect the gradients of the parameters that have one on every rank."""
+        """Collect the gradients of the parameters that have a gradient on every rank."""
         names = [name for name in reference.gradients if all(name in result["gradients"] for result in ranks)]
         wide = [{name: result["gradients"][name].double() for name in names} for result in ranks]
         expected = {name: reference.gradients[name].double() for name in names}
@@ -39,13 +39,13 @@ class GradientComparison(NamedTuple):
         return _norm(self.ranks[0]) / max(_norm(self.expected), 1e-30)
 
     def factor_of(self, gradients: dict[str, Tensor]) -> float:
-        """Return the factor that scales the expected gradients to fit these best."""
+        """Return the factor by which the expected gradients best fit `gradients`."""
         along = sum(float((gradients[name] * right).sum()) for name, right in self.expected.items())
         return along / max(_norm(self.expected) ** 2, 1e-30)
 
     def different(self, gradients: dict[str, Tensor], factor: float = 1.0) -> list[str]:
-        """Return the parameters whose gradient is not the expected one times the factor."""
-        # the rounding error of a scaled gradient is scaled as well
+        """Return the parameters whose gradient in `gradients` differs from `factor` times the expected gradient."""
+        # scaling a gradient also scales its rounding error
         slack = max(abs(factor), 1.0)
         return [
             name
@@ -70,7 +70,7 @@ class GradientComparison(NamedTuple):
 def explain_gradients(
     reference: ReferenceResult, ranks: Sequence[RankResult], compared: GradientComparison
 ) -> Finding | None:
-    """Find the mistake in the ranks' gradients. Return None if they match the expected ones."""
+    """Find the mistake in the ranks' gradients. Return None if they match the expected gradients."""
     if finding := explain_missing(reference, ranks, compared):
         return finding
     if unequal := compared.unequal():
@@ -87,7 +87,7 @@ def explain_gradients(
 def explain_missing(
     reference: ReferenceResult, ranks: Sequence[RankResult], compared: GradientComparison
 ) -> Finding | None:
-    """Find parameters that have a gradient in one process but none, or only zeros, on some rank."""
+    """Find parameters that have a gradient in one process, but no gradient or only zeros on some rank."""
     lacking = {
         name: [
             rank

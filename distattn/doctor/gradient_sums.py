@@ -1,10 +1,8 @@
 """Find local gradients that a trainer left out of its sum, counted twice, or clipped.
 
 Each rank's local gradients of each micro-batch are recorded before the trainer changes them. The trainer's gradients are a
-weighted sum of these. Least squares finds the weights, which should be equal.
+weighted sum of the local gradients. Least squares finds the weights, which should be equal.
 """
-
-# F factors: one for each rank's local gradients of each micro-batch
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ _REDUCE = "sum gradients over all data- and context-parallel ranks, once, after 
 
 
 class _Fit(NamedTuple):
-    """The factors (ranks, micro-batches) by which local gradients add up to one rank's gradient. fits: True if they do."""
+    """The factors (ranks, micro-batches) with which local gradients sum to one rank's gradient. fits: True if the sum fits."""
 
     factors: Tensor
     fits: bool
@@ -53,7 +51,7 @@ class LocalGradients:
         self._precision = _FINE if self._eps < 1e-5 else _COARSE
 
     def explain(self) -> Finding | None:
-        """Find the mistake in the sum. Return None if all factors are equal or no known mistake fits."""
+        """Find the mistake in the trainer's sum. Return None if all factors are equal or no known mistake fits."""
         names = [name for name in self._names if bool(self._expected[name].any())]
         if not names:
             return None
@@ -117,7 +115,7 @@ class LocalGradients:
         return Finding("gradients not reduced", "each rank has its own gradients only", _REDUCE)
 
     def _explain_clipping(self, names: Sequence[str], factors: Tensor) -> Finding | None:
-        """Explain a factor common to all gradients by clipping. Return None if their norm is not a usual clipping limit."""
+        """Explain a factor common to all gradients by clipping. Return None if their norm is not a common clipping limit."""
         factor = self._factor(names)
         norm = float(torch.stack([self._ranks[0]["gradients"][name].double().norm() for name in names]).norm())
         ranks = len(self._ranks)
@@ -131,7 +129,7 @@ class LocalGradients:
         return Finding("gradients clipped", observed, "clip after the doctor has asked for gradients(model)")
 
     def _factor(self, names: Sequence[str]) -> float:
-        """Return the factor that scales the expected gradient to fit rank 0's best."""
+        """Return the factor by which the expected gradients best fit those of rank 0."""
         along = sum(float((self._ranks[0]["gradients"][name].double() * self._expected[name]).sum()) for name in names)
         return along / max(sum(float(self._expected[name].square().sum()) for name in names), 1e-30)
 
@@ -193,7 +191,7 @@ class LocalGradients:
         )
 
     def _explain_rest(self, names: Sequence[str], fit: _Fit) -> Finding | None:
-        """Explain gradients that equal a sum of local ones up to an added term or rounding."""
+        """Explain gradients that differ from a sum of local gradients by an added term or by rounding."""
         old = [name for result in self._ranks for name in result["old_gradients"]]
         if old:
             observed = f"{old[0]} had a gradient before the first backward pass, which is in the sum"
@@ -224,7 +222,7 @@ class LocalGradients:
         return Finding("weights in gradients", observed, "leave weight decay to the optimizer")
 
     def _explain_single(self, names: Sequence[str]) -> Finding | None:
-        """Explain a parameter whose gradient is a different sum from those of most parameters."""
+        """Explain a parameter whose gradient is summed over ranks and micro-batches with unusual factors."""
         fits = {name: self._fit(0, [name]) for name in names}
         usual = (
             float(torch.stack([fit.factors.median() for fit in fits.values() if fit.fits]).median())

@@ -19,7 +19,7 @@ from distattn.doctor.reference import ReferenceResult, Tolerances, outputs_of_ra
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch as hypotheses need it.
+    """The data of a micro-batch that hypotheses need.
 
     tokens: the indices of each rank's tokens (T,) in the micro-batch. passed: the positions (T,) that each rank passed to the
     model. planned: the document lengths in the ranks' plan. padding: the token ids of each rank's padding.
@@ -37,12 +37,12 @@ class MicroBatch(NamedTuple):
         return [whole[tokens] for tokens in self.tokens]
 
     def documents(self) -> list[tuple[int, int]]:
-        """Return each document's first token and its end (exclusive)."""
+        """Return the range of each document's tokens as (first, end), end excluded."""
         ends = list(accumulate(self.pack.lengths, initial=0))
         return list(pairwise(ends))
 
 
-# the token sequences that recurrent layers read; the state is reset at the start of each
+# the token sequences that recurrent layers read; the state is reset at the start of each sequence
 Readings = list[Tensor]
 
 
@@ -51,10 +51,10 @@ def _read_documents(batch: MicroBatch) -> Readings:
 
 
 class Hypothesis(NamedTuple):
-    """A mistake and its effect on a micro-batch.
+    """A possible mistake, and its effect on a micro-batch.
 
     positions: the ranks' positions. allowed: the mask (M, M) of allowed (query, key) pairs. mistake: the mistake in layers.
-    readings: the sequences that recurrent layers and convolutions read. convolved: the convolutions' sequences, if they differ.
+    readings: the sequences that recurrent layers and convolutions read. convolved: the convolutions' sequences; None if the same.
     """
 
     finding: Finding
@@ -96,7 +96,7 @@ def micro_batches_of(reference: ReferenceResult, ranks: Sequence[RankResult]) ->
 def first_different_module(
     reference: ReferenceResult, ranks: Sequence[RankResult], tolerances: Tolerances
 ) -> str | None:
-    """Return the name of the first module, in execution order, whose output differs from the reference, or None."""
+    """Return the first module, in execution order, whose output differs from the reference; None if no output does."""
     for name, expected in reference.outputs.items():
         there = outputs_of_ranks(reference, ranks, name)
         if there is not None and distance(there, expected) > tolerances.outputs[name]:
@@ -114,8 +114,8 @@ def explain_logits(
 ) -> Finding | None:
     """Find the mistake that reproduces the ranks' results in one process. Return None if no mistake does.
 
-    tolerance: the largest permitted norm of a difference in logits. of_other_layers: returns mistakes in layers without
-    attention; it is called once the model has been run.
+    tolerance: the largest permitted norm of a difference in logits. of_other_layers: returns hypotheses about layers
+    without attention; it is called after the model has been run.
     """
     ratio = score(RIGHT)
     if ratio is not None and ratio <= 1:
@@ -126,7 +126,7 @@ def explain_logits(
     for hypotheses in (chain(_hypotheses(ranks), of_other_layers()), _positions_of_some_ranks(len(ranks))):
         explanations: list[tuple[float, Finding]] = []
         for hypothesis in hypotheses:
-            # skip a hypothesis whose effect on these batches is that of an earlier one, or of no mistake
+            # skip a hypothesis that has the same effect on these batches as an earlier hypothesis or as no mistake
             if (identity := _identity(hypothesis, batches)) in tried:
                 continue
             tried.add(identity)
@@ -134,7 +134,7 @@ def explain_logits(
             if ratio is not None and ratio <= 1:
                 explanations.append((ratio, hypothesis.finding))
         if explanations:
-            # choose the first hypothesis that fits about as well as the best one
+            # choose the first hypothesis that fits about as well as the best
             best = min(ratio for ratio, _ in explanations)
             return next(finding for ratio, finding in explanations if ratio <= 2 * best + 1 / 16)
     return None
@@ -150,7 +150,7 @@ def _wrong_window(reference: ReferenceResult, tolerance: float, emulation: Emula
 
 
 def _identity(hypothesis: Hypothesis, batches: Sequence[MicroBatch]) -> tuple[str, Mistake]:
-    """Return what a hypothesis changes: a digest of positions, masks and sequences, and the mistake in layers."""
+    """Return a key of a hypothesis's effect: a digest of positions, masks and sequences, and the mistake in layers."""
     tensors: list[Tensor] = []
     for batch in batches:
         tensors += [*hypothesis.positions(batch), hypothesis.allowed(batch)]
@@ -212,7 +212,7 @@ def _over_the_pack(batch: MicroBatch) -> list[Tensor]:
 
 
 def _from_rank_on(batch: MicroBatch) -> list[Tensor]:
-    """Return positions as if each rank held one contiguous segment of the batch, in rank order."""
+    """Return the positions that tokens would have if each rank held one contiguous segment of the batch, in rank order."""
     return [torch.arange(len(tokens)) + rank * len(tokens) for rank, tokens in enumerate(batch.tokens)]
 
 
@@ -252,7 +252,7 @@ def _on_one_rank(batch: MicroBatch) -> Tensor:
 
 
 def _on_one_rank_by_positions(batch: MicroBatch) -> Tensor:
-    """Return the mask of `_on_one_rank`, with a new document wherever positions do not increase by one, as in transformers."""
+    """Return the mask of `_on_one_rank`, starting a document wherever positions do not rise by one, as transformers does."""
     return _rank_local(batch, [passed.diff(prepend=passed[:1] - 1) != 1 for passed in batch.passed])
 
 

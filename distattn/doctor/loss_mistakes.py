@@ -25,7 +25,7 @@ _NO_LOSS = _FITS = 0.05
 _UNEQUAL = 0.05
 # the fraction of a token's gradient that cross entropy may leave unexplained
 _FORM = 2e-3
-# a token with a smaller norm of softmax - onehot is predicted almost with certainty, so its gradient shows nothing
+# a token with a smaller norm of softmax - onehot is predicted with near certainty, so its gradient shows nothing
 _SURE = 0.02
 
 
@@ -52,7 +52,7 @@ class PartLoss(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """The median weight of the tokens with a loss; 0 without such tokens."""
+        """The median weight of the tokens with a loss; 0 if no token has a loss."""
         counted = self.weights_T[self.clear_T & (self.labels_T != IGNORE_INDEX)]
         return float(counted.median()) if len(counted) else 0.0
 
@@ -87,7 +87,7 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
     gradient_TV = recorded_TV.double() / upstream
     probability_TV = logits_TV.double().softmax(-1)
     labels_T, weights_T = _labels_and_weights(gradient_TV, probability_TV, right_T)
-    # the gradient's norm for a loss of weight 1 with the right label; the usual norm, 1, for tokens without a label
+    # the gradient's norm for a loss of weight 1 with the right label; for tokens without a label, a typical norm, 1
     unit_T = _direction(probability_TV, right_T).norm(dim=-1).masked_fill(right_T == IGNORE_INDEX, 1.0)
     sure_weights = weights_T[unit_T > _SURE].abs()
     usual = float(sure_weights.median()) if len(sure_weights) else 0.0
@@ -110,7 +110,7 @@ def _read_loss(rank: int, part: PartResult, right_T: Tensor) -> PartLoss:
 def _misfit_and_smoothing(
     gradient_TV: Tensor, probability_TV: Tensor, labels_T: Tensor, counted_T: Tensor
 ) -> tuple[float, float]:
-    """Return the fraction of the gradients that cross entropy does not explain, and the label smoothing that does, or 0."""
+    """Return the fraction of gradients that cross entropy leaves unexplained, and the label smoothing that explains it, or 0."""
     if not counted_T.any():
         return 0.0, 0.0
     gradient_TV, direction_TV = gradient_TV[counted_T], _direction(probability_TV, labels_T)[counted_T]
@@ -126,7 +126,7 @@ def _misfit_and_smoothing(
 
 
 def _labels_and_weights(gradient_TV: Tensor, probability_TV: Tensor, right_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the label and weight that best fit each token's gradient, preferring the right label if it fits."""
+    """Return the labels and weights that best fit the tokens' gradients. If the right label of a token fits, it is preferred."""
     weights_T = _along(gradient_TV, _direction(probability_TV, right_T))
     rest_TV = gradient_TV - weights_T[:, None] * _direction(probability_TV, right_T)
     fits_T = (right_T != IGNORE_INDEX) & (rest_TV.norm(dim=-1) <= _FITS * gradient_TV.norm(dim=-1))
@@ -161,7 +161,10 @@ def explain_form(losses: Sequence[PartLoss]) -> Finding | None:
 
 
 class _LabelMistake(NamedTuple):
-    """A labeling mistake. labels: returns a part's wrong labels (T,) from the reference and its tokens' indices in the batch."""
+    """A labeling mistake.
+
+    labels: computes the labels (T,) that the mistake would give a part, from the reference and the batch indices of its tokens.
+    """
 
     labels: Callable[[ReferenceResult, Tensor], Tensor]
     cause: str
@@ -170,7 +173,7 @@ class _LabelMistake(NamedTuple):
 
 
 def explain_labels(reference: ReferenceResult, losses: Sequence[PartLoss]) -> Finding | None:
-    """Find the mistake in the loss's labels. Return None if they are right."""
+    """Find the mistake in the loss's labels. Return None if the labels are right."""
     if all(_has_labels(loss, loss.right_T) for loss in losses):
         return None
     for mistake in _LABEL_MISTAKES:
@@ -184,7 +187,7 @@ def _has_labels(loss: PartLoss, labels_T: Tensor) -> bool:
 
 
 def _single_labels(losses: Sequence[PartLoss]) -> Finding:
-    """Count the labels that are lost, leaked or wrong, and name the first token of the most frequent kind."""
+    """Count the lost, leaked and wrong labels, and name the first token of the most frequent kind."""
     masks = {
         "labels lost": lambda loss: (loss.labels_T == IGNORE_INDEX) & (loss.right_T != IGNORE_INDEX) & loss.clear_T,
         "labels leaked": lambda loss: (loss.labels_T != IGNORE_INDEX) & (loss.right_T == IGNORE_INDEX),
@@ -220,7 +223,7 @@ def are_unequal(losses: Sequence[PartLoss]) -> bool:
 
 
 def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scale: float, ranks: int) -> Finding | None:
-    """Find the mistake in the token weights. Return None if they are right.
+    """Find the mistake in the weights of tokens. Return None if the weights are right.
 
     scale: the result of `ContextParallel.loss_scale`, which determines the right weights.
     """
@@ -233,7 +236,7 @@ def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scal
         return Finding("tokens weighted unequally", observed, _REMEDY)
     if are_unequal(counted):
         return _unequal_parts(counted, micro_batches)
-    # the weight relative to the correct weight
+    # the ratio of the parts' weight to the right weight
     factor = counted[0].weight * labels / scale
     explanations = {
         "loss not divided": ((labels / scale, float(labels)), "sums are not divided by the number of tokens"),
@@ -264,7 +267,7 @@ def explain_weights(reference: ReferenceResult, losses: Sequence[PartLoss], scal
 
 
 def _precision(losses: Sequence[PartLoss]) -> float:
-    """Return the largest relative difference at which weights count as equal. They are medians of values rounded once."""
+    """Return the largest relative difference at which weights, which are medians of values rounded once, count as equal."""
     return max(1e-4, 2 * max(loss.eps for loss in losses))
 
 

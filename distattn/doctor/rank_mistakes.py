@@ -1,4 +1,4 @@
-"""Explain the first difference by a mistake on individual ranks: in positions, attention, weights or modules."""
+"""Explain the first difference by a mistake of individual ranks: in positions, attention, weights or modules."""
 
 # T tokens on a rank, P positions, C values per position, I rotary embedding frequencies
 
@@ -32,7 +32,7 @@ def describe_errors(errors: Sequence[LocalError], of_ranks: bool = True) -> str:
 
 
 def explain_weights_in_use(ranks: Sequence[RankResult]) -> Finding | None:
-    """Find a weight that was equal on all ranks at the start, but not when they computed with it."""
+    """Find a weight that was equal on all ranks at the start, but no longer when the ranks used it."""
     for micro_batch, first in enumerate(ranks[0]["parts"]):
         for name, digest in first["used_weights"].items():
             odd = [
@@ -53,7 +53,7 @@ def explain_errors(
     model: torch.nn.Module,
     ranks: Sequence[RankResult],
 ) -> Finding | None:
-    """Find the mistake behind the errors at the first place that differs. Return None if no known mistake fits."""
+    """Find the mistake behind `errors` (see `Replay.first_errors`). Return None if no known mistake fits."""
     place, batch = errors[0].place, emulation.micro_batches[errors[0].place.micro_batch]
     if place.module in lookups(model) and (finding := _explain_lookup(replay, errors, batch.right(), emulation)):
         return finding
@@ -77,7 +77,7 @@ def _change_of(replay: Replay, errors: Sequence[LocalError]) -> Change | None:
 
 
 def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Finding:
-    """Explain the first gradient that differs from what one process computes from the ranks' own gradients."""
+    """Explain the first gradient that differs from the one that a single process computes from the ranks' own gradients."""
     names = name_ranks(sorted(error.rank for error in errors))
     change = _change_of(replay, errors)
     lost = replay.lost_gradients()
@@ -98,7 +98,7 @@ def explain_gradient_errors(replay: Replay, errors: Sequence[LocalError]) -> Fin
 
 
 def _explain_lost_features(replay: Replay, errors: Sequence[LocalError], names: str) -> Finding | None:
-    """Find output features of a fused projection that no gradient reaches. names: the ranks, as text."""
+    """Find output features of a fused projection that receive no gradient. names: the ranks of `errors`, as text."""
     lost = []
     for error in errors:
         expected_TC, got_TC = (values.reshape(len(values), -1) for values in (error.expected_T, error.got_T))
@@ -133,7 +133,7 @@ def _percent(relative: float) -> str:
 def _explain_lookup(
     replay: Replay, errors: Sequence[LocalError], right: Sequence[Tensor], emulation: EmulatedModel
 ) -> Finding | None:
-    """Infer the positions that ranks used from the values they looked up. If no positions fit, compare rotary frequencies."""
+    """Infer from the values that ranks looked up which positions they used. If none fit, compare rotary frequencies."""
     place = errors[0].place
     try:
         table = replay.computed(positions_over_pack())

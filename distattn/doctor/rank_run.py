@@ -39,7 +39,7 @@ from distattn.ir.errors import DistattnError, shows_lost_peer
 
 
 def run_on_this_rank(target: Target) -> RankResult:
-    """Run the target on this rank. Return plain tensors, numbers and strings, including any refusal or failure."""
+    """Run the target on this rank. Return the results, or the error that ended the run, as plain tensors, numbers and strings."""
     result: RankResult = {}
     try:
         cp = target.context_parallel()
@@ -50,7 +50,7 @@ def run_on_this_rank(target: Target) -> RankResult:
         model = target.model()
         batches = target.batches(model)
         _record_inputs(result, cp, unwrapped(model), batches)
-        # set up after the inputs are recorded, since the setup may rely on equal weights on all ranks
+        # record the inputs before the setup, which may fail if weights differ between ranks
         _set_up(result, target, cp, model)
         parts = target.shard(cp, batches)
         result["dropout"] = active_dropout(unwrapped(model))
@@ -65,7 +65,7 @@ def run_on_this_rank(target: Target) -> RankResult:
         result["buffers_after"] = {name: digest(buffer) for name, buffer in buffers_of(unwrapped(model)).items()}
     except DistattnError as refusal:
         result["refusal"], result["lost_peer"] = str(refusal), shows_lost_peer(refusal)
-    # also report SystemExit: a script that calls sys.exit has not been examined
+    # report SystemExit as a failure, too, since a script that calls sys.exit has not been examined
     except (Exception, SystemExit) as error:
         result["failure"], result["lost_peer"] = target.describe_error(error), shows_lost_peer(error)
     result["at"] = time.time()
@@ -103,7 +103,7 @@ def _run_part(
     part: Mapping[str, Any],
     first: int,
 ) -> PartResult:
-    """Run one micro-batch forward, twice to detect randomness, and backward. first: its first token's index in the batch."""
+    """Run one micro-batch: forward twice, to detect randomness, then backward. first: its first token's index in the batch."""
     result: PartResult = {name: part[name].cpu() for name in ("input_ids", "position_ids") if name in part}
     sharded = part.get("context_parallel")
     documents = sharded.key.documents if isinstance(sharded, LocalBatch) else (packs_of([batch])[0].lengths,)
@@ -122,13 +122,13 @@ def _run_part(
     ):
         logits = target.forward(model, part)
     result["random"] = float((logits - before).detach().abs().max())
-    # copy them: a loss may change them in place
+    # copy the logits, since the script's loss may change them in place
     result["logits"] = logits[0].detach().cpu().clone()
     if logits.requires_grad:
         logits.register_hook(lambda gradient: result.update(logits_gradient=gradient[0].detach().cpu().clone()))
     loss = target.loss(logits, part, plain, returned)
     if loss.requires_grad:
-        # a factor that backward applies to the loss, such as an fp16 loss scale, is not part of the token weights
+        # record the factor by which backward multiplies the loss, such as an fp16 loss scale: token weights leave it out
         loss.register_hook(lambda gradient: result.update(loss_gradient=float(gradient)))
     result["loss"] = loss.detach().double().cpu() / cp.loss_scale()
     with recorded_parameter_gradients(plain) as result["parameter_gradients"]:
@@ -139,12 +139,12 @@ def _run_part(
 def main(path: str, folder: str) -> int:
     """Run the target on one rank and write the result into the folder. Return the exit code."""
     torch.set_num_threads(1)
-    # distattn's warnings are about the mistakes that the doctor looks for
+    # silence distattn's warnings, since they are about the mistakes that the doctor finds itself
     logging.getLogger("distattn").setLevel(logging.ERROR)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # a short timeout, to detect ranks that wait for one another
+    # use a short timeout, to detect deadlocked ranks
     dist.init_process_group(backend, timeout=timedelta(seconds=60))
     try:
         result = run_on_this_rank(Target(path))

@@ -48,7 +48,7 @@ def recorded_inputs(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
 
 @contextmanager
 def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor | None]]:
-    """Record the gradients of the outputs that modules compute while the context is open. The backward pass may run later.
+    """Record the gradients of the outputs that modules compute in the context. The backward pass may run after the context.
 
     Names are as in `recorded_outputs`. A gradient that never arrives stays None. A tensor that a module passes on unchanged is
     recorded only for the module that created it.
@@ -73,7 +73,7 @@ def recorded_output_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tens
 
 @contextmanager
 def recorded_parameter_gradients(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Record the parameter gradients of backward passes in the context. Sharded parameters are left out.
+    """Record the gradients that backward passes in the context compute for parameters. Sharded parameters are left out.
 
     The gradients are recorded before they are added to earlier ones and before they are reduced over ranks.
     """
@@ -122,10 +122,10 @@ def recorded_returns(model: torch.nn.Module) -> Iterator[list[Any]]:
 
 @contextmanager
 def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], seed: int) -> Iterator[None]:
-    """Add random errors of up to one rounding to weights, module outputs and the gradients through them, in the context.
+    """Add random errors of up to one rounding to weights, module outputs and the outputs' gradients, in the context.
 
     rounding: each module's relative error, keyed by name; the default is that of the output's dtype. Lookups are not perturbed.
-    TTrace finds thresholds in this way (arXiv 2506.09280), but perturbs only the input.
+    TTrace (arXiv 2506.09280) finds its thresholds in the same way, but perturbs only the model's input.
     """
     looked_up = lookups(model)
     generator = torch.Generator().manual_seed(seed)
@@ -143,8 +143,8 @@ def rounded_otherwise(model: torch.nn.Module, rounding: Mapping[str, float], see
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
-            # perturb weights only if they are cast to a coarser dtype or used outside the module's call: otherwise the
-            # perturbed output also stands for their rounding
+            # perturb weights only if they are cast to a lower precision or used outside the module's call: otherwise, the
+            # error added to the output accounts for their rounding
             if rounding.get(owner, 1.0) > unit_roundoff(parameter.dtype):
                 parameter.copy_(disturbed(owner, parameter))
     try:
@@ -176,7 +176,7 @@ TensorHook = Callable[[str, Tensor], Tensor | None]
 
 @contextmanager
 def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False) -> Iterator[None]:
-    """Call `use` with every tensor that modules return in the context. If it returns a tensor, that replaces the output.
+    """Call `use` with every tensor that modules return in the context. If `use` returns a tensor, it replaces the output.
 
     leaves: watch only modules without children.
     """
@@ -205,7 +205,7 @@ def hooked_outputs(model: torch.nn.Module, use: TensorHook, leaves: bool = False
 
 @contextmanager
 def hooked_inputs(model: torch.nn.Module, use: TensorHook) -> Iterator[None]:
-    """Call `use` with the first argument of every module without children in the context. It may return a replacement."""
+    """Call `use` with the first argument of each call of a childless module in the context. It may return a replacement."""
     named = _CallNames()
 
     def hook(name: str, arguments: tuple[Any, ...]) -> Any:
@@ -223,7 +223,7 @@ def hooked_inputs(model: torch.nn.Module, use: TensorHook) -> Iterator[None]:
 
 
 def module_of_call(call: str) -> str:
-    """Return the module name within the name of a call or of one of its tensors."""
+    """Return the module's name, given the name of one of its calls or of a call's tensor."""
     return call.partition(" (")[0]
 
 
@@ -268,7 +268,7 @@ def buffers_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def settings_of(model: torch.nn.Module) -> dict[str, Setting]:
-    """Return the numbers, strings and flags in the modules' attributes and in a transformers model's configuration."""
+    """Return numbers, strings and flags by name: modules' attributes, and a transformers model's configuration."""
     settings: dict[str, Setting] = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
@@ -289,7 +289,7 @@ def _flatten(prefix: str, values: Mapping[str, Any], settings: dict[str, Setting
 
 
 def active_dropout(model: torch.nn.Module) -> str | None:
-    """Return the first module with active dropout and its rate, as text, or None."""
+    """Return the name and rate of the first module with active dropout, as text; None if no dropout is active."""
     for name, module in model.named_modules():
         if "Dropout" in type(module).__name__ and module.training and getattr(module, "p", 0):
             return f"{name} (p = {module.p})"

@@ -18,7 +18,7 @@ _OWN_TOKENS = "each rank convolves its own tokens only: the first ones of a segm
 
 
 def recurrence_hypotheses(asked: Collection[str]) -> Iterator[Hypothesis]:
-    """Yield the mistakes possible in a model whose layers have called these batch operations."""
+    """Yield the mistakes that are possible in a model. asked: the names of the batch operations that its layers called."""
     if "recurrence" in asked:
         yield _reads(
             _pack, "state not reset", "a document begins with the state that the one before it has left", _RESET
@@ -59,7 +59,7 @@ def _pack(batch: MicroBatch) -> Readings:
 
 
 def _rank_by_rank(batch: MicroBatch) -> Readings:
-    """Return each document's tokens, concatenated rank by rank."""
+    """Return each document's tokens as one sequence, first those of rank 0, then those of rank 1, and so on."""
     return [
         torch.cat([tokens[(tokens >= begin) & (tokens < end)] for tokens in batch.tokens])
         for begin, end in batch.documents()
@@ -71,12 +71,12 @@ def _local_tokens(batch: MicroBatch) -> Readings:
 
 
 def _local_documents(batch: MicroBatch) -> Readings:
-    """Return each rank's tokens of each document as one sequence, as if they were consecutive."""
+    """Return the tokens that each rank has of each document as one sequence, as if they were consecutive."""
     return [tokens[(tokens >= begin) & (tokens < end)] for tokens in batch.tokens for begin, end in batch.documents()]
 
 
 def _local_segments(batch: MicroBatch) -> Readings:
-    """Return each rank's runs of consecutive tokens of one document."""
+    """Return each run of consecutive tokens of one document on one rank as a sequence."""
     segments: list[Tensor] = []
     for tokens in _local_documents(batch):
         ends = ((tokens[1:] - tokens[:-1] != 1).nonzero().flatten() + 1).tolist()

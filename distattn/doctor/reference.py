@@ -24,7 +24,7 @@ from distattn.doctor.recording import (
 from distattn.doctor.target import Target
 from distattn.ir.errors import DistattnError
 
-# the permitted difference as a multiple of the measured effect of rounding, and the number of measurements
+# the permitted difference, as a multiple of the measured effect of rounding, and the number of measurements
 _MARGIN, _TIMES = 6.0, 2
 
 
@@ -32,7 +32,7 @@ class ReferenceResult(NamedTuple):
     """The logits (N, V), module outputs, loss and gradients of all micro-batches.
 
     labels_N: each token's own label, not shifted. outputs: by module name, tokens first (N, ...). token_dims: the token dimension
-    of each module's output. token_gradients: the gradients of the token losses alone; None without a router loss.
+    of each module's output. token_gradients: the gradients of the token losses alone; None if there is no router loss.
     """
 
     packs: list[PackedBatch]
@@ -127,7 +127,7 @@ def reference_result(target: Target, model: torch.nn.Module, batches: Sequence[M
 def _router_loss(
     target: Target, model: torch.nn.Module, packs: Sequence[PackedBatch], routers: Sequence[list[Tensor] | None]
 ) -> Tensor | None:
-    """Compute the micro-batches' mean router loss, weighted by label counts.
+    """Compute the mean of the micro-batches' router losses, weighted by label counts. Return None if there is no router loss.
 
     routers: each document's router logits, one tensor per layer.
     """
@@ -153,7 +153,7 @@ def measure_tolerances(
     reference: ReferenceResult,
     ranks: Sequence[RankResult],
 ) -> Tolerances:
-    """Measure how far results in one process move if every module's values are perturbed by one rounding of the ranks' dtype.
+    """Measure how much results in one process change if each module's values are perturbed by one rounding to the ranks' dtype.
 
     Modules whose outputs on the ranks equal the reference bit for bit are not perturbed.
     """
@@ -181,12 +181,12 @@ def measure_tolerances(
 
 
 def _one_rounding(values: Tensor, error: float) -> float:
-    """Return the norm of the change due to a relative error of `error`, or of one rounding of the dtype if that is larger."""
+    """Return the norm of a relative error of `error`, or of one rounding to the values' dtype if that is larger."""
     return max(error, unit_roundoff(values.dtype)) * float(values.double().norm())
 
 
 def packs_of(batches: Sequence[Mapping[str, Any]]) -> list[PackedBatch]:
-    """Read batches as `ContextParallel.shard` does. The script's other keys are ignored."""
+    """Read batches as `ContextParallel.shard` does. Keys that only the script uses are ignored."""
     packs = [PackedBatch.of({name: value for name, value in batch.items() if name in KEYS}) for batch in batches]
     # results are compared on the CPU
     return [PackedBatch(pack.ids_N.cpu(), pack.labels_N.cpu(), pack.lengths) for pack in packs]
@@ -211,7 +211,7 @@ def _unshifted_labels(batch: Mapping[str, Any]) -> Tensor:
 def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) -> dict[str, int]:
     """Return the token dimension of each output, keyed by name.
 
-    It is the dimension whose size is the document's length in all documents.
+    It is the first dimension whose size equals the document's length in every document. Other outputs are left out.
     """
     dims: dict[str, int] = {}
     for name in outputs[0]:
@@ -234,7 +234,7 @@ def _token_dims(outputs: Sequence[dict[str, Tensor]], lengths: Sequence[int]) ->
 
 
 def _rounding(reference: ReferenceResult, ranks: Sequence[RankResult]) -> dict[str, float]:
-    """Return the relative error of rounding each module's output once on the ranks; 0 if it equals the reference."""
+    """Return the relative error of one rounding of each module's output on the ranks; 0 if the output equals the reference."""
     errors: dict[str, float] = {}
     for _, part in parts_of(ranks):
         for name, output in part["outputs"].items():

@@ -1,7 +1,7 @@
 """Repeat each step of the ranks' computation in one process, from the values that the ranks had before the step.
 
 The ranks are emulated in one process. Each module input and output, and in the backward pass each gradient, is compared with
-the ranks' recorded tensor and then replaced by it. So an error shows at the module, rank and tokens that caused it, and
+the ranks' recorded tensor and then replaced by it. An error therefore shows at the module, rank and tokens that caused it, and
 rounding errors do not add up from module to module.
 """
 
@@ -33,11 +33,11 @@ from distattn.doctor.reference import ReferenceResult, Tolerances, gradients_of
 
 # the permitted difference, as a multiple of the measured effect of one rounding: for all of a rank's tokens, and for one token
 _RANK_MARGIN, _TOKEN_MARGIN = 4.0, 8.0
-# an additional factor in fp32: summing in a different order, as attention may, can have a larger effect than one rounding
+# an additional factor in fp32: a different order of summation, as in attention, can have a larger effect than one rounding
 _FINE_MARGIN = 10.0
 # an additional factor for gradients: those of queries and keys are differences of rounded values, and the ranks cast more often
 _GRADIENT_MARGIN = 3.0
-# an additional, smaller factor if another rank with at least _SEVERAL tokens matches one process exactly
+# a factor that lowers the limit if another rank with at least _SEVERAL tokens matches one process exactly
 _PEER_MARGIN, _SEVERAL = 0.4, 8
 # the typical rounding error, as a fraction of the largest
 _USUAL = 0.6
@@ -108,7 +108,7 @@ class Replay:
         self._emulation, self._model, self._ranks = emulation, model, ranks
         self._dims, self._rounding = reference.token_dims, tolerances.rounding
         self._lookups = lookups(model)
-        # attention calls whose result is passed unchanged to a module
+        # attention calls whose result is a module's unchanged input
         self.calls: list[LinkedCall] = []
         self._gradients: dict[str, Tensor] = {}
         self.parameter_gradients: dict[str, Tensor] = {}
@@ -122,7 +122,7 @@ class Replay:
             self._measure_noise(seed, FORWARD)
 
     def add_backward(self) -> None:
-        """Repeat the backward pass as well, so that errors in gradients can be found.
+        """Repeat the backward pass, too, so that errors in gradients can be found.
 
         Raises the model's errors, for example from layers recomputed in the backward pass.
         """
@@ -133,7 +133,7 @@ class Replay:
         self._measure_noise(_SEEDS[0], BACKWARD)
 
     def first_errors(self, kinds: Sequence[str]) -> list[LocalError]:
-        """Return the errors at the first place of these kinds where rounding does not explain a difference.
+        """Return the errors at the first place, of one of `kinds`, where rounding does not explain a difference.
 
         There is one error for each rank that differs there, largest first.
         """
@@ -166,7 +166,7 @@ class Replay:
     def parameter_errors(self) -> list[tuple[str, float]]:
         """Return the parameters whose gradient, summed over ranks, does not follow from the ranks' activations and gradients.
 
-        Each comes with its difference divided by the largest that rounding explains.
+        The number with each is the norm of its gradient's error divided by the largest that rounding explains.
         """
         ratios = []
         for name, expected in self.parameter_gradients.items():
@@ -185,13 +185,13 @@ class Replay:
         return max(margin * max(floor, self._parameter_noise.get(name, 0.0)), 1e-30)
 
     def computed(self, hypothesis: Hypothesis) -> Computed:
-        """Return what one process computes from the ranks' recorded inputs with this mistake. Raises the model's errors."""
+        """Return what one process computes from the ranks' recorded inputs under a hypothesis. Raises the model's errors."""
         return self._run(hypothesis)
 
     def worst_ratio(self, hypothesis: Hypothesis) -> float:
-        """Return the largest ratio of a difference to what rounding explains, assuming that the ranks make this mistake.
+        """Return the largest ratio of a difference to what rounding explains, assuming that the hypothesis is true.
 
-        For a mistake, the result is infinite as soon as one difference exceeds that limit. Raises the model's errors.
+        Unless the hypothesis is RIGHT, any ratio above 1 gives infinity, to end the run early. Raises the model's errors.
         """
         try:
             computed = self.right if hypothesis is RIGHT else self._run(hypothesis, patient=False)
@@ -207,7 +207,7 @@ class Replay:
         )
 
     def hidden(self, kinds: Sequence[str]) -> float:
-        """Return the largest relative difference that rounding could hide on one rank at places of these kinds."""
+        """Return the largest relative error on one rank, at a place of one of `kinds`, that could pass as rounding."""
         return max(
             (
                 self._bound(rank, place, values, peers=False) / norm
@@ -263,7 +263,7 @@ class Replay:
         difference_T = _by_token(got_T.double() - expected_T.double())
         ratio_T = difference_T / self._token_bounds(rank, place, expected_T)
         whole = float(difference_T.norm()) / self._bound(rank, place, expected_T)
-        # an error that is too large over all tokens may be small for each token
+        # if the error over all tokens is too large, apply a lower limit to each token, since its share may be small
         each = _RANK_MARGIN / _TOKEN_MARGIN if whole > 1.0 else 1.0
         return max(whole, float(ratio_T.max()) if len(ratio_T) else 0.0), ratio_T > each
 
@@ -280,7 +280,7 @@ class Replay:
         if noise_T is not None and len(noise_T) == len(bound_T) and len(bound_T):
             usual = float((noise_T / norm_T.clamp(min=1e-30)).square().mean().sqrt())
             bound_T = torch.maximum(bound_T, torch.maximum(noise_T, usual * norm_T))
-        # a token whose values nearly cancel has as large an absolute error as the others
+        # small values that are left after cancellation have absolute errors as large as those of other tokens
         least = 0.05 * float(bound_T.square().mean().sqrt()) if len(bound_T) else 0.0
         return (self._margins(rank, place)[1] * bound_T.clamp(min=least)).clamp(min=1e-30)
 
@@ -290,9 +290,9 @@ class Replay:
         return _USUAL * max(unit_roundoff(dtype), unit_roundoff(self.right[rank][place].dtype))
 
     def _margins(self, rank: int, place: Place, peers: bool = True) -> tuple[float, float]:
-        """Return how far a rank's tokens together, and one token alone, may differ, as multiples of the effect of one rounding.
+        """Return how much all tokens of a rank, and a single token, may differ, as multiples of the effect of one rounding.
 
-        peers: allow less where another rank is exact.
+        peers: True to allow less if another rank matches one process exactly (`_is_exact`).
         """
         if self._roundoff(rank, place) < 1e-6:
             more = _FINE_MARGIN * (_GRADIENT_MARGIN if place.kind == "gradient" else 1.0)
@@ -317,7 +317,7 @@ class Replay:
         return self._exact[rank, place]
 
     def _measure_noise(self, seed: int, kinds: Sequence[str]) -> None:
-        """Measure the effect of one more rounding on each token at places of these kinds, and on parameter gradients."""
+        """Measure the effect of one more rounding on each token, at places of `kinds`, and on the parameters' gradients."""
         with rounded_otherwise(self._model, self._rounding, seed):
             moved = self._run(RIGHT, seed, kinds == BACKWARD)
         for noise, other, right in zip(self._noise, moved, self.right, strict=True):
@@ -333,10 +333,10 @@ class Replay:
     def _run(
         self, hypothesis: Hypothesis, seed: int | None = None, backward: bool = False, patient: bool = True
     ) -> Computed:
-        """Compute all micro-batches as ranks with this mistake would.
+        """Compute all micro-batches as the ranks would if the hypothesis were true.
 
         seed: if given, perturb the ranks' recorded values by one more rounding. backward: also run the backward pass. patient:
-        continue after differences that rounding does not explain; otherwise raise _ExceededError.
+        False to raise _ExceededError at the first difference that rounding does not explain.
         """
         computed: Computed = [{} for _ in self._ranks]
         self._model.zero_grad()
@@ -359,7 +359,7 @@ class Replay:
         observed: list[tuple[AttentionCall, Tensor]] = []
 
         def swapped(rank: int, place: Place, values: Tensor) -> Tensor | None:
-            """Store the computed values. Return the rank's recorded values to use instead, or None if nothing was recorded."""
+            """Store the computed values. Return the rank's recorded values for use instead, or None if it has none."""
             dim, tokens = self._dims.get(place.call), batch.tokens[rank]
             recorded_T = self.got(rank, place) if len(tokens) else None
             computed_T = None if dim is None else _rows(values, dim, len(tokens))
@@ -382,7 +382,7 @@ class Replay:
 
         def at(kind: str, call: str, values: Tensor) -> Tensor | None:
             rank = emulated_rank()
-            # do not replace integers such as positions: the output of their embedding shows whether they are right
+            # do not replace integers such as positions: the embedding that reads them shows whether they are right
             if kind == "input" and not values.is_floating_point():
                 return None
             other = swapped(rank, Place(number, kind, call), values)
@@ -420,7 +420,7 @@ class Replay:
         tokens: Tensor,
         place: Place,
     ) -> None:
-        """Record that this place holds the result of the observed attention call if the module's input equals that result."""
+        """Record the observed attention call and its place if the module's input there equals the call's result."""
         call, out_NHE = observed
         if any(link.call is call for link in self.calls):
             return
@@ -467,7 +467,7 @@ class _ExceededError(Exception):
 
 
 class _Replaced(torch.autograd.Function):
-    """An identity for autograd that replaces a tensor's values and passes the gradient on to the original tensor."""
+    """A function that replaces a tensor's values and passes the gradient on to the original tensor unchanged."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, others: Tensor) -> Tensor:

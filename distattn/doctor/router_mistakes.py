@@ -1,7 +1,7 @@
-"""Mistakes in router losses: wrong tokens, or a wrong weight compared with the token losses.
+"""Find mistakes in router losses: a loss of the wrong tokens, or a wrong weight relative to the token losses.
 
-One process computes the gradients of the token losses alone, and the gradients that each mistake would add to them. A mistake
-is named if the ranks' gradients are the sum of the two, with any factor on the addition, since scripts choose their own weight.
+One process computes the gradients of the token losses alone, and the gradients that a router loss with each mistake would add. A
+mistake is named if the ranks' gradients are the former plus any multiple of the latter, since scripts choose the loss's weight.
 """
 
 # N tokens of a micro-batch on all ranks, P padding tokens after them, E experts
@@ -27,7 +27,7 @@ _ROUNDED = 1e-2
 
 
 class RoutedBatch(NamedTuple):
-    """A micro-batch as routers saw it.
+    """The data of a micro-batch from which router losses are computed.
 
     layers: each layer's router logits (N + P, E), with gradients. tokens, padding: the rows of each rank's tokens and padding.
     labels: each rank's number of labels.
@@ -46,10 +46,10 @@ def explain_router_loss(
     loss: Callable[[Sequence[Tensor]], Tensor],
     routed: Callable[[], list[RoutedBatch] | None],
 ) -> Finding | None:
-    """Find the mistake in the router loss. Return None without a router loss or if gradients differ for another reason.
+    """Find the mistake in the router loss. Return None if there is no router loss or gradients differ for another reason.
 
     loss: computes the router loss from each layer's router logits. routed: runs the micro-batches in one process and returns
-    their router logits, or None if that is impossible.
+    their router logits, or None if the model fails there.
     """
     if reference.token_gradients is None:
         return None
@@ -99,7 +99,7 @@ def _mistakes(
 
 
 def _factor(compared: GradientComparison, tokens: dict[str, Tensor], added: dict[str, Tensor]) -> float | None:
-    """Return the factor f for which the ranks' gradients equal `tokens` + f * `added`. Return None if no factor fits."""
+    """Return the factor f with which the ranks' gradients equal `tokens` + f * `added`; None if no factor fits."""
     along = sum(float(((compared.ranks[0][name] - tokens[name]) * term).sum()) for name, term in added.items())
     factor = along / max(sum(float(term.square().sum()) for term in added.values()), 1e-30)
     expected = {name: tokens[name] + factor * term for name, term in added.items()}
@@ -107,9 +107,9 @@ def _factor(compared: GradientComparison, tokens: dict[str, Tensor], added: dict
 
 
 def _differs(compared: GradientComparison, expected: dict[str, Tensor], factor: float) -> bool:
-    """Return whether the ranks' gradients differ from these.
+    """Return whether the ranks' gradients differ from `expected`.
 
-    factor: the factor of an added term, which also scales the term's rounding error.
+    factor: the factor of the router loss's term in `expected`, which also scales the term's rounding error.
     """
     slack = max(abs(factor), 1.0)
     tolerances = {name: slack * tolerance for name, tolerance in compared.tolerances.items()}

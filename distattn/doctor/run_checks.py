@@ -1,4 +1,4 @@
-"""Checks that precede the doctor's comparison of numbers: all ranks ran, on the same inputs, with finite results."""
+"""Check, before the doctor compares numbers, that all ranks ran on the same inputs and have finite results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SAME_START = "seed before the model is made, or broadcast its weights and buffe
 
 
 def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
-    """Find inputs that differ between ranks, or the reason why a rank stopped. Return None if results can be compared."""
+    """Find inputs that differ between ranks, or the reason why a rank stopped. Return None if all ranks ran on equal inputs."""
     # a rank that failed early has not recorded its inputs
     if all("batch" in result for result in ranks):
         for finding in _different_inputs(ranks):
@@ -22,13 +22,13 @@ def check_inputs(ranks: Sequence[RankResult]) -> Finding | None:
 
 
 def check_run(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
-    """Find the first reason why the ranks' results cannot be compared with the reference. Return None if they can."""
+    """Find the first reason why the ranks' results cannot be compared with the reference. Return None if they can be compared."""
     finding = _other_tokens(reference, ranks) or _misplaced_tokens(reference, ranks) or _random_numbers(ranks)
     return (None, [finding]) if finding else None
 
 
 def check_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tuple[str | None, list[Finding]] | None:
-    """Find a value that is finite in one process but not on a rank. Return the module's name, if any, and the finding."""
+    """Find a value that is finite in one process but not on a rank. Return the module (None for other values) and the finding."""
     remedy = (
         "look at the first module or parameter named; an overflow, a division by zero, or memory that was not filled"
     )
@@ -38,7 +38,7 @@ def check_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> tup
 
 
 def check_state(ranks: Sequence[RankResult]) -> Finding | None:
-    """Find a buffer that differs between ranks after the step."""
+    """Find a buffer that differs between ranks after the step. Return None if no buffer differs."""
     for name, first in ranks[0]["buffers_after"].items():
         odd = [rank for rank, result in enumerate(ranks) if result["buffers_after"].get(name) != first]
         if odd:
@@ -52,7 +52,7 @@ def _not_finite(reference: ReferenceResult, ranks: Sequence[RankResult]) -> Iter
     for rank, part in parts_of(ranks):
         tokens = len(part["tokens"])
         for name, output in part["outputs"].items():
-            # values such as masks may be infinite in one process as well
+            # values such as masks may also be infinite in one process
             if name not in reference.outputs or not torch.isfinite(reference.outputs[name]).all():
                 continue
             if not torch.isfinite(output.movedim(reference.token_dims[name], 0)[:tokens]).all():

@@ -46,7 +46,7 @@ _ARGUMENTS = {
 
 
 class Target:
-    """A model, a batch, and the steps that a user's script runs with them on several ranks."""
+    """A model, a batch, and the training step that a user's script runs with them on several ranks."""
 
     def __init__(self, target: str):
         self._path = path = Path(target)
@@ -85,7 +85,7 @@ class Target:
             ) from None
 
     def batches(self, model: torch.nn.Module) -> list[dict[str, Any]]:
-        """Return the micro-batches of a step as `ContextParallel.shard` accepts them. They are the same on all ranks."""
+        """Return the micro-batches of a step, equal on all ranks, in the form that `ContextParallel.shard` accepts."""
         if hasattr(self._script, "batch"):
             batches = self._script.batch()  # type: ignore[union-attr]
             return list(batches) if isinstance(batches, (list, tuple)) else [batches]
@@ -120,21 +120,21 @@ class Target:
 
     @staticmethod
     def plain_forward(model: torch.nn.Module, part: Mapping[str, Any]) -> Tensor:
-        """Compute logits like `forward`, but without the script. Used to run hypotheses."""
+        """Compute logits like `forward`, but without the script, so that hypotheses can be tried."""
         if hasattr(model, "set_attn_implementation"):
             huggingface.register()
             model.set_attn_implementation(huggingface.NAME)  # type: ignore[operator]
         return pytorch.logits_of(model, part)
 
     def loss(self, logits: Tensor, part: Mapping[str, Any], model: torch.nn.Module, returned: Sequence[Any]) -> Tensor:
-        """Compute this rank's share of the loss. Shares add up to the loss. returned: the results of the plain model's calls."""
+        """Compute this rank's share of the loss. Shares add up to the loss. returned: the unwrapped model's outputs."""
         if hasattr(self._script, "loss"):
             return self._script.loss(logits, part)  # type: ignore[union-attr]
         share = pytorch.loss_of(logits, part)
         return pytorch.with_router_loss(share, model, returned[-1], part) if returned else share
 
     def router_logits(self, returned: Sequence[Any]) -> list[Tensor] | None:
-        """Return each layer's router logits (T, E) from the model's last result. Return None without a router loss.
+        """Return each layer's router logits (T, E) from the model's last result; None if there is no router loss.
 
         Raises DistattnError if there is a router loss but no router logits.
         """
@@ -181,11 +181,11 @@ class Target:
         return huggingface.single_process_attention(model) if ours else nullcontext()
 
     def describe_error(self, error: BaseException) -> str:
-        """Describe an error in one line: its type and message, and the last line of the script that led to it."""
+        """Describe an error in one line: its type and message, and the script's last line in the traceback."""
         return describe_error(error, self._path if self._script is not None else None)
 
     def _function(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the script's function of this name, or the default."""
+        """Return the script's function called `name`, or the default if there is no such function."""
         return getattr(self._script, name, default)
 
 
@@ -200,7 +200,7 @@ def _keep_gradients(model: torch.nn.Module) -> None:
 
 def _sum_gradients(model: torch.nn.Module) -> None:
     parameters = list(model.parameters())
-    # some ranks may lack a parameter's gradient, for example an expert's if none of their tokens were routed to it
+    # some ranks may lack a parameter's gradient, for example an expert's if no token of theirs was routed to it
     has_gradient = [float(parameter.grad is not None) for parameter in parameters]
     reached = torch.tensor(has_gradient, device=parameters[0].device)
     dist.all_reduce(reached)
@@ -257,7 +257,7 @@ def _load(path: Path) -> ModuleType:
 def describe_error(error: BaseException, script: Path | None = None) -> str:
     """Describe an error in one line, with the file and line where it was raised.
 
-    script: if the traceback contains lines of this file or of others in its folder, also name the last of these.
+    script: if the traceback contains lines of files in the script's folder, the last such line is named first.
     """
     frames = traceback.extract_tb(error.__traceback__)
     raised = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"

@@ -1,8 +1,8 @@
 """The memory that a run needs on a rank's device, by kind: weights by arithmetic, activations from a step on meta tensors.
 
 A step of a model on the meta device allocates the same storages as on a GPU but computes nothing. `AllocationWatch` counts them.
-The memory inside an attention pass is known exactly from its executable: `Executable.memory()`, which leaves out the kernel's own
-memory if the kernel is not available here.
+The memory of an attention pass is known exactly from its executable (`Executable.memory()`), except for that of the kernel itself
+if it is not available here.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _PASSES = {
 
 
 class StateBytes(NamedTuple):
-    """Bytes of the state that a rank always holds for its weights, and of gathered layers while they are computed (FSDP2).
+    """Bytes of the sharded state that a rank always holds, and of the layers that FSDP2 gathers while they are computed.
 
-    gathered: the weights of two layers, one of them being gathered, and the weights outside layers. reduced: one layer's
-    gradients with the copy that is being summed over ranks, and the gradients of weights outside layers, which stay until the
-    end of the step.
+    gathered: the weights of two layers (one in use, the next being gathered) and those outside layers. reduced: one layer's
+    gradients, the copy of them that is being summed over ranks, and the gradients of weights outside layers, which stay until
+    the end of the step.
     """
 
     parameters: int
@@ -82,14 +82,14 @@ class RankCounts(NamedTuple):
     host: int
 
     def times(self, micro_batches: int) -> RankCounts:
-        """Return an upper bound for this many micro-batches that take turns: the sum of their memory."""
+        """Return an upper bound for `micro_batches` interleaved micro-batches: the sum of their memory."""
         working = {name: micro_batches * size for name, size in self.working.items()}
         return RankCounts(micro_batches * self.saved, micro_batches * self.arena, working, micro_batches * self.host)
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Device bytes for ranks with equally many tokens, taken from the rank that needs most. host: bytes of pinned memory."""
+    """Device bytes that ranks with the same number of tokens need at most. host: bytes of pinned host memory."""
 
     ranks: tuple[int, ...]
     tokens: int
@@ -104,7 +104,7 @@ class RankMemory:
 
 
 class AllocationWatch(TorchDispatchMode):
-    """A counter of the bytes of storages created on one device in its context, with their peaks by section.
+    """A context that counts the bytes of the storages created in it on one device, and their peak in each section.
 
     alive: the bytes alive now. peaks: the highest `alive` in each section. arena: see `RankCounts`; `alive` and `peaks` do not
     include it. host: the peak bytes of a `CountingOffload` on the host.
@@ -115,7 +115,7 @@ class AllocationWatch(TorchDispatchMode):
         self.device = torch.device(device)
         self.alive, self.section = 0, OTHER
         self._largest_arena = self._most_repeated = 0
-        # bytes that recomputed passes have received for their backward pass, by storage
+        # the sizes of storages that recomputed passes have received into for their backward pass, keyed by storage
         self._repeated: dict[int, int] = {}
         self.peaks = dict.fromkeys(SECTIONS, 0)
         self.host = self._host_alive = 0
@@ -138,11 +138,11 @@ class AllocationWatch(TorchDispatchMode):
             executable = EXECUTABLES.by_handle(args[number])
             memory = executable.memory()[direction]
             self._largest_arena = max(self._largest_arena, memory.arena)
-            # `_repeat` counts what a recomputed pass receives for its backward pass together with the arena
+            # leave out the buffer that a recomputed pass receives into for its backward pass, since `_repeat` counts it
             kept = executable.program.kept_places.bytes if direction == "forward" and runs_backward() else 0
             self._note(self.alive + memory.beside_arena - kept)
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # a model that reads a value, as transformers does to detect a packed batch, gets 0
+            # return 0 to a model that reads a value, as transformers' models do to detect a packed batch
             return torch.zeros((), dtype=args[0].dtype).item()
         out = func(*args, **(kwargs or {}))
         if direction == "forward" and runs_backward():
@@ -162,7 +162,7 @@ class AllocationWatch(TorchDispatchMode):
             self._to_host = False
 
     def _exclude(self, x: Tensor) -> None:
-        """Exclude an older storage and its views from the count while it is alive. Its address may be reused afterwards."""
+        """Exclude a storage created before the context, and its views, until it is freed and its address may be reused."""
         storage = x.untyped_storage()
         key = storage._cdata
         if key not in self._sizes and key not in self._older:
@@ -184,7 +184,7 @@ class AllocationWatch(TorchDispatchMode):
         self._note(self.alive)
 
     def _repeat(self, received: Tensor) -> None:
-        """Count the data that a recomputed pass received for its backward pass in the pool's memory (see `runtime.arenas`)."""
+        """Count the buffer, from the pool in `runtime.arenas`, that a recomputed pass received into for its backward pass."""
         storage = received.untyped_storage()
         if storage._cdata not in self._repeated:
             self._repeated[storage._cdata] = storage.nbytes()
@@ -203,7 +203,7 @@ class AllocationWatch(TorchDispatchMode):
 
 
 class CountingOffload(HostOffload):
-    """An offload on a device without streams, whose copies a watch counts as host memory."""
+    """An offload for a device without streams. A watch counts its copies as host memory."""
 
     def __init__(self, watch: AllocationWatch, in_flight: int = 2):
         super().__init__(in_flight)
@@ -243,7 +243,7 @@ def count_step(watch: AllocationWatch, model: nn.Module, parts: Mapping[nn.Modul
 
 
 def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
-    """Make a module's passes a section of a watch, and return the hooks. A recomputed forward pass ends in the outer section."""
+    """Make a module's passes a section of a watch, and return the hooks. After recomputation, the outer section resumes."""
     before: list[str] = []
 
     def enter(*_: Any) -> None:
@@ -265,7 +265,7 @@ def _mark(watch: AllocationWatch, module: nn.Module, name: str) -> list[Any]:
 
 
 class PlannedAttention:
-    """A batch's attention with one executable, which need not be runnable, since nothing is computed on meta tensors."""
+    """A batch's attention with a single executable. It need not be runnable, since nothing is computed on meta tensors."""
 
     used = True
     # any length is fine, since rotary frequencies have no values on the meta device
@@ -275,7 +275,7 @@ class PlannedAttention:
         self.executable = executable
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any) -> Tensor:
-        """Return `distattn.attention` of this rank's tokens, (T, heads, dim). All layers share one shape."""
+        """Return `distattn.attention` of this rank's tokens, (T, heads, dim). All layers have the same shape."""
         modifiers = {name: value for name, value in options.items() if name not in ("window", "layer")}
         out: Tensor = attention(q, k, v, self.executable, scale=scale, **modifiers)
         return out

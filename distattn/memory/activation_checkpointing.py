@@ -21,7 +21,7 @@ from distattn.ops.attention import save_attention
 from distattn.ops.current_micro_batch import current_micro_batch
 
 SAVED = ("nothing", "attention")
-# returns what `torch.utils.checkpoint` needs: a context for the forward pass, and one for its recomputation
+# returns what `torch.utils.checkpoint` needs: a context for the forward pass and a context for its recomputation
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
@@ -31,8 +31,8 @@ def checkpoint_layers(
     """Make layers keep only their input between the forward and the backward pass.
 
     The first argument of a layer's forward is its input, a tensor of hidden states. All other arguments, such as the batch, are
-    kept as they are. save: "nothing" more, or "attention" to keep attention's outputs as well and not recompute them. offload:
-    copies inputs to the host, and back before they are needed.
+    kept as they are. save: "nothing" to keep only the input, or "attention" to keep attention's outputs, too, and not recompute
+    them. offload: copies inputs to the host, and back before they are needed.
 
     Call this before or after `fully_shard`; parameters are gathered around the layer. Compile a layer afterwards, with
     `layer.compile()`. With offload, compile it before, with `layer.forward = torch.compile(layer.forward)`, since copies to the
@@ -60,7 +60,7 @@ class CheckpointedForward:
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Any], save: str, offload: HostOffload | None):
         self._layer, self._name, self._forward, self._offload = layer, type(layer).__name__, forward, offload
-        # without a policy, leave context_fn out, since torch.compile does not accept one that does nothing
+        # without a policy, leave context_fn out, since torch.compile rejects a context_fn that does nothing
         self._options: dict[str, Any] = {}
         if save == "attention":
             self._options["context_fn"] = partial(create_selective_checkpoint_contexts, save_attention)
@@ -94,7 +94,7 @@ class CheckpointedForward:
 
 
 class _InputSource:
-    """The source of a layer's input: the caller in the forward pass, the host when the layer is recomputed."""
+    """The source of a layer's input: the caller in the forward pass, and the copy on the host when the layer is recomputed."""
 
     def __init__(self, ticket: Ticket, requires_grad: bool, contexts: Contexts):
         self._ticket, self._requires_grad, self._contexts = ticket, requires_grad, contexts
@@ -107,7 +107,7 @@ class _InputSource:
         return x
 
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Return the contexts of the forward pass and of its recomputation. The latter fetches the input outside the policy."""
+        """Return the contexts of the forward pass and its recomputation. The latter first fetches the input."""
         forward, repetition = self._contexts()
         return forward, _Fetched(self, repetition)
 

@@ -9,7 +9,7 @@ _NO_LIMIT = 1 << 60
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
-    """Return the bytes available to new processes within the limits of the machine and its cgroups. None if not on Linux."""
+    """Return the bytes available to new processes within the limits of the machine and of cgroups; None if not on Linux."""
     available = _cgroup_bytes(root)
     try:
         for line in (root / "proc/meminfo").read_text("ascii").splitlines():
@@ -48,7 +48,7 @@ def _cgroup_bytes(root: Path) -> list[int]:
 
 
 def _bytes_left(folder: Path, limit: str, used: str, cache: str) -> int | None:
-    """Return the bytes left below a limit, or None without one. Inactive file pages count as free, since they are reclaimable."""
+    """Return the bytes left below a cgroup's limit; None if it has no limit. Inactive file pages count as free (reclaimable)."""
     try:
         most = (folder / limit).read_text("ascii").strip()
         if most == "max" or int(most) >= _NO_LIMIT:

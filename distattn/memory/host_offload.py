@@ -1,7 +1,8 @@
-"""Tensors that wait for the backward pass in pinned host memory: copied out during the forward pass, and back in time.
+"""Tensors that wait for the backward pass in pinned host memory.
 
-Copies run on a separate stream. A tensor keeps its device memory until it has been copied. A few copies may be in flight; beyond
-that, the next layer waits for the oldest. In the backward pass, tensors return in reverse order, a few ahead of their use.
+Copies run on a separate stream. A tensor keeps its device memory until it has been copied to the host. A few copies may be in
+flight; beyond that, the next layer waits for the oldest. In the backward pass, tensors return in reverse order, and the next few
+are fetched before they are needed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class HostOffload:
         self._free: dict[torch.device, list[Tensor]] = {}
 
     def put(self, x: Tensor) -> Ticket:
-        """Copy a tensor to the host. The caller then drops it. The current stream must be the one that computed the tensor."""
+        """Copy a tensor to the host. The current stream must have computed it, and the caller must then drop it."""
         with self._lock:
             ticket = Ticket(self, x, self._stream(x.device))
             self._waiting = [waiting for waiting in self._waiting if waiting() is not None]
@@ -51,7 +52,7 @@ class HostOffload:
 
     @property
     def host_bytes(self) -> int:
-        """The bytes on the host now."""
+        """The number of bytes on the host now."""
         return sum(ticket.host.nbytes for waiting in self._waiting if (ticket := waiting()) is not None)
 
     def get(self, ticket: Ticket) -> Tensor:
@@ -68,21 +69,21 @@ class HostOffload:
         return x
 
     def take_pinned(self, x: Tensor) -> Tensor:
-        """Return a pinned buffer with at least as many bytes as x. Reuse a free one if it is large enough: pinning is slow."""
+        """Return a pinned buffer with at least as many bytes as x. Reuse a free buffer if possible, since pinning is slow."""
         with self._lock:
             free = self._free.setdefault(x.device, [])
             fitting = [number for number, buffer in enumerate(free) if buffer.nbytes >= x.nbytes]
             if fitting:
                 return free.pop(min(fitting, key=lambda number: free[number].nbytes))
             if free:
-                # a larger buffer replaces the largest free one, whose copies must be complete
+                # drop the largest free buffer, which a larger one replaces, once all copies from and to it are complete
                 self._streams[x.device].synchronize()
                 del free[max(range(len(free)), key=lambda number: free[number].nbytes)]
         with current_device(x.device):
             return pinned_memory.pinned_bytes(x.nbytes)
 
     def give_pinned(self, device: torch.device, buffer: Tensor) -> None:
-        """Add a dead ticket's pinned buffer to the free ones for its device."""
+        """Add a dead ticket's pinned buffer to its device's free buffers."""
         with self._lock:
             self._free[device].append(buffer)
 
@@ -104,7 +105,7 @@ class Ticket:
 
     def __init__(self, owner: HostOffload, x: Tensor, stream: Any):
         self._owner, self._stream, self._like = owner, stream, x.new_empty(0)
-        # the event after the latest copy, and the device tensor while there is one
+        # the event recorded after the latest copy, and the tensor on the device while it is there
         self._event: Any = None
         self._device: Tensor | None = x
         self._pinned: Tensor | None = None
@@ -135,7 +136,7 @@ class Ticket:
         self._device = self._event = None
 
     def fetch(self) -> None:
-        """Start copying the tensor back, unless it is on the device or being copied."""
+        """Start copying the tensor back, unless it is already on the device or on its way there."""
         if self._device is not None:
             return
         # allocate on the current stream, where the tensor is used and freed; the copy waits for earlier work on this memory
@@ -149,7 +150,7 @@ class Ticket:
             self._event = self._stream.record_event()
 
     def arrive(self) -> Tensor:
-        """Make the current stream wait for the tensor, and return it. The ticket drops its reference."""
+        """Make the current stream wait for the tensor's copy, and return the tensor. The ticket drops its reference to it."""
         self.fetch()
         if self._event is not None:
             torch.cuda.current_stream(self._like.device).wait_event(self._event)

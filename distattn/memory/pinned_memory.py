@@ -20,7 +20,7 @@ _PORTABLE = 1
 
 
 def pinned_like(tensor: Tensor) -> Tensor:
-    """Return an empty, contiguous tensor in pinned memory with a tensor's shape and dtype. Raises as `pinned_bytes` does."""
+    """Return an uninitialized, contiguous, pinned tensor with a tensor's shape and dtype. Raises as `pinned_bytes` does."""
     # pinning uses the current device, and a new thread starts on device 0
     with current_device(tensor.device):
         return pinned_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape)

@@ -1,4 +1,4 @@
-"""A run's memory-saving settings, as one value that both the run and its memory estimate use."""
+"""A run's memory-saving settings, in one object that both the run and its memory estimate use."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class MemorySettings:
     """Settings that save memory.
 
     loss_tile_tokens, mlp_tile_tokens: tokens per tile of the loss and of feed-forward layers, 0 to disable tiling.
-    activation_checkpointing: "none", "full" (keeps each layer's input) or "save_attention" (keeps attention's outputs as well).
-    offload: True to keep these inputs on the host until the backward pass.
+    activation_checkpointing: "none", "full" (keeps each layer's input) or "save_attention" (also attention's outputs).
+    offload: True to keep the inputs of checkpointed layers on the host until the backward pass.
     """
 
     loss_tile_tokens: Annotated[int, Number(ge=0)] = 0
@@ -43,7 +43,7 @@ class MemorySettings:
         return TiledLoss(self.loss_tile_tokens) if self.loss_tile_tokens else None
 
     def apply(self, model: Any, offload: HostOffload | None = None) -> None:
-        """Apply the settings to a transformers model, once, before or after it is sharded. offload: used instead of a new one."""
+        """Apply the settings once to a transformers model, sharded or not. offload: used instead of a new `HostOffload`."""
         if self.mlp_tile_tokens:
             tile_feed_forward(model, self.mlp_tile_tokens)
         if self.activation_checkpointing != "none":

@@ -24,7 +24,7 @@ from distattn.ir.arguments import check_fields
 from distattn.ir.errors import DistattnError
 from distattn.kernels.merge import accumulation_dtype
 
-# how many elements of a weight's gradient are computed at a time in half precision before they are added to a wider sum
+# the number of elements of a weight's gradient that are computed in half precision before they are added to an fp32 sum
 _SLICE = 1 << 24
 # the model gets this number instead of logits: large enough for a soft cap to change it, and exact in half precision
 _STAND_IN = 96.0
@@ -56,7 +56,7 @@ def tiled_loss(
     """Return (loss_sum, token_losses_T) of the labels under softmax(hidden @ weight^T + bias), computed tile by tile.
 
     loss_sum: the sum over tokens with a label, a scalar with gradients for hidden, weight and bias. token_losses_T: each
-    token's cross-entropy, 0 without a label (-100), detached. Both are fp32, or fp64 for fp64 inputs. At most tile_tokens x V
+    token's cross-entropy (0 if its label is -100), detached. Both are fp32, or fp64 for fp64 inputs. At most tile_tokens x V
     logits are in memory. z_loss: adds z_loss * lse^2 for each token to loss_sum. Logits are multiplied by logit_scale, then
     become soft_cap * tanh(logits / soft_cap) unless soft_cap is 0.
 
@@ -88,7 +88,7 @@ class TiledLoss:
     def instead_of_logits(self, layer: nn.Module, labels: Tensor, change: LogitChange) -> Iterator[TiledOutput]:
         """Make the output layer compute losses instead of logits in this context, for models called by this thread.
 
-        The layer runs inside the model's forward, where FSDP2 and ZeRO 3 have gathered its weight. labels: those of all tokens,
+        The layer runs inside the model's forward, where FSDP2 and ZeRO 3 have gathered its weight. labels: one per token,
         in any shape. change: the model's change to the layer's logits. Raises DistattnError if the layer is not linear.
         """
         if not isinstance(layer, nn.Linear):
@@ -109,7 +109,7 @@ class TiledLoss:
 class TiledOutput:
     """The losses that the output layer computed in one call of a model.
 
-    loss_sum and token_losses_T are those of `tiled_loss`; token_losses_T (T,) is in the order of the labels.
+    loss_sum, token_losses_T: see `tiled_loss`; token_losses_T (T,) has the order of the flattened labels.
     """
 
     def __init__(self, settings: TiledLoss, layer: nn.Module, labels_T: Tensor, change: LogitChange):
@@ -149,9 +149,9 @@ class TiledOutput:
         return self._settings.tile_tokens, self._settings.z_loss, self._change
 
     def _check_change(self, stand_in: Tensor, name: str) -> None:
-        """Raise DistattnError if the model changes logits in a different way.
+        """Raise DistattnError if the model does not change logits as the settings say.
 
-        Each layer is checked only once, since the host waits for the check.
+        Each layer is checked only once, since the host has to wait for the device.
         """
         forward: Any = self.layer.forward
         # a meta tensor has no value to check
@@ -184,7 +184,7 @@ class _OutputForward:
 
 
 class _PerThread(threading.local):
-    """The output that receives this thread's losses."""
+    """The `TiledOutput` that receives the losses of models called by this thread."""
 
     output: TiledOutput | None = None
 
@@ -247,7 +247,7 @@ class _Settings(NamedTuple):
 
 
 class _TiledLoss(torch.autograd.Function):
-    """Losses over tiles of tokens. Logits are computed twice, so that they need not be kept."""
+    """Losses over tiles of tokens. Logits are computed again in the backward pass, so that they need not be kept."""
 
     @staticmethod
     def forward(
@@ -328,7 +328,7 @@ def _logit_gradient(
 
 
 def _add_product(sum_VH: Tensor, gradient_tV: Tensor, hidden_tH: Tensor) -> None:
-    """Add gradient^T @ hidden to a sum. In half precision, add it in slices, so that no product is as large as the weight."""
+    """Add gradient^T @ hidden to a sum. In half precision, add it by slices, so that no product is as large as the weight."""
     if sum_VH.dtype == gradient_tV.dtype:
         sum_VH.addmm_(gradient_tV.t(), hidden_tH)
         return
@@ -338,7 +338,7 @@ def _add_product(sum_VH: Tensor, gradient_tV: Tensor, hidden_tH: Tensor) -> None
 
 
 class _Join(torch.autograd.Function):
-    """The identity of a loss that also connects a second tensor to the graph. That tensor gets a gradient of zeros."""
+    """A function that returns the loss and connects another tensor to its graph. That tensor gets a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:

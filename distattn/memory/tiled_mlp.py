@@ -1,7 +1,7 @@
-"""Feed-forward layers and norms over tiles of tokens, recomputed in the backward pass, so that one tile at a time is in memory.
+"""Feed-forward layers and norms that process tiles of tokens and recompute them in the backward pass, to save memory.
 
 A layer's weights get one gradient, the sum over its tiles, so trainers' hooks run as they do without tiles. Tiles need no
-communication, so ranks may have different numbers of them, or none.
+communication, so ranks may have different numbers of tiles, or no tiles.
 """
 
 # T tokens on this rank, H width of the hidden states, t tokens in a tile
@@ -32,7 +32,7 @@ def tile_feed_forward(model: nn.Module, tile_tokens: int) -> int:
 
     Norms are tiled because in eager mode they allocate several fp32 tensors, which would take more memory than tiled feed-forward
     layers. Return the number of feed-forward layers. Call this before or after `fully_shard`. Raises DistattnError if there are
-    no such layers, or if one (named in the error) has experts, dropout, or parts that FSDP2 shards separately.
+    no feed-forward layers, or if a layer (named in the error) has experts, dropout, or parts that FSDP2 shards separately.
     """
     if tile_tokens < 1:
         raise DistattnError(f"tile_tokens must be at least 1, not {tile_tokens}.")
@@ -65,7 +65,7 @@ class TiledForward:
             raise DistattnError(
                 f"{type(self.module).__name__}: hidden states have shape {tuple(x.shape)}; (..., tokens, width) is needed."
             )
-        # refuse on every rank, however few tokens it has
+        # check this before the number of tokens, so that all ranks raise the error
         if any(hasattr(parameter, "ds_id") for parameter in self.module.parameters()):
             raise DistattnError(
                 f"{type(self.module).__name__}: ZeRO 3 would gather its weights for every tile, and wait for ranks that "
@@ -73,9 +73,9 @@ class TiledForward:
             )
         dim = -3 if x.dim() == 4 else -2
         if x.shape[dim] <= self.tile_tokens:
-            # this also holds for ranks without tokens, since gradient hooks must run on every rank
+            # ranks without tokens also call it, since gradient hooks must run on every rank
             return self.forward(x)
-        # look parameters up here, while they are gathered, since FSDP2 replaces them between passes
+        # look up the parameters here, where they are gathered, since FSDP2 replaces them between passes
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if not torch.is_grad_enabled() or not (parameters or x.requires_grad):
             return torch.cat([self.forward(tile) for tile in x.split(self.tile_tokens, dim)], dim)
@@ -85,7 +85,7 @@ class TiledForward:
 
 
 class _Autocast(NamedTuple):
-    """Autocast's state in the forward pass. The backward pass runs on another thread, which does not have it."""
+    """Autocast's state in the forward pass. The backward pass runs on another thread, which does not inherit it."""
 
     kind: str
     enabled: bool
@@ -99,7 +99,7 @@ class _Autocast(NamedTuple):
 
 
 class _Tiled(torch.autograd.Function):
-    """A function that saves only its input. Parameters are passed twice: as a list for autograd.grad, and as inputs that
+    """A tiled function that saves only its input. Parameters are passed twice: as a list for autograd.grad, and as inputs that
     receive gradients.
     """
 

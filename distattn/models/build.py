@@ -139,8 +139,8 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
     transformers' own `_init_weights` initialises each module in full from random numbers seeded by (seed, module name), and a
     rank keeps its part. So the weights do not depend on the number of ranks or on the sharding. Besides its shards, a rank
     holds one module's weights at a time. The largest, an embedding of 128,256 x 8,192, takes 2.1 GB in bfloat16. device: where
-    the shards are allocated and the random numbers drawn; CPUs and GPUs draw different numbers. torch's own seeds do not
-    change. Raises DistattnError naming the tensor if a tensor would stay uninitialised.
+    the shards are allocated and the random numbers drawn; CPUs and GPUs draw different numbers. torch's random state does not
+    change. Raises DistattnError naming any tensor that would stay uninitialised.
     """
     blueprint = untied_meta_model(model)
     check_unfilled(model, blueprint)
@@ -153,7 +153,7 @@ def materialise(model: PreTrainedModel, seed: int, device: str | torch.device = 
 def materialise_buffers(model: PreTrainedModel, device: str | torch.device = "cpu") -> None:
     """Allocate all tensors of a model on the meta device, and fill the buffers that checkpoints and safetensors leave out.
 
-    These are rotary frequencies, scaled as in the configuration. Load everything else afterwards. Raises DistattnError as
+    Those buffers are rotary frequencies, scaled as in the configuration. Load everything else afterwards. Raises DistattnError as
     `materialise` does.
     """
     blueprint = untied_meta_model(model)
@@ -177,7 +177,7 @@ def allocate(model: PreTrainedModel, device: str | torch.device) -> None:
 
 
 def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
-    """Raise DistattnError naming the tensor if a model differs from its configuration or is not on the meta device.
+    """Raise DistattnError naming a tensor that differs from the model's configuration or is not on the meta device.
 
     blueprint: the model's `untied_meta_model`.
     """
@@ -205,12 +205,12 @@ def check_unfilled(model: PreTrainedModel, blueprint: PreTrainedModel) -> None:
 
 
 def unique_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, keyed by name, with tied tensors only once."""
+    """Return all parameters and buffers, keyed by name. Tied tensors appear only once."""
     return dict([*model.named_parameters(), *model.named_buffers()])
 
 
 class _Initialisation(NamedTuple):
-    """Modules whose initialisation writes the same tensors, in order, and those tensors."""
+    """Modules to initialise together, in order, since they write common tensors, and all tensors that they write."""
 
     modules: list[tuple[str, PreTrainedModel, torch.nn.Module]]
     tensors: set[str]
@@ -220,7 +220,7 @@ def _initialisations(blueprint: PreTrainedModel, wanted: Collection[str]) -> lis
     """Find the tensors that must be initialised together, by initialising the model on the meta device.
 
     Most modules write only their own tensors. Some also write their children's: in GPT-2, a parent module scales projections.
-    blueprint: the model on the meta device. Raises DistattnError if no module writes one of the wanted tensors.
+    blueprint: the model on the meta device. Raises DistattnError if one of the wanted tensors is written by no module.
     """
     initialisations: list[_Initialisation] = []
     with torch.no_grad():
@@ -288,7 +288,7 @@ def _initialise(
 def _real_tensors(
     blueprint: PreTrainedModel, names: Collection[str], targets: dict[str, Tensor], device: torch.device
 ) -> Iterator[None]:
-    """Allocate these tensors of a meta-device model while the context is open. Parameters get their targets' dtypes."""
+    """Allocate a meta-device model's tensors `names` while the context is open. Parameters get the dtypes of `targets`."""
     meta = {name: _get(blueprint, name) for name in names}
     for name in names:
         if isinstance(meta[name], torch.nn.Parameter):
@@ -322,7 +322,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _seed_generators(seed: int, device: torch.device) -> None:
-    """Set the seed of only those generators that initialisation draws from."""
+    """Set the seeds of the random number generators from which initialisation on `device` draws, and of no others."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -57,7 +57,7 @@ def write_checkpoint(
 
     tensors: tensors on the meta device, keyed by name, with the shapes and dtypes to write. read: returns a tensor's values; it
     is called when the tensor is written. Return the digests of the files, which are then on disk. Raises DistattnError if the
-    folder cannot be written, and passes on DistattnErrors from `read`.
+    folder cannot be written, and the DistattnErrors that `read` raises.
     """
     writer, files = file_writer(Path(folder))
     state = {PREFIX + name: tensor for name, tensor in tensors.items()}
@@ -73,7 +73,7 @@ def write_checkpoint(
 
 
 def config_folder(checkpoint: str | Path) -> Path:
-    """Return the folder that contains a checkpoint's model configuration: its own or one of the three above.
+    """Return the folder that contains a checkpoint's model configuration: the checkpoint's own or one of the three above it.
 
     Raises DistattnError if there is no such folder.
     """
@@ -94,7 +94,7 @@ def _without_group_warning() -> Iterator[None]:
 
 
 class _ReadWhenWritten(dcp.DefaultSavePlanner):
-    """A save planner that plans with the shapes of meta tensors and reads values only when they are written."""
+    """A save planner that plans with the shapes of meta tensors and reads each tensor's values only when they are written."""
 
     def __init__(self, read: Callable[[str], Tensor]):
         super().__init__()
@@ -108,5 +108,5 @@ class _ReadWhenWritten(dcp.DefaultSavePlanner):
 
 
 def _cause(error: dcp.CheckpointException) -> BaseException:
-    """Return the error of the only rank."""
+    """Return the error that DCP has wrapped. There is only one, since no other rank took part."""
     return next(iter(error.failures.values()))[0]

@@ -57,7 +57,7 @@ def export_model(
     """Export a model whose parameters are plain tensors or DTensors. All ranks call this, and rank 0 returns the written files.
 
     Tensors are gathered one at a time. Rank 0 holds at most one file's tensors, other ranks one tensor. All ranks raise an error
-    if rank 0 could not write. For everything else, see `export_safetensors`.
+    if rank 0 cannot write. For everything else, see `export_safetensors`.
     """
     tied = model.all_tied_weights_keys
     tensors = ((name, _whole(tensor)) for name, tensor in model.state_dict().items() if name not in tied)
@@ -144,7 +144,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _refuse_fused(blueprint: PreTrainedModel) -> None:
-    """Raise DistattnError for models that publish several tensors as one, which would have to be held at the same time."""
+    """Raise DistattnError for models that publish several tensors as one, since all of them would have to be held at once."""
     for transform in get_model_conversion_mapping(blueprint, add_legacy=False):
         if len(transform.target_patterns) > 1:
             raise DistattnError(
@@ -154,7 +154,7 @@ def _refuse_fused(blueprint: PreTrainedModel) -> None:
 
 
 def _checked(named_tensors: Iterable[tuple[str, Tensor]], blueprint: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors unchanged. Raises DistattnError for tensors unknown to the model and, at the end, for missing ones."""
+    """Yield the tensors unchanged. Raises DistattnError for tensors unknown to the model and, at the end, for missing tensors."""
     tied = blueprint.all_tied_weights_keys
     left = {name: tuple(tensor.shape) for name, tensor in blueprint.state_dict().items() if name not in tied}
     kind = type(blueprint).__name__
@@ -178,12 +178,12 @@ def _published(
         if dtype is not None and on_host.is_floating_point():
             on_host = on_host.to(dtype)
         for published, part in revert_weight_conversion(blueprint, {name: on_host}).items():
-            # parts of one tensor share memory, which tensors in a file must not do
+            # parts of one tensor share memory, but safetensors files must not contain tensors that share memory
             yield published, part.contiguous() if part.numel() == on_host.numel() else part.clone()
 
 
 def _write_files(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> ExportedFiles:
-    """Write tensors to as many files as they need."""
+    """Write tensors to one file, or to several with an index if their size exceeds `max_shard_bytes`."""
     names: list[list[str]] = []
     held: dict[str, Tensor] = {}
     total = held_bytes = 0
@@ -191,7 +191,7 @@ def _write_files(tensors: Iterable[tuple[str, Tensor]], folder: Path, max_shard_
     counts: Counter[torch.dtype] = Counter()
 
     def flush() -> None:
-        # use temporary names, since the final ones contain the number of files, which is known only at the end
+        # use temporary names, since the final names contain the number of files, which is known only at the end
         save_file(held, _part(folder, len(names)), metadata={"format": "pt"})
         names.append(list(held))
         held.clear()

@@ -6,7 +6,7 @@
 This supports layers of `get_gpt_layer_local_spec(normalization="RMSNorm")` with gated MLPs, and does not import Megatron.
 Megatron keeps a layer's query, key and value projections in one matrix, group by group (a key/value head with its query heads),
 and the gate and up projections in another. Tensor-parallel ranks hold rows of these and of the vocabulary, and columns of the
-matrices that follow.
+projections that read their outputs.
 """
 
 # G key/value heads (groups), Q query heads per group, D head dim, C hidden size, F MLP width
@@ -42,7 +42,7 @@ _BY_COLUMNS = {
 
 
 class MegatronShard(NamedTuple):
-    """The part of a GPTModel that a rank holds. layers: indices in the entire model; Megatron counts per stage."""
+    """The part of a GPTModel that a rank holds. layers: indices in the entire model, not in the stage."""
 
     tensor_rank: int
     tensor_ranks: int
@@ -60,7 +60,7 @@ class MegatronShard(NamedTuple):
         pipeline_rank: int = 0,
         pipeline_ranks: int = 1,
     ) -> MegatronShard:
-        """Divide layers over stages as Megatron does by default. Raises DistattnError if they do not divide evenly."""
+        """Return a rank's shard, with layers divided evenly over stages. Raises DistattnError if they do not divide evenly."""
         count = config.num_hidden_layers
         if count % pipeline_ranks:
             raise DistattnError(f"{count} layers do not divide into {pipeline_ranks} pipeline stages.")
@@ -104,7 +104,7 @@ def to_megatron(
             yield f"decoder.layers.{local}.{name}", tensor
     if shard.last:
         yield "decoder.final_layernorm.weight", read("model.norm.weight")
-        # if one stage has both ends, Megatron keeps a tied embedding only once
+        # if a stage is both first and last, Megatron keeps a tied embedding only once
         if not (tied and shard.first):
             yield _OUTPUT, _part(read("model.embed_tokens.weight" if tied else "lm_head.weight"), 0, shard)
 
@@ -114,7 +114,7 @@ def to_huggingface(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the names and values of transformers' full tensors, computed from the parameters of a pipeline stage.
 
-    parts: the parameters of every tensor-parallel rank of the stage, in order. shard: the shard of any of these ranks. A tied
+    parts: the parameters of every tensor-parallel rank of the stage, in order. shard: that of any rank of the stage. A tied
     embedding comes from the first stage. Raises DistattnError as `check_megatron` does, and if parts are missing.
     """
     check_megatron(config, shard.tensor_ranks)
@@ -174,7 +174,7 @@ def _unsplit_names(config: PretrainedConfig) -> dict[str, str]:
 
 
 def _qkv_kinds(config: PretrainedConfig) -> tuple[str, ...]:
-    """Return the names of the parameters that each query, key and value projection has."""
+    """Return the names of each query, key and value projection's parameters."""
     return ("weight", "bias") if config.model_type == "qwen2" else ("weight",)
 
 

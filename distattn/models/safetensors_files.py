@@ -79,7 +79,7 @@ class _Stored(NamedTuple):
 
 
 class _Sources(NamedTuple):
-    """The sources of a model's tensor: one stored tensor, or a converter's inputs by pattern."""
+    """The sources of a model's tensor: a single stored tensor, or a converter's input tensors, keyed by pattern."""
 
     stored: dict[str, list[_Stored]]
     converter: WeightConverter | None
@@ -115,7 +115,7 @@ class PretrainedWeights:
         return _DTYPES[self._sources[name].first.dtype]
 
     def check(self, tied: dict[str, str]) -> None:
-        """Raise DistattnError naming a tensor of the model that the files lack. tied: maps names of tied tensors to sources."""
+        """Raise DistattnError naming a tensor of the model that the files lack. tied: maps each tied name to its source."""
         sources = {target: source for target, source in tied.items()} | {
             source: target for target, source in tied.items()
         }
@@ -139,10 +139,10 @@ class PretrainedWeights:
         assert sources.converter is not None
         stored, rows = sources.stored, slice(0, self._targets[name].shape[0])
         if _stacks_rows(sources.converter):
-            # row e depends only on the e-th tensor of each pattern
+            # row e depends only on the e-th tensor of each pattern, so leave the others unread
             rows = slices[0]
             stored = {pattern: tensors[rows] for pattern, tensors in stored.items()}
-        # copy the converter, since it accumulates tensors
+        # copy the converter, since it would keep the tensors of this call
         converter = copy.deepcopy(sources.converter)
         for pattern, tensors in stored.items():
             for item in tensors:
@@ -185,7 +185,7 @@ class PretrainedWeights:
         return DamagedDataError(f"{self.folder / file}: cannot be read as safetensors: {error}.")
 
     def _find_sources(self, stored: Sequence[_Stored]) -> dict[str, _Sources]:
-        """Find the sources of each of the model's tensors. Raises DistattnError for stored tensors that the model lacks."""
+        """Find the sources of each tensor of the model. Raises DistattnError if the model lacks a stored tensor."""
         model = self._blueprint
         transforms = get_model_conversion_mapping(model)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -262,7 +262,7 @@ def _fill(weights: PretrainedWeights, stored: str, name: str, tensor: Tensor) ->
 
 
 def _check_tied(weights: PretrainedWeights, target: str, source: str, tensor: Tensor) -> None:
-    """Raise DistattnError if the files contain two different tensors that the configuration ties."""
+    """Raise DistattnError if the configuration ties two tensors that have different values in the files."""
     slices = local_slices(source, tensor)
     held = local_tensor(tensor)
     if 0 not in shape_of(slices) and not torch.equal(held, weights.read(target, slices).to(held)):
@@ -272,14 +272,14 @@ def _check_tied(weights: PretrainedWeights, target: str, source: str, tensor: Te
 
 
 def _stacks_rows(converter: WeightConverter) -> bool:
-    """Return whether row e of a converter's result depends only on the e-th tensor of each pattern."""
+    """Return whether row e of a converter's result depends only on the e-th input tensor of each pattern."""
     first, *others = converter.operations
     stacks = isinstance(first, MergeModulelist) and first.dim == 0
     return stacks and all(isinstance(operation, Concatenate) and operation.dim > 0 for operation in others)
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Return the names of a model's files: the single file, or those in the index."""
+    """Return the names of a model's files: the single file, or those listed in the index."""
     index = folder / INDEX
     if not index.exists():
         if (folder / ONE_FILE).exists():

@@ -1,4 +1,4 @@
-"""This rank's parts of plain tensors and DTensors, and gathering a model module by module.
+"""Find and fill this rank's parts of tensors and DTensors, and gather a model module by module.
 
 An engine with its own parameter layout gets the parameters one module at a time:
 
@@ -22,7 +22,7 @@ from distattn.ir.errors import DistattnError
 
 
 def local_slices(name: str, tensor: Tensor) -> tuple[slice, ...]:
-    """Return the part of the full tensor that this rank holds, one slice per dimension. For a plain tensor, this is all of it.
+    """Return the part of a tensor that this rank holds, as one slice per dimension. A rank holds all of a plain tensor.
 
     Mesh dimensions shard one after another, each like `torch.chunk`, as `fully_shard` and `distribute_tensor` place rows. Raises
     DistattnError naming the tensor for placements other than Shard and Replicate.
@@ -52,7 +52,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def shape_of(slices: Sequence[slice]) -> tuple[int, ...]:
-    """Return the shape of the part that these slices select."""
+    """Return the shape of the part that `slices` select."""
     return tuple(part.stop - part.start for part in slices)
 
 
@@ -79,14 +79,14 @@ def shard_rows(model: torch.nn.Module, mesh: DeviceMesh) -> None:
 
 
 def whole_modules(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[torch.nn.Module]:
-    """Gather the parameters of a model sharded by `shard_rows`, one module at a time, and yield each such module.
+    """Gather a model sharded by `shard_rows`, one module at a time, and yield each module once its parameters are gathered.
 
     dtype: the dtype of the gathered parameters. A rank's rows are freed once they are gathered, so a rank holds only its share,
-    the caller's copies of modules, and one full parameter. A tied parameter is gathered with the first module that has it. This
-    is a collective call of all ranks of the mesh.
+    the caller's copies of modules, and one full parameter. A tied parameter is gathered with the first module that has it. All
+    ranks of the mesh must iterate together.
     """
     places = {id(parameter): owners for parameter, owners in _places(model).items()}
-    # yield children before parents, since the caller may take a module's parameters together with its children's
+    # yield children before parents, since the caller may process a module together with its children
     for module in reversed(list(model.modules())):
         sharded = [name for name, tensor in module.named_parameters(recurse=False) if isinstance(tensor, DTensor)]
         for name in sharded:
