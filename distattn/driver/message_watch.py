@@ -107,7 +107,7 @@ class MessageWatch:
             self._monitor.guarded(late, MESSAGES, self._members)
         except LostRankError as error:
             _LOG.error("%s", error)
-        # this ends kernels that wait for messages, and makes the next attention call raise
+        # this ends kernels that are waiting for messages, and makes the next attention call raise
         self._give_up()
 
 

@@ -55,7 +55,7 @@ class OverlapSchedule:
 
     @property
     def spans(self) -> list[Span]:
-        """The activities of each micro-batch in the last step, with their times."""
+        """The activities of all micro-batches in the last step, with their times."""
         return self._turns.spans
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
@@ -103,7 +103,7 @@ class OverlapSchedule:
         return {"traceEvents": [names, *events], "displayTimeUnit": "ms"}
 
     def _run_to_return(self, values: Sequence[Any]) -> list[Any]:
-        """Resume all micro-batches with `values`; return their results. Modules that they call together are called once."""
+        """Resume all micro-batches with `values` until they return; return their results. Joined modules are called only once."""
         while True:
             threads = [micro_batch.thread for micro_batch in self._micro_batches]
             events = self._turns.run([thread.resume(value) for thread, value in zip(threads, values, strict=True)])
@@ -149,7 +149,7 @@ class OverlapSchedule:
 
 
 class _MicroBatch:
-    """A micro-batch with its own thread. segment: the layer that it is in, or None."""
+    """A micro-batch with its own thread. segment: the layer that it is in; None outside layers."""
 
     def __init__(
         self, number: int, schedule: OverlapSchedule, loss: Callable[[], Tensor], modes: ThreadModes, state: RandomState
@@ -207,7 +207,7 @@ class _AttentionCall(NamedTuple):
 
 
 class _Repetition(NamedTuple):
-    """The recomputation of a checkpointed layer. ticket: a handle to its input if that was moved to the host, otherwise None."""
+    """The recomputation of a checkpointed layer. ticket: a handle to its input, if moved to the host, otherwise None."""
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
@@ -243,7 +243,7 @@ class _Segment:
         self._output: Tensor | None = None
         self._other_outputs: tuple[Any, ...] | None = None
         self._repetition: _Repetition | None = None
-        # indices of the recorded attention calls that the layer's recomputation has not reached yet
+        # indices of the recorded attention calls that the layer's recomputation has not yet reached
         self._repeated: list[int] = []
         self.layer: nn.Module | None = None
 
@@ -356,7 +356,7 @@ class _Segment:
 
     @contextmanager
     def _repeating(self) -> Iterator[None]:
-        """Answer attention calls from the record while the context is open."""
+        """Answer attention calls with the recorded outputs while the context is open."""
         self._repeated = list(range(len(self.calls)))
         RECOMPUTING.append(self)
         try:
@@ -366,7 +366,7 @@ class _Segment:
 
     @staticmethod
     def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None) -> Call:
-        """Return a call of the layer with its hidden states replaced by `hidden`."""
+        """Return the layer's arguments with its hidden states replaced by `hidden`."""
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
@@ -384,7 +384,7 @@ class _JoinedSegments:
         return tuple(segment.leave(output) for segment, output in zip(self._segments, outputs, strict=True))
 
     def enter_graph(self) -> None:
-        """Drop what only the forward pass needs."""
+        """Drop `run`, which only the forward pass needs."""
         self._run = None
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:

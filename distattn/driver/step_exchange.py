@@ -37,7 +37,7 @@ class StepInfo(NamedTuple):
 
     @staticmethod
     def of(micro_batches: Sequence[Batch] | None, speed: float | None, compared: bool, loader: str) -> StepInfo:
-        """Return the facts about a step. micro_batches: None after the last step.
+        """Return this rank's facts about a step. micro_batches: None after the last step.
 
         compared: True if other ranks must hold the same tokens.
         """
@@ -186,7 +186,7 @@ class StepExchange:
                 future.set_result(result)
 
     def _compare(self, results: Sequence[Planned | DistattnError]) -> None:
-        # the entire host group takes part: even if this rank has nothing to compare, others may
+        # the entire host group takes part: other ranks may have something to compare even if this rank has nothing
         if self._host is None:
             return
         refusal = next((result for result in results if isinstance(result, DistattnError)), None)
@@ -212,7 +212,7 @@ class StepExchange:
 def agree_on_plan(host: HostGroup | None, make: Callable[[], Planned]) -> Planned:
     """Make a plan with `make` and compare it with the plans of the other ranks of a host group. A collective call.
 
-    Raise PlanError if plans differ or a rank refuses its plan; if one rank raises, all do.
+    Raise PlanError if plans differ or a rank refuses its plan; if one rank raises, all ranks raise.
     """
     planned, refusal = None, None
     try:

@@ -37,7 +37,7 @@ class Turns:
         self.spans: list[Span] = []
 
     def run(self, runs: Sequence[PausableRun[Result]]) -> list[Result]:
-        """Run a generator for each micro-batch to completion; at each pause the next one continues. Return their results."""
+        """Run one generator per micro-batch to completion; at each pause, the next one continues. Return their results."""
         results: dict[int, Result] = {}
         waiting = deque(enumerate(runs))
         while waiting:
@@ -197,7 +197,7 @@ class RandomState(NamedTuple):
 
     @classmethod
     def drawn(cls, device: torch.device | None, count: int) -> list[RandomState]:
-        """Return new states for `count` micro-batches, with seeds drawn on the host. device: see `current`."""
+        """Return new states for `count` micro-batches, seeded by numbers drawn on the host. device: see `current`."""
         device = device if device is not None and device.type == "cuda" else None
         states = []
         for seed in torch.randint(1 << 62, (count,), device="cpu").tolist():
