@@ -24,7 +24,7 @@ KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids
 
 
 class Batch(Protocol):
-    """A micro-batch as a driver needs it: facts about it, and each rank's part of it.
+    """The interface to a micro-batch that drivers use: facts about it, and each rank's part of it.
 
     lengths: the length of each document in tokens. valid_labels: the number of tokens with a label. digest: equal on ranks with
     the same batch. tensors: tensors that the loader may still be filling on a GPU. device: the device of a rank's part.
@@ -170,7 +170,7 @@ def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
     value = batch[name]
     if not isinstance(value, Tensor):
         raise DistattnError(f"{name} is a {type(value).__name__}; a tensor is needed.")
-    # a mask may have any dtype; its values are checked to be 0 and 1
+    # a mask may have any dtype, because its values are checked to be 0 or 1
     if name != "attention_mask" and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
         raise DistattnError(f"{name} is {str(value.dtype)[6:]}; whole numbers are needed, such as int64.")
     return value
