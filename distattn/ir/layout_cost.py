@@ -13,10 +13,10 @@ from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip, tighten
 from distattn.ir.intervals import Ints, merge_intervals, overlapping_pairs
 from distattn.ir.mask import Mask
 
-# a kernel reaches n / (n + this) of its best speed on n x n cells. This estimate for forward and backward together is from
-# published speeds of FlashAttention 3 on an H100 (the table in cluster/descriptions/h100.toml)
+# on n x n cells, a kernel reaches n / (n + this) of its best speed, forward and backward together, as estimated from published
+# speeds of FlashAttention 3 on an H100 (the table in cluster/descriptions/h100.toml)
 _OVERHEAD_TOKENS = 550
-# costs per token, in cells of 32 heads: sending 8 key/value heads between H200s, and the rest of an 8B model's layer
+# costs per token, in cells of 32 heads: of sending 8 key/value heads between H200s, and of the rest of a layer of an 8B model
 _CELLS_PER_RECEIVED_TOKEN, _CELLS_PER_OWN_TOKEN = 1_000, 10_000
 
 
@@ -46,7 +46,7 @@ def _received_tokens(mask: Mask, ranks: int, rank: Ints, t0: Ints, t1: Ints) -> 
     some = bands[:, K0] < bands[:, K1]
     user, k0, k1 = merge_intervals(rank[j[some]], bands[some, K0], bands[some, K1])
     order = np.argsort(rank, kind="stable")
-    # put ranks one after another on one axis
+    # shift the tokens of rank r by r * n, so that one call finds the overlaps of all ranks
     begin, end = (rank * mask.n + t0)[order], (rank * mask.n + t1)[order]
     seen, chunk = overlapping_pairs(begin, end, user * mask.n + k0, user * mask.n + k1)
     owned = np.minimum((user * mask.n + k1)[seen], end[chunk]) - np.maximum((user * mask.n + k0)[seen], begin[chunk])

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, get_type_hints
 
 from distattn.ir.errors import SettingError
 
-# the default maximum of a number
+# the maximum of numbers without a stated maximum
 MOST = 1 << 40
-# other programs' names for settings' values, and our names for the same values
+# names that other programs use for values of settings, and our names for the same values
 _MEANT = {
     "zero": "deepspeed",
     "zero2": "deepspeed",
@@ -55,7 +55,7 @@ class Number:
     lt: float | None = None
 
     def problem(self, value: float) -> str | None:
-        """Return a sentence about a value out of range, or None. NaN is out of every range."""
+        """Return a sentence about a value that is out of range; None if it is in range. NaN is out of every range."""
         if self.ge is not None and not value >= self.ge:
             return f"must be at least {self.ge}, not {value}."
         if self.gt is not None and not value > self.gt:
@@ -67,7 +67,7 @@ class Number:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The values that a setting may have. choices: a collection that may still grow. before: values listed first."""
+    """The values that a setting may have. choices: a collection that may still grow. before: values listed before them."""
 
     choices: Collection[str]
     before: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Check:
-    """A check of a value. problem: returns a sentence about a bad value, or None."""
+    """A check of a value. problem: returns a sentence about a bad value; None for a good value."""
 
     problem: Callable[[Any], str | None]
 
