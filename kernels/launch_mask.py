@@ -42,7 +42,7 @@ class LaunchMask(NamedTuple):
 
     @staticmethod
     def from_mask(mask: Mask, heads: int, kv_heads: int) -> LaunchMask:
-        """Return the launch mask that computes the entire mask in one call on one device."""
+        """Return a launch mask for computing the entire mask in one call on one device."""
         pieces, n = mask.pieces, mask.n
         all_heads = np.tile(np.array([0, heads]), (len(pieces), 1))
         band_heads = all_heads if mask.piece_heads is None else mask.piece_heads

@@ -35,7 +35,7 @@ OTHER_KERNELS: dict[str, dict[str, str]] = {
     "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
     "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
-# kernels that need one of our extras, and the name of that extra
+# the names of the extras that kernels need, keyed by kernel
 _EXTRAS = {"fla": "fla", "fla_conv1d": "fla"}
 # the name that stands for the fastest kernel that trials find correct (see `trials`)
 AUTO = "auto"

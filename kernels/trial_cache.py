@@ -55,7 +55,7 @@ def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int
 
 
 def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
-    """Return the cached trials of these kernels, or None if any of them has not been tried."""
+    """Return the cached trials of the kernels `names`; None if any of these kernels has no trial."""
     stored = _read().get(key, {})
     # ignore a file written by a different version or edited by hand
     with suppress(TypeError, KeyError):

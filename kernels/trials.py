@@ -34,7 +34,7 @@ from distattn.kernels.triton.launch import schedule_to_device
 
 # the largest accepted relative difference: several times what rounding of inputs and weights can cause
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
-# maximum numbers of rows, keys and heads in the samples for the comparison, and in those for timing
+# maximum numbers of rows, keys and heads in the samples for the comparison, and in the samples for timing
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234

@@ -116,7 +116,7 @@ class HealthMonitor:
 
     @property
     def verdict(self) -> Verdict | None:
-        """The reason why the ranks have given up, or None."""
+        """The reason why the ranks have given up; None if they have not."""
         return self._verdict
 
     def raise_verdict(self) -> None:

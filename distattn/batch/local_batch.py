@@ -55,7 +55,7 @@ class BatchAttention(Protocol):
         ...
 
     def check_positions(self, positions: Tensor) -> None:
-        """Raise DistattnError for wrong positions (1, T), if the correct ones are known."""
+        """Raise DistattnError for wrong positions (1, T), if the correct positions are known."""
 
 
 class LocalBatch(BatchAttention):
@@ -431,11 +431,11 @@ class RelaidBatch(LocalBatch):
         return block
 
     def plan(self, *shape: Any) -> Plan:
-        """Return the plan for the layout of these rows. See `LocalBatch.plan`."""
+        """Return the plan for the layout of this batch's rows. See `LocalBatch.plan`."""
         return self._batch.plan(*AttentionShape(*shape)._replace(layout=self.layout))
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
-        """Return the executable for the layout of these rows. See `LocalBatch.executable`."""
+        """Return the executable for the layout of this batch's rows. See `LocalBatch.executable`."""
         self._batch.used = self._batch.mixed = True
         return self._batch.executable(shape._replace(layout=self.layout), device)
 

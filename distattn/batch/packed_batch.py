@@ -155,7 +155,7 @@ def micro_batches_of(step: Any) -> list[Batch] | None:
 def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad_to: int) -> dict[str, Tensor]:
     """Return `input_ids`, `labels` and `position_ids` (1, T) for tokens of a layout, padded to a multiple of `pad_to`.
 
-    ids, labels: (T,), for these tokens.
+    ids, labels: those of `tokens`, (T,).
     """
     positions = _on_device(layout.positions_of(tokens), ids.device)
     padding = padded(len(tokens), pad_to) - len(tokens)

@@ -106,7 +106,7 @@ class PlanningRanks(Protocol):
     def agree(self, make: Callable[[], Planned]) -> Planned:
         """Create a plan for a shape new to the run by calling `make`, and compare it with the other ranks' plans.
 
-        A collective call. If one rank's plan differs or is refused, all raise DistattnError.
+        A collective call. If one rank's plan differs or is refused, all ranks raise DistattnError.
         """
 
     def gather(self, value: Any, activity: str) -> list[Any]:
@@ -117,7 +117,7 @@ class PlanningRanks(Protocol):
         ...
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
-        """Return the observer of a batch's passes, or None."""
+        """Return the observer of a batch's passes; None if they are not observed."""
 
 
 class Planner:

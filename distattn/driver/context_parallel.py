@@ -145,7 +145,7 @@ class ContextParallel:
         return self.shard_step([batch])[0]
 
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Shard all micro-batches of one optimizer step like `shard`; losses are scaled by the valid labels of the entire step.
+        """Shard all micro-batches of one optimizer step as `shard` does, but scale losses by the valid labels of the entire step.
 
         All ranks of the loss group call this together. Batches that ranks must share are compared. With data per rank, ranks may
         have different numbers of micro-batches: all get as many as the rank with the most, with padding in place of missing
@@ -173,12 +173,12 @@ class ContextParallel:
         """Yield the micro-batches of each step of a loader, sharded one step ahead, until the longest loader has ended.
 
         loader: yields batches that `shard` accepts, or lists of them (micro-batches). With a `PackLoader` each rank reads only
-        its own tokens, and ranks need not exchange facts about steps. While a step runs, the next one is announced to the other
-        ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be nested
-        and left early, in the same way on all ranks: the next loop of this driver over the same iterator starts with the step
-        that was read ahead. A loader's error is raised after the step before it. With servers, use a step's batches before
-        requesting the next step. even: raise DistattnError on all ranks if their numbers of micro-batches differ, for trainers
-        that count micro-batches themselves.
+        its own tokens, and ranks need not exchange facts about steps. While a step runs, the next step is announced to the other
+        ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be nested and
+        left early, in the same way on all ranks: the next loop of this driver over the same iterator starts with the step that
+        was read ahead. A loader's error is raised after the step before it. With servers, use a step's batches before requesting
+        the next step. even: raise DistattnError on all ranks if their numbers of micro-batches differ, for trainers that count
+        micro-batches themselves.
         """
         if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, str)):
             raise DistattnError(
@@ -245,7 +245,7 @@ class ContextParallel:
         return self._table.blocks.index(self._table.first_of_block[self._table.rank])
 
     def batch_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks with the same batch as this one. A collective call unless that is the entire group."""
+        """Return the group of ranks with the same batch as this rank. A collective call unless these are the entire group."""
         if self.group is None or self.block_ranks == self.ranks:
             return self.group
         first = self.rank - self.rank % self.block_ranks
@@ -380,7 +380,7 @@ class ContextParallel:
         if self._closed:
             return
         self._closed = True
-        # these run in reverse order, each even if others raise
+        # run these callbacks in reverse order, each even if others raise
         with contextlib.ExitStack() as stack:
             for end in (self._ahead.clear, ARENAS.free, self.planner.close, self._exchange.close):
                 stack.callback(end)

@@ -142,7 +142,7 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, second.magnitude, group, ranks)
     reduction = Reduction(agreed)
-    # check sketches only for equal weights: `factor` refuses unequal ones
+    # check sketches only for equal weights: `factor` refuses unequal weights
     if reduction.is_even:
         sketches.check(reduction.mean / observed.scale)
     return reduction

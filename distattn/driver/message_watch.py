@@ -94,7 +94,7 @@ class MessageWatch:
                 with contextlib.suppress(ValueError):
                     self._under_way.remove(oldest)
                 arrived = time.monotonic()
-            # a device processes messages in order: the oldest has been in flight since the previous one arrived
+            # a device processes messages in order: the oldest message has been in flight since the previous message arrived
             if oldest is not None and time.monotonic() - max(oldest.since, arrived) > limit:
                 self._report(oldest.text, limit)
                 return

@@ -141,7 +141,7 @@ class OverlapSchedule:
             for micro_batch, call in zip(self._micro_batches, calls, strict=True)
         ]
         joined = _JoinedSegments(self._turns, segments, lambda inner: self._run_to_return([(body, *c) for c in inner]))
-        # the node needs a gradient for its parameters even if no hidden states require one
+        # pass an input that requires a gradient, so that the node computes its parameters' gradients in any case
         gradient = torch.zeros((), requires_grad=True)
         outputs = _JoinedLayer.apply(joined, gradient, *(segment.hidden for segment in segments))
         joined.enter_graph()
@@ -340,7 +340,7 @@ class _Segment:
         return self._leaf.grad
 
     def _backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
-        """Run the backward pass from these tensors to the leaves at which the graph is cut."""
+        """Run the backward pass from `outputs`, with their gradients, to the leaves at which the graph is cut."""
         with self._repeating():
             # retain the graph, because its parts before and after attention may share a node, such as a norm
             torch.autograd.backward(outputs, gradients, retain_graph=True)
@@ -378,7 +378,7 @@ class _JoinedSegments:
         self._run: Callable[[list[Call]], list[Any]] | None = run
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Run the layer; return its output for each micro-batch, detached."""
+        """Run the layer for all micro-batches; return their hidden states after it, detached."""
         assert self._run is not None
         outputs = self._run([segment.enter() for segment in self._segments])
         return tuple(segment.leave(output) for segment, output in zip(self._segments, outputs, strict=True))
@@ -388,7 +388,7 @@ class _JoinedSegments:
         self._run = None
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the gradients of the hidden states; accumulate those of parameters."""
+        """Return the gradients of the hidden states; accumulate the gradients of parameters."""
         segments, self._segments = self._segments, []
         if not segments:
             raise DistattnError("a step that takes turns has one backward pass, which has run.")

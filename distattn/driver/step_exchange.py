@@ -83,7 +83,7 @@ class PlanningThread:
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             work()
-            # drop the reference, which would keep a step alive until the next one arrives
+            # drop the reference, which would keep a step alive until the next step arrives
             del work
 
 
@@ -91,7 +91,7 @@ class StepExchange:
     """An exchange that gathers steps over the ranks of a host group, and plans their batches ahead.
 
     host: None for a single rank. same_batch: for each rank of the host group, the first rank that must have the same batches.
-    sharing: the ranks of the host group that share attention with this one. names: the ranks' numbers in error messages.
+    sharing: the ranks of the host group that share attention with this one. names: the numbers that ranks have in error messages.
     """
 
     def __init__(self, host: HostGroup | None, same_batch: Sequence[int], sharing: Sequence[int], names: Sequence[int]):

@@ -141,7 +141,7 @@ def _refuse_common_cells(tight: Ints, heads: Ints, a: Ints, b: Ints) -> None:
     meet &= (heads[a, 0] < heads[b, 1]) & (heads[b, 0] < heads[a, 1])
     a, b, common = a[meet], b[meet], common[meet]
     cellwise = (tight[a][:, [BQ, BK]] == 1).all(1) & (tight[b][:, [BQ, BK]] == 1).all(1)
-    # with blocks of one token, the origins only shift the bounds: lo <= k - q + oq - ok <= hi
+    # with blocks of one token, origins only shift the bounds of a band: lo <= k - q + oq - ok <= hi
     shift = (tight[b, OK] - tight[b, OQ]) - (tight[a, OK] - tight[a, OQ])
     common[:, LO] = np.where(cellwise, np.maximum(common[:, LO], tight[b, LO] + shift), -UNBOUNDED)
     common[:, HI] = np.where(cellwise, np.minimum(common[:, HI], tight[b, HI] + shift), UNBOUNDED)

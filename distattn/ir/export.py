@@ -43,7 +43,7 @@ def cu_seqlens(mask: Mask) -> VarlenArguments:
     square = (pieces[:, [K0, K1]] == pieces[:, [Q0, Q1]]).all() and (pieces[:, [BQ, BK]] == 1).all()
     if not square or q0[0] != 0 or q1[-1] != mask.n or (q0[1:] != q1[:-1]).any():
         raise DistattnError("this mask is not one square band per document, side by side; use block_mask or dense.")
-    # with blocks of one token, the origins only shift the bounds
+    # with blocks of one token, origins only shift the bounds of a band
     reach = q1 - q0 - 1
     shift = pieces[:, OK] - pieces[:, OQ]
     left = _common_window(-(pieces[:, LO] + shift), reach, "left")

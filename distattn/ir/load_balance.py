@@ -17,7 +17,7 @@ _MAX_TOKEN_SHARE = 1.01
 def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
     """Return a rank for each item: ranks get about equal weights, and numbers of items that differ by at most one.
 
-    In each round every rank gets one item, heaviest items first, each to the rank with the least weight. The busiest rank then
+    In each round every rank gets one item: the heaviest goes to the rank with the least weight, and so on. The busiest rank then
     makes the most helpful exchange of items with another rank, until its weight is within `tolerance` of the mean or none helps.
     """
     items = len(weights)

@@ -98,7 +98,7 @@ class Mask:
     def token_shift(lengths: Sequence[int], distance: int) -> Mask:
         """Return a mask in which each token sees only the token `distance` before it in its document: q - k = distance.
 
-        With a negative distance, each token sees a later one.
+        With a negative distance, each token sees a later token.
         """
         start, end = _document_bounds(lengths)
         if abs(distance) > MAX_TOKENS:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Record = TypeVar("Record")
-# keyed by pydantic's name for a type error: a description of the correct type, and an example for keys without a default
+# a description of the correct type, and an example for keys without a default, keyed by pydantic's name for a type error
 _EXPECTED = {
     "int_type": ("a whole number", "1"),
     "int_from_float": ("a whole number", "1"),

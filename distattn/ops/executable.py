@@ -230,7 +230,7 @@ def prepare(
     try:
         trials = local_kernel_trials(plan, rank, needed) if is_chosen else {}
     except DistattnError as error:
-        # the other ranks wait for this rank's trials, even if they failed
+        # raise the error only after the exchange of trials, because the other ranks wait for this rank's
         refusal = error
     try:
         if (ranked := common_kernel_ranking(trials, device, _gather_over(group), plan.call.op)) and is_chosen:
@@ -373,7 +373,7 @@ def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) 
 
 
 def raise_disagreement(digests: list[str], summaries: list[dict[str, Any]], refusal: DistattnError | None) -> None:
-    """Raise this rank's refusal, or that of the first rank with one, or a PlanError if plans differ."""
+    """Raise this rank's refusal, else a PlanError about the first rank that refuses, else a PlanError if plans differ."""
     if refusal is not None:
         raise refusal
     refused = next((rank for rank, summary in enumerate(summaries) if summary["refusal"]), None)

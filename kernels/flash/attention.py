@@ -233,8 +233,8 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
     rounded = -(-dim // 64) * 64
     # add one block of rows per sequence, and one for rounding
     long_rows, long_keys = rows + 128 * (sequences + 1), keys + 128 * (sequences + 1)
-    # one semaphore per block of each sequence, as if all were as long as the longest, for dQ and, in deterministic
-    # mode, for dK and dV
+    # one semaphore per block of each sequence, counted as if all sequences were as long as the longest: for dQ and, in
+    # deterministic mode, for dK and dV
     semaphores = 4 * sequences * (-(-call.longest_q // 64) * heads + 2 * -(-call.longest_k // 64) * kv_heads)
     # under torch.use_deterministic_algorithms, several groups of programs each accumulate their own dQ
     splits = 1

@@ -194,7 +194,7 @@ class _Call:
             "DECAY": x.g is not None,
             "DELTA": self.is_delta,
         }
-        # tensors that launches write for later launches; until these are allocated, any tensor in their place
+        # tensors that launches write for later launches; until they are allocated, any other tensor stands in for them
         self.w = self.inverse = self.entering = self.dleaving = self.heard = self.du = self.do = self.v
         self.scans = len(chunks.bounds) * self.heads * triton.cdiv(self.value_dim, columns)
 
