@@ -34,7 +34,7 @@ class RowSelection(NamedTuple):
 
     @property
     def key(self) -> Any:
-        """The index that selects the rows of a tensor."""
+        """The slice, or tensor of indices, that selects these rows."""
         return slice(self.start, self.start + self.size) if self.listed is None else self.listed
 
 

@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communication.communicator import all_gather_obje
 from distattn.parallel.runtime.communication.sealed_values import seal, unseal
 from distattn.supervision.heartbeats import thread_activity
 
-# control messages are padded to this size, because gloo's receiver must know it in advance
+# control messages are padded to this size, because gloo's receiver must know the size in advance
 _MESSAGE_BYTES = 2048
 # with this many unfinished messages to one rank, the sender waits for the oldest
 _MAX_IN_FLIGHT = 64
@@ -37,7 +37,7 @@ class HostGroup:
     def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor, idles: bool = False):
         """Open the communicator.
 
-        members: ranks of the default group. name: equal on all of them, and different from other groups' names. idles: True if
+        members: ranks of the default group. name: equal on all members, and different from other groups' names. idles: True if
         messages may be rare, so that a long wait is no error while the sender is alive.
         """
         self.members, self._monitor = list(members), monitor

@@ -198,8 +198,7 @@ class HealthMonitor:
         return Verdict(text, (self.rank,))
 
     def _judge(self, verdict: Verdict) -> Verdict:
-        """Propose a verdict; if the ranks already have a verdict, keep theirs. Give the other ranks time to read it, and return
-        it."""
+        """Propose a verdict; any earlier verdict has precedence. Give the other ranks time to read it, and return it."""
         first = Verdict.from_json(self._store.compare_set("verdict", "", json.dumps(verdict)))
         self._verdict = first
         self._store.set(f"seen/{self.rank}", "1")

@@ -72,7 +72,7 @@ class OverlapSchedule:
             _MicroBatch(number, self, loss, modes, state)
             for number, (loss, state) in enumerate(zip(losses, states, strict=True))
         ]
-        # the backward pass also runs inside, because transformers' layers check their class when they are recomputed
+        # run the backward pass in this context, too, because transformers' layers check their class when they are recomputed
         with _calls_joined(self._joined):
             try:
                 loss_tensors = self._run_to_return([None] * len(losses))

@@ -66,7 +66,7 @@ def held_part(parameter: Tensor) -> tuple[Tensor, int]:
 def check_same_weights(
     parameters: Sequence[ProbedParameter], group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    """Raise DistattnError, naming parameters and ranks, if ranks that must hold equal values differ. A collective call."""
+    """Raise DistattnError, naming parameters and ranks, if ranks hold different values of the same part. A collective call."""
     if group is None:
         return
     names = [parameter.name for parameter in parameters]

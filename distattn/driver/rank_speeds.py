@@ -38,7 +38,7 @@ class RankSpeeds:
         self._passes: deque[_Pass] = deque()
 
     def options(self, measured: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
-        """Return the strategy's options for this step. measured: each rank's reported speed; None if it has none."""
+        """Return the strategy's options for this step. measured: the speed that each rank reported; None for no speed."""
         number = len(self.log)
         if self.replayed is None:
             self.log.append(quantised(measured))

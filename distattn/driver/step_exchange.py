@@ -24,8 +24,8 @@ Shapes = tuple[tuple[AttentionShape, torch.device], ...]
 class StepInfo(NamedTuple):
     """A rank's facts about a step: each micro-batch's documents and token digest, and the step's number of labels.
 
-    ended: the rank has no more steps. speed: the speed of its kernels (see `RankSpeeds`). loader: the name of the data and steps
-    that a `GlobalLoader` reads, "" for other loaders.
+    ended: True if the rank has no more steps. speed: the speed of its kernels (see `RankSpeeds`). loader: the name of the data
+    and steps that a `GlobalLoader` reads, "" for other loaders.
     """
 
     documents: tuple[tuple[int, ...], ...]

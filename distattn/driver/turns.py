@@ -227,9 +227,9 @@ class RandomState(NamedTuple):
 
 
 def device_of(layers: Sequence[nn.Module]) -> torch.device | None:
-    """Return the device with streams on which layers compute, or None if no device has streams."""
+    """Return the device on which layers compute if it has streams, otherwise None."""
     devices = (x.device for layer in layers for x in layer.parameters())
-    # parameters kept on the host (FSDP2's offload) do not show where their layers compute
+    # if parameters are kept on the host (FSDP2's offload), they do not show where their layers compute
     device = next((device for device in devices if has_streams(device)), None)
     if device is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

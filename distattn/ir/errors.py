@@ -40,7 +40,8 @@ class LostRankError(DistattnError):
 
 
 class DamagedStateError(DistattnError):
-    """A run's state that changed between two updates, without a checkpoint. Exit code 4: another attempt may succeed."""
+    """A run's state that changed between two updates, with no checkpoint to go back to. Exit code 4: another attempt may
+    succeed."""
 
     exit_code = 4
 

@@ -148,7 +148,7 @@ class Layout:
                 f"balanced needs chunks of at least 1 token (not {chunk}), a mask of {n} tokens (not {mask.n}) and a "
                 f"tolerance of at least 0 (not {tolerance})."
             )
-        # planning time grows with the number of pairs of chunks
+        # give each of many ranks fewer chunks, because planning time grows with the number of pairs of chunks
         each = 8 if ranks <= 256 else 4
         in_chunks = Layout._in_chunks_of_equal_work(
             lengths, ranks, mask, chunk or max(1, -(-n // (each * ranks))), tolerance
@@ -325,7 +325,7 @@ class Layout:
             raise DistattnError(f"rank {rank} is outside this layout of {self.ranks} ranks.")
 
 
-# layouts by their names in configurations
+# layouts, keyed by their names in configurations
 LAYOUTS = {
     "contiguous": Layout.contiguous,
     "zigzag": Layout.zigzag,

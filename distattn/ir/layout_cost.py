@@ -21,7 +21,7 @@ _CELLS_PER_RECEIVED_TOKEN, _CELLS_PER_OWN_TOKEN = 1_000, 10_000
 
 
 def rows_area(mask: Mask, cuts: Ints) -> np.ndarray:
-    """Return the allowed cells in rows [cuts_i, cuts_i+1), summed over heads if the mask differs by head."""
+    """Return the number of allowed cells in rows [cuts_i, cuts_i+1), summed over heads if the mask differs by head."""
     i, j = overlapping_pairs(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
     work = areas(clip(mask.pieces[i], cuts[j], cuts[j + 1], 0, mask.n)).astype(np.float64) * _heads(mask, i)
     return np.bincount(j, work, len(cuts) - 1)

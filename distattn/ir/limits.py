@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from distattn.ir.errors import SettingError
 
-# the maximum of numbers without a stated maximum
+# the default upper bound of numbers
 MOST = 1 << 40
 # names that other programs use for values of settings, and our names for the same values
 _MEANT = {
@@ -91,7 +91,7 @@ class Check:
 
 
 def limit_problems(settings: Any, table: str = "") -> Iterator[SettingProblem]:
-    """Yield a problem for each value of a dataclass outside the limits of its field; None is within all limits.
+    """Yield a problem for each field of a dataclass whose value is outside the field's limits; None is within all limits.
 
     table: a prefix for the names of fields, such as "train.".
     """
@@ -114,7 +114,7 @@ def nested_problems(record: Any, table: str = "") -> Iterator[SettingProblem]:
 
 
 def check_limits(settings: Any) -> None:
-    """Raise SettingError for the first value of a dataclass outside the limits of its field."""
+    """Raise SettingError for the first field of a dataclass whose value is outside the field's limits."""
     for problem in limit_problems(settings):
         raise SettingError(*problem)
 

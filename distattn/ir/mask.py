@@ -293,8 +293,8 @@ class Mask:
         first_begin, first_end = row_key_ranges(band, q0)
         last_begin, last_end = row_key_ranges(band, q1 - 1)
         begin, end = first_begin // bn, -(-last_end // bn)
-        # a key tile is full if the band has all rows of the query tile, and the keys lie between the last row's first key and the
-        # first row's end
+        # a key tile is full if the band covers all rows of the query tile, and the keys lie between the last row's first key and
+        # the first row's end
         whole = (q0 == tile * bm) & (q1 == np.minimum((tile + 1) * bm, self.n))
         full_begin = -(-last_begin // bn)
         full_end = np.where(first_end == self.n, -(-self.n // bn), first_end // bn)

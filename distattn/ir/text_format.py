@@ -49,5 +49,5 @@ def readable_bytes(number: int) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Format a number with its noun, given in the singular."""
+    """Format a number with a noun in the singular or plural. noun: its singular."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -145,8 +145,8 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Save outputs of attention and recurrences and recompute the rest: a policy for selective activation checkpointing.
 
-    Recomputation then neither communicates nor repeats calls of attention and recurrences: checkpoint(f, x, use_reentrant=False,
-    context_fn=partial(create_selective_checkpoint_contexts, save_attention))
+    Recomputation then neither communicates nor repeats calls of attention and recurrences:
+    checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
     """
     # match operators by name, because the modules that define some of them may not be imported
     if str(op) in _SAVED_BY_CHECKPOINTS:

@@ -191,8 +191,7 @@ def _check_taps(call: Call, taps: int) -> None:
 
 
 def _check_kernel(executable: Executable, grouped: bool) -> None:
-    """Raise DistattnError if an executable's kernel does not support the filters. grouped: whether they mix a group's
-    channels."""
+    """Raise DistattnError if an executable's kernel does not support the filters. grouped: True if they mix channels."""
     key = executable.key
     needed = kernel_requirements(executable.program.call, key.device, ["grouped"] if grouped else [])
     if why := load_kernel(key.kernel).unsupported_reason(needed):

@@ -53,7 +53,7 @@ def try_convolution(
     key_heads: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """Try kernels on calls with `heads` heads. Convolutions ignore `key_heads`."""
+    """Try kernels on convolutions with `heads` heads. `key_heads` is ignored."""
     return try_each(
         names,
         requirements,

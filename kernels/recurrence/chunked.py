@@ -34,8 +34,7 @@ _BLOCK, _BLOCK_ON_GPUS = 16, 64
 
 
 class Level(NamedTuple):
-    """Chunks [begin, end) of a block, each from a different segment. segments: those segments' indices; None for all, in
-    order."""
+    """Chunks [begin, end) of a block, each from a different segment. segments: their indices; None for all, in order."""
 
     begin: int
     end: int
