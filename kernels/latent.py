@@ -38,7 +38,7 @@ class LatentScore(NamedTuple):
         return LatentScore(self.score.for_heads(heads), self.up[heads], self.key_dim, dup)
 
     def part(self, rows: slice) -> LatentScore:
-        """Return the score with only some rows of each head's weights: `rows`, those for keys or those for values."""
+        """Return the score with only `rows` of each head's weights: the rows for keys, or the rows for values."""
         return self._replace(up=self.up[:, rows], dup=None if self.dup is None else self.dup[:, rows])
 
 
@@ -121,8 +121,8 @@ class LatentKernel:
 def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:
     """Return a function that counts the bytes that a launch on latents allocates besides its operands and results.
 
-    inner: the attention kernel's `workspace_bytes`. If None, the kernel's workspace is not counted, nor are its results
-    unless it accumulates.
+    inner: the attention kernel's `workspace_bytes`. If it is None, the count leaves out the kernel's workspace, and the kernel's
+    results unless it accumulates.
     """
     size, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     rotary, latent = op.rotary_dim, op.latent_dim

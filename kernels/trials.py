@@ -324,8 +324,7 @@ def median_seconds(
     device: torch.device,
     beside: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext,
 ) -> float:
-    """Return the median seconds of a few runs after a first run that compiles. beside: a context in which other work keeps
-    running."""
+    """Return the median seconds of a few runs after a first run that compiles. beside: a context in which other work runs."""
     times = []
     run()
     for _ in range(_RUNS):

@@ -32,7 +32,7 @@ _FOREVER = timedelta(days=30)
 
 
 class HostGroup:
-    """Host-side communication between ranks of a process group, in the order of `members`."""
+    """Host-side communication between the ranks of a process group, numbered by their order in `members`."""
 
     def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor, idles: bool = False):
         """Open the communicator.

@@ -149,7 +149,7 @@ class Communicators:
     def close(self, gracefully: bool) -> None:
         """Close the communicators, the host groups and the monitor; `StepExchange` closes the exchange.
 
-        gracefully: release the servers first; otherwise they notice that this rank is gone.
+        gracefully: True to release the servers first; otherwise they have to notice that this rank is gone.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self.monitor.close)

@@ -57,7 +57,7 @@ class ControlChannel:
         return ControlMessage(*self._host.receive(0, "a control message"))
 
     def close(self, gracefully: bool) -> None:
-        """Close the channel. gracefully: the first rank releases the servers first."""
+        """Close the channel. gracefully: True if the first rank is to release the servers first."""
         try:
             if gracefully and self._host.rank == 0:
                 self.send(ControlMessage(CLOSE))

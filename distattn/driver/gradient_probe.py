@@ -49,7 +49,7 @@ OTHER_COUNT = (
 class GradientProbeTarget(Protocol):
     """The trainer's side of the probe; `distattn.adapters` has a target for each trainer.
 
-    A target may also have the attribute `micro_batches_per_step`, if the trainer divides by it; every step must then have as
+    A target may also have the attribute `micro_batches_per_step`, if the trainer divides by it; every step must then have that
     many.
     """
 
@@ -151,8 +151,8 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
 class MakeBatch(Protocol):
     """A function that builds a local batch whose token ids are all at least `ranks`.
 
-    rows: the number of rows of the output layer's weight. If the embedding shares that weight, such ids keep its gradient out
-    of the rows that the probe reads.
+    rows: the number of rows of the output layer's weight. If the embedding shares that weight, these ids keep the embedding's
+    gradient out of the rows that the probe reads.
     """
 
     def __call__(self, ranks: int, rows: int, device: torch.device) -> Mapping[str, Any]: ...

@@ -218,7 +218,7 @@ class _Repetition(NamedTuple):
 
 
 class _Segment:
-    """One layer of one micro-batch: a separate graph from its hidden states, a leaf, to its output, cut at attention."""
+    """One layer of one micro-batch: a separate graph from its hidden states, a leaf, to its output, cut at attention calls."""
 
     def __init__(
         self,
@@ -371,7 +371,7 @@ class _Segment:
 
 
 class _JoinedSegments:
-    """One layer for all micro-batches. run: calls the layer for each of them and returns its outputs."""
+    """One layer for all micro-batches. run: calls the layer for each micro-batch, and returns its outputs."""
 
     def __init__(self, turns: Turns, segments: list[_Segment], run: Callable[[list[Call]], list[Any]]):
         self._turns, self._segments = turns, segments

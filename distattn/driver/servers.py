@@ -31,7 +31,7 @@ from distattn.ops.executable import with_device_index
 
 
 class ServerStats(NamedTuple):
-    """The number of forward and of backward passes that a server took part in."""
+    """The numbers of forward and backward passes that a server took part in."""
 
     forward: int
     backward: int

@@ -31,7 +31,7 @@ class StepsAhead:
     """A store of at most one step ahead per source. A source is an iterator, or a loader with a position."""
 
     def __init__(self) -> None:
-        # keys are ids: iterators may define equality, and a few do not support weak references
+        # use ids as keys, because iterators may define equality, and a few do not support weak references
         self._held: dict[int, tuple[Any, StepAhead]] = {}
 
     def hold(self, source: Any, step: StepAhead) -> None:
@@ -79,7 +79,7 @@ class StepLoop:
             raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
         self._loader, self._ahead = loader, ahead
         self._held: StepAhead | None = None
-        # an iterator and a loader with a position continue; other iterables start over
+        # a later loop continues an iterator or a loader with a position; other iterables start over
         self._goes_on = self._iterator is loader or isinstance(loader, GlobalLoader)
         self._left = ahead.take(loader) if self._goes_on else None
 

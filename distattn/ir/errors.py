@@ -40,8 +40,7 @@ class LostRankError(DistattnError):
 
 
 class DamagedStateError(DistattnError):
-    """A run's state that changed between two updates, with no checkpoint to go back to. Exit code 4: another attempt may
-    succeed."""
+    """Run state that changed between two updates, with no checkpoint to load. Exit code 4: another attempt may succeed."""
 
     exit_code = 4
 

@@ -89,7 +89,7 @@ def parse_record(kind: type[Record], content: Mapping[str, Any], place: Callable
 
 
 def raise_problems(problems: Iterable[SettingProblem], place: Callable[[Key], str]) -> None:
-    """Raise DistattnError with a line for each problem, which starts with its key's place. Do nothing without problems."""
+    """Raise DistattnError with a line for each problem, which starts with its key's place. Do nothing if there is no problem."""
     lines = [f"{place(key_of(problem.key))}: {problem}" for problem in problems]
     if lines:
         raise DistattnError("\n".join(lines))

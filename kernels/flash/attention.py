@@ -207,7 +207,7 @@ def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule)
     # 16-bit copies of the operands, padded to the wider head dim
     padded = 0 if shape.head_dim == shape.v_head_dim else 2 * widest * (rows + 2 * keys)
     calls = [_call_bytes(direction, call, widest) for call in schedule.calls]
-    # a call's results stay alive until the next call has returned its own
+    # a call's results stay alive until the next call has returned its results
     of_calls = 2 * max((results for results, _ in calls), default=0) + max((other for _, other in calls), default=0)
     if direction == "forward":
         return 4 * rows * shape.v_head_dim + padded + of_calls

@@ -20,7 +20,7 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_groups
 
-# the size of a window that is unlimited on this side
+# the window size that stands for no limit
 OPEN = -1
 # minimum rows per step of a staircase: masks are split at every step, and kernels are inefficient with few rows
 LEAST_STEP = 16

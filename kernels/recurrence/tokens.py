@@ -22,8 +22,8 @@ Segments = Sequence[tuple[int, int]]
 class RecurrenceTokens(NamedTuple):
     """The inputs of a recurrence.
 
-    q, k: (T, G, K), shared by consecutive heads. v: (T, H, V). g: log decays, at most 0: (T, H), or (T, H, K) with a decay per
-    key channel, (H,) if all tokens share a decay, or None if there is no decay. beta: the fraction of a key's stored value to
+    q, k: (T, G, K), shared by consecutive heads. v: (T, H, V). g: log decays, at most 0: (T, H), (T, H, K) with a decay per key
+    channel, (H,) if all tokens share a decay, or None if there is no decay. beta: the fraction of a key's stored value to
     replace, (T, H), or None if there is no delta rule.
     """
 
