@@ -22,8 +22,8 @@ CLOSE, ANNOUNCE_STEP, RELEASE_STEP, NEW_SHAPE, FORWARD, BACKWARD = (
 class ControlMessage(NamedTuple):
     """A message that announces the next action of all ranks.
 
-    kind: one of the constants above. number: the index of the step announced or released, or of the batch. shape, scale, softcap:
-    of the attention call.
+    kind: one of the constants above. number: the index of the step announced or released, or of the batch. shape, scale and
+    softcap: the attention call's.
     """
 
     kind: str
