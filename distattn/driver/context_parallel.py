@@ -416,7 +416,8 @@ class ContextParallel:
                 self._communicators.control.send(ControlMessage(RELEASE_STEP, number))
 
     def _batches_of_step(self, step: GatheredStep) -> list[LocalBatch]:
-        """Build a step's batches, as many as the most of any rank, each with the documents of all ranks that share attention."""
+        """Build a step's batches, as many as the rank with the most has, each with the documents of all ranks that share
+        attention."""
         count = max(len(info.documents) for info in step.infos)
         if not count:
             # the loaders have ended: no speeds are recorded for this step
