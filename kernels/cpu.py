@@ -21,10 +21,10 @@ from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_gro
 from distattn.kernels.merge import accumulation_dtype, merge_, output_with_delta
 from distattn.kernels.spec import KernelRequirements, ScoreMod
 
-# the operator accepts o instead of delta, so it cannot represent a row with dO = 0 and delta != 0
+# the operator takes o instead of delta, but in a row with dO = 0, no o gives delta = rowsum(dO * O) != 0
 DIFFERENTIABLE_LSE = False
 ACCUMULATES = False
-# rows per block with an explicit mask: few enough to waste little work on windows, enough to amortize the call
+# query rows per call with an explicit mask: few enough to waste little work on windows, enough to amortize the call
 _MASKED_ROWS = 256
 
 
@@ -87,12 +87,12 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SdpaSchedule:
         for q0, q1, k0, k1, causal, masked in _parts(bands):
             first_writes = rows.mark(heads, slice(q0, q1)), keys.mark(kv_heads, slice(k0, k1))
             calls.append(SdpaCall(heads, kv_heads, q0, q1, k0, k1, causal, masked, *first_writes))
-    # tensors that are not fully written must be cleared first
+    # record whether calls write all rows and keys, because other tensors must be cleared first
     return SdpaSchedule(calls, rows.unwritten == 0, keys.unwritten == 0)
 
 
 def _by_heads(band_heads: Ints, bands: Ints) -> Iterator[tuple[tuple[int, int], Ints]]:
-    """Yield each head range with its bands."""
+    """Yield each range of heads that has bands, with these bands."""
     for h0, h1 in sorted(set(map(tuple, band_heads.tolist()))):
         yield (h0, h1), bands[(band_heads == (h0, h1)).all(1)]
 
@@ -104,7 +104,7 @@ def forward(
     wide = accumulation_dtype(q_THD.dtype)
     o_THD = _blank(q_THD.shape, wide, 0.0, schedule.all_rows)
     lse_TH = _blank(q_THD.shape[:2], wide, -torch.inf, schedule.all_rows)
-    # the operator returns its inputs' dtype, but partial results must not be rounded before they are summed
+    # the operator's results have its inputs' dtype, but partial results must not be rounded before they are summed
     q, k, v = (_heads_first(x.to(wide)) for x in (q_THD, k_SKD, v_SKD))
     for call in schedule.calls:
         part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -167,7 +167,7 @@ def backward(
             (dk[keys[::-1]], dk_part, call.first_keys),
             (dv[keys[::-1]], dv_part, call.first_keys),
         ):
-            # the first write need not read the old contents
+            # overwrite in a first write, which saves reading the old contents
             total.copy_(part) if first_write else total.add_(part)
     return dq, dk, dv
 
@@ -182,7 +182,7 @@ def _parts(bands: Ints) -> Iterator[tuple[int, int, int, int, bool, Ints | None]
     whole = areas(bands) == (q1 - q0) * (k1 - k0)
     begin, _ = row_key_ranges(bands, q1 - 1)
     _, end = row_key_ranges(bands, q0)
-    # each row attends to one key more than the row above and drops none: a full block, then a triangle from its corner
+    # if each row attends to the keys of the row above and one more, use a full block, and a triangle to the right of it
     triangle = (bands[:, [BQ, BK]] == 1).all(1) & (begin == k0)
     kinds = np.stack([q0, q1, k0, k1, whole, triangle, end - 1], 1).tolist()
     for band, (first, last, low, high, full, causal, corner) in zip(bands, kinds, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# device types that use the streams and events of torch.cuda
+# types of devices that use the streams and events of torch.cuda
 _KINDS = {"cuda"}
 
 
@@ -22,7 +22,7 @@ def has_streams(device: torch.device) -> bool:
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context manager that makes a device current in this thread. For the CPU, it does nothing.
+    """Return a context manager that makes a device current in this thread; for the CPU, it does nothing.
 
     Triton, streams and events use the current device, which may differ from the tensors' device: a new thread starts
     with device 0.

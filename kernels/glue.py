@@ -34,7 +34,7 @@ class RowSelection(NamedTuple):
 
     @property
     def key(self) -> Any:
-        """The index that selects these rows of a tensor."""
+        """The slice, or tensor of indices, that selects these rows."""
         return slice(self.start, self.start + self.size) if self.listed is None else self.listed
 
 
@@ -144,7 +144,7 @@ def _merge_rows(o, lse, start, index, other_o, other_lse, other_start, other_ind
     at, other = _key(start, index, count), _key(other_start, other_index, count)
     held = o[at], lse[at]
     merge_(*held, other_o[other], other_lse[other])
-    # indexing with a slice returned views; indexing with a list returned copies, which must be written back
+    # a slice selected views, but a list of rows selected copies, which must be written back
     if index is not None:
         o[at], lse[at] = held
     return None

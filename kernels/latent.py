@@ -21,7 +21,7 @@ from distattn.kernels.spec import LaunchShape, ScoreMod, Workspace
 
 
 class LatentScore(NamedTuple):
-    """The attention score, and the weights that expand latents into keys and values.
+    """An attention score, and the weights that expand latents into keys and values.
 
     up: (H, N + E, L), with each head's rows for keys followed by those for values. key_dim: N. dup: the tensor that
     gradients of `up` are added to, in the accumulation dtype; None in a forward pass.
@@ -38,12 +38,12 @@ class LatentScore(NamedTuple):
         return LatentScore(self.score.for_heads(heads), self.up[heads], self.key_dim, dup)
 
     def part(self, rows: slice) -> LatentScore:
-        """Return the score with only the given rows of each head's weights: those for keys or those for values."""
+        """Return the score with only `rows` of each head's weights: the rows for keys, or the rows for values."""
         return self._replace(up=self.up[:, rows], dup=None if self.dup is None else self.dup[:, rows])
 
 
 class LatentKernel:
-    """An attention kernel applied to latents. It supports `into`, `merge` and `add` if the attention kernel does."""
+    """An attention kernel applied to latents. It supports `into`, `merge` and `add` if the attention kernel supports them."""
 
     DIFFERENTIABLE_LSE = False
 
@@ -121,8 +121,8 @@ class LatentKernel:
 def latent_workspace(op: Op, dtype: torch.dtype, inner: Workspace | None) -> Workspace:
     """Return a function that counts the bytes that a launch on latents allocates besides its operands and results.
 
-    inner: the attention kernel's `workspace_bytes`. If None, the kernel's workspace is not counted, nor are its results
-    unless it accumulates.
+    inner: the attention kernel's `workspace_bytes`. If it is None, the count leaves out the kernel's workspace, and the kernel's
+    results unless it accumulates.
     """
     size, wide = dtype.itemsize, accumulation_dtype(dtype).itemsize
     rotary, latent = op.rotary_dim, op.latent_dim
@@ -156,7 +156,7 @@ def expand_latents(rope_SR: Tensor, latent_SL: Tensor, up_HEL: Tensor, key_dim: 
 
 
 def _contract(dmade_SHW: Tensor, latent_SL: Tensor, score: LatentScore, dlatent_SL: Tensor) -> None:
-    """Add the contribution of dmade, the gradient of keys or values, to the gradients of latents and weights."""
+    """Add to the gradients of latents and weights what follows from dmade, the gradient of the keys or values made from them."""
     dmade = dmade_SHW.flatten(1)
     dlatent_SL.addmm_(dmade, score.up.to(dmade.dtype).flatten(0, 1))
     if score.dup is not None:

@@ -11,12 +11,12 @@ import numpy as np
 from distattn.ir.intervals import Ints
 from distattn.ir.mask import Mask
 
-# maximum number of cuts through partly written rows
+# maximum number of cuts between written and unwritten rows of one range
 _MOST_CUTS = 4
 
 
 class LaunchMask(NamedTuple):
-    """The cells that all tasks of one step compute in one kernel call.
+    """The cells that one kernel call computes, for all tasks of one step.
 
     Query head h of the call uses KV head (first_head + h) // group_size. Operands outside a head's bands are zeros or
     belong to other tokens, so they are finite but meaningless.
@@ -32,18 +32,17 @@ class LaunchMask(NamedTuple):
     keys: int
     heads: int
     kv_heads: int
-    # query heads per KV head, and the position of the call's first query head in its group
+    # query heads per KV head, and the position of the call's first query head among those of its KV head
     group_size: int
     first_head: int = 0
     # True if messages of the same step are in flight during the call: communication kernels then occupy some multiprocessors
     overlaps_messages: bool = False
-    # True if the job has several ranks: messages that the plan does not know of may be in flight, from FSDP or other
-    # micro-batches
+    # True if the job has several ranks, so that messages unknown to the plan may be in flight, from FSDP or other micro-batches
     in_larger_job: bool = False
 
     @staticmethod
     def from_mask(mask: Mask, heads: int, kv_heads: int) -> LaunchMask:
-        """Return the launch mask that computes the entire mask in one call on one device."""
+        """Return a launch mask for computing the entire mask in one call on one device."""
         pieces, n = mask.pieces, mask.n
         all_heads = np.tile(np.array([0, heads]), (len(pieces), 1))
         band_heads = all_heads if mask.piece_heads is None else mask.piece_heads
@@ -68,11 +67,11 @@ class WrittenRows:
     """A record of which rows and heads of a tensor have been written, so that first writes can overwrite instead of adding."""
 
     def __init__(self, rows: int, head_bounds: Iterable[int]):
-        """Start with nothing written. head_bounds: both ends of every head range that will be written."""
+        """Record that no row has been written. head_bounds: both ends of every range of heads that will be written."""
         cuts = sorted(set(head_bounds))
         self.index = {head: i for i, head in enumerate(cuts)}
         self.written = np.zeros((len(cuts) - 1, rows), bool)
-        # the number of (row, head) pairs not covered by first writes; if it is 0, the tensor need not be cleared beforehand
+        # the number of (row, head) pairs that no first write covers; if it is 0, the tensor need not be cleared beforehand
         self.unwritten = rows * (cuts[-1] - cuts[0])
 
     def segments(self, heads: slice, rows: slice) -> list[slice]:
@@ -83,7 +82,7 @@ class WrittenRows:
         return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
     def mark(self, heads: slice, rows: slice | Ints) -> bool:
-        """Record a write. Return True if none of these rows and heads had been written before."""
+        """Record a write. Return True if it overlaps no earlier write."""
         place = slice(self.index[heads.start], self.index[heads.stop]), rows
         before = self.written[place]
         is_first = not before.any()

@@ -34,6 +34,6 @@ def output_with_delta(do_THE: Tensor, delta_TH: Tensor) -> Tensor:
     largest_TH1 = do_THE.abs().amax(-1, keepdim=True).to(delta_TH.dtype)
     largest_TH1 = largest_TH1.masked_fill(largest_TH1 == 0, 1.0)
     direction_THE = do_THE.to(delta_TH.dtype) / largest_TH1
-    # clamp, so that rows of zeros stay zero instead of becoming NaN
+    # clamp, so that rows of zeros remain zeros instead of becoming NaN
     squares_TH1 = direction_THE.square().sum(-1, keepdim=True).clamp(min=1.0)
     return (direction_THE * (delta_TH[..., None] / largest_TH1 / squares_TH1)).to(do_THE.dtype)

@@ -14,7 +14,7 @@ META = torch.device("meta")
 
 
 class MetaBytes(TorchDispatchMode):
-    """A counter of the bytes of meta tensors created in this context: `alive` bytes now, and their `peak`.
+    """A counter of the bytes of meta tensors created in this context: the bytes `alive` now, and their `peak`.
 
     Memory that operators allocate internally, such as a BLAS library's workspace, is not counted.
     """
@@ -27,7 +27,7 @@ class MetaBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _meta_tensors((args, kwargs)):
-            # note the arguments' storages first, so that results that are views of them are not counted
+            # note the arguments' storages first, so that results that are views of arguments are not counted
             self._note(tensor.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
         for tensor in _meta_tensors(result):

@@ -21,7 +21,7 @@ ACCUMULATES = False
 
 
 class DenseMask(NamedTuple):
-    """The allowed scores, (H, T, S), and the distance between each query and key on the axis, (T, S)."""
+    """The allowed cells, (H, T, S) or (1, T, S) for all heads, and the distance of each query and key on the axis, (T, S)."""
 
     allowed_HTS: Tensor
     distance_TS: Tensor
@@ -47,7 +47,7 @@ def prepare(mask: LaunchMask, requirements: KernelRequirements) -> DenseMask:
         allowed_ETS[cuts.index(h0) : cuts.index(h1), q0:q1] |= inside
         distance_TS[q0:q1, k0:k1] = (key[k0:k1] - row[q0:q1] + offset).abs()
     sizes = torch.tensor([b - a for a, b in pairwise(cuts)])
-    # the mask of a single head range broadcasts over all heads
+    # if there is only one range of heads, its mask broadcasts over all heads
     allowed_HTS = allowed_ETS if len(sizes) == 1 else allowed_ETS.repeat_interleave(sizes, 0)
     return DenseMask(allowed_HTS, distance_TS, (torch.arange(mask.heads) + mask.first_head) // mask.group_size)
 

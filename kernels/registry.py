@@ -35,18 +35,18 @@ OTHER_KERNELS: dict[str, dict[str, str]] = {
     "prefix_max": {"cummax": "distattn.kernels.recurrence.cummax"},
     "convolution": {"taps": "distattn.kernels.convolution.taps", "fla_conv1d": "distattn.kernels.convolution.fla"},
 }
-# kernels that need one of our extras, and the name of that extra
+# the names of the extras that kernels need, keyed by kernel
 _EXTRAS = {"fla": "fla", "fla_conv1d": "fla"}
 # the name that stands for the fastest kernel that trials find correct (see `trials`)
 AUTO = "auto"
-# the kernels that replace others under torch.use_deterministic_algorithms
+# the kernels that run on CPUs: with any of them, a run needs no GPU
 CPU_KERNELS = ("reference", "cpu")
-# deterministic replacements under torch.use_deterministic_algorithms
+# kernels and their deterministic replacements under torch.use_deterministic_algorithms
 _DETERMINISTIC = {"gluon": "gluon_split"}
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}
 # the kernels that "auto" tries, by device type, in order of preference
 CANDIDATES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("gluon", "flash", "triton")}
-# the same for other kinds of ops; the last kernel serves every call on every device
+# the kernels that "auto" tries for other kinds of ops; the last kernel serves every call on every device
 _OTHER_CANDIDATES: dict[str, dict[str, tuple[str, ...]]] = {
     "recurrence": {"cuda": ("fla", "triton_chunked", "chunked")},
     "convolution": {"cuda": ("fla_conv1d", "taps")},
@@ -102,7 +102,7 @@ class Kernel(Protocol):
 
 
 def load_kernel(name: str) -> Kernel:
-    """Import and return a kernel module. Raise DistattnError if there is no such kernel, or a package it needs is missing."""
+    """Import and return a kernel module. Raise DistattnError for an unknown kernel, or if a package that it needs is missing."""
     modules = dict(KERNELS)
     for some in OTHER_KERNELS.values():
         modules |= some
@@ -119,7 +119,7 @@ def kernel_preparer(name: str, requirements: KernelRequirements) -> Callable[[An
     """Return a function that turns a launch mask, or the segments of a recurrence, into the kernel's schedule."""
     kernel = load_kernel(name)
     if requirements.op.kind == "latent_attention":
-        # the kernel runs on expanded keys and values, one per query head
+        # describe the kernel's call, in which every query head has its own expanded keys and values
         return lambda mask: kernel.prepare(mask._replace(kv_heads=mask.heads, group_size=1, first_head=0), requirements)
     return lambda mask: kernel.prepare(mask, requirements)
 
@@ -155,7 +155,7 @@ def choose_kernel(name: str | None, requirements: KernelRequirements) -> str:
             )
         name = _DEFAULTS[requirements.device.type]
         if op.kind == "latent_attention" and load_kernel(name or "").unsupported_reason(requirements):
-            # expanded keys are wider than values, which some kernels do not support
+            # expanded keys are wider than values, which the default kernel may not support
             name = "reference"
     import torch
 

@@ -32,8 +32,8 @@ class ScoreMod(NamedTuple):
 class KernelRequirements(NamedTuple):
     """What a call requires of a kernel: the dtype, head dims, device and score modifiers to support.
 
-    lse: gradients flow through the log-sum-exp. least_step: the number of rows in the smallest step of staircase masks,
-    or 0 if there are no such masks. op: the op to compute. grouped: a convolution's filters mix the channels of a head.
+    lse: gradients flow through the log-sum-exp. least_step: the number of rows in the smallest step of staircase masks, or 0 if
+    no mask is a staircase. op: the op to compute. grouped: a convolution's filters mix the channels of a head.
     """
 
     dtype: torch.dtype
@@ -48,16 +48,16 @@ class KernelRequirements(NamedTuple):
     grouped: bool = False
 
 
-# the launches of a pass that `FinalRows` can number
+# maximum number of launches of a pass that `FinalRows` can number
 MOST_TURNS = 1 << 15
 
 
 class FinalRows(NamedTuple):
     """The tensor for finished rows of a result that several launches sum up, and the turn of each row.
 
-    A launch writes the rows that it is the last to add to here, in this tensor's dtype, and all other rows to the sums, which
-    have the same strides. It reads sums only in rows that an earlier launch has written. turns_T: int32, for each row the numbers
-    of the first and the last launch that write it, first * MOST_TURNS + last. number: the number of this launch.
+    The last launch that adds to a row writes it here, in this tensor's dtype. All other launches write the row to the sums, which
+    have the same strides. A launch reads sums only in rows that an earlier launch has written. turns_T: int32, for each row the
+    numbers of the first and the last launch that write it, first * MOST_TURNS + last. number: the number of this launch.
     """
 
     target_THD: Tensor

@@ -15,13 +15,13 @@ from distattn.ir.intervals import Ints, expand_ranges
 from distattn.kernels.launch_mask import LaunchMask
 from distattn.kernels.tile_runs import TileRuns
 
-# a tile is split if its work exceeds _LONG times the mean work of a multiprocessor, into parts of about _SHARE times
-# the mean but of at least _LEAST query tiles, enough to justify a program's fixed costs (benchmarks/LOG.md)
+# a tile is split if its work exceeds _LONG times the mean work of a multiprocessor, into parts of about _SHARE times that mean,
+# but at least _LEAST query tiles, enough to justify a program's fixed costs (benchmarks/LOG.md)
 _LONG, _SHARE, _LEAST = 0.75, 0.25, 8
 
 
 class SplitTiles(NamedTuple):
-    """The runs of each part. Parts replace the tiles of `TileRuns`, and most tiles have one part.
+    """The runs of each part. Parts replace the tiles of `TileRuns`; most tiles have only one part.
 
     part: (parts, 2), each part's tile and its slot in the scratch tensor, or -1 if it writes the result itself. sums:
     (split tiles, 3), each split tile, its first slot and its number of slots. slots: the number of slots in the scratch
@@ -53,7 +53,7 @@ def split_long_tiles(runs: TileRuns, mask: LaunchMask, step: int, processors: in
     slot = np.full(parts, -1)
     slot[np.isin(tile, split)] = np.arange(slots)
     sums = np.stack([split, slot[first_part[split]], count[split]], 1)
-    # divide a tile's row blocks equally among its parts, within each head group
+    # divide the row blocks of a tile and head group equally among the tile's parts
     group, tile_of = np.divmod(place, tiles)
     before = np.cumsum(size) - size
     begin = before - before[runs.first[place]]

@@ -24,7 +24,7 @@ from distattn.kernels.launch_mask import LaunchMask
 RUN = ("begin", "full", "rest", "end", "band", "rows")
 # columns of a band: row r in [q0, q1) allows keys from max(k0, low + s) up to min(k1, high + s), s = bk * ((r - oq) // bq)
 BAND = ("q0", "q1", "k0", "k1", "low", "high", "bq", "bk", "oq", "shift")
-# runs start at multiples of this, so that loads of rows and keys are aligned
+# runs start at multiples of this number, so that loads of rows and keys are aligned
 RUN_ALIGNMENT = 16
 _LIMIT = 1 << 30
 
@@ -53,7 +53,7 @@ class TileRuns(NamedTuple):
         return len(self.order)
 
     def work(self, step: int) -> Ints:
-        """Return the number of steps of `step` keys that a program takes for each tile and one head, (head groups, tiles)."""
+        """Return the number of steps of `step` keys that a tile takes for one head of each group, (head groups, tiles)."""
         run = self.run.astype(np.int64)
         places = len(self.first) - 1
         size = -(-(run[:, 3] - run[:, 0]) // step)
@@ -79,7 +79,7 @@ def _runs_of(bands: Ints, mask: LaunchMask, rows: int, block_rows: int, block_ke
     tight, shift, heads = tight[kept], mask.distance_shift[kept], mask.band_heads[kept]
     cuts = sorted_unique(np.concatenate([[0, mask.heads], heads.ravel()]))
     tiles = -(-rows // block_rows)
-    # one entry for each combination of a band, a head group and a query tile that overlap
+    # list one entry for each combination of a band, a head group and a query tile that overlap
     band, group = expand_ranges(np.searchsorted(cuts, heads[:, 0]), np.searchsorted(cuts, heads[:, 1]))
     i, tile = expand_ranges(tight[band, Q0] // block_rows, (tight[band, Q1] - 1) // block_rows + 1)
     band, group = band[i], group[i]

@@ -31,7 +31,7 @@ def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
     """Return a readable line with everything that a trial of attention depends on."""
     largest = max((mask.rows for mask in masks), default=0)
     first = max(masks, key=lambda mask: mask.heads, default=None)
-    # assume that numbers of rows within a factor of two give the same ranking of kernels
+    # assume that the ranking of kernels is the same for numbers of rows within a factor of two
     rows = 1 << max(largest - 1, 0).bit_length()
     heads = f"{first.heads}:{first.kv_heads}" if first else "no heads"
     shape = f"{str(requirements.dtype)[6:]} {heads} {requirements.head_dim}/{requirements.v_head_dim}"
@@ -45,8 +45,8 @@ def trial_key(masks: list[LaunchMask], requirements: KernelRequirements) -> str:
 
 
 def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int) -> str:
-    """Return the key for a recurrence or convolution. It contains the versions of the packages with the kernels, but nothing
-    about a plan."""
+    """Return the key for a recurrence or convolution. It contains the versions of the packages that kernels come from, but
+    nothing about the plan."""
     packages = ", ".join(f"{name} {_version(name)}" for name in ("fla-core", "tilelang"))
     shape = f"{str(requirements.dtype)[6:]} {heads}:{key_heads} {requirements.head_dim}/{requirements.v_head_dim}"
     groups = " groups" * requirements.grouped
@@ -55,7 +55,7 @@ def trial_key_of_op(requirements: KernelRequirements, heads: int, key_heads: int
 
 
 def read_trials(key: str, names: tuple[str, ...]) -> dict[str, Trial] | None:
-    """Return the cached trials of these kernels, or None if any of them has not been tried."""
+    """Return the cached trials of the kernels `names`; None if any of these kernels has no trial."""
     stored = _read().get(key, {})
     # ignore a file written by a different version or edited by hand
     with suppress(TypeError, KeyError):
@@ -70,7 +70,7 @@ def write_trials(key: str, trials: dict[str, Trial]) -> None:
     path = cache_file()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # other ranks on this machine write as well: take the lock, and replace the file atomically
+        # other ranks on this machine write the file, too: take the lock, and replace the file atomically
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             everything = _read()
@@ -99,7 +99,7 @@ def _read() -> dict[str, Any]:
 
 @cache
 def _sources() -> str:
-    """Return a short hash of the kernels' sources, so that changing them invalidates trials."""
+    """Return a short hash of the kernels' sources, so that changes to them invalidate trials."""
     folder = Path(__file__).parent
     texts = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     return hashlib.sha1(texts).hexdigest()[:8]

@@ -32,9 +32,9 @@ from distattn.kernels.registry import Kernel, load_kernel
 from distattn.kernels.spec import FinalRows, KernelRequirements, ScoreMod
 from distattn.kernels.triton.launch import schedule_to_device
 
-# the largest accepted relative difference: several times what the rounding of inputs and weights explains
+# the largest accepted relative difference: several times what rounding of inputs and weights can cause
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-4, torch.float64: 1e-9}
-# maximum numbers of rows, keys and heads in the samples for the comparison, and in those for timing
+# maximum numbers of rows, keys and heads in the samples for the comparison, and in the samples for timing
 _COMPARED, _TIMED = (384, 512, 8), (16384, 16384, 1 << 30)
 _RUNS = 3
 _SEED = 1234
@@ -48,9 +48,9 @@ class Trial(NamedTuple):
     """The result of a kernel's trial: its largest relative difference from the reference, and its seconds forward and
     backward.
 
-    fault: the reason not to use the kernel, or "" if it is correct. passing: True if the fault may be gone next time.
-    lacked: if the trial ran out of memory, the bytes of device memory that were free before it. attempts: the number of
-    attempts that ran out of memory.
+    fault: the reason not to use the kernel, or "" if it is correct. passing: True if the fault may be gone the next time. lacked:
+    if the trial ran out of memory, the bytes of device memory that were free before it. attempts: the number of attempts that ran
+    out of memory.
     """
 
     difference: float = 0.0
@@ -79,7 +79,7 @@ def try_each(
     seconds: Callable[[Any], float],
     report: Callable[[str], None],
 ) -> dict[str, Trial]:
-    """Try kernels one after another and return their trials, keyed by name. differences, seconds: see `run_trial`."""
+    """Try kernels one after another; return their trials, keyed by name. differences, seconds: see `run_trial`."""
     trials = {}
     for name in names:
         report(f"trying kernel {name} ...")
@@ -96,8 +96,8 @@ def try_kernels(
 ) -> dict[str, Trial]:
     """Try kernels on the launches of a rank's plan. Return {} if there are no launches.
 
-    There are two kinds of launches, with and without messages in flight. The sample comes from the largest launch of
-    the kind with more cells.
+    Launches are of two kinds, with or without messages in flight. The sample comes from the largest launch of the kind that has
+    more cells in total.
     """
     if not masks:
         return {}
@@ -136,14 +136,14 @@ def sample_launch(mask: LaunchMask, rows: int, keys: int, heads: int, at: float)
     row = int(band[Q0]) + round(at * (int(band[Q1] - band[Q0]) - 1))
     _, end = (int(x[0]) for x in row_key_ranges(band[None], np.array([row])))
     first_row = min(max(row - rows // 2, 0), max(mask.rows - rows, 0))
-    # the last keys that this row attends to, and some of the keys after them
+    # take the last keys that this row attends to, and some of the keys after them
     first_key = min(max(end - keys * 7 // 8, 0), max(mask.keys - keys, 0))
     some = slice(first_row, min(first_row + rows, mask.rows)), slice(first_key, min(first_key + keys, mask.keys))
     return crop_launch(mask, *some, count)
 
 
 def crop_launch(mask: LaunchMask, rows: slice, keys: slice, heads: int) -> LaunchMask:
-    """Return a separate launch with these rows and keys of a launch's first `heads` heads."""
+    """Return a launch of only the rows `rows`, the keys `keys` and the first `heads` heads of a launch."""
     bands = clip(mask.bands, rows.start, rows.stop, keys.start, keys.stop)
     band_heads = np.minimum(mask.band_heads, heads)
     kept = (bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1]) & (band_heads[:, 0] < band_heads[:, 1])
@@ -165,8 +165,8 @@ def run_trial(
 ) -> Trial:
     """Try one kernel. Raise DistattnError if the trial has made the device unusable.
 
-    differences: a function that returns the relative differences between a loaded kernel's results and correct results.
-    seconds: a function that returns the seconds of its forward and backward pass.
+    differences: a function that returns the relative differences between a loaded kernel's results and correct results. seconds:
+    a function that returns the seconds of the kernel's forward and backward pass.
     """
     free = free_bytes(requirements.device)
     try:
@@ -178,10 +178,10 @@ def run_trial(
             return Trial(difference, fault=f"wrong: {difference:.1e} from the reference")
         return Trial(difference, seconds(kernel))
     except DistattnError as error:
-        # the missing package may be installed by the next time
+        # a missing package may be installed before the next trial
         return Trial(fault=str(error), passing=True)
     except torch.OutOfMemoryError:
-        # next time there may be enough memory for the sample and the kernel's workspace
+        # the next trial may have enough memory for the sample and the kernel's workspace
         fault = f'its trial ran out of device memory; kernel="{name}" uses it without a trial'
         return Trial(fault=fault, passing=True, lacked=free, attempts=1)
     except Exception as error:
@@ -236,7 +236,7 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
     delta = (do * o).sum(-1)
     expected = (o, lse, *reference.backward(do, q, k, v, lse, delta, exact, inputs.score))
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
-    # give the backward pass the exact lse and delta, so that errors of the forward pass are not counted twice
+    # give the backward pass the exact lse and delta, so that the forward pass's errors are not counted twice
     wide = accumulation_dtype(requirements.dtype)
     backward = (inputs.do, *inputs[:3], lse.to(wide), delta.to(wide), schedule, inputs.score)
 
@@ -254,12 +254,12 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
         return _far(places, (o, lse + math.log(2), *(2 * x for x in expected[2:])) if add else expected)
 
     def run_finished(directions: Sequence[str]) -> float:
-        """Run two launches that sum up results, the second of which returns all rows in the inputs' dtype."""
+        """Run two launches that sum up results, where the second writes all rows in the inputs' dtype."""
         places = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in expected]
         finished = [torch.zeros_like(x, dtype=requirements.dtype) for x in places]
         turns = torch.ones(len(lse), dtype=torch.int32, device=lse.device)
         places[1].fill_(-torch.inf)
-        # no launch reads sums that none has written
+        # fill sums with NaN, because no launch may read sums that no launch has written
         places[0].fill_(torch.nan), places[2].fill_(torch.nan)
         for number in range(2):
             of_o, of_dq = (
@@ -285,7 +285,7 @@ def _difference(kernel: Kernel, mask: LaunchMask, requirements: KernelRequiremen
 def _far(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference of any row, relative to the larger of its norm and the rms norm of its tensor's rows.
 
-    got, expected: (o, lse, dq, dk, dv). Return infinity if they differ in which rows have no keys.
+    got, expected: (o, lse, dq, dk, dv). Return infinity if `got` and `expected` differ in which rows have no keys.
     """
     empty = expected[1] == -torch.inf
     if not torch.equal(empty, got[1] == -torch.inf):
@@ -324,8 +324,7 @@ def median_seconds(
     device: torch.device,
     beside: Callable[[torch.device], AbstractContextManager[Any]] = nullcontext,
 ) -> float:
-    """Return the median seconds of a few runs after a first run that compiles. beside: a context that adds other work
-    to each run."""
+    """Return the median seconds of a few runs after a first run that compiles. beside: a context in which other work runs."""
     times = []
     run()
     for _ in range(_RUNS):
@@ -333,7 +332,7 @@ def median_seconds(
         with beside(device):
             began = time.perf_counter()
             run()
-            # wait only for this stream: the other work keeps the device busy
+            # wait only for this stream, because the other work keeps the device busy
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
             times.append(time.perf_counter() - began)
@@ -342,7 +341,7 @@ def median_seconds(
 
 @contextmanager
 def multiprocessors_held(device: torch.device) -> Iterator[None]:
-    """Hold some multiprocessors of a GPU while in the block, as communication does. Warn once if that fails."""
+    """Hold some multiprocessors of a GPU while the context is open, as communication would. Warn once if that fails."""
     spinner = None
     if device.type == "cuda":
         try:
@@ -361,7 +360,7 @@ def multiprocessors_held(device: torch.device) -> Iterator[None]:
 
 @cache
 def _warn_of_spinner(reason: str) -> None:
-    """Warn, once per reason, that kernels are timed without a kernel that holds multiprocessors."""
+    """Warn, once per reason, that kernels are timed without holding multiprocessors."""
     _LOG.warning(
         "kernels are timed as if no messages were in flight: the kernel that imitates messages failed (%s)", reason
     )
@@ -382,8 +381,8 @@ def _wait(device: torch.device) -> None:
 def rank_kernels(trials_by_rank: Sequence[dict[str, Trial]], names: Sequence[str]) -> list[str]:
     """Return the kernels that were correct on every rank that ran trials, sorted by the time of the slowest rank.
 
-    The result is the same on all ranks. names: the kernels to rank. Return [] if no rank ran a trial. Raise
-    DistattnError if no kernel is correct.
+    The result is the same on all ranks. names: the kernels to rank. Return [] if no rank has run a trial. Raise DistattnError if
+    no kernel is correct.
     """
     nonempty = [trials for trials in trials_by_rank if trials]
     if not nonempty:

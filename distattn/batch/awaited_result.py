@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 class AwaitedResult(Future[Result]):
-    """A future whose computing thread may wait for other ranks. Waiting threads report this in their heartbeat."""
+    """A future computed on a thread that may wait for other ranks; threads waiting for it report this in their heartbeat."""
 
     def __init__(self, thread: int):
         """Create the future without a result. thread: the identifier of the thread that computes the result."""
@@ -20,6 +20,6 @@ class AwaitedResult(Future[Result]):
         self._thread = thread
 
     def result(self, timeout: float | None = None) -> Result:
-        """Return the result. Until then the heartbeat shows what the computing thread waits for."""
+        """Return the result. Until it is ready, the heartbeat shows what the computing thread is waiting for."""
         with contextlib.nullcontext() if self.done() else awaiting_thread(self._thread):
             return super().result(timeout)

@@ -24,7 +24,7 @@ from distattn.parallel.runtime.communication.communicator import all_gather_obje
 from distattn.parallel.runtime.communication.sealed_values import seal, unseal
 from distattn.supervision.heartbeats import thread_activity
 
-# control messages are padded to this size, because gloo's receiver must know it in advance
+# control messages are padded to this size, because gloo's receiver must know the size in advance
 _MESSAGE_BYTES = 2048
 # with this many unfinished messages to one rank, the sender waits for the oldest
 _MAX_IN_FLIGHT = 64
@@ -32,13 +32,13 @@ _FOREVER = timedelta(days=30)
 
 
 class HostGroup:
-    """Host-side communication between ranks of a process group, in the order of `members`."""
+    """Host-side communication between the ranks of a process group, numbered by their order in `members`."""
 
     def __init__(self, name: str, members: Sequence[int], monitor: HealthMonitor, idles: bool = False):
         """Open the communicator.
 
-        members: ranks of the default group. name: equal on all of them, and different from other groups' names. idles: messages
-        may be rare; a long wait is not an error while the sender is alive.
+        members: ranks of the default group. name: equal on all members, and different from other groups' names. idles: True if
+        messages may be rare, so that a long wait is no error while the sender is alive.
         """
         self.members, self._monitor = list(members), monitor
         self.rank, self.ranks = self.members.index(monitor.rank), len(self.members)
@@ -56,14 +56,14 @@ class HostGroup:
             return list(self._guarded(lambda: all_gather_objects_over_gloo(self._gloo, value), activity))
 
     def send(self, message: Any, destination: int) -> None:
-        """Send a small picklable message. Return immediately unless many messages to that rank are unfinished."""
+        """Send a small picklable message. Return immediately unless many earlier messages to that rank are unfinished."""
         data = seal(message)
         if len(data) > _MESSAGE_BYTES - 4:
             raise ValueError(f"a control message of {len(data)} bytes; at most {_MESSAGE_BYTES - 4} fit.")
         padded = len(data).to_bytes(4, "little") + data.ljust(_MESSAGE_BYTES - 4, b"\0")
         tensor = torch.frombuffer(bytearray(padded), dtype=torch.uint8)
         pending = self._in_flight.setdefault(destination, deque())
-        # sends finish in order, and gloo reports this only to a waiting caller, so wait for the oldest
+        # sends finish in order, and gloo reports a finished send only to a caller that waits for it, so wait for the oldest
         while len(pending) >= _MAX_IN_FLIGHT:
             self._wait_oldest(pending)
         pending.append((self._guarded(lambda: self._gloo.send([tensor], destination, 0), "sending"), tensor))
@@ -75,7 +75,7 @@ class HostGroup:
         """
         if self._received is None:
             self._received = queue.SimpleQueue()
-            # receive on a thread, because the sender cannot be checked during gloo's own wait
+            # receive on a separate thread, because this thread could not check the sender during gloo's own wait
             arguments = self._gloo, source, self._received
             threading.Thread(target=_receive_all, args=arguments, daemon=True, name="distattn-control").start()
         silent_since = time.monotonic()

@@ -116,7 +116,7 @@ class HealthMonitor:
 
     @property
     def verdict(self) -> Verdict | None:
-        """The reason why the ranks have given up, or None."""
+        """The reason why the ranks have given up; None if they have not."""
         return self._verdict
 
     def raise_verdict(self) -> None:
@@ -125,7 +125,7 @@ class HealthMonitor:
             raise self._verdict.error()
 
     def report(self, reason: str) -> None:
-        """Tell the other ranks that this rank is leaving, and why. Their errors name the first rank that left."""
+        """Tell the other ranks that this rank is leaving, and why; their errors name the first rank that left."""
         self._with_store(lambda: self._judge(Verdict(f"rank {self.rank} has left: {reason}", (self.rank,))))
 
     def close(self) -> None:
@@ -136,11 +136,11 @@ class HealthMonitor:
         self._thread.join(timeout=2 * _POLL)
 
     def _open_store(self) -> dist.Store:
-        # a separate connection, because other threads may block theirs
+        # open a separate connection, because a call of another thread may block a shared one
         return dist.PrefixStore(f"distattn/health/{self._name}", default_store().clone())  # type: ignore[attr-defined]
 
     def _answer(self, store: dist.Store) -> None:
-        """Answer questions, and keep a copy of the verdict in case the process with the store ends. Runs on the thread."""
+        """Answer questions, and copy the verdict in case the process that holds the store ends. Runs on the monitor's thread."""
         answered = 0
         try:
             while not self._closed.wait(_POLL):
@@ -153,7 +153,7 @@ class HealthMonitor:
                     self._verdict = Verdict.from_json(store.get("verdict"))
                     store.set(f"seen/{self.rank}", "1")
         except RuntimeError:
-            # the process that holds the store is gone; threads that use the store notice that themselves
+            # the process that holds the store is gone, which threads that use the store notice themselves
             return
 
     def _ask(self, error: Exception, activity: str, members: Sequence[int]) -> Verdict:
@@ -162,7 +162,7 @@ class HealthMonitor:
         return self._judge(self._named(self._answers(), error, activity, members))
 
     def _answers(self) -> dict[int, Any]:
-        """Ask all ranks, and wait a while. Return how often each rank that answered has started each activity."""
+        """Ask all ranks, and wait a while for answers. Return how often each rank that answered has started each activity."""
         question = self._store.add("questions", 1)
         answers: dict[int, Any] = {}
         ends = time.monotonic() + self.asking
@@ -198,11 +198,11 @@ class HealthMonitor:
         return Verdict(text, (self.rank,))
 
     def _judge(self, verdict: Verdict) -> Verdict:
-        """Make this the verdict unless there is one. Give the other ranks time to read the verdict, and return it."""
+        """Propose a verdict; any earlier verdict has precedence. Give the other ranks time to read it, and return it."""
         first = Verdict.from_json(self._store.compare_set("verdict", "", json.dumps(verdict)))
         self._verdict = first
         self._store.set(f"seen/{self.rank}", "1")
-        # the process that holds the store must not end before the others have read this
+        # the process that holds the store must not end before the other ranks have read the verdict
         ends = time.monotonic() + 3 * _POLL
         while time.monotonic() < ends:
             if all(self._store.check([f"seen/{rank}"]) for rank in self.ranks):

@@ -16,7 +16,7 @@ KINDS = ("window", "full")
 
 
 class LayerOverride(NamedTuple):
-    """Settings for planning some layers differently. layout: the name of their layout, if it is not the model's."""
+    """Settings for layers planned differently from the rest. layout: the name of these layers' layout; None for the model's."""
 
     strategy: str
     backward: str | None = None
@@ -46,7 +46,7 @@ class LayerOverride(NamedTuple):
         return LayerOverride(**{**fields, **as_items})
 
     def working_layout(self, mask: Mask, layout: Layout) -> Layout | None:
-        """Return the layout in which these layers process a batch; None if it is the batch's own."""
+        """Return the layout in which the override's layers process a batch; None for the batch's own layout."""
         if self.layout is None:
             return None
         return make_layout(self.layout, layout.lengths, layout.ranks, mask, **dict(self.layout_options))
@@ -64,7 +64,7 @@ class LayerOverrides:
         self.unused = {name for name in self._overrides if isinstance(name, int)}
 
     def of(self, layer: int | None, window: int | None) -> LayerOverride | None:
-        """Return the override of a layer with this index and window; None if it is planned like the other layers."""
+        """Return the override for a layer, or None if no override applies. layer: its index. window: its window, or None."""
         if not self._overrides:
             return None
         if layer is None and any(isinstance(name, int) for name in self._overrides):

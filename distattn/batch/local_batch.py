@@ -33,7 +33,7 @@ from distattn.supervision.heartbeats import set_layer
 
 
 class BatchAttention(Protocol):
-    """The batch that attention layers receive: one per rank and micro-batch, or an emulated one.
+    """The batch that attention layers receive: one per rank and micro-batch, real or emulated.
 
     longest_document: the length in tokens of the longest document in the micro-batch that this rank shares; 0 if unknown.
     """
@@ -55,18 +55,18 @@ class BatchAttention(Protocol):
         ...
 
     def check_positions(self, positions: Tensor) -> None:
-        """Raise DistattnError for wrong positions (1, T), if the correct ones are known."""
+        """Raise DistattnError for wrong positions (1, T), if the correct positions are known."""
 
 
 class LocalBatch(BatchAttention):
     """One batch, with the operations that layers run on this rank's tokens. The model passes it to its layers.
 
-    positions: the positions (1, T) of this rank's tokens, or None to accept any positions from models. stands_in: True
-    if this rank has only padding in place of a micro-batch. layout: the name of the rows' layout, if it is not the
-    batch's. used: True once a layer has called an operation. mixed: True once a layer has called a recurrence or a
-    convolution. number: the batch's index in the run. proven: True if plans are proven before they run. relaid_spans:
-    whether the rows of a span of recurrent layers move, keyed by shape, number of layers and width (see
-    `recurrent_span`). block: the ranks with this batch, and its documents; by default all ranks and documents.
+    positions: the positions (1, T) of this rank's tokens, or None to accept any positions from models. stands_in: True if this
+    rank has only padding in place of a micro-batch. layout: the name of the rows' layout, if it is not the batch's. used: True
+    once a layer has called an operation. mixed: True once a layer has called a recurrence or a convolution. number: the batch's
+    index in the run. proven: True if plans are proven before they run. relaid_spans: whether a span of recurrent layers moves its
+    rows, keyed by shape, number of layers and width (see `recurrent_span`). block: the ranks with this batch, and its documents;
+    by default all ranks and documents.
     """
 
     positions: Tensor | None = None
@@ -82,7 +82,7 @@ class LocalBatch(BatchAttention):
         self._plans: dict[AttentionShape, Plan] = {}
         self._executables: dict[tuple[AttentionShape, torch.device], Executable] = {}
         self._ahead: dict[tuple[AttentionShape, torch.device], AwaitedResult[Planned]] = {}
-        # attention's executable and number of padding rows, keyed by the shapes and settings of a layer's call
+        # the executable and the number of padding rows of an attention call, keyed by the call's shapes and settings
         self._calls: dict[tuple[Any, ...], tuple[Executable, int]] = {}
         self._checked: Tensor | None = None
 
@@ -120,7 +120,7 @@ class LocalBatch(BatchAttention):
         set_layer(layer)
         if not padding:
             return attention(q_THD, k_TKD, v_TKE, executable, scale=scale, **modifiers)
-        # padding attends to nothing, but a rank with only padding may compute tasks of other ranks
+        # leave out padding; if no rows are left, still call attention, because this rank may have to compute tasks of other ranks
         rows = slice(executable.program.tokens)
         output = attention(q_THD[rows], k_TKD[rows], v_TKE[rows], executable, scale=scale, **modifiers)
         if isinstance(output, tuple):
@@ -155,7 +155,7 @@ class LocalBatch(BatchAttention):
         q_TGK, k_TGK, v_THV = autocast_inputs(q_TGK, k_TGK, v_THV)
         shape = AttentionShape.of(v_THV, q_TGK, v_THV)._replace(head_dim=q_TGK.shape[2], op=op_of(op))
         executable = self.executable(shape, q_TGK.device)
-        # a decay per head has no token axis
+        # a decay per head has no token axis, so it is passed separately
         of_heads = g if g is not None and g.dim() == 1 else None
 
         states = self._states_in(initial_state)
@@ -308,10 +308,10 @@ class LocalBatch(BatchAttention):
         fill: int = 0,
         layer: int | None = None,
     ) -> Any:
-        """Apply `compute` to tensors of this rank's tokens without padding, and pad its result with `fill`.
+        """Apply `compute` to tensors of this rank's tokens, with their padding cut off, and pad its result with `fill`.
 
-        compute: returns a tensor with a row per token, or a tuple of that and the states of documents, which are not padded.
-        layer: the layer's number in the model, for descriptions of messages.
+        compute: returns a tensor with a row per token, or a tuple of that tensor and the states of documents, which are not
+        padded. layer: the layer's number in the model, for descriptions of messages.
         """
         set_layer(layer)
         padding, tokens = self._padding(executable, by_token[0]), executable.program.tokens
@@ -329,7 +329,7 @@ class LocalBatch(BatchAttention):
         return padding if x is not None and len(x) == tokens + padding else 0
 
     def _states_in(self, states_M: Tensor | None) -> Tensor | None:
-        """Pad states of this batch's documents to all documents on the axis; this rank does not read the padding states."""
+        """Pad states of this batch's documents to all documents on the axis; this rank does not read the added states."""
         if states_M is None:
             return None
         if not isinstance(states_M, Tensor) or not states_M.dim() or len(states_M) != len(self.documents):
@@ -345,9 +345,9 @@ class LocalBatch(BatchAttention):
         return F.pad(states_M, (0, 0) * (states_M.dim() - 1) + (first, later)) if first or later else states_M
 
     def _states_out(self, output: Any) -> Any:
-        """Return an output without states unchanged; otherwise complete the states of this batch's documents.
+        """Return an output with its states cut to this batch's documents and summed over the ranks with this batch.
 
-        output: a tensor, or a tuple of a tensor and this rank's share of the states of all documents.
+        output: a tensor, returned unchanged, or a tuple of a tensor and this rank's share of the states of all documents.
         """
         if not isinstance(output, tuple):
             return output
@@ -412,7 +412,7 @@ class LocalBatch(BatchAttention):
 
 
 class RelaidBatch(LocalBatch):
-    """A batch whose rows are in another layout. The original batch creates and caches the plans."""
+    """A version of a batch whose rows are in another layout. The original batch creates and caches its plans."""
 
     def __init__(self, batch: LocalBatch, layout: str):
         """Create a version of `batch` whose rows are in the layout named `layout`."""
@@ -421,7 +421,7 @@ class RelaidBatch(LocalBatch):
 
     @property
     def block(self) -> BatchBlock:
-        """The ranks with this batch. Raises DistattnError if the layout may move its tokens to other ranks."""
+        """The ranks with this batch. Raises DistattnError if the layout may place its tokens on other ranks."""
         block, ranks = super().block, self.planner.lay_out(self.key.documents)[1].ranks
         if len(block.ranks) < ranks:
             raise DistattnError(
@@ -431,11 +431,11 @@ class RelaidBatch(LocalBatch):
         return block
 
     def plan(self, *shape: Any) -> Plan:
-        """Return the plan for the layout of these rows. See `LocalBatch.plan`."""
+        """Return the plan for the layout of this batch's rows. See `LocalBatch.plan`."""
         return self._batch.plan(*AttentionShape(*shape)._replace(layout=self.layout))
 
     def executable(self, shape: AttentionShape, device: torch.device) -> Executable:
-        """Return the executable for the layout of these rows. See `LocalBatch.executable`."""
+        """Return the executable for the layout of this batch's rows. See `LocalBatch.executable`."""
         self._batch.used = self._batch.mixed = True
         return self._batch.executable(shape._replace(layout=self.layout), device)
 
@@ -446,7 +446,7 @@ def _padded(x: Tensor, padding: int, fill: int = 0) -> Tensor:
 
 
 def _stays_at_owners(plan: Plan) -> bool:
-    """Return True if only ranks with tokens take part in a plan."""
+    """Return True if only ranks that own tokens take part in a plan."""
     owners = np.flatnonzero(plan.call.layout.shard_sizes())
     tables = plan.forward, plan.backward
     ranks = [column for table in tables for column in (table.tasks["rank"], table.moves["src"], table.moves["dst"])]

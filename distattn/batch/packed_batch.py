@@ -24,7 +24,7 @@ KEYS = ("input_ids", "labels", "shift_labels", "document_lengths", "position_ids
 
 
 class Batch(Protocol):
-    """A micro-batch as a driver needs it: facts about it, and each rank's part of it.
+    """The interface to a micro-batch that drivers use: facts about it, and each rank's part of it.
 
     lengths: the length of each document in tokens. valid_labels: the number of tokens with a label. digest: equal on ranks with
     the same batch. tensors: tensors that the loader may still be filling on a GPU. device: the device of a rank's part.
@@ -155,7 +155,7 @@ def micro_batches_of(step: Any) -> list[Batch] | None:
 def local_tensors(ids: Tensor, labels: Tensor, layout: Layout, tokens: Ints, pad_to: int) -> dict[str, Tensor]:
     """Return `input_ids`, `labels` and `position_ids` (1, T) for tokens of a layout, padded to a multiple of `pad_to`.
 
-    ids, labels: (T,), for these tokens.
+    ids, labels: those of `tokens`, (T,).
     """
     positions = _on_device(layout.positions_of(tokens), ids.device)
     padding = padded(len(tokens), pad_to) - len(tokens)
@@ -170,7 +170,7 @@ def _whole_numbers(batch: Mapping[str, Any], name: str) -> Tensor:
     value = batch[name]
     if not isinstance(value, Tensor):
         raise DistattnError(f"{name} is a {type(value).__name__}; a tensor is needed.")
-    # a mask may have any dtype; its values are checked to be 0 and 1
+    # a mask may have any dtype, because its values are checked to be 0 or 1
     if name != "attention_mask" and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
         raise DistattnError(f"{name} is {str(value.dtype)[6:]}; whole numbers are needed, such as int64.")
     return value

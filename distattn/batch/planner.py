@@ -35,20 +35,20 @@ from distattn.parallel.runtime.communication.transport import Transport
 if TYPE_CHECKING:
     from distattn.batch.local_batch import LocalBatch
 
-# in these steps, shapes with an unusable kernel are not planned ahead, so that ranks compare their trials again
+# in these steps, shapes for which a kernel was unusable are not planned ahead, so that ranks try it again
 _COMPARED_AT = (8, 64)
-# the strategy of convolutions and token shifts: they receive few tokens, so these are kept for the backward pass
+# the strategy of convolutions and token shifts, which receive few tokens and therefore keep them for the backward pass
 _GATHERED = LayerOverride("allgather", "keep")
 
 
 class AttentionShape(NamedTuple):
     """The properties of one layer that its plan and kernel depend on, besides the batch.
 
-    heads, kv_heads: for a recurrence, the value heads, and the query and key heads. window: for attention, each token
-    sees the last `window` tokens, including itself. override: how to plan this layer, if it differs from the others.
-    modifiers: changes to its scores ("softcap", "alibi_slopes"), which some kernels do not support. layout: the name of
-    the layout of this layer's rows, if not the batch's. taps: the length of a convolution's filters. shift_distance:
-    the distance of a token shift, from the token read to the token that reads it.
+    heads, kv_heads: for a recurrence, the value heads, and the query and key heads. window: for attention, each token sees the
+    last `window` tokens, including itself. override: how to plan this layer, if not like the others. modifiers: changes to its
+    scores ("softcap", "alibi_slopes"), which some kernels do not support. layout: the name of the layout of this layer's rows, if
+    not the batch's. taps: the length of a convolution's filters. shift_distance: the distance of a token shift, from the token
+    read to the token that reads it.
     """
 
     heads: int
@@ -106,7 +106,7 @@ class PlanningRanks(Protocol):
     def agree(self, make: Callable[[], Planned]) -> Planned:
         """Create a plan for a shape new to the run by calling `make`, and compare it with the other ranks' plans.
 
-        A collective call. If one rank's plan differs or is refused, all raise DistattnError.
+        A collective call. If one rank's plan differs or is refused, all ranks raise DistattnError.
         """
 
     def gather(self, value: Any, activity: str) -> list[Any]:
@@ -117,7 +117,7 @@ class PlanningRanks(Protocol):
         ...
 
     def observer(self, batch: LocalBatch, plan: Plan, shape: AttentionShape) -> PassObserver | None:
-        """Return the observer of a batch's passes, or None."""
+        """Return the observer of a batch's passes; None if they are not observed."""
 
 
 class Planner:
@@ -138,13 +138,13 @@ class Planner:
         # integers are sent as float64, regardless of the dtype for gradients
         self._whole_numbers = replace(config, comm_dtype=None)
         self.overrides = LayerOverrides(config.layers)
-        # fixed-length batches repeat the same documents; packed batches never do
+        # small caches suffice: fixed-length batches repeat the same documents, and packed batches never repeat any
         self.lay_out = lru_cache(maxsize=8)(lay_out)
         self.plan = lru_cache(maxsize=8)(self._plan)
         self._shapes: dict[tuple[AttentionShape, torch.device], None] = {}
-        # correct kernels, fastest first, keyed like their trials
+        # correct kernels, fastest first, keyed by the result of `_trial_of`
         self._ranked: dict[tuple[AttentionShape, str], list[str]] = {}
-        # how often all ranks have compared their trials, keyed like the trials
+        # how often ranks have compared their trials, with the same keys
         self._comparisons: Counter[tuple[AttentionShape, str]] = Counter()
         self._lock = threading.Lock()
 
@@ -184,8 +184,8 @@ class Planner:
     def try_kernels(self, batch: BatchKey, shape: AttentionShape, device: torch.device) -> None:
         """Find the correct kernels for a shape by trial, unless a kernel is configured. All ranks call this for a new shape.
 
-        If a kernel was unusable, later calls for the shape compare the ranks' trials again, a few times: a trial that ran out of
-        memory may succeed by then. Raise DistattnError on all ranks if no kernel is correct.
+        If a kernel was unusable, a few later calls for the shape compare the ranks' trials again, because a trial that ran out of
+        memory may then succeed. Raise DistattnError on all ranks if no kernel is correct.
         """
         trial = self._trial_of(shape, device)
         # the configured kernel applies only to attention
@@ -196,7 +196,7 @@ class Planner:
             return
         trials: dict[str, Trial] = {}
         plan = broken = None
-        # if the plan is refused, the comparison of plans reports that to all ranks
+        # if the plan is refused, the later comparison of plans reports the refusal to all ranks
         with suppress(DistattnError):
             plan = self.plan_of(batch, shape)
         if plan is not None:
@@ -205,20 +205,20 @@ class Planner:
                     plan, self.ranks.rank, kernel_requirements(plan.call, device, shape.modifiers)
                 )
             except DistattnError as error:
-                # the other ranks wait for this rank's trials even if they failed
+                # raise the error only after the exchange of trials, because the other ranks wait for this rank's
                 broken = error
         ranked = common_kernel_ranking(
             trials, device, lambda value: self.ranks.gather(value, "the trial of kernels"), shape.op
         )
         if broken is not None:
             raise broken
-        # if no rank had a launch to try kernels on, a later batch may have one
+        # if no rank had a launch to try kernels on, let a later batch try them
         if ranked:
             self._ranked[trial] = ranked
             self._comparisons[trial] += 1
 
     def _may_find_more(self, shape: AttentionShape, device: torch.device) -> bool:
-        """Return True if a kernel was unusable in the few comparisons made so far; equal on all ranks."""
+        """Return True if a kernel was unusable, and comparisons are left in which it may become usable. Equal on all ranks."""
         trial = self._trial_of(shape, device)
         ranked = self._ranked.get(trial)
         if ranked is None or self._comparisons[trial] > len(_COMPARED_AT):
@@ -247,7 +247,7 @@ class Planner:
     def _plan(self, batch: BatchKey, shape: AttentionShape) -> Plan:
         config, override, op = self.config, shape.override, shape.op
         mask, layout = self.lay_out(batch.documents)[0], self.layout_of(batch, shape.layout)
-        # other ops keep their tokens in attention's layout, but have their own strategies
+        # ops other than attention use attention's layout, but strategies of their own
         if op == TOKEN_SHIFT:
             mask = Mask.token_shift(layout.lengths, shape.shift_distance)
             override, config = _GATHERED, self._whole_numbers
@@ -255,7 +255,7 @@ class Planner:
             mask, override = Mask.documents(layout.lengths, (shape.taps - 1, 0)), _GATHERED
         elif op.is_recurrent:
             mask = Mask.documents(layout.lengths)
-            # only ranks with the batch hold its documents' states, so tokens stay on these ranks
+            # only the ranks that hold a batch have the states of its documents, so its tokens stay on these ranks
             override = None if self._is_one_block else LayerOverride("scan")
         elif shape.window is not None:
             mask = Mask.documents(layout.lengths, apply_window(config.document_mask, shape.window))
@@ -271,7 +271,7 @@ class Planner:
                 working_layout=override.working_layout(mask, layout),
             )
         elif op.is_recurrent:
-            # either states or tokens move, whichever is faster
+            # choose whether states or tokens move, whichever is faster
             plan = partial(make_recurrent_plan, kv_heads=shape.kv_heads, op=op)
         else:
             plan = partial(plan, options=dict(batch.options))

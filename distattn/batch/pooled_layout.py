@@ -23,7 +23,7 @@ class BatchBlock(NamedTuple):
 
 
 class BlockLayouts:
-    """Layouts of batches over consecutive blocks of `block_ranks` ranks; ranks after the last block own nothing.
+    """Layouts of batches over consecutive blocks of `block_ranks` ranks; ranks after the last block own no tokens.
 
     With one block over all ranks, all ranks hold the same batch. With blocks of one rank, each rank has its own batch.
     """
@@ -52,7 +52,7 @@ class BlockLayouts:
         )
 
     def block_of(self, rank: int, documents: Documents) -> BatchBlock:
-        """Return a rank's block. A rank after the last block gets a block without documents."""
+        """Return a rank's block. For a rank after the last block, this is a block without documents."""
         number = rank // self.block_ranks
         ranks, first = number * self.block_ranks, sum(map(len, documents[:number]))
         num_documents = sum(map(len, documents[number : number + 1]))

@@ -35,7 +35,7 @@ class RecurrentSpan:
     """
 
     def __init__(self, batch: LocalBatch, layout: str | None):
-        """Create a span over `batch`. layout: the name of its layout; None if rows stay in place."""
+        """Create a span over `batch`. layout: the name of the span's layout; None if rows stay in place."""
         self.batch = batch if layout is None else RelaidBatch(batch, layout)
         self._model, self._layout, self.is_relaid = batch, layout, layout is not None
 
@@ -79,18 +79,18 @@ def recurrent_span(
 ) -> RecurrentSpan:
     """Return a span of `layers` consecutive recurrent layers. Rows move to contiguous slices if that is faster in simulation.
 
-    width: channels of the hidden states that would move. heads: value heads. kv_heads: query and key heads, by default
-    the same number. Rows stay in place if no cluster is described, because times are unknown in that case, or if a rank
-    has no tokens. All ranks make the same choice, once per batch: they compare two plans of such a layer, one in each
-    layout, unless moving tokens takes longer than it could save. device: the rows' device. If given, plans for later
-    batches are made ahead on the planning thread, and a call with new arguments is collective.
+    width: channels of the hidden states that would move. heads: value heads. kv_heads: query and key heads, by default the same
+    number. Rows stay in place if no cluster is described, because times are unknown in that case, or if a rank has no tokens. All
+    ranks make the same choice, once per batch: they compare the plans of a layer in both layouts, unless moving tokens takes
+    longer than it could save. device: the rows' device. If given, plans for later batches are made ahead on the planning thread,
+    and a call with new arguments is collective.
     """
     cluster, op = batch.planner.config.cluster, op_of(op)
     if not isinstance(cluster, ClusterSpec) or isinstance(batch, RelaidBatch):
         return RecurrentSpan(batch, None)
     home = batch.planner.layout_of(batch.key, None)
     if not home.shard_sizes().all():
-        # ranks without tokens may be servers, which compute attention only
+        # keep the layout: ranks without tokens may be servers, which compute only attention
         return RecurrentSpan(batch, None)
     shape = AttentionShape(heads, kv_heads or heads, head_dim, v_head_dim or head_dim, dtype_name(dtype), op=op)
     span_key = shape, layers, width
@@ -106,6 +106,6 @@ def recurrent_span(
 
 def _plan(batch: LocalBatch, shape: AttentionShape, device: torch.device | str | None) -> Plan:
     if device is not None:
-        # this registers the shape, so that later batches are planned ahead
+        # request the executable, which registers the shape, so that later batches are planned ahead
         batch.executable(shape, with_device_index(device))
     return batch.plan(*shape)

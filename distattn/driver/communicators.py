@@ -32,7 +32,7 @@ SINGLE_RANK: Transport = SingleRankTransport()
 
 
 class MonitoredTransport:
-    """A transport whose errors name the rank to blame, even if a device's stream does the waiting."""
+    """A transport whose errors name the rank to blame, even where a device's stream waits for the messages."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class MonitoredTransport:
     def exchange(
         self, sends: list[Packet], receives: list[Packet], collective: bool, where: str = ""
     ) -> PendingMessages:
-        # after a verdict, messages in flight may have been aborted, and their results must not be used
+        # after a verdict, messages in flight may have been aborted, so their results must not be used
         self._monitor.raise_verdict()
         self._monitor.enter(MESSAGES)
         where += heartbeats.layer_suffix()
@@ -115,13 +115,13 @@ class MonitoredTransports:
         return self._opened[device.type]
 
     def close(self, gracefully: bool) -> None:
-        """Stop the threads that watch messages, and close the communicators. A collective call if `gracefully`."""
+        """Stop the threads that watch messages, and close the communicators. A collective call if `gracefully` is set."""
         for transport in self._opened.values():
             transport.close(gracefully)
 
 
 class Communicators:
-    """All channels of a driver with several ranks. All ranks create and close it together.
+    """All channels of a driver with several ranks. All ranks create them together, and close them together.
 
     name: the same on all ranks, and unique to this driver. exchange: the ranks that exchange facts about steps, numbered as in
     the default group. group: the ranks that share attention; the last `servers` of them have no model.
@@ -142,14 +142,14 @@ class Communicators:
             self.control = ControlChannel(host, servers)
 
     def guarded(self, work: Callable[[], Result], activity: str, members: Sequence[int]) -> Result:
-        """Run `work`, in which this rank waits for `members`, and record its time. Raise LostRankError if a rank is lost."""
+        """Run `work`, in which this rank waits for `members`; time it. Raise LostRankError if a rank is lost."""
         with heartbeats.activity(activity, waits=True, key=activity):
             return self.messages.timed(lambda: self.monitor.guarded(work, activity, members))
 
     def close(self, gracefully: bool) -> None:
         """Close the communicators, the host groups and the monitor; `StepExchange` closes the exchange.
 
-        gracefully: release the servers first; otherwise they notice that this rank is gone.
+        gracefully: True to release the servers first; otherwise they have to notice that this rank is gone.
         """
         with contextlib.ExitStack() as stack:
             stack.callback(self.monitor.close)

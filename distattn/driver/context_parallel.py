@@ -47,7 +47,7 @@ Result = TypeVar("Result")
 _LOG = logging.getLogger("distattn")
 # the first batch of step s has index s * _BATCHES_PER_STEP
 _BATCHES_PER_STEP = 1 << 20
-# with servers, batches of this many `shard_step` calls remain usable: the running step and one sharded ahead
+# number of `shard_step` calls whose batches remain usable with servers: the running step and one sharded ahead
 _LIVE_STEPS = 2
 
 
@@ -116,10 +116,10 @@ class ContextParallel:
         self.speeds = RankSpeeds(self.config.adaptive, self.ranks) if self.config.adaptive else None
         # the factor for the trainer's losses that makes its gradients sums over ranks
         self._factor = 1.0
-        # True once the factor has been measured; the number of micro-batches per step that it holds for, None for any number
+        # whether the factor has been measured; the number of micro-batches per step for which it holds, None for any number
         self._probed, self._micro_batches = False, None
         self._device = torch.device("cpu")
-        # steps whose batches may be used; those from `shard_step`, oldest first
+        # steps whose batches may be used; those of them that `shard_step` sharded, oldest first
         self._live: set[int] = set()
         self._sharded: deque[int] = deque()
         self._ahead, self._closed = StepsAhead(), False
@@ -145,11 +145,11 @@ class ContextParallel:
         return self.shard_step([batch])[0]
 
     def shard_step(self, micro_batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Shard all micro-batches of one optimizer step like `shard`; losses are scaled by the valid labels of the entire step.
+        """Shard all micro-batches of one optimizer step as `shard` does, but scale losses by the valid labels of the entire step.
 
-        All ranks of the loss group call this together. Batches that ranks must share are compared. With data per rank, ranks
-        may have different numbers of micro-batches: all get as many as the rank with the most, with padding for the missing
-        ones. With servers, a step's batches must be used before the second step after it is sharded.
+        All ranks of the loss group call this together. Batches that ranks must share are compared. With data per rank, ranks may
+        have different numbers of micro-batches: all get as many as the rank with the most, with padding in place of missing
+        micro-batches. With servers, a step's batches must be used before the second step after it is sharded.
         """
         try:
             batches = None if isinstance(micro_batches, (Mapping, str, torch.Tensor)) else list(micro_batches)
@@ -173,12 +173,12 @@ class ContextParallel:
         """Yield the micro-batches of each step of a loader, sharded one step ahead, until the longest loader has ended.
 
         loader: yields batches that `shard` accepts, or lists of them (micro-batches). With a `PackLoader` each rank reads only
-        its own tokens, and ranks need not exchange facts about steps. While a step runs, the next one is announced to the other
-        ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be nested
-        and left early, in the same way on all ranks: the next loop of this driver over the same iterator starts with the step
-        that was read ahead. A loader's error is raised after the step before it. With servers, use a step's batches before
-        requesting the next step. even: raise DistattnError on all ranks if their numbers of micro-batches differ, for trainers
-        that count micro-batches themselves.
+        its own tokens, and ranks need not exchange facts about steps. While a step runs, the next step is announced to the other
+        ranks, and its plans are made and compared. Batches are copied, so a loader may reuse its tensors. Loops may be nested and
+        left early, in the same way on all ranks: the next loop of this driver over the same iterator starts with the step that
+        was read ahead. A loader's error is raised after the step before it. With servers, use a step's batches before requesting
+        the next step. even: raise DistattnError on all ranks if their numbers of micro-batches differ, for trainers that count
+        micro-batches themselves.
         """
         if not hasattr(loader, "__iter__") or isinstance(loader, (Mapping, str)):
             raise DistattnError(
@@ -198,8 +198,8 @@ class ContextParallel:
 
         With a target (each adapter has one for its trainer), measure the trainer's reduction with two synthetic backward passes,
         and use the factor in the `loss_scale` of all later batches; this is a collective call. Without a target, return the
-        current factor (initially 1). Raise DistattnError, naming ranks and parameters, if the trainer leaves some out, reduces
-        them by different factors or clips gradients, or if ranks start with different weights. See `gradient_probe`.
+        current factor (initially 1). Raise DistattnError, naming ranks and parameters, if the trainer leaves any of them out,
+        reduces gradients by different factors or clips them, or if ranks start with different weights. See `gradient_probe`.
         """
         if target is not None:
             if not isinstance(target, GradientProbeTarget):
@@ -236,7 +236,7 @@ class ContextParallel:
 
     @property
     def data_parallel_size(self) -> int:
-        """The number of shares of the loss group's data: one for each block of ranks with the same batch."""
+        """The number of shares of the loss group's data: one for each block of ranks that hold the same batch."""
         return len(self._table.blocks)
 
     @property
@@ -245,7 +245,7 @@ class ContextParallel:
         return self._table.blocks.index(self._table.first_of_block[self._table.rank])
 
     def batch_group(self) -> dist.ProcessGroup | None:
-        """Return the group of ranks with the same batch as this one. A collective call unless that is the entire group."""
+        """Return the group of ranks with the same batch as this rank. A collective call unless these are the entire group."""
         if self.group is None or self.block_ranks == self.ranks:
             return self.group
         first = self.rank - self.rank % self.block_ranks
@@ -286,7 +286,7 @@ class ContextParallel:
     def _gathered_steps(self, loader: Iterable[Any]) -> Iterator[tuple[list[Batch], GatheredStep]]:
         """Yield this rank's packed micro-batches and the gathered step, for each step of a loader, one step ahead."""
         loop = StepLoop(loader, self._ahead)
-        # a pack plan contains no facts about servers or speeds
+        # a pack plan tells nothing about servers or speeds, so ranks must exchange facts about them
         ask = bool(self.config.servers) or self.speeds is not None
         step_infos = GlobalStepInfos(loader, self._table, ask) if isinstance(loader, GlobalLoader) else None
         packed = loop.next()
@@ -333,11 +333,11 @@ class ContextParallel:
         return self._exchange.announce(None, self._batches_of_step, self.planner, self._measured_speed())
 
     def _loss_scale_of(self, step: GatheredStep) -> float:
-        """Return the trainer's factor divided by the step's valid labels; ranks with the same batch count once."""
+        """Return the trainer's factor divided by the step's number of valid labels, where each batch counts once."""
         return self._factor / max(sum(step.infos[rank].valid_labels for rank in self._table.blocks), 1)
 
     def _local_shard(self, packed: Batch | None) -> dict[str, Any]:
-        """Return this rank's `input_ids`, `labels` and `position_ids` (1, T) of a micro-batch, or padding if it is None."""
+        """Return this rank's `input_ids`, `labels` and `position_ids` (1, T) of a micro-batch; padding if `packed` is None."""
         if packed is None:
             tokens = padded(0, self.config.pad_to)
             padding = torch.zeros(1, tokens, dtype=torch.int64, device=self._device)
@@ -380,7 +380,7 @@ class ContextParallel:
         if self._closed:
             return
         self._closed = True
-        # these run in reverse order, each even if others raise
+        # run these callbacks in reverse order, each even if others raise
         with contextlib.ExitStack() as stack:
             for end in (self._ahead.clear, ARENAS.free, self.planner.close, self._exchange.close):
                 stack.callback(end)
@@ -416,7 +416,8 @@ class ContextParallel:
                 self._communicators.control.send(ControlMessage(RELEASE_STEP, number))
 
     def _batches_of_step(self, step: GatheredStep) -> list[LocalBatch]:
-        """Return as many batches as any rank has micro-batches, each with the documents of all ranks that share attention."""
+        """Build a step's batches, as many as the rank with the most has, each with the documents of all ranks that share
+        attention."""
         count = max(len(info.documents) for info in step.infos)
         if not count:
             # the loaders have ended: no speeds are recorded for this step
@@ -425,7 +426,7 @@ class ContextParallel:
         options = () if self.speeds is None else self.speeds.options(speeds)
         proven, first = step.number % self.config.verify_every == 0, step.number * _BATCHES_PER_STEP
         blocks = [step.infos[rank].documents for rank in self._table.sharing[: self.models : self.block_ranks]]
-        # replicas must run the same number of passes: a replica without documents gets an unlabelled token
+        # replicas must run the same number of passes, so a replica without documents gets an unlabelled token
         stand_in = ((1,), *((),) * (len(blocks) - 1))
         batches = []
         for index in range(count):
@@ -446,7 +447,7 @@ class ContextParallel:
         return out
 
     def _check_scale(self, micro_batches: int) -> None:
-        """Raise DistattnError if the scale holds for a different number of micro-batches; warn once if it was not measured."""
+        """Raise DistattnError if the scale was measured for another number of micro-batches; warn once if it was not measured."""
         if not torch.is_grad_enabled():
             return
         if self._micro_batches not in (None, micro_batches):
@@ -458,7 +459,7 @@ class ContextParallel:
             _LOG.warning(NOT_PROBED)
 
     def _probe_batch(self, ranks: int, rows: int, device: torch.device) -> dict[str, Any]:
-        # blocks get different tokens, so that their gradients can be told apart; padding must not be a rank's id, either
+        # blocks get different tokens, so that their gradients can be told apart; no id may be below `ranks`, not even padding
         first = self._table.members[self._table.first_of_block[self._table.rank]]
         batch = self.shard({"input_ids": probe_ids(self.block_ranks, first, ranks, rows).to(device)})
         return {**batch, "input_ids": batch["input_ids"].clamp(min=ranks)}

@@ -20,10 +20,10 @@ CLOSE, ANNOUNCE_STEP, RELEASE_STEP, NEW_SHAPE, FORWARD, BACKWARD = (
 
 
 class ControlMessage(NamedTuple):
-    """The next action of all ranks.
+    """A message that announces the next action of all ranks.
 
     kind: one of the constants above. number: the index of the step announced or released, or of the batch. shape, scale and
-    softcap: those of the attention call.
+    softcap: the attention call's.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class ControlChannel:
         return ControlMessage(*self._host.receive(0, "a control message"))
 
     def close(self, gracefully: bool) -> None:
-        """Close the channel. gracefully: the first rank releases the servers first."""
+        """Close the channel. gracefully: True if the first rank is to release the servers first."""
         try:
             if gracefully and self._host.rank == 0:
                 self.send(ControlMessage(CLOSE))

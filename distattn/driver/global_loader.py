@@ -38,7 +38,7 @@ class GlobalLoader(Protocol):
     def __iter__(self) -> Iterator[list[Any]]: ...
 
     def facts(self, step: int) -> list[list[BatchFacts]]:
-        """Return the facts about the micro-batches of each share in a step."""
+        """Return a step's facts about the micro-batches of each share."""
         ...
 
 
@@ -49,7 +49,7 @@ class GlobalStepInfos:
     """
 
     def __init__(self, loader: GlobalLoader, table: RankTable, ask: bool):
-        """Check the loader's share. ask: always ask the other ranks."""
+        """Check the loader's share. ask: True if ranks must always exchange facts, even if this rank could compute them."""
         self._loader, self._table = loader, table
         self._share_of = share_numbers(table.first_of_block, table.has_model)
         share, shares = self._share_of[table.rank], max(self._share_of) + 1
@@ -58,7 +58,7 @@ class GlobalStepInfos:
                 f"this loader reads share {loader.rank} of {loader.size}, but this rank has share {share} of {shares}; "
                 f"make it with rank={share}, size={shares}."
             )
-        # compose the name now, because the loader's step advances
+        # compose the name now, because it contains the loader's step, which advances
         self.name = f"{loader.data_digest} from step {loader.step} to {loader.end}"
         self._next = loader.step
         # exchange facts until all ranks have confirmed that they read the same plan

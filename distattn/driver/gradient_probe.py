@@ -30,7 +30,7 @@ from distattn.ir.errors import DistattnError
 
 # tolerated relative error of a rank's weight: bf16 gradients here are sums of only a few terms
 _TOLERANCE = 0.02
-# factors of the second pass's loss; the smaller one is for fp16 and for trainers that scale losses, which may overflow
+# factors of the second pass's loss; the smaller is for fp16 and for trainers that scale losses, where a larger loss may overflow
 _LARGER, _SMALLER = 64.0, 1 / 32
 # read at least this many rows of a gradient
 _ROWS = 16
@@ -49,7 +49,8 @@ OTHER_COUNT = (
 class GradientProbeTarget(Protocol):
     """The trainer's side of the probe; `distattn.adapters` has a target for each trainer.
 
-    A target may also have the attribute `micro_batches_per_step`, if the trainer divides by it. Other numbers are refused.
+    A target may also have the attribute `micro_batches_per_step`, if the trainer divides by it; every step must then have that
+    many.
     """
 
     def layer(self) -> torch.nn.Module | None:
@@ -141,7 +142,7 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
     agreed = _agreed_weights(weights, group, ranks)
     _check_linear(agreed, weights_again, second.magnitude, group, ranks)
     reduction = Reduction(agreed)
-    # check sketches only for equal weights: `factor` refuses unequal ones
+    # check sketches only for equal weights: `factor` refuses unequal weights
     if reduction.is_even:
         sketches.check(reduction.mean / observed.scale)
     return reduction
@@ -150,8 +151,8 @@ def probe(target: GradientProbeTarget, make_batch: MakeBatch, group: dist.Proces
 class MakeBatch(Protocol):
     """A function that builds a local batch whose token ids are all at least `ranks`.
 
-    rows: the number of rows of the output layer's weight. If the embedding shares that weight, such ids keep its gradient out
-    of the rows that the probe reads.
+    rows: the number of rows of the output layer's weight. If the embedding shares that weight, these ids keep the embedding's
+    gradient out of the rows that the probe reads.
     """
 
     def __call__(self, ranks: int, rows: int, device: torch.device) -> Mapping[str, Any]: ...
@@ -163,7 +164,7 @@ def probe_ids(block_ranks: int, first: int, ranks: int, rows: int) -> Tensor:
 
 
 class _Observed(NamedTuple):
-    """A backward pass: this rank's gradient of the rows read, before and after the reduction, both (rows, E) in fp64.
+    """What a backward pass showed: this rank's gradient of the rows read, before and after the reduction, (rows, E) in fp64.
 
     scale: the trainer's factor for the loss. magnitude: the probe's factor for the loss. may_overflow: True if a larger loss may
     overflow, because logits are in fp16 or the trainer scales the loss.
@@ -243,9 +244,10 @@ def _check_linear(
 
 
 def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | None, ranks: int) -> Tensor:
-    """Return the weight of each rank's gradient in this rank's reduced gradient, (ranks,); NaN if it is not a weighted sum."""
+    """Return each rank's weight in this rank's reduced gradient, (ranks,); NaN if that gradient is not a weighted sum."""
     gradients = _gathered(local, group, ranks)
-    # skip rows of zeros: the gradient of an embedding that shares the output layer's weight is there
+    # skip rows where every rank's own gradient is zero: in `reduced`, they may hold the gradient of an embedding tied to the
+    # output layer
     rows_read = (gradients != 0).any(2).any(0)
     gradients, reduced = gradients[:, rows_read].flatten(1), reduced[rows_read].flatten()
     # least squares: the reduced gradient is the sum of weight x gradient
@@ -260,9 +262,9 @@ def _solve_weights(local: Tensor, reduced: Tensor, group: dist.ProcessGroup | No
 
 
 def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int) -> tuple[float, ...]:
-    """Return the weights, on which all ranks must agree.
+    """Return the weights that all ranks have measured.
 
-    Raise DistattnError if a rank measured no weights, or different weights.
+    Raise DistattnError if a rank could not measure weights, or measured different weights.
     """
     all_weights_RR = _gathered(weights, group, ranks)
     for rank, row in enumerate(all_weights_RR.tolist()):
@@ -284,7 +286,7 @@ def _agreed_weights(weights: Tensor, group: dist.ProcessGroup | None, ranks: int
 
 def _record(seen: dict[str, Tensor], inputs: tuple[Any, ...], out: Any) -> None:
     y = out[0] if isinstance(out, tuple) else out
-    # only the first micro-batch counts
+    # record only the first micro-batch
     if y.requires_grad and "input" not in seen:
         seen["input"] = inputs[0].detach()
         y.register_hook(lambda gradient: seen.update(gradient=gradient.detach()))

@@ -15,8 +15,8 @@ class MessageMonitor:
     """The monitor of one driver. seconds: total time that the thread running the model waited for messages and mean losses.
 
     `seconds` excludes the trainer's own collectives (FSDP2's), unless the trainer times them here, and the comparison of plans
-    for a new attention shape, in a run's first steps. complete: True if all waits for messages are included. They are not if a
-    device's stream waits (NCCL): the host continues in that case, and only a profile of the device shows the waits. on_send:
+    for a new attention shape, in a run's first steps. complete: True if all waits for messages are included. It is False if a
+    device's stream waits (NCCL): the host continues in that case, so only a profile of the device shows the waits. on_send:
     called with the packets that this rank is about to send, once for each exchange of messages, even without packets; None by
     default.
     """

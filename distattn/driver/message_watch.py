@@ -94,7 +94,7 @@ class MessageWatch:
                 with contextlib.suppress(ValueError):
                     self._under_way.remove(oldest)
                 arrived = time.monotonic()
-            # a device processes messages in order: the oldest has been in flight since the previous one arrived
+            # a device processes messages in order: the oldest message has been in flight since the previous message arrived
             if oldest is not None and time.monotonic() - max(oldest.since, arrived) > limit:
                 self._report(oldest.text, limit)
                 return
@@ -107,7 +107,7 @@ class MessageWatch:
             self._monitor.guarded(late, MESSAGES, self._members)
         except LostRankError as error:
             _LOG.error("%s", error)
-        # this ends kernels that wait for messages, and makes the next attention call raise
+        # this ends kernels that are waiting for messages, and makes the next attention call raise
         self._give_up()
 
 

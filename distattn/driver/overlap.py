@@ -55,7 +55,7 @@ class OverlapSchedule:
 
     @property
     def spans(self) -> list[Span]:
-        """The activities of each micro-batch in the last step, with their times."""
+        """The activities of all micro-batches in the last step, with their times."""
         return self._turns.spans
 
     def step(self, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
@@ -72,7 +72,7 @@ class OverlapSchedule:
             _MicroBatch(number, self, loss, modes, state)
             for number, (loss, state) in enumerate(zip(losses, states, strict=True))
         ]
-        # the backward pass also runs inside, because transformers' layers check their class when they are recomputed
+        # run the backward pass in this context, too, because transformers' layers check their class when they are recomputed
         with _calls_joined(self._joined):
             try:
                 loss_tensors = self._run_to_return([None] * len(losses))
@@ -103,7 +103,7 @@ class OverlapSchedule:
         return {"traceEvents": [names, *events], "displayTimeUnit": "ms"}
 
     def _run_to_return(self, values: Sequence[Any]) -> list[Any]:
-        """Resume all micro-batches with `values`; return their results. Modules that they call together are called once."""
+        """Resume all micro-batches with `values` until they return; return their results. Joined modules are called only once."""
         while True:
             threads = [micro_batch.thread for micro_batch in self._micro_batches]
             events = self._turns.run([thread.resume(value) for thread, value in zip(threads, values, strict=True)])
@@ -141,7 +141,7 @@ class OverlapSchedule:
             for micro_batch, call in zip(self._micro_batches, calls, strict=True)
         ]
         joined = _JoinedSegments(self._turns, segments, lambda inner: self._run_to_return([(body, *c) for c in inner]))
-        # the node needs a gradient for its parameters even if no hidden states require one
+        # pass an input that requires a gradient, so that the node computes its parameters' gradients in any case
         gradient = torch.zeros((), requires_grad=True)
         outputs = _JoinedLayer.apply(joined, gradient, *(segment.hidden for segment in segments))
         joined.enter_graph()
@@ -149,7 +149,7 @@ class OverlapSchedule:
 
 
 class _MicroBatch:
-    """A micro-batch with its own thread. segment: the layer that it is in, or None."""
+    """A micro-batch with its own thread. segment: the layer that it is in; None outside layers."""
 
     def __init__(
         self, number: int, schedule: OverlapSchedule, loss: Callable[[], Tensor], modes: ThreadModes, state: RandomState
@@ -207,7 +207,7 @@ class _AttentionCall(NamedTuple):
 
 
 class _Repetition(NamedTuple):
-    """The recomputation of a checkpointed layer. ticket: a handle to its input if that was moved to the host, otherwise None."""
+    """The recomputation of a checkpointed layer. ticket: a handle to its input, if moved to the host, otherwise None."""
 
     forward: Callable[..., Any]
     args: tuple[Any, ...]
@@ -218,7 +218,7 @@ class _Repetition(NamedTuple):
 
 
 class _Segment:
-    """One layer of one micro-batch: a separate graph from its hidden states, a leaf, to its output, cut at attention."""
+    """One layer of one micro-batch: a separate graph from its hidden states, a leaf, to its output, cut at attention calls."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class _Segment:
         self._output: Tensor | None = None
         self._other_outputs: tuple[Any, ...] | None = None
         self._repetition: _Repetition | None = None
-        # indices of the recorded attention calls that the layer's recomputation has not reached yet
+        # indices of the recorded attention calls that the layer's recomputation has not yet reached
         self._repeated: list[int] = []
         self.layer: nn.Module | None = None
 
@@ -340,7 +340,7 @@ class _Segment:
         return self._leaf.grad
 
     def _backward(self, outputs: list[Tensor], gradients: list[Tensor]) -> None:
-        """Run the backward pass from these tensors to the leaves at which the graph is cut."""
+        """Run the backward pass from `outputs`, with their gradients, to the leaves at which the graph is cut."""
         with self._repeating():
             # retain the graph, because its parts before and after attention may share a node, such as a norm
             torch.autograd.backward(outputs, gradients, retain_graph=True)
@@ -356,7 +356,7 @@ class _Segment:
 
     @contextmanager
     def _repeating(self) -> Iterator[None]:
-        """Answer attention calls from the record while the context is open."""
+        """Answer attention calls with the recorded outputs while the context is open."""
         self._repeated = list(range(len(self.calls)))
         RECOMPUTING.append(self)
         try:
@@ -366,29 +366,29 @@ class _Segment:
 
     @staticmethod
     def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor | None) -> Call:
-        """Return a call of the layer with its hidden states replaced by `hidden`."""
+        """Return the layer's arguments with its hidden states replaced by `hidden`."""
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
 class _JoinedSegments:
-    """One layer for all micro-batches. run: calls the layer for each of them and returns its outputs."""
+    """One layer for all micro-batches. run: calls the layer for each micro-batch, and returns its outputs."""
 
     def __init__(self, turns: Turns, segments: list[_Segment], run: Callable[[list[Call]], list[Any]]):
         self._turns, self._segments = turns, segments
         self._run: Callable[[list[Call]], list[Any]] | None = run
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Run the layer; return its output for each micro-batch, detached."""
+        """Run the layer for all micro-batches; return their hidden states after it, detached."""
         assert self._run is not None
         outputs = self._run([segment.enter() for segment in self._segments])
         return tuple(segment.leave(output) for segment, output in zip(self._segments, outputs, strict=True))
 
     def enter_graph(self) -> None:
-        """Drop what only the forward pass needs."""
+        """Drop `run`, which only the forward pass needs."""
         self._run = None
 
     def backward(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return the gradients of the hidden states; accumulate those of parameters."""
+        """Return the gradients of the hidden states; accumulate the gradients of parameters."""
         segments, self._segments = self._segments, []
         if not segments:
             raise DistattnError("a step that takes turns has one backward pass, which has run.")

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from distattn.ir.errors import DistattnError
 from distattn.parallel.runtime.communication.communicator import all_gather_objects, sendable_device
 
-# relative to the norm of the local gradients: bf16 rounding stays under 0.01; leaving out one of R ranks gives 1 / sqrt(R)
+# error relative to the norm of the local gradients: below 0.01 from bf16 rounding, 1 / sqrt(R) if one of R ranks is left out
 _TOLERANCE = 0.05
 _SKETCHES = 8
-# 8-byte words in a row of a checksum
+# a checksum views a tensor as rows of this many 8-byte words
 _COLUMNS = 4096
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # maximum number of names listed in an error
@@ -36,7 +36,7 @@ class ProbedParameter(NamedTuple):
     held: this rank's part of the parameter. part: the index of that part; ranks with the same part hold equal values. leaf:
     returns the tensor whose autograd gradient is this rank's gradient; None before it exists, and for parameters that are frozen
     or whose local gradient is not visible. reduced: returns the full reduced gradient, or None; all ranks call it in the same
-    order. group: the ranks that the gradient is summed over, by default the loss group. further: groups to sum over after that.
+    order. group: the ranks that the gradient is summed over, by default the loss group. further: groups to sum over afterwards.
     share: an additional factor by which the trainer multiplies the gradient.
     """
 
@@ -66,7 +66,7 @@ def held_part(parameter: Tensor) -> tuple[Tensor, int]:
 def check_same_weights(
     parameters: Sequence[ProbedParameter], group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    """Raise DistattnError, naming parameters and ranks, if ranks of a group hold different values. A collective call."""
+    """Raise DistattnError, naming parameters and ranks, if ranks hold different values of the same part. A collective call."""
     if group is None:
         return
     names = [parameter.name for parameter in parameters]

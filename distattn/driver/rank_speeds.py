@@ -23,9 +23,9 @@ _SLOWEST, _FASTEST = 0.25, 4.0
 class RankSpeeds:
     """Measured or replayed speeds of all ranks.
 
-    `log` holds each step's speeds in thousandths of the mean, or None if none were known yet. Passed as `adaptive`, it replays
-    a run. A rank's speed is the planned cost of its tasks divided by the time of its kernels. A rank without tasks reports None
-    and counts as average.
+    `log` holds each step's speeds in thousandths of the mean, or None for a step before any speed was known. Passed as
+    `adaptive`, the log replays a run. A rank's speed is the planned cost of its tasks divided by the time of its kernels. A rank
+    without tasks reports None and counts as average.
     """
 
     def __init__(self, adaptive: bool | Sequence[Sequence[int] | None], ranks: int):
@@ -38,7 +38,7 @@ class RankSpeeds:
         self._passes: deque[_Pass] = deque()
 
     def options(self, measured: Sequence[float | None]) -> tuple[tuple[str, Any], ...]:
-        """Return the strategy's options for this step. measured: the speed that each rank reported, or None."""
+        """Return the strategy's options for this step. measured: the speed that each rank reported; None for no speed."""
         number = len(self.log)
         if self.replayed is None:
             self.log.append(quantised(measured))
@@ -62,7 +62,7 @@ class RankSpeeds:
         self._passes.append(_Pass(work))
 
     def timed(self, kernel: Kernel) -> Kernel:
-        """Return a wrapper that measures the kernel's time."""
+        """Wrap a kernel so that its time is measured."""
         return cast(Kernel, _Timed(kernel, self))
 
     def clock(self, device: torch.device) -> _Clock:

@@ -33,9 +33,9 @@ class RankTable(NamedTuple):
     def gather(
         config: AttentionConfig | None, group: dist.ProcessGroup | None, exchange: dist.ProcessGroup | None
     ) -> RankTable:
-        """Gather the table of the ranks of `exchange`. A collective call. config: None on server ranks.
+        """Gather the table of all ranks of `exchange`. A collective call. config: None on server ranks.
 
-        group: the ranks that share attention with this one. Raise DistattnError on all ranks if settings differ.
+        group: the ranks that share attention with this rank. Raise DistattnError on all ranks if settings differ.
         """
         local = config, [0] if group is None else dist.get_process_group_ranks(group)
         if exchange is None:

@@ -31,7 +31,7 @@ from distattn.ops.executable import with_device_index
 
 
 class ServerStats(NamedTuple):
-    """The number of forward and of backward passes that a server took part in."""
+    """The numbers of forward and backward passes that a server took part in."""
 
     forward: int
     backward: int
@@ -41,8 +41,8 @@ class ServerStats(NamedTuple):
 def serve(group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> ServerStats:
     """Compute attention for the other ranks of a group until they close their driver.
 
-    The group's last ranks, which have no model, call this. The other ranks create `ContextParallel(group, servers=...)`, and send
-    all settings. Raise LostRankError if one of them stops answering, and DistattnError if a plan is refused.
+    The group's last ranks, which have no model, call this. The other ranks create `ContextParallel(group, servers=...)`, which
+    sends the servers all settings. Raise LostRankError if one of them stops answering, and DistattnError if a plan is refused.
     """
     device = with_device_index(device)
     if not (dist.is_available() and dist.is_initialized()):
@@ -101,7 +101,7 @@ def _empty(shape: AttentionShape, heads: int, width: int, device: torch.device) 
 
 
 def _batch(steps: dict[int, AwaitedResult[GatheredStep]], number: int) -> LocalBatch:
-    """Return the batch with this number from the steps not yet released. Raise DistattnError if there is no such batch."""
+    """Find a batch by its number in the steps not yet released. Raise DistattnError if there is no such batch."""
     for step in steps.values():
         for batch in step.result().batches:
             if batch.number == number:

@@ -24,8 +24,8 @@ Shapes = tuple[tuple[AttentionShape, torch.device], ...]
 class StepInfo(NamedTuple):
     """A rank's facts about a step: each micro-batch's documents and token digest, and the step's number of labels.
 
-    ended: the rank has no more steps. speed: the speed of its kernels (see `RankSpeeds`). loader: the name of the data and steps
-    that a `GlobalLoader` reads, "" for other loaders.
+    ended: True if the rank has no more steps. speed: the speed of its kernels (see `RankSpeeds`). loader: the name of the data
+    and steps that a `GlobalLoader` reads, "" for other loaders.
     """
 
     documents: tuple[tuple[int, ...], ...]
@@ -37,7 +37,7 @@ class StepInfo(NamedTuple):
 
     @staticmethod
     def of(micro_batches: Sequence[Batch] | None, speed: float | None, compared: bool, loader: str) -> StepInfo:
-        """Return the facts about a step. micro_batches: None after the last step.
+        """Return this rank's facts about a step. micro_batches: None after the last step.
 
         compared: True if other ranks must hold the same tokens.
         """
@@ -83,7 +83,7 @@ class PlanningThread:
     def _run(self) -> None:
         while (work := self._queue.get()) is not None:
             work()
-            # drop the reference, which would keep a step alive until the next one arrives
+            # drop the reference, which would keep a step alive until the next step arrives
             del work
 
 
@@ -91,7 +91,7 @@ class StepExchange:
     """An exchange that gathers steps over the ranks of a host group, and plans their batches ahead.
 
     host: None for a single rank. same_batch: for each rank of the host group, the first rank that must have the same batches.
-    sharing: the ranks of the host group that share attention with this one. names: the ranks' numbers in error messages.
+    sharing: the ranks of the host group that share attention with this one. names: the numbers that ranks have in error messages.
     """
 
     def __init__(self, host: HostGroup | None, same_batch: Sequence[int], sharing: Sequence[int], names: Sequence[int]):
@@ -186,7 +186,7 @@ class StepExchange:
                 future.set_result(result)
 
     def _compare(self, results: Sequence[Planned | DistattnError]) -> None:
-        # the entire host group takes part: even if this rank has nothing to compare, others may
+        # the entire host group takes part: other ranks may have something to compare even if this rank has nothing
         if self._host is None:
             return
         refusal = next((result for result in results if isinstance(result, DistattnError)), None)
@@ -212,7 +212,7 @@ class StepExchange:
 def agree_on_plan(host: HostGroup | None, make: Callable[[], Planned]) -> Planned:
     """Make a plan with `make` and compare it with the plans of the other ranks of a host group. A collective call.
 
-    Raise PlanError if plans differ or a rank refuses its plan; if one rank raises, all do.
+    Raise PlanError if plans differ or a rank refuses its plan; if one rank raises, all ranks raise.
     """
     planned, refusal = None, None
     try:

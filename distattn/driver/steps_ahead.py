@@ -31,7 +31,7 @@ class StepsAhead:
     """A store of at most one step ahead per source. A source is an iterator, or a loader with a position."""
 
     def __init__(self) -> None:
-        # keys are ids: iterators may define equality, and a few do not support weak references
+        # use ids as keys, because iterators may define equality, and a few do not support weak references
         self._held: dict[int, tuple[Any, StepAhead]] = {}
 
     def hold(self, source: Any, step: StepAhead) -> None:
@@ -46,7 +46,7 @@ class StepsAhead:
         self._held[id(source)] = alive, step
 
     def take(self, source: Any) -> StepAhead | None:
-        """Return the step kept for this source, or None, and forget the step."""
+        """Return the step kept for this source, and forget it; return None if no step is kept."""
         _, step = self._held.pop(id(source), (None, None))
         if step is not None:
             step.taken_over = True
@@ -55,7 +55,7 @@ class StepsAhead:
         return step
 
     def drop(self, source: Any, step: StepAhead) -> None:
-        """Forget a step that its own loop is about to yield."""
+        """Forget a step that is about to be yielded by the loop that read it."""
         if self._held.get(id(source), (None, None))[1] is step:
             del self._held[id(source)]
 
@@ -79,7 +79,7 @@ class StepLoop:
             raise DistattnError(f"this loader cannot be iterated over: {error}.") from None
         self._loader, self._ahead = loader, ahead
         self._held: StepAhead | None = None
-        # an iterator and a loader with a position continue; other iterables start over
+        # a later loop continues an iterator or a loader with a position; other iterables start over
         self._goes_on = self._iterator is loader or isinstance(loader, GlobalLoader)
         self._left = ahead.take(loader) if self._goes_on else None
 
@@ -97,7 +97,7 @@ class StepLoop:
             self._ahead.hold(self._loader, self._held)
 
     def take_back(self) -> bool:
-        """Return True if the kept step still belongs to this loop; otherwise the next step was left behind by another loop."""
+        """Take back the kept step. Return False if another loop has used it; this loop then continues where that loop stopped."""
         step, self._held = self._held, None
         if step is None or not step.taken_over:
             if step is not None:

@@ -37,7 +37,7 @@ class Turns:
         self.spans: list[Span] = []
 
     def run(self, runs: Sequence[PausableRun[Result]]) -> list[Result]:
-        """Run a generator for each micro-batch to completion; at each pause the next one continues. Return their results."""
+        """Run one generator per micro-batch to completion; at each pause, the next one continues. Return their results."""
         results: dict[int, Result] = {}
         waiting = deque(enumerate(runs))
         while waiting:
@@ -197,7 +197,7 @@ class RandomState(NamedTuple):
 
     @classmethod
     def drawn(cls, device: torch.device | None, count: int) -> list[RandomState]:
-        """Return new states for `count` micro-batches, with seeds drawn on the host. device: see `current`."""
+        """Return new states for `count` micro-batches, seeded by numbers drawn on the host. device: see `current`."""
         device = device if device is not None and device.type == "cuda" else None
         states = []
         for seed in torch.randint(1 << 62, (count,), device="cpu").tolist():
@@ -227,9 +227,9 @@ class RandomState(NamedTuple):
 
 
 def device_of(layers: Sequence[nn.Module]) -> torch.device | None:
-    """Return the device with streams on which layers compute, or None if no device has streams."""
+    """Return the device on which layers compute if it has streams, otherwise None."""
     devices = (x.device for layer in layers for x in layer.parameters())
-    # parameters kept on the host (FSDP2's offload) do not show where their layers compute
+    # if parameters are kept on the host (FSDP2's offload), they do not show where their layers compute
     device = next((device for device in devices if has_streams(device)), None)
     if device is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())

@@ -16,7 +16,7 @@ import numpy as np
 from distattn.ir.errors import DistattnError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-# element types that functions check themselves, an entire array at a time
+# sequence types whose elements the functions check themselves, an entire array at a time
 _UNCHECKED_ELEMENTS = (Sequence[int], Sequence[tuple[int, int]], tuple[int, int])
 _KINDS = {
     int: "a whole number",
@@ -46,7 +46,7 @@ def checked(function: Function) -> Function:
         try:
             bound = signature.bind(*arguments, **named)
         except TypeError:
-            # let Python raise its own error, which names the function
+            # let Python raise its own TypeError, which names the function
             return function(*arguments, **named)
         for name, value in bound.arguments.items():
             kind = signature.parameters[name].kind
@@ -97,7 +97,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is np.ndarray:
         return isinstance(value, (np.ndarray, list, tuple)) or hasattr(value, "__array__")
     if hint in (int, float):
-        # refuse True, and tensors, which would lose their gradients
+        # refuse booleans, and tensors, which would lose their gradients
         wanted = Integral if hint is int else Real
         return isinstance(value, wanted) and not isinstance(value, (bool, np.bool_))
     if origin is tuple:

@@ -20,14 +20,14 @@ COLUMNS = ("q0", "q1", "k0", "k1", "lo", "hi", "bq", "bk", "oq", "ok")
 MAX_TOKENS = 1 << 30
 MAX_BLOCK = 1 << 29
 UNBOUNDED = 1 << 32
-# maximum number of pairs that the disjointness check holds in memory at a time
+# maximum number of pairs of pieces that the disjointness check holds in memory at a time
 _MAX_PAIRS = 1 << 22
 
 Q0, Q1, K0, K1, LO, HI, BQ, BK, OQ, OK = range(10)
 
 
 def clip(bands: Ints, *rectangle: Ints | int) -> Ints:
-    """Cut bands (M, 10) by rectangles q0, q1, k0, k1, row by row. A band outside its rectangle gets q0 >= q1 or k0 >= k1."""
+    """Cut each band (M, 10) to its rectangle q0, q1, k0, k1. A band outside its rectangle gets q0 >= q1 or k0 >= k1."""
     q0, q1, k0, k1 = rectangle
     out = bands.copy()
     out[:, Q0], out[:, Q1] = np.maximum(bands[:, Q0], q0), np.minimum(bands[:, Q1], q1)
@@ -42,7 +42,7 @@ def tighten(bands: Ints) -> Ints:
     """
     q0, q1, k0, k1, lo, hi, bq, bk, oq, ok = bands.T
     full = (q0 < q1) & (k0 < k1) & (lo <= hi)
-    # a row meets [k0, k1) if its first allowed key is below k1 and its last one is not below k0
+    # a row meets [k0, k1) if its first allowed key is below k1 and its last allowed key is not below k0
     a = np.maximum(q0, oq + bq * ((k0 - ok) // bk - hi))
     b = np.minimum(q1, oq + bq * ((k1 - 1 - ok) // bk - lo + 1))
     c = np.maximum(k0, ok + bk * ((q0 - oq) // bq + lo))
@@ -60,7 +60,7 @@ def areas(bands: Ints) -> Ints:
     some = (q0 < q1) & (k0 < k1) & (lo <= hi)
     q1, k1 = np.where(some, q1, q0 + 1), np.where(some, k1, k0 + 1)
     above = _clipped_sum(q0, q1, k0, k1, hi + 1, bq, bk, oq, ok)
-    # without a lower bound, as in most masks, every row starts at k0, which halves the cost
+    # without a lower bound, as in most masks, every row starts at k0, so the second sum, half of the cost, is not needed
     unbounded = bool((lo <= -UNBOUNDED).all())
     below = (q1 - q0) * k0 if unbounded else _clipped_sum(q0, q1, k0, k1, lo, bq, bk, oq, ok)
     return np.where(some, above - below, 0)
@@ -90,12 +90,12 @@ def _clipped_sum(q0, q1, k0, k1, shift, bq, bk, oq, ok) -> Ints:
 
 
 def _clamp(x: Ints, low: Ints | int, high: Ints) -> Ints:
-    # np.clip takes three times as long for short arrays
+    # use np.minimum and np.maximum: np.clip takes three times as long for short arrays
     return np.minimum(np.maximum(x, low), high)
 
 
 def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
-    """Raise DistattnError if pieces reach outside the axis, allow no cell, exceed the limits, or share a cell.
+    """Raise DistattnError if a piece leaves the axis, allows no cell or exceeds the limits, or if two pieces share a cell.
 
     heads: (P, 2), the heads of each piece. Pieces with different heads may share a cell.
     """
@@ -118,7 +118,7 @@ def check_pieces(pieces: Ints, n: int, heads: Ints | None) -> None:
 
 
 def _check_disjoint(tight: Ints, heads: Ints) -> None:
-    """Raise DistattnError if pieces with bq = bk = 1 share a cell, or if the rectangles of other pieces overlap."""
+    """Raise DistattnError if two pieces with bq = bk = 1 share a cell, or if the rectangles of two other pieces overlap."""
     # sweep along the axis on which fewer rectangles overlap
     sweeps = []
     for low, high in ((Q0, Q1), (K0, K1)):
@@ -141,7 +141,7 @@ def _refuse_common_cells(tight: Ints, heads: Ints, a: Ints, b: Ints) -> None:
     meet &= (heads[a, 0] < heads[b, 1]) & (heads[b, 0] < heads[a, 1])
     a, b, common = a[meet], b[meet], common[meet]
     cellwise = (tight[a][:, [BQ, BK]] == 1).all(1) & (tight[b][:, [BQ, BK]] == 1).all(1)
-    # with blocks of one token, the origins only shift the bounds: lo <= k - q + oq - ok <= hi
+    # with blocks of one token, origins only shift the bounds of a band: lo <= k - q + oq - ok <= hi
     shift = (tight[b, OK] - tight[b, OQ]) - (tight[a, OK] - tight[a, OQ])
     common[:, LO] = np.where(cellwise, np.maximum(common[:, LO], tight[b, LO] + shift), -UNBOUNDED)
     common[:, HI] = np.where(cellwise, np.minimum(common[:, HI], tight[b, HI] + shift), UNBOUNDED)

@@ -11,7 +11,7 @@ _Value = TypeVar("_Value")
 class cached_property(Generic[_Value]):  # noqa: N801 - named as functools' own
     """A property like `functools.cached_property` in Python 3.12, which has no lock.
 
-    In Python 3.11, all instances share one lock per property. Plans would wait for each other, and a process forked while a
+    In Python 3.11, all instances share one lock per property, so plans would wait for each other, and a process forked while a
     planning thread holds the lock would wait forever. If two threads both compute a value, the values are equal.
     """
 

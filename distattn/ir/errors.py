@@ -15,7 +15,7 @@ class DistattnError(ValueError):
 
 
 class SettingError(DistattnError):
-    """A setting whose value cannot be used. key: its dotted name, which starts the message."""
+    """A setting's value that cannot be used. key: the setting's dotted name, with which the message begins."""
 
     def __init__(self, key: str, fault: str):
         super().__init__(f"{key}: {fault}")
@@ -27,7 +27,7 @@ class SettingError(DistattnError):
 
 
 class LostRankError(DistattnError):
-    """The loss of another rank, which stopped answering; the message names it. Exit code 4: another attempt may succeed.
+    """The loss of another rank, which stopped answering; the message names the rank. Exit code 4: another attempt may succeed.
 
     peers: the lost ranks, numbered as in the default group; empty if unknown.
     """
@@ -40,7 +40,7 @@ class LostRankError(DistattnError):
 
 
 class DamagedStateError(DistattnError):
-    """A run's state that changed between two updates, without a checkpoint. Exit code 4: another attempt may succeed."""
+    """Run state that changed between two updates, with no checkpoint to load. Exit code 4: another attempt may succeed."""
 
     exit_code = 4
 
@@ -62,16 +62,16 @@ class DamagedDataError(DistattnError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, without its period. An error without a message is named by its type."""
+    """Return the first line of an error's message, without its period. If it has no message, return its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def shows_lost_peer(error: BaseException) -> bool:
-    """Return whether an error shows that this rank failed because it lost another one."""
+    """Return whether an error shows that this rank failed because it lost another rank."""
     if isinstance(error, DistattnError):
         return isinstance(error, LostRankError)
     if isinstance(error, OSError):
-        # an error with a file name is about a file
+        # an error with a file name is about a file, not about a connection
         return isinstance(error, (ConnectionError, TimeoutError)) and error.filename is None
     # PyTorch's errors are matched by name, because this file does not import torch
     names = {base.__name__ for base in type(error).__mro__}

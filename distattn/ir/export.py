@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import torch
     from torch.nn.attention.flex_attention import BlockMask
 
-# maximum number of key intervals per row of a block mask; each costs two lookups per score
+# maximum number of key intervals per row of a block mask; each interval costs two lookups per score
 _MAX_ROW_INTERVALS = 16
 
 
 class VarlenArguments(NamedTuple):
-    """Arguments of varlen kernels. cu_seqlens: (documents + 1,) int32. window: (left, right), -1 on a side without limit."""
+    """Arguments of varlen kernels. cu_seqlens: (documents + 1,) int32. window: (left, right), where -1 means no limit."""
 
     cu_seqlens: np.ndarray
     max_seqlen: int
@@ -33,7 +33,7 @@ class VarlenArguments(NamedTuple):
 def cu_seqlens(mask: Mask) -> VarlenArguments:
     """Return the arguments of varlen kernels for packed documents (flash-attn's convention).
 
-    window is flash-attn's `window_size`: -1 on a side without limit. With causal, the window's right side can be ignored. Raise
+    window is flash-attn's `window_size`, in which -1 means no limit. With causal, the window's right side can be ignored. Raise
     DistattnError for any other mask.
     """
     if mask.heads is not None:
@@ -43,7 +43,7 @@ def cu_seqlens(mask: Mask) -> VarlenArguments:
     square = (pieces[:, [K0, K1]] == pieces[:, [Q0, Q1]]).all() and (pieces[:, [BQ, BK]] == 1).all()
     if not square or q0[0] != 0 or q1[-1] != mask.n or (q0[1:] != q1[:-1]).any():
         raise DistattnError("this mask is not one square band per document, side by side; use block_mask or dense.")
-    # with blocks of one token, the origins only shift the bounds
+    # with blocks of one token, origins only shift the bounds of a band
     reach = q1 - q0 - 1
     shift = pieces[:, OK] - pieces[:, OQ]
     left = _common_window(-(pieces[:, LO] + shift), reach, "left")
@@ -88,7 +88,7 @@ def block_mask(mask: Mask, block: int = 128, device: torch.device | str = "cpu")
 
 
 def _common_window(reaches: Ints, most: Ints, side: str) -> int:
-    """Return the window on one side that all documents share; -1 if it has no limit."""
+    """Return the size of the window on one side, which all documents must share; -1 if it has no limit."""
     if (reaches < 0).any():
         raise DistattnError("varlen kernels always allow the diagonal; this mask does not.")
     limited = np.unique(reaches[reaches < most])
@@ -128,7 +128,7 @@ def _padded(table: np.ndarray, most: int) -> np.ndarray:
 
 
 def _blocks(mask: Mask, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return masks (rows, columns) of the partially allowed blocks, and of the fully allowed blocks."""
+    """Return two boolean arrays (rows, columns): which blocks are partially allowed, and which are fully allowed."""
     runs = mask.tiles(block, block)
     side = -(-mask.n // block)
     some, full = np.zeros((2, side, side), bool)

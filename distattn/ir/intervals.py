@@ -44,7 +44,7 @@ def run_starts(*columns: Ints) -> Ints:
 
 
 def stable_argsort(key: Ints) -> Ints:
-    """Return `np.argsort(key, kind="stable")` of integers, but faster: sort the integers with their indices in the low bits."""
+    """Return `np.argsort(key, kind="stable")` for integers, but faster: sort the keys with their indices in the low bits."""
     key = np.asarray(key, np.int64)
     places = len(key).bit_length()
     if len(key) and int(key.max()) - int(key.min()) < 1 << (62 - places):
@@ -53,7 +53,7 @@ def stable_argsort(key: Ints) -> Ints:
 
 
 def expand_ranges(begin: Ints, end: Ints) -> tuple[Ints, Ints]:
-    """Return all pairs (i, j) of a range i and an integer j in [begin_i, end_i)."""
+    """Return all pairs (i, j) of the index i of a range and an integer j in [begin_i, end_i)."""
     count = np.maximum(end - begin, 0)
     i = np.repeat(np.arange(len(count)), count)
     offset = np.repeat(np.cumsum(count) - count - begin, count)
@@ -69,7 +69,7 @@ def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
     """Return the union of each group's intervals, sorted and disjoint: (group, a, b). Touching intervals are joined."""
     if not len(a):
         return group, a, b
-    # +2, so that the end of one group and the start of the next do not touch
+    # add 2, so that the end of one group does not touch the start of the next
     base = group * (int(b.max()) + 2)
     index = stable_argsort(base + a)
     low, high = (base + a)[index], np.maximum.accumulate((base + b)[index])
@@ -83,9 +83,9 @@ def merge_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """Cut the intervals of each group at all of its end points. Return (row, piece, group, a, b).
+    """Cut the intervals of each group at all end points in the group. Return (row, piece, group, a, b).
 
-    (row_i, piece_i) are an input row and a piece that it covers. group, a and b list all pieces, even those that no row covers.
+    Interval row_i covers piece piece_i. group, a and b list all pieces, even those that no interval covers.
     """
     base = int(b.max()) + 2 if len(b) else 2
     points = sorted_unique(np.concatenate([group * base + a, group * base + b]))
@@ -96,13 +96,13 @@ def elementary_intervals(group: Ints, a: Ints, b: Ints) -> tuple[Ints, Ints, Int
 
 
 def lexicographic_argsort(*columns: Ints) -> Ints:
-    """Return the stable order that sorts rows by the first column, then the second and so on, in fewer passes than `np.lexsort`.
+    """Return the stable order of rows by the first column, then by the second and so on, in fewer passes than `np.lexsort`.
 
     Columns are packed into one integer as long as their ranges fit.
     """
     keys: list[Ints] = []
     room = 1
-    # `stable_argsort` needs the other bits for indices
+    # leave bits for the indices that `stable_argsort` adds
     most = 1 << (62 - len(columns[0]).bit_length())
     for column in columns:
         low, high = (int(column.min()), int(column.max())) if len(column) else (0, 0)

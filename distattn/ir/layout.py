@@ -21,17 +21,17 @@ from distattn.ir.load_balance import balance_items, place_documents, spread_docu
 from distattn.ir.mask import Mask, document_ends
 
 _MAX_RANKS = 1 << 20
-# `document_zigzag` cuts no chunk shorter than this, or than a rank's share divided by this, whichever is less
+# minimum length of a chunk in `document_zigzag`: the lesser of this, and a rank's share of the tokens divided by this
 _MIN_CHUNK, _CHUNKS_OF_SHARE = 512, 64
-# planning time grows with the square of the number of chunks, so with many ranks each rank gets fewer chunks
+# planning time grows with the square of the number of chunks, so limit the total to this, but allow each rank at least this many
 _CHUNKS, _LEAST_OF_SHARE = 512, 8
-# positions per chunk at which `balanced` may cut; between two of them, work is assumed to be even
+# number of positions per chunk at which `balanced` may cut; work is assumed to be even between two positions
 _POSITIONS_PER_CHUNK = 32
 _WORK_WEIGHTS = (1, 2, 4, 8, 16)
-# `balanced` splits documents above this share of a rank's work, over these multiples of the ranks that they need
+# `balanced` splits documents with more than this share of a rank's work, over these multiples of as many ranks as they need
 _LONG_SHARE, _SPREADS = 0.5, (1.0, 2.0, np.inf)
 _CHUNK_COLUMNS = ("rank", "t0", "t1")
-# ratios to the mean: the busiest rank's work at which the search ends, and the maximum number of tokens on a rank
+# ratios to the mean: the work of the busiest rank at which the search ends, and the maximum number of tokens on a rank
 _GOOD_BALANCE, _MAX_TOKENS_OVER_MEAN = 1.01, 1.25
 
 
@@ -88,10 +88,10 @@ class Layout:
     @staticmethod
     @checked
     def document_zigzag(lengths: Sequence[int], ranks: int, *, min_chunk: int | None = None) -> Layout:
-        """Cut every document into up to 2R chunks of at least `min_chunk` tokens, dealt to ranks in zigzag order.
+        """Cut every document into up to 2R chunks of at least `min_chunk` tokens, and deal them to ranks in zigzag order.
 
-        Each document starts at the rank with the fewest tokens so far (the first such rank), so that many short documents
-        balance. min_chunk: by default 512, or 1/64 of a rank's share if that is less (with many ranks 1/8).
+        Each document starts at the rank with the fewest tokens so far (in a tie, at the first), so that many short documents
+        balance. min_chunk: by default 512, or 1/64 of a rank's share (with many ranks, 1/8) if that is less.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
         if min_chunk is None:
@@ -115,7 +115,7 @@ class Layout:
     @staticmethod
     @checked
     def block_cyclic(lengths: Sequence[int], ranks: int, *, block: int = 512) -> Layout:
-        """Return a layout in which rank i % R owns block i, of `block` tokens (block=1 is striped attention)."""
+        """Return a layout in which rank i % R owns block i. Blocks have `block` tokens; block=1 is striped attention."""
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         if block < 1:
             raise DistattnError(f"a block must have at least 1 token, not {block}.")
@@ -136,10 +136,10 @@ class Layout:
 
         mask: by default causal within each document. Candidates are `contiguous`, `zigzag`, `document_zigzag`, `placed`, layouts
         that keep short documents whole and split long ones over one or two times as many ranks as their work needs, or over all,
-        and a layout of chunks of equal work. No rank has more than 1.25 times the mean tokens. `distattn.ir.layout_cost`
-        estimates the costs. chunk: return the last candidate, with chunks of this many tokens on average. Its chunks all have the
-        same sum of their share of the tokens and their share of the work. They are assigned heaviest first, then exchanged until
-        the busiest rank is within `tolerance` of the mean.
+        and a layout of chunks that are about equally expensive. No rank has more than 1.25 times the mean tokens.
+        `distattn.ir.layout_cost` estimates the costs. chunk: return the last candidate, with chunks of this many tokens on
+        average. In it, the sum of a chunk's share of the tokens and its share of the work is the same for all chunks. Chunks are
+        assigned to ranks, heaviest first, and then exchanged until the busiest rank is within `tolerance` of the mean.
         """
         n, _ = int(document_ends(lengths)[-1]), _positive(ranks)
         mask = Mask.documents(lengths) if mask is None else mask
@@ -148,7 +148,7 @@ class Layout:
                 f"balanced needs chunks of at least 1 token (not {chunk}), a mask of {n} tokens (not {mask.n}) and a "
                 f"tolerance of at least 0 (not {tolerance})."
             )
-        # planning time grows with the number of pairs of chunks
+        # give each of many ranks fewer chunks, because planning time grows with the number of pairs of chunks
         each = 8 if ranks <= 256 else 4
         in_chunks = Layout._in_chunks_of_equal_work(
             lengths, ranks, mask, chunk or max(1, -(-n // (each * ranks))), tolerance
@@ -179,13 +179,13 @@ class Layout:
     def _in_chunks_of_equal_work(
         lengths: Sequence[int], ranks: int, mask: Mask, chunk: int, tolerance: float
     ) -> Layout:
-        """Return a layout of chunks of about `chunk` tokens: the same number on all ranks, with about equal work."""
+        """Return a layout of chunks of about `chunk` tokens, which gives all ranks about equally many chunks and equal work."""
         n = mask.n
         parts = -(-n // chunk)
         grid = _cuts(n, min(n, _POSITIONS_PER_CHUNK * parts))
         effort = np.append(0, np.cumsum(rows_area(mask, grid)))
         best: tuple[float, Ints, Ints] | None = None
-        # if chunks of equal sums do not balance, give work more weight and tokens less
+        # if chunks with equal sums do not balance, increase the weight of work in the sum
         for weight in _WORK_WEIGHTS:
             share = weight * effort / max(effort[-1], 1) + grid / n
             cuts = np.unique(np.interp(np.linspace(0, share[-1], parts + 1), share, grid).round().astype(np.int64))
@@ -208,8 +208,8 @@ class Layout:
         """Return a layout for data loaders that may choose the ranks of documents: equal work with few messages.
 
         mask: by default causal within each document. A document with more than (1 + tolerance) times a rank's mean work is split
-        over about as many ranks as its work needs; the others stay whole (see `distattn.ir.load_balance`). No rank has more than
-        1.01 times the mean tokens. Work is as even as that permits; strategy "cad" evens out the rest.
+        over about as many ranks as its work needs; other documents stay whole (see `distattn.ir.load_balance`). No rank has more
+        than 1.01 times the mean tokens. Work is as even as these limits permit; strategy "cad" evens out the rest.
         """
         ends, _ = document_ends(lengths), _positive(ranks)
         n = int(ends[-1])
@@ -325,7 +325,7 @@ class Layout:
             raise DistattnError(f"rank {rank} is outside this layout of {self.ranks} ranks.")
 
 
-# layouts by their names in configurations
+# layouts, keyed by their names in configurations
 LAYOUTS = {
     "contiguous": Layout.contiguous,
     "zigzag": Layout.zigzag,

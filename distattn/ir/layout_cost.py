@@ -13,15 +13,15 @@ from distattn.ir.bands import K0, K1, Q0, Q1, areas, clip, tighten
 from distattn.ir.intervals import Ints, merge_intervals, overlapping_pairs
 from distattn.ir.mask import Mask
 
-# a kernel reaches n / (n + this) of its best speed on n x n cells. This estimate for forward and backward together is from
-# published speeds of FlashAttention 3 on an H100 (the table in cluster/descriptions/h100.toml)
+# on n x n cells, a kernel reaches n / (n + this) of its best speed, forward and backward together, as estimated from published
+# speeds of FlashAttention 3 on an H100 (the table in cluster/descriptions/h100.toml)
 _OVERHEAD_TOKENS = 550
-# costs per token, in cells of 32 heads: sending 8 key/value heads between H200s, and the rest of an 8B model's layer
+# costs per token, in cells of 32 heads: of sending 8 key/value heads between H200s, and of the rest of a layer of an 8B model
 _CELLS_PER_RECEIVED_TOKEN, _CELLS_PER_OWN_TOKEN = 1_000, 10_000
 
 
 def rows_area(mask: Mask, cuts: Ints) -> np.ndarray:
-    """Return the allowed cells in rows [cuts_i, cuts_i+1), summed over heads if the mask differs by head."""
+    """Return the number of allowed cells in rows [cuts_i, cuts_i+1), summed over heads if the mask differs by head."""
     i, j = overlapping_pairs(cuts[:-1], cuts[1:], mask.pieces[:, Q0], mask.pieces[:, Q1])
     work = areas(clip(mask.pieces[i], cuts[j], cuts[j + 1], 0, mask.n)).astype(np.float64) * _heads(mask, i)
     return np.bincount(j, work, len(cuts) - 1)
@@ -46,7 +46,7 @@ def _received_tokens(mask: Mask, ranks: int, rank: Ints, t0: Ints, t1: Ints) -> 
     some = bands[:, K0] < bands[:, K1]
     user, k0, k1 = merge_intervals(rank[j[some]], bands[some, K0], bands[some, K1])
     order = np.argsort(rank, kind="stable")
-    # put ranks one after another on one axis
+    # shift the tokens of rank r by r * n, so that one call finds the overlaps of all ranks
     begin, end = (rank * mask.n + t0)[order], (rank * mask.n + t1)[order]
     seen, chunk = overlapping_pairs(begin, end, user * mask.n + k0, user * mask.n + k1)
     owned = np.minimum((user * mask.n + k1)[seen], end[chunk]) - np.maximum((user * mask.n + k0)[seen], begin[chunk])

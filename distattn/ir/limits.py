@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, get_type_hints
 
 from distattn.ir.errors import SettingError
 
-# the default maximum of a number
+# the default upper bound of numbers
 MOST = 1 << 40
-# other programs' names for settings' values, and our names for the same values
+# names that other programs use for values of settings, and our names for the same values
 _MEANT = {
     "zero": "deepspeed",
     "zero2": "deepspeed",
@@ -55,7 +55,7 @@ class Number:
     lt: float | None = None
 
     def problem(self, value: float) -> str | None:
-        """Return a sentence about a value out of range, or None. NaN is out of every range."""
+        """Return a sentence about a value that is out of range; None if it is in range. NaN is out of every range."""
         if self.ge is not None and not value >= self.ge:
             return f"must be at least {self.ge}, not {value}."
         if self.gt is not None and not value > self.gt:
@@ -67,7 +67,7 @@ class Number:
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The values that a setting may have. choices: a collection that may still grow. before: values listed first."""
+    """The values that a setting may have. choices: a collection that may still grow. before: values listed before them."""
 
     choices: Collection[str]
     before: tuple[str, ...] = ()
@@ -85,13 +85,13 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Check:
-    """A check of a value. problem: returns a sentence about a bad value, or None."""
+    """A check of a value. problem: returns a sentence about a bad value; None for a good value."""
 
     problem: Callable[[Any], str | None]
 
 
 def limit_problems(settings: Any, table: str = "") -> Iterator[SettingProblem]:
-    """Yield a problem for each value of a dataclass outside the limits of its field; None is within all limits.
+    """Yield a problem for each field of a dataclass whose value is outside the field's limits; None is within all limits.
 
     table: a prefix for the names of fields, such as "train.".
     """
@@ -114,7 +114,7 @@ def nested_problems(record: Any, table: str = "") -> Iterator[SettingProblem]:
 
 
 def check_limits(settings: Any) -> None:
-    """Raise SettingError for the first value of a dataclass outside the limits of its field."""
+    """Raise SettingError for the first field of a dataclass whose value is outside the field's limits."""
     for problem in limit_problems(settings):
         raise SettingError(*problem)
 

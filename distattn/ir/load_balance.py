@@ -17,8 +17,8 @@ _MAX_TOKEN_SHARE = 1.01
 def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
     """Return a rank for each item: ranks get about equal weights, and numbers of items that differ by at most one.
 
-    In each round every rank gets one item, heaviest items first, each to the rank with the least weight. The busiest rank then
-    makes the most helpful exchange of items with another rank, until it is within `tolerance` of the mean or no exchange helps.
+    In each round every rank gets one item: the heaviest goes to the rank with the least weight, and so on. The busiest rank then
+    makes the most helpful exchange of items with another rank, until its weight is within `tolerance` of the mean or none helps.
     """
     items = len(weights)
     rank = np.empty(items, np.int64)
@@ -35,7 +35,7 @@ def balance_items(weights: np.ndarray, ranks: int, tolerance: float) -> Ints:
         if load[busy] <= load.mean() * (1 + tolerance):
             break
         mine = np.flatnonzero(rank == busy)
-        # exchanging i and j moves `moved` from the busiest rank to j's; `after` is the higher of their loads afterwards
+        # exchanging i and j moves weight `moved` from the busiest rank to j's; `after` is the higher of both loads afterwards
         moved = weights[mine][:, None] - weights[None]
         after = np.maximum(load[busy] - moved, load[rank][None] + moved)
         after[:, mine] = np.inf
@@ -55,8 +55,8 @@ def spread_documents(
     """Place documents, laid end to end, on ranks, and split long ones. Return chunks (rank, t0, t1).
 
     lengths, work: the tokens and the work of each document. Documents with more than `share` of a rank's mean work are split over
-    `spread` times as many ranks as their work needs, at most all. The others stay whole if a rank has room. Documents with the
-    most work come first.
+    `spread` times as many ranks as their work needs, at most all. Other documents stay whole if a rank has room. Documents are
+    placed in descending order of work.
     """
     placed = _Placement(lengths, ranks)
     mean = float(work.sum()) / ranks
@@ -73,17 +73,17 @@ def spread_documents(
 def place_documents(lengths: Ints, work: np.ndarray, ranks: int, tolerance: float) -> tuple[Ints, Ints, Ints]:
     """Place documents, laid end to end, on ranks. Return chunks (rank, t0, t1).
 
-    lengths, work: the tokens and the work of each document. Documents with more than (1 + tolerance) times a rank's mean work
-    come first. Each is split over about as many ranks as its work needs, with two equal chunks per rank, one from the front and
-    one from the back (equal work under a causal mask). The others follow whole, most work first, each on the rank with the least
-    work that has room for its tokens. They are cut only if no rank has room.
+    lengths, work: the tokens and the work of each document. Documents with more than (1 + tolerance) times a rank's mean work are
+    placed first. Each is split over about as many ranks as its work needs, with two equal chunks per rank, one from the front and
+    one from the back (equal work under a causal mask). The others follow whole, in descending order of work, each on the rank
+    with the least work that has room for its tokens. They are cut only if no rank has room.
     """
     placed = _Placement(lengths, ranks)
     mean, tokens = float(work.sum()) / ranks, float(lengths.sum()) / ranks
     order = np.argsort(-work, kind="stable")
     long = order[work[order] > (1 + tolerance) * mean]
     short = order[len(long) :]
-    # the work per token of short documents, which fill up the ranks
+    # the work per token of short documents, which will fill up the ranks
     filler = float(work[short].sum()) / max(int(lengths[short].sum()), 1)
     for document in long.tolist():
         load, length = float(work[document]), int(lengths[document])
@@ -95,7 +95,7 @@ def place_documents(lengths: Ints, work: np.ndarray, ranks: int, tolerance: floa
 
 
 class _Placement:
-    """The documents placed so far. free_tokens, load: each rank's room for tokens, and its work."""
+    """The documents placed so far. free_tokens: the number of tokens that each rank has room for. load: each rank's work."""
 
     def __init__(self, lengths: Ints, ranks: int):
         self.lengths, self.start = lengths, np.cumsum(lengths) - lengths
@@ -104,7 +104,7 @@ class _Placement:
         self.rows: list[tuple[int, int, int]] = []
 
     def split(self, document: int, work: float, shares: int) -> None:
-        """Split a document into pairs of chunks over the ranks with the least work that have room, or over more ranks."""
+        """Split a document into pairs of chunks over the `shares` ranks with the least work that have room, or over more."""
         length = int(self.lengths[document])
         while shares < len(self.free_tokens) and int((self.free_tokens >= -(-length // shares)).sum()) < shares:
             shares += 1
@@ -113,7 +113,7 @@ class _Placement:
         if not fits[chosen].all():
             self.place(document, work)
             return
-        # cut equal shares first, then halves, so that no share is longer than the room for it
+        # cut the document into equal shares before halving them, so that no share is longer than a rank has room for
         shard = np.diff(np.arange(shares + 1) * length // shares)
         ends = self.start[document] + np.cumsum(np.concatenate([[0], shard - shard // 2, (shard // 2)[::-1]]))
         for rank, t0, t1 in zip([*chosen.tolist(), *chosen[::-1].tolist()], ends, ends[1:], strict=False):

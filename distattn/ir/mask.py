@@ -98,7 +98,7 @@ class Mask:
     def token_shift(lengths: Sequence[int], distance: int) -> Mask:
         """Return a mask in which each token sees only the token `distance` before it in its document: q - k = distance.
 
-        With a negative distance, each token sees a later one.
+        With a negative distance, each token sees a later token.
         """
         start, end = _document_bounds(lengths)
         if abs(distance) > MAX_TOKENS:
@@ -189,7 +189,7 @@ class Mask:
     @staticmethod
     @checked
     def by_head(groups: Sequence[tuple[int, Mask]]) -> Mask:
-        """Return a mask that differs by head. groups: pairs (number of query heads, their mask), in the order of heads.
+        """Return a mask that differs by head. groups: pairs (number of query heads, mask of those heads), in the order of heads.
 
         A piece that neighbouring groups share becomes one piece for all of their heads.
         """
@@ -211,7 +211,7 @@ class Mask:
         fresh[1:] = (same[1:] != same[:-1]) | (group[1:] != group[:-1] + 1)
         last = group[np.append(np.flatnonzero(fresh)[1:], len(group)) - 1]
         heads = np.stack([np.append(0, ends)[group[fresh]], ends[last]], 1)
-        # keep the order in which the groups list the pieces
+        # put the pieces back into the order in which the groups list them
         named = np.argsort(order[fresh])
         return Mask(rows[order[fresh]][named], groups[0][1].n, heads[named], int(ends[-1]))
 
@@ -250,7 +250,7 @@ class Mask:
 
     @checked
     def needed_keys(self, q_set: Sequence[tuple[int, int]] | Ints) -> Ints:
-        """Return the keys that queries in `q_set` see, sorted and disjoint. Both are half-open intervals (M, 2)."""
+        """Return the keys that queries in `q_set` see, sorted and disjoint. Keys and queries are half-open intervals (M, 2)."""
         q_set = as_int64(q_set, "query intervals")
         if q_set.size and (q_set.ndim != 2 or q_set.shape[1] != 2):
             raise DistattnError(f"query intervals must be pairs (M, 2), not {q_set.shape}.")
@@ -279,7 +279,7 @@ class Mask:
     def tiles(self, bm: int, bn: int) -> dict[str, Ints]:
         """Return runs of key tiles for a kernel with tiles of bm queries x bn keys.
 
-        There is one row per query tile and overlapping piece.
+        There is one row for each pair of a query tile and a piece that overlaps it.
 
         Columns: `tile` (query tile), `piece`, and key tiles `begin` <= `full_begin` <= `full_end` <= `end`. The piece allows all
         cells of the tiles in [full_begin, full_end), and some cells of the other tiles in [begin, end).
@@ -293,7 +293,8 @@ class Mask:
         first_begin, first_end = row_key_ranges(band, q0)
         last_begin, last_end = row_key_ranges(band, q1 - 1)
         begin, end = first_begin // bn, -(-last_end // bn)
-        # full tiles: all rows of the tile are present, and keys lie between the last row's start and the first row's end
+        # a key tile is full if the band covers all rows of the query tile, and the keys lie between the last row's first key and
+        # the first row's end
         whole = (q0 == tile * bm) & (q1 == np.minimum((tile + 1) * bm, self.n))
         full_begin = -(-last_begin // bn)
         full_end = np.where(first_end == self.n, -(-self.n // bn), first_end // bn)

@@ -21,8 +21,9 @@ from typing import Any
 from distattn.ir.arguments import check_fields, checked
 from distattn.ir.errors import DistattnError
 
-# a tensor of a payload. Its width is None for one number per token and head. Its dtype is "input" for the inputs' dtype, "wide"
-# for the accumulation dtype, or "result": the accumulation dtype if partial results are summed, otherwise the inputs' dtype
+# (width, dtype) of a tensor in a payload. Width None: one number per token and head. The dtype is "input" for the inputs' dtype,
+# "wide" for the accumulation dtype, or "result": the accumulation dtype if partial results are summed, otherwise the inputs'
+# dtype
 Field = tuple[int | None, str]
 KINDS = ("attention", "recurrence", "prefix_max", "convolution", "latent_attention")
 MERGES = ("lse", "sum", "never")
@@ -35,10 +36,10 @@ class Op:
     """The operation that a task computes.
 
     kind: "attention", "recurrence", "prefix_max", "convolution" or "latent_attention". merge: how two results of one row are
-    merged: by log-sum-exp ("lse"), by "sum", or "never" if one task computes an entire row. decay: a recurrence's g is 0
-    ("none"), one number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or
-    one per token, head and key channel ("channel"). delta: True if a recurrence has a b. rotary_dim, latent_dim: widths of the
-    tensors that latent attention moves in place of keys and values.
+    merged: "lse" (by log-sum-exp), "sum", or "never" (one task computes an entire row). decay: a recurrence's g is 0 ("none"),
+    one number per head that the caller passes separately from the plan ("head"), one per token and head ("token"), or one per
+    token, head and key channel ("channel"). delta: True if a recurrence has b (the delta rule). rotary_dim, latent_dim: widths of
+    the tensors that latent attention moves in place of keys and values.
     """
 
     name: str
@@ -95,9 +96,9 @@ class Op:
         return ("Q", "dQ") if self.is_recurrent else ("KV", "dKV")
 
     def fields(self, head_dim: int, v_head_dim: int) -> dict[str, tuple[Field, ...]]:
-        """Return the tensors of payloads Q, KV, O and dO; dQ and dKV have the same fields as Q and KV."""
+        """Return the fields of payloads Q, KV, O and dO, keyed by name; dQ and dKV have the same fields as Q and KV."""
         if self.kind == "recurrence":
-            # decays are multiplied over thousands of tokens, so they are not rounded to half precision
+            # do not round decays to half precision, because they are multiplied over thousands of tokens
             decay: tuple[Field, ...] = {
                 "none": (),
                 "head": (),
@@ -135,7 +136,7 @@ class Op:
 
     @property
     def transition_travels(self) -> bool:
-        """True if a state that moves includes A; without gates, A follows from the number of tokens."""
+        """True if a state that moves includes A. Otherwise its receiver computes A from the number of tokens."""
         return self.delta or self.decay in ("token", "channel")
 
     def state_numbers(self, head_dim: int, v_head_dim: int, prefix: bool, in_memory: bool = False) -> int:

@@ -40,7 +40,7 @@ _FORMAT = 2
 
 
 class Payload(IntEnum):
-    """The tensors that a move carries. dO is sent with the final log-sum-exp and delta = rowsum(dO * O); O with its log-sum-exp.
+    """The tensors that a move carries. O is sent with its log-sum-exp, dO with the final log-sum-exp and delta = rowsum(dO * O).
 
     S and dS are a recurrence's states and their gradients. In their moves, [t0, t1) are the tokens that the state summarizes.
     """
@@ -55,13 +55,13 @@ class Payload(IntEnum):
     dS = 7
 
 
-# a move copies a held payload; it adds a reduced payload to the one at its destination and removes it from its source
+# a move copies a held payload; it adds a reduced payload to the payload at the destination, and removes it from the source
 HELD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO)
 REDUCED_PAYLOADS = (Payload.O, Payload.dQ, Payload.dKV)
 FORWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.O)
 BACKWARD_PAYLOADS = (Payload.Q, Payload.KV, Payload.dO, Payload.dQ, Payload.dKV)
 KEY_PAYLOADS = (Payload.KV, Payload.dKV)
-# states are also copied by moves; a state's size does not depend on the number of tokens that it summarizes
+# moves also copy states, whose sizes do not depend on the number of tokens that they summarize
 STATE_PAYLOADS = (Payload.S, Payload.dS)
 _OF_GRADIENT = {Payload.dQ: "Q", Payload.dKV: "KV"}
 
@@ -107,7 +107,7 @@ class Table:
     def from_rows(
         tasks: Sequence[Sequence[int]] | Ints, moves: Sequence[Sequence[int]] | Ints = (), label: str = ""
     ) -> Table:
-        """Build a table from rows written by hand, with values in the order of `TASK_COLUMNS` and `MOVE_COLUMNS`."""
+        """Build a table from handwritten rows, whose values are in the order of `TASK_COLUMNS` or `MOVE_COLUMNS`."""
         task_rows = np.array(tasks, np.int64).reshape(-1, len(TASK_COLUMNS)).T
         move_rows = np.array(moves, np.int64).reshape(-1, len(MOVE_COLUMNS)).T
         named = dict(zip(TASK_COLUMNS, task_rows, strict=True)), dict(zip(MOVE_COLUMNS, move_rows, strict=True))
@@ -120,7 +120,7 @@ class Table:
 
 
 def dtype_name(dtype: Any) -> str:
-    """Return the name of a dtype, given by name or as a dtype of PyTorch or NumPy; "" for None."""
+    """Return the name of a dtype; "" for None. dtype: a name, or a dtype of PyTorch or NumPy."""
     if isinstance(dtype, str) or dtype is None:
         return dtype or ""
     return str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
@@ -130,8 +130,8 @@ def dtype_name(dtype: Any) -> str:
 class Call:
     """One call: the mask and layout of its axis, its head counts, head dims and dtype, and its op.
 
-    heads: query heads, or a recurrence's value heads. kv_heads: heads that several of these share: key/value heads, or the heads
-    of a recurrence's queries and keys.
+    heads: query heads, or a recurrence's value heads. kv_heads: heads that several of `heads` share: key/value heads, or the
+    heads of a recurrence's queries and keys.
     """
 
     mask: Mask
@@ -141,9 +141,9 @@ class Call:
     head_dim: int
     v_head_dim: int
     dtype: str
-    # the dtype in which outputs and gradients are sent; if empty, the accumulation dtype
+    # the dtype in which outputs and gradients are sent; "" for the accumulation dtype
     comm_dtype: str = ""
-    # results in which every element comes from a single kernel call; they are held and sent in the inputs' dtype
+    # results of which a single kernel call writes each element, so they can be held and sent in the inputs' dtype
     written_once: tuple[Payload, ...] = ()
     op: Op = ATTENTION
 
@@ -207,7 +207,7 @@ class Call:
     def payload_fields(self, payload: Payload, narrow: bool = False) -> tuple[tuple[int | None, str], ...]:
         """Return (width, dtype) for each tensor of a payload in memory; width None means one number per token and head.
 
-        narrow: assume that results are held in the inputs' dtype.
+        narrow: True if results are held in the inputs' dtype.
         """
         wide = self.accumulation_dtype
         result = self.dtype if narrow or payload in self.written_once else wide
@@ -233,7 +233,7 @@ class Call:
         return sum((width or 1) * DTYPE_BYTES[dtype] for width, dtype in fields)
 
     def state_bytes(self, prefix: bool, in_memory: bool = False) -> int:
-        """Return the bytes of one head's state. prefix: True if it starts with its document (dS: ends with it)."""
+        """Return the bytes of one head's state. prefix: True if the state starts with its document (for dS: ends with it)."""
         numbers = self.op.state_numbers(self.head_dim, self.v_head_dim, prefix, in_memory)
         return numbers * DTYPE_BYTES[self.accumulation_dtype]
 
@@ -243,7 +243,7 @@ class Call:
         return self.mask.pieces[:, [Q0, Q1]]
 
     def is_prefix(self, payload: Payload, t0: Ints, t1: Ints) -> np.ndarray:
-        """Return which states of tokens [t0, t1) start with a document; for dS, which end with a document."""
+        """Return which states of tokens [t0, t1) start where a document starts; for dS, which end where a document ends."""
         return np.isin(t1, self.documents[:, 1]) if payload == Payload.dS else np.isin(t0, self.documents[:, 0])
 
     def _check_documents(self) -> None:
@@ -349,7 +349,7 @@ class Plan:
             raise
         except (PermissionError, IsADirectoryError) as error:
             raise DistattnError(f"{path}: cannot be read: {error.strerror}.") from None
-        # flipped bits cause many kinds of errors in the zip reader: unknown compression, encryption, impossible sizes
+        # catch all errors: the zip reader takes flipped bits for unknown compression, encryption or impossible sizes, for example
         except Exception as error:
             raise DamagedDataError(f"{path}: not a plan, or damaged ({error}).") from None
         if plan.digest != head["digest"]:
@@ -439,7 +439,7 @@ def nonempty_bands(bands: Ints) -> np.ndarray:
 
 
 def _segments(payload: Payload, tasks: Columns) -> Columns:
-    """Return the tokens of a payload that each task of a recurrence reads or writes; an empty range if it uses none."""
+    """Return the tokens of a payload that each task of a recurrence reads or writes; an empty range if it uses no token."""
     used = np.ones(num_rows(tasks), bool)
     if payload in REDUCED_PAYLOADS:
         used = has_rows_and_keys(tasks)

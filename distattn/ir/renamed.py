@@ -14,7 +14,7 @@ from typing import Any
 
 
 def current_name(name: str, renamed: Mapping[str, str], kind: str) -> str:
-    """Return the current name of something. Warn if `name` is an old name.
+    """Return the current name of what `name` refers to. Warn if `name` is an old name.
 
     renamed: old name -> new name. kind: the word before the name in the warning.
     """
@@ -40,7 +40,7 @@ def renamed_attributes(module: str, renamed: Mapping[str, str]) -> Callable[[str
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """An importer of modules by their old names. moved: old name -> new name. It must be the last in `sys.meta_path`."""
+    """An importer of modules by their old names. moved: old name -> new name. It must be the last finder in `sys.meta_path`."""
 
     def __init__(self, moved: Mapping[str, str]):
         self._moved = moved
@@ -54,7 +54,7 @@ class MovedModules(MetaPathFinder, Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Return the module with the new name."""
         module = import_module(self._moved[spec.name])
-        # keep its spec, because Python overwrites the spec of a module that a loader returns
+        # save the module's spec, because Python overwrites the spec of a module that a loader returns
         spec.loader_state = module.__spec__
         return module
 

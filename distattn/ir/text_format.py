@@ -31,7 +31,7 @@ def align_columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def with_common_unit(values: Sequence[float], kind: str) -> list[str]:
-    """Format values in seconds ("s") or bytes ("B"), all in the unit of the largest value."""
+    """Format values in seconds ("s") or bytes ("B"), all with the unit that suits the largest value."""
     largest = max(map(abs, values), default=0.0)
     size, unit = next(((size, unit) for size, unit in _UNITS[kind] if largest >= size), _UNITS[kind][-1])
     digits = {"s": 3, "B": 0}.get(unit, 2)
@@ -49,5 +49,5 @@ def readable_bytes(number: int) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """Format a number with its noun, given in the singular."""
+    """Format a number with a noun in the singular or plural. noun: its singular."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# a path of table keys and indices of array entries
+# the path of a key: keys of tables, and indices of array entries
 Key = tuple[str | int, ...]
 # a multi-line string may end in up to five quotes, two of which belong to its value
 _TOKENS = re.compile(
@@ -26,7 +26,7 @@ class TomlLines:
     def of(self, key: Sequence[str | int]) -> int | None:
         """Return the line of a key or entry, such as ("corpus", 1, "weight"); for a missing key, the line of its table.
 
-        Return None if its table is the entire file.
+        If that table is the entire file, return None.
         """
         path = tuple(key)
         return next((self._lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in self._lines), None)
@@ -74,7 +74,7 @@ class _Reader:
         return self._tokens[self._at - 1] if self._at <= len(self._tokens) else None
 
     def _header(self, line: int) -> Key:
-        """Read a header [key] or [[key]] and return the path of its table."""
+        """Read a header [key] or [[key]]; return the path of its table."""
         is_array = self._peek() == "["
         self._at += is_array
         *parents, last = self._key("]")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Record = TypeVar("Record")
-# keyed by pydantic's name for a type error: a description of the correct type, and an example for keys without a default
+# a description of the correct type, and an example for keys without a default, keyed by pydantic's name for a type error
 _EXPECTED = {
     "int_type": ("a whole number", "1"),
     "int_from_float": ("a whole number", "1"),
@@ -49,7 +49,7 @@ class TomlFile(NamedTuple):
 
     @staticmethod
     def read(path: str | Path, remedy: str) -> TomlFile:
-        """Read a file. Raise DistattnError if it cannot be read or is not TOML. remedy: advice for the first case."""
+        """Read a file. Raise DistattnError if it cannot be read or is not TOML. remedy: advice for a file that cannot be read."""
         try:
             text = Path(path).read_text("utf-8")
             return TomlFile(str(path), tomllib.loads(text), TomlLines(text))
@@ -82,14 +82,14 @@ def parse_record(kind: type[Record], content: Mapping[str, Any], place: Callable
     except ValidationError as error:
         errors = error.errors()
     misspelled = {row["loc"][:-1] for row in errors if row["type"] in _UNKNOWN}
-    # pydantic also reports a misspelled required key as missing
+    # leave out missing keys of tables with a misspelled key, because pydantic reports a misspelled required key as missing, too
     reported = [row for row in errors if row["type"] != "missing" or row["loc"][:-1] not in misspelled]
     raise_problems([_problem(kind, row) for row in reported], place)
     raise AssertionError("a validation error has rows")
 
 
 def raise_problems(problems: Iterable[SettingProblem], place: Callable[[Key], str]) -> None:
-    """Raise DistattnError with a line for each problem, which starts with its key's place. Do nothing without problems."""
+    """Raise DistattnError with a line for each problem, which starts with its key's place. Do nothing if there is no problem."""
     lines = [f"{place(key_of(problem.key))}: {problem}" for problem in problems]
     if lines:
         raise DistattnError("\n".join(lines))
@@ -101,7 +101,7 @@ def key_of(dotted: str) -> Key:
 
 
 def unknown_key(kind: Any, key: str, arrays: bool = True) -> SettingProblem:
-    """Return the problem of an unknown key, with similar keys, or with all keys of its table.
+    """Describe an unknown key as a problem, with similar keys, otherwise with all keys of its table.
 
     arrays: also suggest keys in arrays of tables.
     """
@@ -116,7 +116,7 @@ def unknown_key(kind: Any, key: str, arrays: bool = True) -> SettingProblem:
 
 
 def wrong_type(kind: Any, key: str, value: Any, error: str) -> SettingProblem:
-    """Return the problem of a value of the wrong type, with an example. error: pydantic's name for the error."""
+    """Describe a value of the wrong type as a problem, with a correct example. error: pydantic's name for the error."""
     expected, example = _EXPECTED.get(error, ("a value of this key", ""))
     hint, default = _field_of(kind, key_of(key))
     if isinstance(default, (int, float, str)) and default and not isinstance(default, bool):
@@ -125,7 +125,7 @@ def wrong_type(kind: Any, key: str, value: Any, error: str) -> SettingProblem:
     if error == "tuple_type" and entries and is_dataclass(entries[0]):
         example = f"[[{key}]]"
     if error == "dataclass_type":
-        # the key of a table in a list ends with a number
+        # leave out the number with which the key of a table in a list ends
         list_of_tables, _, number = key.rpartition(".")
         example = f"[[{list_of_tables}]]" if number.isdecimal() else f"[{key}]"
     if error == "too_long":
@@ -144,7 +144,7 @@ def _problem(kind: Any, error: ErrorDetails) -> SettingProblem:
     if error["type"] in ("missing", "missing_argument"):
         return SettingProblem(key, "is missing.")
     if error["type"] == "value_error":
-        # a dataclass that checks its own fields raises a SettingError, which names a field
+        # a dataclass that checks its own fields raises a SettingError, whose key is a field's name
         fault: SettingError = error["ctx"]["error"]
         return SettingProblem(f"{key}.{fault.key}", str(fault).removeprefix(f"{fault.key}: "))
     return wrong_type(kind, key, error["input"], error["type"])
@@ -173,7 +173,7 @@ def _table_of(hint: Any) -> Any:
 
 
 def _field_of(kind: Any, key: Sequence[str | int]) -> tuple[Any, Any]:
-    """Return the type and the default of a key; None for an unknown type or default."""
+    """Return the type and the default value of a key; None for either if it is unknown."""
     hint, default = kind, None
     for part in key:
         if isinstance(part, int):
@@ -190,11 +190,11 @@ def _without_numbers(key: str) -> str:
 
 
 def _similar_keys(keys: Sequence[str], key: str) -> list[str]:
-    """Return the known keys that an unknown key may stand for."""
+    """Return the known keys that an unknown key may be a misspelling of."""
     table, dot, name = _without_numbers(key).rpartition(".")
     if dot and table not in keys:
         return difflib.get_close_matches(key, keys, 1, 0.6)
-    # the table is right or missing, so the name is wrong or belongs to another table
+    # the key's table exists or is missing, so the key's name is wrong or belongs to another table
     names = {other.removeprefix(table + dot): other for other in keys if other.startswith(table + dot)}
     near = difflib.get_close_matches(name, names, 1, 0.6)
     if not near and dot and len(name) > 3:

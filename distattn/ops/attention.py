@@ -108,13 +108,13 @@ def attention(
         )
     interleaved = current_micro_batch()
     if interleaved is not None:
-        # the micro-batch lets other micro-batches run while its messages travel
+        # let the micro-batch run the call, so that other micro-batches run while its messages travel
         if return_lse:
             raise DistattnError("return_lse is not possible where micro-batches take turns; leave OverlapSchedule out.")
         o_THE = interleaved.attention(ready, q_THD, k_TKD, v_TKE, sink, alibi_slopes, scale, float(softcap))
         layer = current_layer()
         if o_THE.requires_grad:
-            # the hook runs right before this call's backward pass
+            # run this hook right before the call's backward pass
             o_THE.register_hook(lambda _: set_layer(layer))
         return o_THE if gate is None else (o_THE * gate).to(q_THD.dtype)
     o_THE, lse_TH, _ = torch.ops.distattn.forward(
@@ -131,9 +131,9 @@ def score_modifiers(softcap: Any, alibi_slopes: Any) -> tuple[str, ...]:
 
 
 def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast inputs to autocast's dtype if autocast is on. Rotary embeddings, for example, leave q and k in fp32, but not v.
+    """Cast inputs to autocast's dtype if autocast is on. After rotary embeddings, for example, q and k are in fp32, but v is not.
 
-    fp64 is not cast, just as by PyTorch's operators that autocast to lower precision.
+    fp64 tensors are not cast, just as PyTorch's operators that autocast to lower precision leave them alone.
     """
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -145,10 +145,10 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
 def save_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Save outputs of attention and recurrences and recompute the rest: a policy for selective activation checkpointing.
 
-    With this policy, recomputation neither communicates nor repeats these calls:
+    Recomputation then neither communicates nor repeats calls of attention and recurrences:
     checkpoint(f, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_attention))
     """
-    # matched by name, because some of these operators' modules may not be imported
+    # match operators by name, because the modules that define some of them may not be imported
     if str(op) in _SAVED_BY_CHECKPOINTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
@@ -253,7 +253,7 @@ def backward_pass(
     do = do.contiguous()
     is_read = sink is not None or dlse_TH is not None or not executable.program.sums_where_copied
     delta_TH = row_products(do, o) if is_read else None
-    # the gradient of the log-sum-exp enters together with delta: ds = p * (dp - (delta - dlse))
+    # subtract the log-sum-exp's gradient from delta, with which it enters: ds = p * (dp - (delta - dlse))
     if delta_TH is not None and dlse_TH is not None:
         delta_TH -= dlse_TH
     score = _score(executable, scale, softcap, slopes)
@@ -263,7 +263,7 @@ def backward_pass(
     dq, dk, dv = yield from run
     if sink is None or delta_TH is None:
         return dq, dk, dv, q.new_empty(0)
-    # dp is 0, as for a key whose value is 0
+    # ds = p * (dp - delta), where dp = 0, as for a key whose value is 0
     weight_TH = torch.exp(sink.to(lse_TH.dtype) - _finite(lse_TH))
     return dq, dk, dv, -(weight_TH * delta_TH).sum(0).to(sink.dtype)
 

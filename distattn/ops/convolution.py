@@ -122,7 +122,7 @@ def token_shift(
     call, program = executable.program.call, executable.program
     if call.op != TOKEN_SHIFT:
         raise DistattnError(f'the plan is of {call.op.name}, not of a token shift; make_plan takes op="token_shift".')
-    # a missing token reads as 0, so values are sent relative to `fill`
+    # a missing token reads as 0, so send values relative to `fill` and add `fill` to what is read
     x = x_T.double() - fill if whole else x_T
     _check_tokens(executable, x.reshape(len(x), math.prod(x.shape[1:])))
     by_heads = x.reshape(program.tokens, call.heads, call.v_head_dim)
@@ -132,7 +132,7 @@ def token_shift(
 
 
 def _check_whole(x_T: Tensor) -> None:
-    """Raise DistattnError if an int64 value is 2^52 or more. On a GPU a device-side assertion fails later instead."""
+    """Raise DistattnError if an int64 value is 2^52 or more. On a GPU, a device-side assertion fails later instead."""
     too_large = "x has whole numbers of 2^52 or more; whole numbers below 2^52 are needed."
     fits = ((x_T < _MOST_WHOLE) & (x_T > -_MOST_WHOLE)).all()
     if has_streams(x_T.device):
@@ -191,7 +191,7 @@ def _check_taps(call: Call, taps: int) -> None:
 
 
 def _check_kernel(executable: Executable, grouped: bool) -> None:
-    """Raise DistattnError if a prepared executable's kernel does not support the filters, such as those of groups."""
+    """Raise DistattnError if an executable's kernel does not support the filters. grouped: True if they mix channels."""
     key = executable.key
     needed = kernel_requirements(executable.program.call, key.device, ["grouped"] if grouped else [])
     if why := load_kernel(key.kernel).unsupported_reason(needed):
@@ -210,9 +210,9 @@ def _check_distance(call: Call) -> None:
 
 
 def _taps(call: Call) -> int | None:
-    """Return how many tokens each token sees, including itself; None if all documents are shorter.
+    """Return W, the number of tokens that each token sees, including itself; None if no document is long enough to tell.
 
-    Raise DistattnError if the number varies, or if a token's range does not end at the token itself.
+    Raise DistattnError if W varies, or if a token's range does not end at the token itself.
     """
     pieces = call.mask.pieces
     shift = pieces[:, OK] - pieces[:, OQ]
@@ -259,7 +259,7 @@ def _backward(executable, dy, x, weight, initial, kept):  # noqa: ANN001, ANN202
     dinitial = None
     if initial is not None and dweight is not None:
         first = _first_tokens(executable, weight.shape[-1], x.device)
-        # unlike autograd.grad, this works inside an operator
+        # use vjp: unlike autograd.grad, it works inside an operator
         pull_back = torch.func.vjp(lambda state, w: _from_initial(state, w, first, x.dtype), initial, weight)[1]
         dinitial, of_first = pull_back(dy[first.rows].to(dweight.dtype))
         dweight = dweight + of_first
@@ -272,7 +272,7 @@ def _backward_fake(dy, x, weight, initial, kept, plan):  # noqa: ANN001, ANN202
 
 
 class _FirstTokens(NamedTuple):
-    """This rank's tokens among the first W - 1 of their document: their rows, and their documents and positions there."""
+    """This rank's tokens among the first W - 1 of their documents: their rows, their documents, and their positions in them."""
 
     rows: Tensor
     documents: Tensor
@@ -292,7 +292,7 @@ def _first_tokens(executable: Executable, taps: int, device: torch.device) -> _F
 
 
 def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtype: torch.dtype) -> Tensor:
-    """Compute what first tokens receive from the initial state, (rows, H, D), in the accumulation dtype. Differentiable."""
+    """Compute the initial state's contribution to first tokens, (rows, H, D), in the accumulation dtype. Differentiable."""
     wide = accumulation_dtype(dtype)
     heads, dim, taps = weight.shape[0], weight.shape[1], weight.shape[-1]
     one_filter_a_channel = weight.dim() == 3
@@ -303,7 +303,7 @@ def _from_initial(initial_MCW: Tensor, weight: Tensor, first: _FirstTokens, dtyp
 
 
 def _final_state(executable: Executable, x_TC: Tensor, initial_MCW: Tensor | None, taps: int) -> Tensor:
-    """Return the last inputs of all documents, (M, C, W - 1), and 0 for those on other ranks. Differentiable."""
+    """Return the last inputs of all documents, (M, C, W - 1), with 0 for inputs on other ranks. Differentiable."""
     call = executable.program.call
     _check_documents(call)
     ends, width, tokens = call.layout.ends, taps - 1, call.layout.tokens(executable.program.rank)
@@ -318,7 +318,7 @@ def _final_state(executable: Executable, x_TC: Tensor, initial_MCW: Tensor | Non
     states_NC = x_TC.new_zeros(len(ends) * width, x_TC.shape[1])
     states_NC = states_NC.index_copy(0, on_device(document[rows] * width + column[rows]), x_TC[on_device(rows)])
     if initial_MCW is not None:
-        # shorter documents keep part of their initial state, on the rank of their last token
+        # shorter documents also end with part of their initial state, which the rank of their last token adds
         ended, lengths = document[tokens == ends[document] - 1], np.array(call.layout.lengths)
         number, column = np.nonzero(lengths[ended][:, None] + np.arange(width) < width)
         to, short = ended[number] * width + column, lengths[ended[number]]

@@ -12,7 +12,7 @@ from distattn.ops.executable import Executable
 
 
 class InterleavedBatch(Protocol):
-    """A micro-batch that takes turns with others on this rank (see `driver.overlap`), and runs its own attention calls."""
+    """A micro-batch that takes turns with others on this rank (see `driver.overlap`), and runs its attention calls itself."""
 
     @property
     def layer(self) -> nn.Module | None:
@@ -39,21 +39,21 @@ class InterleavedBatch(Protocol):
     ) -> Any:
         """Run `layer`, keeping only its input and attention's outputs; return its output.
 
-        put: moves the input to the host, and returns an object whose `get` brings it back; None if the input stays.
+        put: moves the input to the host, and returns an object whose `get` moves it back; None if the input stays.
         """
 
 
 class _PerThread(threading.local):
-    """The micro-batch that this thread works on, if several take turns."""
+    """The micro-batch that this thread works on; None unless several take turns."""
 
     batch: InterleavedBatch | None = None
 
 
 INTERLEAVED = _PerThread()
-# micro-batches in their backward pass, which may recompute a forward pass on an autograd thread
+# micro-batches in their backward pass, which recompute their forward pass on an autograd thread
 RECOMPUTING: list[InterleavedBatch] = []
 
 
 def current_micro_batch() -> InterleavedBatch | None:
-    """Return the micro-batch whose turn it is, if several take turns."""
+    """Return the micro-batch that this thread works on; None unless several take turns."""
     return INTERLEAVED.batch or (RECOMPUTING[-1] if RECOMPUTING else None)

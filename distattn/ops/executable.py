@@ -73,15 +73,15 @@ class Executable:
     """A plan ready to run on this rank: its program, kernel and transport.
 
     `handle` and `kept_elements` (how many elements the forward pass keeps for the backward pass) are plain integers, so that
-    under torch.compile only the second executable triggers a recompilation. Keep a reference to it until the backward pass has
-    run.
+    under torch.compile only the second executable triggers a recompilation. Keep a reference to the executable until the backward
+    pass has run.
     """
 
     def __init__(self, program: Program, key: ExecutionKey, transport: Transport, observer: PassObserver | None = None):
         self.program, self.key, self.transport, self.observer = program, key, transport, observer
         kernel: Kernel = load_kernel(key.kernel)
         self.kernel = kernel if observer is None else observer.wrap_kernel(kernel)
-        # counted in bytes for a recurrence, because its kept tensors have several dtypes
+        # count bytes for a recurrence, because its kept tensors have several dtypes
         is_recurrence = program.forward_states is not None
         self.kept_elements = kept_size(program) if is_recurrence else program.kept_places.numbers
         self.handle = EXECUTABLES.add(self)
@@ -112,7 +112,7 @@ class Executable:
         return passes
 
     def begin_pass(self, direction: str, score: ScoreMod) -> None:
-        """Start a pass on this thread's current stream."""
+        """Wait on this thread's current stream for the program's upload, and tell the observer about the pass."""
         if self.program.uploaded is not None:
             self.program.uploaded.join()
         if self.observer is not None:
@@ -136,7 +136,7 @@ class ExecutableCache:
         self._lock = threading.Lock()
 
     def forget_locks(self) -> None:
-        """Create new locks in a forked process, where the threads that held the old ones do not exist."""
+        """Create new locks in a forked process, because the threads that may hold the old locks do not exist there."""
         self._lock, self._plan_locks = threading.Lock(), weakref.WeakKeyDictionary()
 
     def add(self, executable: Executable) -> int:
@@ -159,7 +159,7 @@ class ExecutableCache:
         """Return a plan's program, lowered at the first call, and proven if `proven`. May be called on any thread."""
         with self._lock:
             lock = self._plan_locks.setdefault(plan, threading.Lock())
-        # one lock per plan, so that other plans' programs need not wait for this one
+        # use one lock per plan, so that other plans' programs need not wait for this plan's
         with lock:
             programs = self._programs.setdefault(plan, {})
             if key not in programs:
@@ -207,19 +207,19 @@ def prepare(
     proven: bool = True,
     modifiers: Sequence[str] = (),
 ) -> Executable:
-    """Make a plan ready to run. A collective call of all its ranks, which compare their plans every time.
+    """Make a plan ready to run. A collective call of all ranks of the plan, which compare their plans every time.
 
-    group: by default the default process group; a plan for one rank needs no group. kernel: a key of KERNELS, or of
-    OTHER_KERNELS for ops other than attention. On GPUs the default, "auto", is the fastest kernel that a trial found correct
-    (see `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: for that choice, "softcap" and
-    "alibi_slopes" if calls will use them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the maximum total
-    size of the buffers that a rank may need at one time (see `verify`). proven: False skips the proof, for callers that prove
-    only some plans of a kind; max_buffer_bytes requires the proof in any case. Keep the result until the backward pass has run:
-    under torch.compile nothing else keeps its program alive.
+    group: by default the default process group; a plan for one rank needs no group. kernel: a key of KERNELS, or of OTHER_KERNELS
+    for ops other than attention. On GPUs the default, "auto", is the fastest kernel that a trial found correct (see
+    `kernels.trials`), the same on all ranks; `Executable.key` has its name. modifiers: what the kernel has to support: "softcap"
+    and "alibi_slopes" if calls will use them, "lse" if gradients flow through the log-sum-exp. max_buffer_bytes: the maximum
+    total size of the buffers that a rank may need at one time (see `verify`). proven: False skips the proof, for callers that
+    prove only some of their plans; with max_buffer_bytes, the plan is proven in any case. Keep the result until the backward pass
+    has run: under torch.compile, no other reference keeps its program alive.
 
     Raise PlanError if the plan cannot be proven, needs more than max_buffer_bytes, or differs between ranks; DistattnError if it
-    does not fit the kernel. If one rank refuses the plan, all do. A group of the wrong size is refused without asking the other
-    ranks.
+    does not fit the kernel. If one rank refuses the plan, all ranks do. A group of the wrong size is refused without asking the
+    other ranks.
     """
     rank, group = _membership(plan, group)
     device = with_device_index(device)
@@ -230,7 +230,7 @@ def prepare(
     try:
         trials = local_kernel_trials(plan, rank, needed) if is_chosen else {}
     except DistattnError as error:
-        # the other ranks wait for this rank's trials, even if they failed
+        # raise the error only after the exchange of trials, because the other ranks wait for this rank's
         refusal = error
     try:
         if (ranked := common_kernel_ranking(trials, device, _gather_over(group), plan.call.op)) and is_chosen:
@@ -274,7 +274,7 @@ def with_device_index(device: torch.device | str | int) -> torch.device:
 def checked_program(
     plan: Plan, rank: int, kernel: str | None, device: torch.device, max_buffer_bytes: int | None, proven: bool
 ) -> tuple[ExecutionKey, Program]:
-    """Return the key and the program of this rank's part of a plan, without communication. Raise the errors of `prepare`."""
+    """Return the key and the program of a rank's part of a plan, without communication. Raise the errors of `prepare`."""
     key = ExecutionKey(rank, choose_kernel(kernel, kernel_requirements(plan.call, device)), device)
     program = EXECUTABLES.program(plan, key, proven)
     if max_buffer_bytes is not None:
@@ -304,8 +304,8 @@ def kernel_requirements(call: Call, device: torch.device, modifiers: Sequence[st
 
 
 def plan_difference(digests: list[str], summaries: list[dict[str, Any]]) -> str:
-    """Return a sentence that names the ranks whose plan differs, and the difference. Both lists have one entry per rank."""
-    # the majority is assumed to be right; in a tie, the ranks that agree with rank 0
+    """Return a sentence that names the ranks whose plans differ, and the difference. Each list has one entry per rank."""
+    # assume that the majority is right; in a tie, trust the ranks that agree with rank 0
     counts = Counter(digests)
     usual = max(counts, key=lambda digest: (counts[digest], digest == digests[0]))
     odd = [rank for rank, digest in enumerate(digests) if digest != usual]
@@ -373,7 +373,7 @@ def _agree(plan: Plan, group: dist.ProcessGroup, refusal: DistattnError | None) 
 
 
 def raise_disagreement(digests: list[str], summaries: list[dict[str, Any]], refusal: DistattnError | None) -> None:
-    """Raise this rank's refusal, or that of the first rank with one, or a PlanError if plans differ."""
+    """Raise this rank's refusal, else a PlanError about the first rank that refuses, else a PlanError if plans differ."""
     if refusal is not None:
         raise refusal
     refused = next((rank for rank, summary in enumerate(summaries) if summary["refusal"]), None)

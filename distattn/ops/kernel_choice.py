@@ -29,13 +29,13 @@ from distattn.kernels.trial_cache import read_trials, trial_key, trial_key_of_op
 from distattn.kernels.trials import Trial, rank_kernels, try_kernels
 from distattn.parallel.runtime.lowering.lower import lower
 
-# trials keyed by plan, for plans that are prepared repeatedly
+# trials of attention kernels, keyed by plan, for plans that are prepared repeatedly
 _TRIALS: weakref.WeakKeyDictionary[Plan, dict[Any, dict[str, Trial]]] = weakref.WeakKeyDictionary()
-# trials of recurrences and convolutions, keyed by kernels, requirements and heads; they do not depend on the plan
+# trials of recurrences and convolutions, keyed by kernels, requirements and head counts, because they do not depend on the plan
 _TRIALS_OF_SHAPE: dict[Any, dict[str, Trial]] = {}
-# trials that ran out of memory, keyed by trial key and kernel; they are repeated once more memory is free
+# trials that ran out of memory, keyed by trial key and kernel; these are repeated when more memory is free
 _OUT_OF_MEMORY: dict[tuple[str, str], Trial] = {}
-# functions that try kernels on calls of the plan's shape, for kinds of ops other than attention
+# functions that try kernels on calls of a plan's shape, keyed by the op's kind; attention is not among them
 _TRIALS_OF_KIND = {"recurrence": try_recurrence, "convolution": try_convolution}
 _LOG = logging.getLogger("distattn")
 
@@ -46,18 +46,18 @@ def may_choose_kernel(op: Op) -> bool:
 
 
 def in_larger_job() -> bool:
-    """Return whether this process is one of several ranks, even if its plan is for a single rank."""
+    """Return whether this process is one of several ranks of a job, even if its plan is for a single rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def common_kernel_ranking(
     trials: dict[str, Trial], device: torch.device, gather: Callable[[Any], list[Any]], op: Op = ATTENTION
 ) -> list[str]:
-    """Return the correct kernels, fastest first, from all ranks' trials. A collective call, even for ranks without trials.
+    """Return the kernels that all ranks' trials found correct, fastest first. A collective call, even for ranks without trials.
 
     trials: this rank's trials. gather: gathers a value from every rank, and returns the values in rank order. Return [] if no
-    rank has tried a kernel. Raise DistattnError on all ranks if no kernel is correct, or if ranks compute on different types of
-    devices.
+    rank has tried a kernel. Raise DistattnError on all ranks if no kernel is correct, or if the ranks' devices are of different
+    types.
     """
     trials_by_rank = gather((device.type, trials))
     odd = next((rank for rank, (kind, _) in enumerate(trials_by_rank) if kind != trials_by_rank[0][0]), None)
@@ -70,7 +70,7 @@ def common_kernel_ranking(
 
 
 def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements) -> dict[str, Trial]:
-    """Return this rank's trials of kernels on its launches of a plan, from the cache if possible; {} if there is no choice.
+    """Return a rank's trials of kernels on its launches of a plan, from the cache if possible; {} if only one kernel is possible.
 
     A trial that ran out of memory is repeated when more memory is free, a few times per process.
     """
@@ -84,7 +84,7 @@ def local_kernel_trials(plan: Plan, rank: int, requirements: KernelRequirements)
         trials, call = _TRIALS_OF_SHAPE, (names, requirements, heads)
         attempt = partial(_trials_of_shape, names, requirements, *heads)
     else:
-        # the implementation behind "flash" may change later
+        # include the implementation behind "flash" in the key, because it may change later
         trials, call = _TRIALS.setdefault(plan, {}), (rank, requirements, names, implementation())
         attempt = partial(_trials_of_launches, plan, rank, requirements, names)
     if call not in trials or any(old.may_succeed_now(requirements.device) for old in trials[call].values()):
@@ -97,10 +97,10 @@ def _trials_of_launches(
 ) -> dict[str, Trial]:
     """Return the trials of kernels on a rank's launches of an attention plan."""
     masks: list[LaunchMask] = []
-    # the comparison of plans reports why a plan is refused
+    # ignore a refused plan here: the comparison of plans reports the reason
     with suppress(DistattnError):
         program = lower(plan, rank, lambda mask: mask, in_larger_job=in_larger_job())
-        # a launch that occurs several times is counted several times
+        # count a launch as often as it occurs
         masks = [launch.schedule for step in (*program.forward, *program.backward) for launch in step.launches]
     key = trial_key(masks, requirements)
     trials = _with_retries(key, names, requirements, lambda rest: try_kernels(rest, masks, requirements, _LOG.info))
@@ -113,7 +113,7 @@ def _trials_of_launches(
 def _trials_of_shape(
     names: tuple[str, ...], requirements: KernelRequirements, heads: int, key_heads: int
 ) -> dict[str, Trial]:
-    """Return the trials of kernels on calls of a shape, which hold for any documents."""
+    """Return the trials of kernels on calls of a shape, whatever the documents are."""
     key, try_op = trial_key_of_op(requirements, heads, key_heads), _TRIALS_OF_KIND[requirements.op.kind]
     trials = _with_retries(
         key, names, requirements, lambda rest: try_op(rest, requirements, heads, key_heads, _LOG.info)
@@ -130,7 +130,7 @@ def _with_retries(
     requirements: KernelRequirements,
     attempt: Callable[[tuple[str, ...]], dict[str, Trial]],
 ) -> dict[str, Trial]:
-    """Return the trials of a key, old or new. Those that ran out of memory are not repeated until more memory is free."""
+    """Return the trials of a key, repeating those that ran out of memory only if more memory is free now."""
     out_of_memory = {name: _OUT_OF_MEMORY[key, name] for name in names if (key, name) in _OUT_OF_MEMORY}
     too_large = {name: old for name, old in out_of_memory.items() if not old.may_succeed_now(requirements.device)}
     rest = tuple(name for name in names if name not in too_large)
@@ -145,7 +145,7 @@ def _with_retries(
 
 
 def _kept_or_tried(key: str, names: tuple[str, ...], attempt: Callable[[], dict[str, Trial]]) -> dict[str, Trial]:
-    """Return the cached trials of a key, or try the kernels and cache the trials."""
+    """Return the cached trials of a key; if a kernel has no cached trial, try the kernels and cache their trials."""
     trials = read_trials(key, names)
     if trials is None:
         trials = attempt()

@@ -69,7 +69,7 @@ def latent_attention(
 
 
 def latent_kernel(call: Call, device: torch.device) -> str:
-    """Return the default kernel for either kind of latent plan. Some kernels do not support keys wider than values."""
+    """Return the default kernel for a latent plan of either kind: one that supports keys that are wider than values."""
     return choose_kernel(None, kernel_requirements(call, device)._replace(op=latent_op(1, 1)))
 
 
@@ -78,7 +78,7 @@ def _check_inputs(executable: Executable, q: Tensor, rope: Tensor, latent: Tenso
     call, op, tokens = program.call, program.call.op, program.tokens
     rotary, width = op.rotary_dim, op.latent_dim
     if op == ATTENTION and call.kv_heads == call.heads:
-        # any consistent sizes will do, because keys and values are expanded before the call
+        # with op attention, keys and values are expanded before the call, so accept any consistent sizes
         rotary, width = min(rope.shape[-1], call.head_dim - 1), latent.shape[-1]
     elif op.kind != "latent_attention":
         raise DistattnError(

@@ -31,11 +31,12 @@ def executable_of(
 ) -> Executable:
     """Return an op's plan argument if it is an executable; otherwise prepare the plan, which is a collective call.
 
-    op: the name of the public function, for errors. device, kernel, modifiers: see `prepare`. can_interleave: the op may be
-    called while micro-batches take turns.
+    op: the name of the public function, for errors. device, kernel, modifiers: see `prepare`. can_interleave: True if the op may
+    be called while micro-batches take turns.
 
-    Raise the errors of `prepare`, and DistattnError for objects other than plans, for an executable together with a group or a
-    kernel, for a plan inside torch.compile, and for an op that cannot take turns with other micro-batches.
+    Raise the errors of `prepare`, and DistattnError for objects that are neither plans nor executables, for an executable
+    together with a group or a kernel, for a plan inside torch.compile, and for an op that cannot take turns with other
+    micro-batches.
     """
     if not isinstance(plan, (Plan, Executable)):
         raise DistattnError(f"plan must be a result of make_plan or prepare, not a {type(plan).__name__}.")

@@ -22,16 +22,16 @@ from distattn.supervision.heartbeats import current_layer, set_layer
 # tag, so that torch.compile(mode="reduce-overhead") does not capture them (torch/_inductor/scheduler.py, should_partition).
 NOT_IN_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 _HERE = nullcontext()
-# operators' functions, keyed by name; the functions that save for the backward pass and compute gradients, keyed by prefix
+# operators' functions, keyed by name; autograd's functions, which save tensors and compute gradients, keyed by prefix
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 AUTOGRAD: dict[str, tuple[Callable[..., None], Callable[..., Any]]] = {}
 
 
 class PlannedPass(NamedTuple):
-    """One direction of an operator. tensors, numbers, results: its arguments and results, as in a PyTorch schema.
+    """The forward or backward pass of an operator. tensors, numbers, results: its arguments and results, as in a PyTorch schema.
 
-    run: takes the executable, the tensors and the numbers; returns a run that ends with the operator's results. fake: takes all
-    arguments; returns tensors with the results' shapes and dtypes.
+    run: takes the executable, the tensors and the numbers; returns a generator that pauses while messages travel, and returns the
+    operator's results at its end. fake: takes all arguments; returns tensors with the results' shapes and dtypes.
     """
 
     tensors: tuple[str, ...]
@@ -59,7 +59,7 @@ def register_planned_op(
     kept for the backward pass.
     """
     names, tensors = (f"distattn::{prefix}forward", f"distattn::{prefix}backward"), len(forward.tensors)
-    # a handle follows the tensors; in the forward pass, the number of elements kept for the backward pass comes next
+    # after the tensors come a handle and, in the forward pass, the number of elements kept for the backward pass
     facts = ("SymInt plan", "SymInt kept_elements"), ("SymInt plan",)
     for name, one_pass, between in zip(names, (forward, backward), facts, strict=True):
         arguments = ", ".join((*one_pass.tensors, *between, *one_pass.numbers))
@@ -73,11 +73,11 @@ def register_planned_op(
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensors], *output[saved_outputs])
         ctx.plan, ctx.numbers, ctx.layer = inputs[tensors], inputs[tensors + 2 :], current_layer()
-        # keep the executable alive until the backward pass has run; under torch.compile the caller does so
+        # keep the executable alive until the backward pass has run; under torch.compile, the caller has to do that
         ctx.executable = EXECUTABLES.by_handle(ctx.plan) if type(ctx.plan) is int else None
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        # messages of this pass belong to the layer of the forward pass, if it had one
+        # messages of this pass belong to the layer that the forward pass belonged to
         set_layer(ctx.layer)
         # read saved_tensors only once, because under a checkpoint reading them triggers the recomputation
         of_tensors = gradients(ctx, ctx.saved_tensors, *grads)
@@ -92,14 +92,14 @@ def register_planned_op(
 
 
 def _runner(run: Callable[..., PausableRun[Any]], tensors: int, facts: int) -> Callable[..., Any]:
-    """Return an operator's function, which runs on its first tensor's device. facts: how many arguments follow the tensors."""
+    """Return the function of an operator. facts: the number of its arguments between the tensors and the numbers."""
 
     def run_plan(*arguments: Any) -> Any:
         device = arguments[0].device
         with current_device(device) if has_streams(device) else _HERE:
             executable = EXECUTABLES.by_handle(arguments[tensors])
             steps = run(executable, *arguments[:tensors], *arguments[tensors + facts :])
-            # `run_to_completion` written out, which saves a frame on the way to every kernel
+            # `run_to_completion`, written out to save a stack frame on the way to every kernel
             while True:
                 try:
                     next(steps)

@@ -23,7 +23,7 @@ from distattn.parallel.runtime.execution.execute_prefix_max import PrefixMaxKern
 _NO_SCORE = ScoreMod(1.0)
 
 
-# excluded from torch.compile, because ranks compare plans and states are combined one by one
+# excluded from torch.compile, because ranks compare plans and combine states one at a time in Python
 @torch.compiler.disable
 def prefix_max(
     x_THV: Tensor,

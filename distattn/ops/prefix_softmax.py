@@ -70,9 +70,9 @@ def prefix_softmax(
     ranks. With return_final_state also return the state after all documents: that of documents that end on this rank, 0 for
     others.
 
-    plans: the result of `make_prefix_softmax_plans`, or executables of its plans from `prepare`. For each head, a segment sends
-    L values twice, and L x V values once. Raise PlanError if a plan cannot be proven or differs between ranks, DistattnError if
-    the tensors do not fit the plans.
+    plans: the result of `make_prefix_softmax_plans`, or the executables of those plans from `prepare`. For each head, a segment
+    sends L values twice, and L x V values once. Raise PlanError if a plan cannot be proven or differs between ranks,
+    DistattnError if the tensors do not fit the plans.
     """
     if not isinstance(plans, PrefixSoftmaxPlans):
         raise DistattnError(f"plans must be a result of make_prefix_softmax_plans, not a {type(plans).__name__}.")
@@ -88,7 +88,7 @@ def prefix_softmax(
     _check_plans(plans)
     _check_state(initial_state, logits_THL, v_THV)
     (v_THV,) = autocast_inputs(v_THV)
-    # autocast must not narrow the sums of exponentials
+    # disable autocast, which would narrow the sums of exponentials
     with torch.autocast(v_THV.device.type, enabled=False):
         return _computed(weights_THL, logits_THL, v_THV, plans, group, initial_state, return_final_state)
 
@@ -131,7 +131,7 @@ def _computed(
     maximum_MHL = total_M11 = weighted_MHLV = None
     if initial is not None:
         maximum_MHL, total_MHL, weighted_MHLV = initial
-        # a maximum of -inf means that there are no earlier tokens, whose sums are 0
+        # a maximum of -inf means that there are no earlier tokens, so the sums are 0
         none_MHL = maximum_MHL == -torch.inf
         total_M11 = total_MHL.masked_fill(none_MHL, 0.0).reshape(-1, heads_and_latents, 1, 1)
         weighted_MHLV = weighted_MHLV.masked_fill(none_MHL[..., None], 0.0)
@@ -142,7 +142,7 @@ def _computed(
 
     before_THL, last_MHL = with_state(prefix_max, constant_THL, plan=plans.maximum, initial_state=maximum_MHL)
     maximum_THL = torch.maximum(before_THL, constant_THL)
-    # before a first token there is no sum to decay
+    # before a document's first token, there is no sum to decay
     g_THL = (before_THL - maximum_THL).masked_fill(before_THL == -torch.inf, 0.0)
     exponential_THL = (logits_THL - maximum_THL).exp()
     ones = exponential_THL.new_ones(len(v_THV), 1, 1)

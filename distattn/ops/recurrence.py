@@ -24,7 +24,7 @@ from distattn.ops.planned_op import PlannedPass, register_planned_op
 from distattn.parallel.runtime.execution import execute_recurrence
 from distattn.parallel.runtime.execution.execute_recurrence import RecurrenceKernel
 
-# recurrences do not use attention's scores
+# executables expect a score, which recurrences do not use
 _NO_SCORE = ScoreMod(1.0)
 
 
@@ -86,7 +86,7 @@ def recurrence(
     if not 0 < scale < math.inf:
         raise DistattnError(f"scale must be a positive number, not {scale}.")
     documents = len(executable.program.call.documents) if return_final_state else 0
-    # scale q instead of o, which is linear in q
+    # scale q instead of o, because o is linear in q
     o_THV, final, _ = torch.ops.distattn.recurrence_forward(
         q_TGK * scale, k_TGK, v_THV, g, beta, initial_state, executable.handle, executable.kept_elements, documents
     )
@@ -171,7 +171,7 @@ def _gradients(ctx, saved, do, dfinal, dkept):  # noqa: ANN001, ANN202
     do = torch.zeros_like(v) if do is None else do
     dfinal = None if dfinal is None or dfinal.dim() == 1 else dfinal
     gradients = torch.ops.distattn.recurrence_backward(do, dfinal, *saved, ctx.plan)
-    # decays per head have no gradient
+    # a decay per head has no gradient
     has = (True, True, True, g is not None and g.dim() > 1, beta is not None, initial is not None)
     return tuple(y if is_there else None for y, is_there in zip(gradients, has, strict=True))
 

@@ -29,10 +29,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Sequences(NamedTuple):
-    """The sequences of heads [h0, h1).
+    """The sequences that one call convolves, for heads [h0, h1).
 
-    ends: end offsets, on the host. offsets: 0 and the ends, as a tensor. key_P: the key of each token, or S for none.
-    token_R, row_R: for each row of the bands, its index among the tokens of all sequences and its index in the launch.
+    ends: end offsets, on the host. offsets: 0 and the ends, as a tensor. key_P: the key of each token, or S for a token without a
+    key. token_R, row_R: for each row of the bands, its index among the tokens of all sequences and its index in the launch.
     """
 
     h0: int
@@ -69,7 +69,7 @@ def unsupported_reason(requirements: KernelRequirements) -> str | None:
 
 
 def prepare(mask: LaunchMask, requirements: KernelRequirements) -> SequenceSchedule:
-    """Return the sequences of each head range, with tensors on the host."""
+    """Return the sequences for each range of heads, with tensors on the host."""
     sequences_by_heads: dict[tuple[int, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for band, (h0, h1), shift in zip(mask.bands, mask.band_heads.tolist(), mask.distance_shift.tolist(), strict=True):
         row = np.arange(int(band[Q0]), int(band[Q1]))
@@ -99,7 +99,7 @@ def forward(x_SHD: Tensor, weight_HDW: Tensor, schedule: SequenceSchedule) -> Te
     y_THD = x_SHD.new_zeros((schedule.rows, *x_SHD.shape[1:]), dtype=accumulation_dtype(x_SHD.dtype))
     for part in schedule.sequences:
         heads = slice(part.h0, part.h1)
-        # disable autograd: the inputs may require gradients, but `backward` computes these
+        # disable autograd: the inputs may require gradients, but `backward` computes the gradients
         with torch.no_grad():
             y_1PC = _convolved(_gathered(x_SHD[:, heads], part), weight_HDW[heads].flatten(0, 1), part)
         y_RHD = y_1PC[0, part.token_R].unflatten(1, (part.h1 - part.h0, -1))

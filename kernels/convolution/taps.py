@@ -26,8 +26,7 @@ ACCUMULATES = False
 
 
 class TapRows(NamedTuple):
-    """The rows of heads [h0, h1) that have a cell at one distance, and the key of each, which is `distance` tokens
-    before the row."""
+    """One tap of heads [h0, h1): the rows that have a cell at `distance`, and the key of each row, that many tokens before it."""
 
     h0: int
     h1: int
@@ -37,7 +36,7 @@ class TapRows(NamedTuple):
 
 
 class TapSchedule(NamedTuple):
-    """All taps of a launch, and the launch's row and key counts."""
+    """All taps of a launch, and the launch's numbers of rows and keys."""
 
     taps: tuple[TapRows, ...]
     rows: int
@@ -94,13 +93,13 @@ def backward(
         dx_SHD[tap.keys, heads] += _weighted(of_rows, of_weight)
         if total is not None:
             of_keys = x[tap.keys, heads]
-            # einsum is slower than this product when only tokens are summed over
+            # use a product and a sum: einsum is slower when only tokens are summed over
             total += (of_rows * of_keys).sum(0) if total.dim() == 2 else torch.einsum("the,thd->hed", of_rows, of_keys)
     return dx_SHD, dweight
 
 
 def _of_distance(weight: Tensor | None, tap: TapRows) -> Tensor | None:
-    """Return a view of the weight for this tap and its heads, (H, D) or (H, E, D)."""
+    """Return a view of the weight for a tap and the tap's heads, (H, D) or (H, E, D)."""
     return None if weight is None else weight[tap.h0 : tap.h1, ..., weight.shape[-1] - 1 - tap.distance]
 
 

@@ -17,7 +17,7 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# document lengths for the comparison and for timing; the number of taps, as in most models
+# document lengths for the comparison and for timing; the number of taps that most models have
 _COMPARED, _TIMED, _TAPS = (150, 1, 64, 33), (2048, 1500, 548), 4
 _SEED = 1234
 
@@ -53,7 +53,7 @@ def try_convolution(
     key_heads: int,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Trial]:
-    """Try kernels on calls with `heads` heads. Convolutions ignore `key_heads`."""
+    """Try kernels on convolutions with `heads` heads. `key_heads` is ignored."""
     return try_each(
         names,
         requirements,
@@ -75,7 +75,7 @@ def _seconds(kernel: Any, inputs: ConvolutionInputs, requirements: KernelRequire
 
 
 def _work(kernel: Any, inputs: ConvolutionInputs, requirements: KernelRequirements) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a function that runs the kernel forward and backward and returns (y, dx, dweight)."""
+    """Return a function that runs the kernel's forward and backward passes, and returns (y, dx, dweight)."""
     x, do, weight, mask = inputs
     schedule = schedule_to_device(kernel.prepare(mask, requirements), requirements.device)
 

@@ -24,7 +24,7 @@ from distattn.kernels.merge import output_with_delta
 from distattn.kernels.spec import KernelRequirements, LaunchShape, ScoreMod
 from distattn.kernels.triton.launch import multiprocessors
 
-# the operator accepts o instead of delta, so it cannot represent a row with dO = 0 and delta != 0
+# the operator takes o instead of delta, but in a row with dO = 0, no o gives delta = rowsum(dO * O) != 0
 DIFFERENTIABLE_LSE = False
 ACCUMULATES = True
 DTYPES = (torch.bfloat16, torch.float16)
@@ -65,7 +65,7 @@ def implementation() -> str:
 
 
 def _implementation_reason(name: str, device: torch.device, dim: int) -> str | None:
-    """Return why an activated implementation cannot serve a call, or None if it can. Sources:
+    """Return why an activated implementation cannot serve a call, or None if it can. The limits are in
     `torch/nn/attention/_fa3.py`, `_fa4.py`."""
     if name not in ("FA3", "FA4") or not torch.cuda.is_available():
         return None
@@ -144,8 +144,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to dq, and whether
-    to add to dk and dv, instead of overwriting them.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to dq, and whether to add to
+    dk and dv; otherwise they are overwritten.
     """
     places = into[0], *(into[1] or (None, None))
     adds = add[0], add[1], add[1]
@@ -154,12 +154,12 @@ def backward(
     for total, adds_, overwritten in zip(grads, adds, reached, strict=True):
         if not adds_ and not overwritten:
             total.zero_()
-    # ranks that compute tasks receive delta instead of o: construct an o with the same row sums
+    # the rank that computes a task receives delta instead of o: construct an o with the same delta
     o_THE = output_with_delta(do_THE, delta_TH)
     do_all, q_all, k_all, v_all, o_all = _of_one_dim(do_THE, q_THD, k_SKD, v_SKE, o_THE)
     # weights are exp(score - lse), and must be 0 in a row without keys
     lse_HT = lse_TH.masked_fill(lse_TH == -torch.inf, torch.inf).t()
-    # RNG state for dropout, which is disabled
+    # the operator expects RNG state for dropout, which is disabled
     random = q_THD.new_zeros(2, dtype=torch.uint64), q_THD.new_empty(0, dtype=torch.uint64)
     for call in schedule.calls:
         rows, keys = (call.rows, call.heads), (call.keys, call.kv_heads)
@@ -176,7 +176,7 @@ def backward(
         ):
             for segment in segments:
                 target_rows = RowSelection(segment.start, segment.stop - segment.start)
-                # the first write need not read the old contents
+                # overwrite in a first write, which saves reading the old contents
                 put = copy_rows if segment.first and not adds[number] else add_rows
                 total = grads[number]
                 put(
@@ -207,7 +207,7 @@ def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule)
     # 16-bit copies of the operands, padded to the wider head dim
     padded = 0 if shape.head_dim == shape.v_head_dim else 2 * widest * (rows + 2 * keys)
     calls = [_call_bytes(direction, call, widest) for call in schedule.calls]
-    # a call's results stay alive until the next call has returned its own
+    # a call's results stay alive until the next call has returned its results
     of_calls = 2 * max((results for results, _ in calls), default=0) + max((other for _, other in calls), default=0)
     if direction == "forward":
         return 4 * rows * shape.v_head_dim + padded + of_calls
@@ -218,7 +218,7 @@ def workspace_bytes(direction: str, shape: LaunchShape, schedule: FlashSchedule)
 
 
 def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
-    """Return the bytes of a call's results, and the bytes of other memory that it holds until it returns."""
+    """Return the bytes of a call's results, and the bytes of the other memory that it holds until it returns."""
     heads, kv_heads = call.heads.stop - call.heads.start, call.kv_heads.stop - call.kv_heads.start
     rows, keys = call.rows.stop - call.rows.start, call.keys.stop - call.keys.start
     # every call allocates two integers of RNG state, in blocks of 512 bytes
@@ -231,10 +231,10 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
         return rows * heads * (2 * dim + 4 + 4), rows * heads * 2 + few + of_parts
     sequences = len(call.starts_q) - 1
     rounded = -(-dim // 64) * 64
-    # one extra block per sequence, and one for rounding
+    # add one block of rows per sequence, and one for rounding
     long_rows, long_keys = rows + 128 * (sequences + 1), keys + 128 * (sequences + 1)
-    # one semaphore per block of each sequence, as if all were as long as the longest, for dQ and, in deterministic
-    # mode, for dK and dV
+    # one semaphore per block of each sequence, counted as if all sequences were as long as the longest: for dQ and, in
+    # deterministic mode, for dK and dV
     semaphores = 4 * sequences * (-(-call.longest_q // 64) * heads + 2 * -(-call.longest_k // 64) * kv_heads)
     # under torch.use_deterministic_algorithms, several groups of programs each accumulate their own dQ
     splits = 1
@@ -249,9 +249,8 @@ def _call_bytes(direction: str, call: FlashCall, dim: int) -> tuple[int, int]:
 def _key_parts(call: FlashCall, dim: int) -> int:
     """Return an upper bound on the number of parts that FlashAttention 3 splits keys into in the forward pass.
 
-    It is 1 if keys are not split. The rule is that of `get_num_splits` (`hopper/flash_api.cpp`) and
-    `num_splits_heuristic` (`hopper/heuristics.h`). PyTorch leaves the choice to them except in deterministic mode
-    (`torch/nn/attention/_fa3.py`).
+    It is 1 if keys are not split. The rule follows `get_num_splits` (`hopper/flash_api.cpp`) and `num_splits_heuristic`
+    (`hopper/heuristics.h`). PyTorch relies on them except in deterministic mode (`torch/nn/attention/_fa3.py`).
     """
     if implementation() != "FA3" or torch.are_deterministic_algorithms_enabled():
         return 1
@@ -259,7 +258,7 @@ def _key_parts(call: FlashCall, dim: int) -> int:
     processors = multiprocessors(call.starts_q.device)
     # keys and values of a head that exceed the L2 cache are split into parts that fit in it
     part_counts = [1] if _is_causal(call) else [-(-4 * dim * call.longest_k // (50 << 20))]
-    # the kernel uses one of these numbers of query rows per block, and at least 64 keys per block
+    # the kernel uses 64, 128 or 192 query rows per block, and at least 64 keys
     for block in (64, 128, 192):
         blocks = kv_heads * -(-call.longest_q * (heads // kv_heads) // block)
         most = min(_MOST_KEY_PARTS, processors, -(-call.longest_k // 64))
@@ -272,7 +271,7 @@ def _key_parts(call: FlashCall, dim: int) -> int:
 
 
 def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
-    """Return a tensor in which to accumulate gradients in fp32: `place` itself if it is fp32, otherwise a temporary."""
+    """Return a tensor in which to accumulate gradients in fp32: `place` if it is in fp32, otherwise a temporary tensor."""
     if place is not None and place.dtype == torch.float32:
         return place
     total = like.new_empty(like.shape, dtype=torch.float32)
@@ -280,7 +279,7 @@ def _single(place: Tensor | None, like: Tensor, adds: bool) -> Tensor:
 
 
 def _of_one_dim(*tensors: Tensor) -> list[Tensor]:
-    """Pad the last dimension of the tensors with zeros to that of the widest."""
+    """Pad the last dimension of all tensors with zeros to the widest tensor's."""
     dim = max(x.shape[2] for x in tensors)
     return [x if x.shape[2] == dim else torch.nn.functional.pad(x, (0, dim - x.shape[2])) for x in tensors]
 

@@ -20,9 +20,9 @@ from distattn.ir.errors import DistattnError
 from distattn.ir.intervals import Ints
 from distattn.kernels.launch_mask import LaunchMask, WrittenRows, split_even_groups
 
-# the size of a window that is unlimited on this side
+# the window size that stands for no limit
 OPEN = -1
-# a staircase is split at every step; kernels are inefficient with fewer rows per step than this
+# minimum rows per step of a staircase: masks are split at every step, and kernels are inefficient with few rows
 LEAST_STEP = 16
 
 
@@ -38,7 +38,7 @@ class Sequence(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """The rows or keys of adjacent sequences. first: True if no earlier call has written them for these heads."""
+    """The rows or keys of adjacent sequences. first: True if no earlier call has written them for the call's heads."""
 
     start: int
     stop: int
@@ -95,7 +95,7 @@ def flash_schedule(mask: LaunchMask) -> FlashSchedule:
                 slice(call_sequences[0].k0, call_sequences[-1].k1),
                 starts_q,
                 starts_k,
-                # for a single row the operator takes a different path, which does not support gaps between keys
+                # claim at least 2 rows: the operator's path for a single row does not support gaps between keys
                 max(int(starts_q.diff().max()), 2),
                 int(starts_k.diff().max()),
                 call_sequences[0].left,
@@ -154,8 +154,8 @@ def _kv_heads(mask: LaunchMask, heads: slice) -> slice:
 
 
 def _calls(pieces: list[Sequence]) -> list[list[Sequence]]:
-    """Group sequences into calls. The sequences of a call have the same window and are in ascending order of queries
-    and keys."""
+    """Group sequences into calls. All sequences of a call have the same window, and are in ascending order of both queries and
+    keys."""
     calls: list[list[Sequence]] = []
     for piece in pieces:
         for call in calls:
@@ -173,7 +173,7 @@ def _starts(call_sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
     q, k = [0], [0]
     first = call_sequences[0]
     for sequence in call_sequences:
-        # skipped rows first, then skipped keys
+        # insert skipped rows first, then skipped keys
         if sequence.q0 - first.q0 > q[-1]:
             q, k = [*q, sequence.q0 - first.q0], [*k, k[-1]]
         if sequence.k0 - first.k0 > k[-1]:
@@ -183,7 +183,7 @@ def _starts(call_sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
 
 
 def _segments(ranges: list[tuple[int, int]], heads: slice, written: WrittenRows) -> list[Segment]:
-    """Join adjacent ranges into segments, in order, and mark them as written."""
+    """Join adjacent ranges into segments, in order, and mark their rows as written."""
     joined: list[list[int]] = []
     for start, stop in ranges:
         if joined and joined[-1][1] == start:

@@ -55,7 +55,7 @@ _TYPES = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float
 
 
 class TileSchedule(NamedTuple):
-    """Run lists of both kernels, number of forward programs, and how query heads map to KV heads."""
+    """The run lists of both kernels, the number of forward programs, and the map from query heads to KV heads."""
 
     forward: TileRunTensors
     programs: int
@@ -95,11 +95,11 @@ def forward_programs(
 ) -> int:
     """Return the number of programs of the forward launch: one per multiprocessor, or one per tile of each head.
 
-    With one per multiprocessor, tiles are assigned in advance, back and forth over the programs. Each tile gets its own
-    program if some programs would otherwise get far more work than others, or if messages are in flight: a program
-    needs a multiprocessor's whole shared memory, so a program whose multiprocessor is busy with communication would
-    start late, with a full share of the work still to do. If messages are merely possible (`in_larger_job`), short
-    tiles are still assigned in advance, because a program with several tiles hides their first loads and last writes.
+    With one per multiprocessor, tiles are assigned in advance, back and forth over the programs. Each tile gets its own program
+    if some programs would otherwise get far more work than others, or if messages are in flight: a program needs a
+    multiprocessor's whole shared memory, so a program whose multiprocessor is busy with communication would start late and
+    still have a full share of the work to do. If messages are merely possible (`in_larger_job`), short tiles are still assigned
+    in advance, because a program with several tiles hides their first loads and last writes.
     """
     work = runs.work(keys)[runs.group][:, runs.order].T.ravel()
     programs = min(processors, len(work))
@@ -122,7 +122,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: the (o, lse) to write the result to or, with `merge`, to merge it into.
+    into: the (o, lse) to write the result to, or with `merge`, to merge it into.
     """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
@@ -145,8 +145,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of
-    dq, and of dk and dv, instead of overwriting them.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to dq, and whether to add to
+    dk and dv; otherwise they are overwritten.
     """
     # the kernel accumulates dQ in fp32
     direct = into[0] is not None and into[0].dtype == torch.float32
@@ -231,7 +231,7 @@ def backward_launch(
 
 
 def _operands(**tensors: tuple[Tensor, int]) -> dict[str, Any]:
-    """Return TMA descriptors and head strides for the operands. tensors: by name, the tensor and the rows of its tiles."""
+    """Return TMA descriptors and head strides for the operands. tensors: each operand and its tiles' rows, by name."""
     arguments: dict[str, Any] = {}
     for name, (x, block) in tensors.items():
         far = max(x.shape[0], x.shape[1] * abs(x.stride(1))) >= TMA_LIMIT
@@ -245,7 +245,7 @@ def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
     """Return a TMA descriptor of x as a matrix (tokens, heads * dim), with tiles of `block` rows and `width` columns."""
     layout = NVMMASharedLayout.get_default_for([block, width], _TYPES[x.dtype])
     if not x.numel():
-        # a descriptor needs at least one row; it is never read
+        # add a row to an empty tensor, because a descriptor needs at least one; the row is never read
         x = x.new_empty(1, *x.shape[1:])
     columns = (x.shape[1] - 1) * x.stride(1) + x.shape[2]
     return TensorDescriptor(x, [x.shape[0], columns], [x.stride(0), 1], [block, width], layout)

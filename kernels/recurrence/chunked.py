@@ -27,15 +27,14 @@ from distattn.kernels.spec import KernelRequirements
 
 # the functions also accept meta tensors, and allocate as much for them as they would on a device
 RUNS_ON_META = True
-# tokens per chunk. If each channel has its own decay, every pair of tokens in a chunk needs one value per channel
+# tokens per chunk: fewer if each channel has its own decay, because every pair of tokens then needs one value per channel
 _CHUNK, _CHUNK_OF_CHANNELS = 64, 16
-# chunks computed together: on CPUs, more do not fit into the cache; on GPUs, launch overhead dominates
+# chunks computed together: as many as fit into a CPU's cache; more on GPUs, where launch overhead dominates
 _BLOCK, _BLOCK_ON_GPUS = 16, 64
 
 
 class Level(NamedTuple):
-    """Chunks [begin, end) of a block, each from a different segment. segments: their indices, or None for all segments
-    in order."""
+    """Chunks [begin, end) of a block, each from a different segment. segments: their indices; None for all, in order."""
 
     begin: int
     end: int
@@ -45,8 +44,8 @@ class Level(NamedTuple):
 class Block(NamedTuple):
     """Chunks that are computed together.
 
-    rows: the row of each token, (M, C), or -1 for a missing token. levels: groups of chunks in the order in which
-    states pass through them.
+    rows: the row of each token, (M, C), or -1 for a padding token. levels: groups of chunks in the order in which states pass
+    through them.
     """
 
     rows: Tensor
@@ -115,7 +114,7 @@ def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> t
         maps = _maps(_gathered(x, block, state.dtype))
         entering = _passed_on(maps, block, state)
         u = maps.u if maps.w is None else maps.u - maps.w @ entering
-        # row -1, the extra last row, receives the outputs of missing tokens
+        # row -1, the extra last row, receives the outputs of padding tokens
         o_THV[block.rows] = (maps.read @ entering + maps.pairs @ u).transpose(1, 2)
     return o_THV[: len(x.v)], state
 
@@ -123,14 +122,13 @@ def forward(x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor) -> t
 def states(
     x: RecurrenceTokens, chunks: ChunkSchedule, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the state after each segment, each segment's A), in the dtype of the states. A is None unless
-    `transitions` is set.
+    """Compute (the state after each segment, each segment's A), in the dtype of the states; without `transitions`, A is None.
 
     A is the matrix by which a segment multiplies a state: (N, H, K, K) with the delta rule. Without it, A is diagonal
     and its diagonal is returned, (N, H, K), or (N, H, 1) if it is constant.
     """
     key_dim, value_dim = state_NHKV.shape[2:]
-    # if all values are zero, the recurrence is linear in the state, so applying it to the unit vectors gives A
+    # append unit vectors to the state: with values of zero, the recurrence is linear in the state, so these become A
     more = key_dim if transitions and x.beta is not None else 0
     identity = torch.eye(key_dim, more, dtype=state_NHKV.dtype, device=state_NHKV.device)
     state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
@@ -149,7 +147,7 @@ def backward(
 ) -> tuple[RecurrenceTokens, Tensor]:
     """Compute (gradients of the tokens, gradients of the initial states), in the dtype of the states.
 
-    dstate_NHKV: gradients of the final states. A decay shared by all tokens gets no gradient.
+    dstate_NHKV: gradients of the final states. A decay that all tokens share gets no gradient.
     """
     dtype, group = state_NHKV.dtype, x.heads // x.q.shape[1]
     state, dstate = state_NHKV.clone(), dstate_NHKV.clone()
@@ -176,7 +174,7 @@ def backward(
         for name, grad_MHC in zip(leaves, grads, strict=True):
             if name in ("q", "k"):
                 grad_MHC = grad_MHC.unflatten(1, (-1, group)).sum(2)
-            # missing tokens add to the extra last row, which is dropped below
+            # padding tokens add to the extra last row, which is dropped below
             totals[name][block.rows] = grad_MHC.transpose(1, 2)
     return x._replace(**{name: total[: len(x.v)] for name, total in totals.items()}), dstate
 
@@ -197,9 +195,9 @@ def gradient_states(
 def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> RecurrenceTokens:
     """Gather the tokens of a block's chunks, (M, H, C, ...) each.
 
-    Missing tokens are zeros, which leave every state unchanged.
+    Padding tokens are zeros, which leave every state unchanged.
     """
-    # expand a decay shared by all tokens, so that it can be zero for missing tokens
+    # expand a decay shared by all tokens, so that it can be zero for padding tokens
     g = x.g if x.g is None or x.decays_by_token else x.g.expand(len(x.v), -1)
     group = x.heads // x.q.shape[1]
     tokens = {**x.present(), **({} if g is None else {"g": g})}
@@ -209,8 +207,8 @@ def _gathered(x: RecurrenceTokens, block: Block, dtype: torch.dtype) -> Recurren
 
 
 def _rows(y: Tensor, block: Block, dtype: torch.dtype, group: int = 1) -> Tensor:
-    """Return a block's rows of a tensor (T, H, ...) as (M, H * group, C, ...): with heads repeated and zeros for
-    missing tokens."""
+    """Return a block's rows of a tensor (T, H, ...) as (M, H * group, C, ...): with each head repeated `group` times, and zeros
+    for padding tokens."""
     heads = torch.arange(y.shape[1] * group, device=y.device) // group
     absent = block.rows < 0
     rows_MHC = y[block.rows.clamp(min=0)[:, None], heads[:, None]].to(dtype)
@@ -245,7 +243,7 @@ def _passed_back(maps: Maps, block: Block, do_MHCV: Tensor, dstate_NHKV: Tensor)
     for begin, end, which in reversed(block.levels):
         dleaving[begin:end] = dstate_NHKV if which is None else dstate_NHKV[which]
         after = dleaving[begin:end]
-        # add to du in place, through a view
+        # add to this part of du in place, through a view
         du[begin:end].view(-1, *du.shape[2:]).baddbmm_(maps.key[begin:end].flatten(0, 1), after.flatten(0, 1))
         before = torch.addcmul(dentering[begin:end], maps.decay[begin:end, ..., None], after)
         if maps.w is not None:
@@ -281,17 +279,17 @@ def _maps(part: RecurrenceTokens, outputs: bool = True) -> Maps:
     else:
         total = finite_decays(g).cumsum(2).reshape(chunks, heads, size, -1)
     lower = torch.ones(size, size, dtype=torch.bool, device=v.device).tril()
-    # rounding the differences is harmless: where their error is large, the exponential is close to 0
+    # the differences may be rounded: where their error is large, their exponential is close to 0
     later = (total[:, :, :, None] - total[:, :, None]).to(dtype).masked_fill(~lower[..., None], -torch.inf).exp()
     from_start, to_end = total.to(dtype).exp(), (total[:, :, -1:] - total).to(dtype).exp()
     read, key, decay = q * from_start, k * to_end, from_start[:, :, -1]
     pairs = _products(q, k, later) if outputs else v
     if beta is None:
         return Maps(read, pairs, key, decay, v, None)
-    # what a token replaces depends on the earlier tokens of its chunk: solve a triangular system
+    # solve a triangular system, because the value that a token replaces depends on the earlier tokens of its chunk
     beta = beta[..., None]
     replaced = (beta * _products(k, k, later)).tril(-1)
-    # solve_triangular does not read the diagonal; multiplying by the inverse is faster than solving for every column
+    # compute the inverse of the system, with a diagonal of ones: multiplying by it is faster than solving for every column
     unit = torch.eye(size, dtype=dtype, device=v.device).expand_as(replaced)
     inverse = torch.linalg.solve_triangular(replaced, unit, upper=False, unitriangular=True)
     return Maps(read, pairs, key, decay, inverse @ (beta * v), inverse @ (beta * k * from_start))

@@ -34,7 +34,7 @@ from distattn.kernels.triton.launch import compute_capability
 from distattn.kernels.triton.tiles import INTERPRETED
 
 _DTYPES = (torch.bfloat16, torch.float16)
-# smaller log decays are clamped: their exp is 0 in fp32, and fla-core's fp32 sums over a chunk must stay finite and accurate
+# smaller log decays are clamped to this: their exp is 0 in fp32, and fla-core's fp32 sums over a chunk must stay accurate
 _LEAST_DECAY = -100.0
 
 
@@ -76,7 +76,7 @@ def prepare(segments: Segments, requirements: KernelRequirements) -> SequenceEnd
 
 def forward(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
     """Compute (o_THV in the inputs' dtype, the state after each segment in float32). The segments must cover all rows."""
-    # disable autograd: the inputs may require gradients, but `backward` computes these
+    # disable autograd: the inputs may require gradients, but `backward` computes the gradients
     with torch.no_grad():
         o, leaving = _called(_prepared(x), sequences, state_NHKV)
     return o[0], leaving
@@ -140,7 +140,7 @@ def _prepared(x: RecurrenceTokens) -> RecurrenceTokens:
 
 
 def _called(x: RecurrenceTokens, sequences: SequenceEnds, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Call fla-core's function for the op. Return (o (1, T, H, V), the state after each segment). x: see `_prepared`."""
+    """Call fla-core's function for the op. Return (o, the state after each segment); o is (1, T, H, V). x: see `_prepared`."""
     q, k, v, g, beta = x
     if sequences.ends[-1:] != (v.shape[1],):
         raise DistattnError('kernel "fla" takes segments that end with the last token; use kernel="chunked".')

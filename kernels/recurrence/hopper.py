@@ -13,10 +13,10 @@ from packaging.version import Version
 
 NEWER_TORCH = "install torch 2.13 (Triton 3.7.1)"
 TILELANG = "tilelang with the CUDA compiler nvcc"
-# Triton versions from the first (inclusive) to the second (exclusive) are wrong; fla-core itself rejects them only in
-# the backward pass (its issue 640)
+# Triton from the first version (inclusive) to the second (exclusive) gives wrong results; fla-core itself rejects these versions
+# only in the backward pass (its issue 640)
 _FIRST_WRONG, _FIRST_RIGHT = Version("3.4.0"), Version("3.7.1")
-# nightly builds of PyTorch depend on the second package
+# packages that contain Triton; nightly builds of PyTorch depend on the second
 _TRITONS = ("triton", "pytorch-triton")
 
 
@@ -79,6 +79,6 @@ def _has_nvcc() -> bool:
     folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     if shutil.which("nvcc") or any((Path(folder) / "bin" / "nvcc").exists() for folder in folders if folder):
         return True
-    # this package has contained nvcc since version 13
+    # this package contains nvcc from version 13 on
     package = "nvidia-cuda-nvcc"
     return _installed_version(package) is not None and any(file.name == "nvcc" for file in files(package) or [])

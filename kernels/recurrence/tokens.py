@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# rows [begin, end) of each segment's tokens in the tensors
+# rows [begin, end) of each segment, in tensors of tokens
 Segments = Sequence[tuple[int, int]]
 
 
 class RecurrenceTokens(NamedTuple):
     """The inputs of a recurrence.
 
-    q, k: (T, G, K), shared by consecutive heads. v: (T, H, V). g: log decays, at most 0: (T, H), (T, H, K) with a decay per
-    key channel, (H,) if all tokens share a decay, or None if there is no decay. beta: the fraction of a key's stored value to
+    q, k: (T, G, K), shared by consecutive heads. v: (T, H, V). g: log decays, at most 0: (T, H), (T, H, K) with a decay per key
+    channel, (H,) if all tokens share a decay, or None if there is no decay. beta: the fraction of a key's stored value to
     replace, (T, H), or None if there is no delta rule.
     """
 
@@ -48,11 +48,11 @@ class RecurrenceTokens(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def by_token(self) -> dict[str, Tensor]:
-        """Return the tensors that have an entry for each token, keyed by name."""
+        """Return the tensors that have an entry per token, keyed by name."""
         return {name: value for name, value in self.present().items() if name != "g" or self.decays_by_token}
 
     def cut(self, begin: int, end: int) -> RecurrenceTokens:
-        """Return tokens [begin, end)."""
+        """Return only tokens [begin, end)."""
         return self._replace(**{name: value[begin:end] for name, value in self.by_token().items()})
 
 
@@ -62,8 +62,8 @@ def bounds_of(segments: Segments) -> Tensor:
 
 
 def token_by_token(x: RecurrenceTokens, segments: Segments, state_NHKV: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (o_THV, the state after each segment) straight from the definition: differentiable but slow. Rows outside
-    the segments are 0."""
+    """Compute (o_THV, the state after each segment) directly from the definition: differentiable, but slow. o is 0 outside the
+    segments."""
     group = x.heads // x.q.shape[1]
     outputs: dict[int, Tensor] = {}
     states = []

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from distattn.kernels.recurrence.tokens import RecurrenceTokens
 
-# smaller log decays are clamped: their exp is 0 even in fp64, and differences of sums stay finite
+# smaller log decays are clamped to this: their exp is 0 even in fp64, and differences of their sums stay finite
 _LEAST_DECAY = -1000.0
 
 
 def finite_decays(g: Tensor) -> Tensor:
-    """Return log decays in fp64, clamped so that they are finite. A clamped decay is still 0."""
+    """Return log decays in fp64, clamped so that they are finite. The exp of a clamped log decay is still 0."""
     return g.double().clamp(min=_LEAST_DECAY)
 
 
@@ -28,13 +28,13 @@ def diagonal_transitions(x: RecurrenceTokens, bounds_N2: Tensor, dtype: torch.dt
     if not x.decays_by_token:
         return constant_transition(x.g, x.heads, end_N - begin_N).to(dtype)
     assert x.g is not None
-    # use fp64 sums over the preceding tokens: their differences are accurate enough for thousands of tokens
+    # sum over the preceding tokens in fp64, so that differences of sums are accurate even after thousands of tokens
     before = F.pad(finite_decays(x.g).flatten(1).cumsum(0), (0, 0, 1, 0))
     return (before[end_N] - before[begin_N]).exp().to(dtype).reshape(len(bounds_N2), x.heads, -1)
 
 
 def constant_transition(g_H: Tensor | None, heads: int, length_N: Tensor) -> Tensor:
-    """Return the A of segments with these numbers of tokens, (N, H, 1) in fp64, if all tokens share a decay g_H."""
+    """Return each segment's A, (N, H, 1) in fp64, from its length, for an op whose tokens all share a decay g_H."""
     if g_H is None:
         return length_N.new_ones((len(length_N), heads, 1), dtype=torch.float64)
     return torch.exp(finite_decays(g_H)[None] * length_N[:, None])[..., None]

@@ -20,7 +20,7 @@ from distattn.kernels.spec import KernelRequirements
 from distattn.kernels.trials import Trial, median_seconds, try_each
 from distattn.kernels.triton.launch import schedule_to_device
 
-# segment lengths and maximum numbers of heads, for the comparison and for timing
+# segment lengths, and maximum numbers of heads, each for the comparison and for timing
 _COMPARED, _TIMED = (150, 1, 64, 33), (2048, 1500, 548)
 _HEADS_COMPARED, _HEADS_TIMED = 4, 32
 _SEED = 1234
@@ -44,8 +44,7 @@ class RecurrenceInputs(NamedTuple):
     def random(
         lengths: Sequence[int], heads: int, key_heads: int, requirements: KernelRequirements
     ) -> RecurrenceInputs:
-        """Return random inputs like those of a trained layer: unit-length keys, and decays over anything from a few to
-        thousands of tokens."""
+        """Return random inputs like those of a trained layer: unit-length keys, and decays over a few to thousands of tokens."""
         op, device, dtype = requirements.op, requirements.device, requirements.dtype
         generator = torch.Generator(device).manual_seed(_SEED)
         tokens, key_dim, value_dim = sum(lengths), requirements.head_dim, requirements.v_head_dim

@@ -47,15 +47,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tiles(NamedTuple):
-    """Tile sizes of the three kernels."""
+    """The tile sizes of the three kernels."""
 
     forward: Tile
     dkdv: Tile
     dq: Tile
 
 
-# keys: the largest D + E a row of the table serves. These did best in the compile lint, whose budgets record the
-# remaining spills in loops
+# keys: the largest D + E that a row of the table serves. These tile sizes did best in the compile lint, whose budgets record
+# the remaining spills in loops
 _HALF_90 = {
     128: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3)),
     192: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
@@ -64,7 +64,7 @@ _HALF_90 = {
     384: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 3)),
     512: Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(128, 32, 8, 2)),
 }
-# sm_80: less shared memory and no TMA
+# tile sizes for sm_80, which has less shared memory and no TMA
 _HALF_80 = {
     128: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     192: Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2)),
@@ -83,7 +83,7 @@ _ROW_BLOCK = 256
 
 
 class TileSchedule(NamedTuple):
-    """Run lists of the three kernels, their tile sizes, and how query heads map to KV heads."""
+    """The run lists of the three kernels, their tile sizes, and the map from query heads to KV heads."""
 
     forward: TileRunTensors
     dkdv: SplitTileTensors
@@ -147,7 +147,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute (o_THE, lse_TH), in fp32 unless `into` has another dtype. Rows without keys get o = 0 and lse = -inf.
 
-    into: the (o, lse) to write the result to or, with `merge`, to merge it into. final: where finished rows of o go instead.
+    into: the (o, lse) to write the result to, or with `merge`, to merge it into. final: where finished rows of o go instead.
     """
     if into is None:
         o_THE = q_THD.new_empty(*q_THD.shape[:2], v_SKE.shape[2], dtype=torch.float32)
@@ -173,8 +173,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the mask's contribution to (dq_THD, dk_SKD, dv_SKE) from the final lse and delta = rowsum(dO * O).
 
-    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to the contents of
-    dq, and of dk and dv, instead of overwriting them. final: where finished rows of dq go instead.
+    into: dq and (dk, dv) to write the results to; None allocates fp32 tensors. add: whether to add to dq, and whether to add to
+    dk and dv; otherwise they are overwritten. final: where to write finished rows of dq instead.
     """
     dq = q_THD.new_empty(q_THD.shape, dtype=torch.float32) if into[0] is None else into[0]
     dk, dv = into[1] or (x.new_empty(x.shape, dtype=torch.float32) for x in (k_SKD, v_SKE))
@@ -236,7 +236,7 @@ def backward_launch(
     dq, dk, dv = grads
     numbers, first_launch = row_numbers_launch(lse, delta)
     padded = numbers.shape[2]
-    # a placeholder that always has the same alignment: a different alignment would compile another kernel
+    # pass a placeholder that always has the same alignment, because another alignment would compile another kernel
     slopes = numbers if score.slopes_H is None else score.slopes_H
     split = schedule.dkdv
     parts = scratch_of_parts(dk, dv, split, schedule.tiles.dkdv)
@@ -305,7 +305,7 @@ def _parts(dim: int) -> list[int]:
 def _operands(tensors: dict[str, tuple[Tensor, int]]) -> dict[str, Any]:
     """Return arguments for the operands, their strides and the parts of their head dims.
 
-    tensors: by name, the tensor (tokens, heads, dim) and the rows of its tiles. Operands are TMA descriptors if all of
+    tensors: each operand (tokens, heads, dim) and the rows of its tiles, keyed by name. Operands are TMA descriptors if all of
     them can be.
     """
     tensors = {name: (x if x.stride(2) == 1 else x.contiguous(), block) for name, (x, block) in tensors.items()}

@@ -17,7 +17,7 @@ TMA_LIMIT = 1 << 31
 
 
 class Tile(NamedTuple):
-    """Tile size in query rows and keys, warps per program, and number of pipeline stages."""
+    """A tile's size in query rows and keys, the warps per program, and the number of pipeline stages."""
 
     rows: int
     keys: int
@@ -62,7 +62,7 @@ def run_launch(launch: TritonLaunch) -> None:
 
 @cache
 def compute_capability(device: torch.device) -> int:
-    """Return the compute capability of a device as 80, 90, ...: 80 if it is not a GPU, as in the interpreter."""
+    """Return the compute capability of a device as 80, 90, ...; 80 if it is not a GPU, as in the interpreter."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
@@ -71,7 +71,7 @@ def compute_capability(device: torch.device) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a device. Without a GPU, return that of an H100."""
+    """Return the number of multiprocessors of a device; if it is not a GPU, that of an H100."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -107,10 +107,10 @@ def tensor_arguments(**tensors: Tensor) -> dict[str, Any]:
 
 
 def final_arguments(sums: Tensor, final: FinalRows | None) -> dict[str, Any]:
-    """Return the arguments for finished rows of a result. Without such rows all are None, so the kernel has none of them."""
+    """Return the arguments for finished rows of a result: None if `final` is None, which compiles the kernel without them."""
     if final is None:
         return dict(final_=None, turn_=None, number=None, FINAL=False)
-    # kernels compute one address for both
+    # kernels compute a single offset for both tensors
     assert final.target_THD.stride() == sums.stride(), "finished rows have the strides of their sums"
     return dict(final_=final.target_THD, turn_=final.turns_T, number=final.number, FINAL=True)
 
@@ -126,8 +126,8 @@ def call_arguments(
 
 
 def make_launch(kernel: Any, programs: int, arguments: dict[str, Any], tile: Tile) -> TritonLaunch:
-    """Return a launch with those of the arguments that the kernel takes."""
+    """Return a launch with those of `arguments` that the kernel takes."""
     kernel_arguments = {name: arguments[name] for name in kernel.arg_names}
-    # Triton 3.10 no longer fuses multiplications and additions by default
+    # fuse multiplications and additions, which Triton 3.10 no longer does by default
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return TritonLaunch(kernel, (programs,), kernel_arguments, options)

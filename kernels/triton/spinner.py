@@ -19,11 +19,11 @@ from distattn.kernels.triton.launch import TritonLaunch, multiprocessors
 
 # warps and elements per program: each of its 1024 threads holds 32 numbers
 _WARPS, _NUMBERS = 32, 32 * 1024
-# an eighth of the multiprocessors: NCCL uses 16 to 32 channels, each on one of the 132 multiprocessors of an H100
+# occupy an eighth of the multiprocessors: NCCL uses 16 to 32 channels, each on one of the 132 multiprocessors of an H100
 _SHARE = 8
-# an iteration waits about half a microsecond for a load from the L2 cache, so the maximum takes a few seconds
+# maximum number of iterations, a few seconds: each waits about half a microsecond for a load from the L2 cache
 _MOST_TURNS = 1 << 23
-# seconds within which all programs must start; only a device shared with other processes needs longer
+# seconds within which all programs must start; they need longer only on a device shared with other processes
 _STARTS_WITHIN = 1.0
 
 

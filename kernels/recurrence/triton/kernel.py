@@ -37,11 +37,11 @@ from distattn.kernels.triton.launch import (
 )
 from distattn.kernels.triton.tiles import INTERPRETED
 
-# the functions also accept meta tensors, and allocate as much for them as on a device
+# the functions also accept meta tensors, and allocate as much for them as they would on a device
 RUNS_ON_META = True
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_DIM = 256
-# maximum and minimum tokens per chunk, and maximum bytes of a chunk's keys: with wider keys, fewer tokens fit into
+# maximum and minimum tokens per chunk, and maximum bytes of a chunk's keys, because fewer tokens with wide keys fit into
 # registers and shared memory
 _CHUNK, _LEAST_CHUNK, _BYTES_OF_KEYS = 64, 16, 1 << 14
 # maximum columns of values at a time, maximum bytes of the state's columns that a scan keeps in registers, and minimum
@@ -117,12 +117,12 @@ def forward(x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor) -> tupl
 def states(
     x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (the state after each segment, with `transitions` also each segment's A), in float32. See `chunked.states`."""
+    """Compute (the state after each segment, each segment's A), in float32. See `chunked.states`."""
     key_dim, value_dim = state_NHKV.shape[2:]
     if not transitions or x.beta is None:
         leaving = _Call(x, chunks, state_NHKV).passed_on(state_NHKV, keep=False)
         return leaving, diagonal_transitions(x, chunks.bounds, state_NHKV.dtype) if transitions else None
-    # with zero values the recurrence is linear in the state, so applying it to the unit vectors gives A
+    # append unit vectors to the state: with values of zero, the recurrence is linear in the state, so these become A
     identity = torch.eye(key_dim, dtype=state_NHKV.dtype, device=state_NHKV.device)
     state = torch.cat([state_NHKV, identity.expand(*state_NHKV.shape[:2], -1, -1)], -1)
     leaving = _Call(x._replace(v=F.pad(x.v, (0, key_dim))), chunks, state).passed_on(state, keep=False)
@@ -146,14 +146,14 @@ def backward(
     call.run(gradient_kernel, call.programs, **rows, **tensors, DG=dg is not None)
     if call.group > 1:
         dq, dk = (dy.unflatten(1, (-1, call.group)).sum(2) for dy in (dq, dk))
-    # a decay shared by all tokens gets no gradient
+    # a decay that all tokens share gets no gradient, so g stands in its place
     return RecurrenceTokens(dq, dk, dv, x.g if dg is None else dg, dbeta), dentering
 
 
 def gradient_states(
     x: RecurrenceTokens, chunks: ChunkTable, do_THV: Tensor, dstate_NHKV: Tensor, transitions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute (gradients of the initial states, with `transitions` also each segment's A), in float32.
+    """Compute (gradients of the initial states, each segment's A), in float32.
 
     See `chunked.gradient_states`.
     """
@@ -165,7 +165,7 @@ def gradient_states(
 
 
 class _Call:
-    """One call: its tensors in the form that the kernels take, and the tensors passed between its launches."""
+    """A call: its tensors in the form that the kernels take, and the tensors passed between its launches."""
 
     def __init__(self, x: RecurrenceTokens, chunks: ChunkTable, state_NHKV: Tensor):
         self.chunks, self.tokens, self.heads = chunks, len(x.v), x.heads
@@ -194,7 +194,7 @@ class _Call:
             "DECAY": x.g is not None,
             "DELTA": self.is_delta,
         }
-        # tensors that launches write for later ones; until they are allocated, any tensor
+        # tensors that launches write for later launches; until they are allocated, any other tensor stands in for them
         self.w = self.inverse = self.entering = self.dleaving = self.heard = self.du = self.do = self.v
         self.scans = len(chunks.bounds) * self.heads * triton.cdiv(self.value_dim, columns)
 
@@ -244,13 +244,13 @@ class _Call:
         return dentering
 
     def result(self, *shape: int) -> Tensor:
-        """Return a float32 tensor (T, ...) for results, 0 if there are rows outside the segments, otherwise uninitialized."""
+        """Return a float32 tensor (T, ...) for results: zeros if there are rows outside the segments, otherwise uninitialized."""
         make = torch.empty if self.chunks.rows == self.tokens else torch.zeros
         return make((self.tokens, *shape), dtype=torch.float32, device=self.q.device)
 
     def run(self, kernel: Any, programs: int, **arguments: Any) -> None:
-        """Launch a kernel with the call's tensors and these arguments. With meta tensors, launch nothing."""
-        # with few rows per chunk, a product cannot be shared among many warps
+        """Launch a kernel with the call's arguments and `arguments`. With meta tensors, launch nothing."""
+        # use fewer warps if chunks have few rows, because a product cannot then be shared among many
         warps = 8 if self.chunks.size == _CHUNK else 4
         launch = make_launch(kernel, programs, self.arguments | arguments, Tile(0, 0, warps, 1))
         if self.q.device != META:
