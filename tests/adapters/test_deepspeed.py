@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.s
 
 def _start(rank: int) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
-    # without this, DeepSpeed compiles a C++ extension for shared memory
+    # otherwise DeepSpeed compiles a C++ extension for communication in shared memory
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
