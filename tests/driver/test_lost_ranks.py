@@ -21,7 +21,7 @@ WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
 
 
 def lose(how):
-    """End or stop this rank in the given way."""
+    """Kill or stop this rank, raise in it, or let it sleep, as `how` says."""
     if how == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "dies":
@@ -43,7 +43,7 @@ def trained(rank, lost, where, how, settings, takes_turns=False):
     """Return the error that ends this rank's training."""
     if rank >= 3 - settings.get("servers", 0):
         if rank == lost:
-            # fail in the first pass that it serves
+            # fail in the first forward pass that this rank serves
             torch.ops.distattn.forward = lambda *args: lose(how)
         with pytest.raises(da.LostRankError) as error:
             da.serve()
