@@ -83,7 +83,7 @@ def test_no_kernel_is_worse_than_its_budget_with_older_tritons(version, arch):
     older = ROOT / ".venv" / f"triton-{version}"
     if not older.exists():
         pytest.skip(f"Triton {version} is not installed next to the environment; run `make tritons`")
-    # the shapes that most models have. `make lint-kernels` covers all
+    # only the shapes that most models have; `make lint-kernels` covers all shapes
     paths = f"{older}:{ROOT}:{BENCHMARKS}"
     done = lint(arch, "bfloat16 (64/64|128/128)|launched", "--production", "ring", PYTHONPATH=paths)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
