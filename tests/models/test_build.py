@@ -116,7 +116,7 @@ def _loss(rank: int, ranks: int) -> tuple[float, float]:
 def test_a_step_of_a_sharded_model_is_that_of_one_process():
     wanted = run_on_ranks(1, _loss, 1)[0]
     for got in run_on_ranks(2, _loss, 2):
-        # float32 sums in a different order
+        # two ranks compute float32 sums in a different order
         assert got == pytest.approx(wanted, rel=1e-5)
 
 

@@ -21,7 +21,7 @@ KINDS = ("llama-tied", "yarn", "mistral", "gpt-oss", "qwen3-moe", "mixtral")
 
 
 def export(name: str, folder: Path, **how) -> dict[str, torch.Tensor]:
-    """Write the full model of the kind `name`. Return its tensors."""
+    """Export the model `name` with all of its weights. Return its tensors."""
     model = model_shapes.materialised(name)
     export_model(model, folder, **how)
     return model.state_dict()
