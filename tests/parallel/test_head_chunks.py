@@ -94,7 +94,7 @@ def test_ulysses_in_chunks_of_heads_has_a_quarter_of_the_buffers():
     whole, cut = million("ulysses", 32, backward="refetch-home"), million("ulysses", 32, max_buffer_bytes=int(1.7e9))
     assert needed(whole) == 4 * needed(cut)
     assert cut.policy == "refetch-home" and cut.forward.steps == 12
-    # overlapping chunks need more memory and are preferred
+    # overlapping chunks need more memory, and are preferred where it suffices
     assert million("ulysses", 32, max_buffer_bytes=int(4.1e9)).forward.steps == 6
 
 
