@@ -163,7 +163,7 @@ def _has_parts(sentence: str, parts: tuple[str, ...]) -> bool:
 
 
 def _checks(rank: int, runs) -> dict[str, tuple[bool, list[str]]]:
-    """Return, for each `preflight.action`, whether a run with a problem starts, and the lines that it prints."""
+    """Return whether a run starts, and the lines printed: with a problem under each action, and without a problem."""
     results = {}
     for action in ("stop", "warn", "off"):
         with pytest.MonkeyPatch.context() as monkeypatch:
