@@ -41,8 +41,8 @@ def costs(compute):
 
 
 def reported(rank, adaptive):
-    """Return health reports over two steps each, for given compute times: first rank 2 is slow, then no rank, then rank
-    0.
+    """Return health reports, each over two steps, for planted compute times: first rank 2 is slow, then no rank, then
+    rank 0.
     """
     settings = dict(strategy="cad", data="per_rank", adaptive=True) if adaptive else dict(strategy="ring")
     reports = []

@@ -192,7 +192,7 @@ def test_flops_match_pytorchs_count(kind):
     config = LlamaConfig(**sizes, tie_word_embeddings=kind == "tied")
     if kind == "experts":
         config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
-    # PyTorch's counter omits grouped products of several experts
+    # PyTorch's counter omits grouped products of several experts, so multiply for one expert at a time
     one_by_one = {"experts_implementation": "eager"} if kind == "experts" else {}
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **one_by_one)
     flops, tokens = ModelFlops.of_model(model), 24
