@@ -30,7 +30,7 @@ def losses(ranks: int, example: str, *arguments: str) -> list[float]:
 # core-attention disaggregation: ranks with different packs share attention
 SHARED = ["--data", "per_rank"]
 RUNS = {
-    # (example, its arguments for one process, [(ranks, additional arguments)], tolerance). The first example is the one
+    # (example, its arguments for one process, [(ranks, additional arguments)], tolerance). The first example is meant
     # for newcomers
     "own_model": ("own_model", [], [(2, []), (4, []), (2, SHARED)], 1e-4),
     "fsdp2 in float64": (
