@@ -181,7 +181,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     return factor, gradients, state
 
 
-# every stage with every variant. DeepSpeed supports offloading and reduction in a different dtype only from stage 1
+# every stage and every variant. DeepSpeed supports offloading and reduction in a different dtype only from stage 1
 # upward
 @pytest.mark.parametrize(
     ("variant", "stage"),
