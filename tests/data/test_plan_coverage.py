@@ -91,7 +91,7 @@ def test_planned_coverage_is_correct_for_any_rule(tmp_path_factory, lengths, rul
 
 
 def first_cut(rows):
-    """Return the row of a piece that starts in the middle of its document, in epoch 1 of books."""
+    """Return the row of the first piece in epoch 1 that contains neither end of its document."""
     return int(np.flatnonzero((rows["start"] > 0) & ~rows["ends_document"] & (rows["epoch"] == 1))[0])
 
 
