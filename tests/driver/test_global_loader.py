@@ -73,7 +73,7 @@ def test_ranks_with_other_plans_are_refused():
 
 
 def left_run(rank):
-    """Break out of a loop at its second step, then loop over the rest. Return (results, next step after each loop)."""
+    """Leave a loop by `break` at its second step, then loop over the rest. Return (results, next step after each)."""
     model = model_of()
     with shared(options=dict(block=8)) as cp:
         loader, seen = SharedPacks(rank, 2), []

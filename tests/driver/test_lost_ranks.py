@@ -55,7 +55,7 @@ def trained(rank, lost, where, how, settings, takes_turns=False):
         layer.register_forward_hook(lambda module, args, out: pass_through(out, where, how))
     with pytest.raises(da.LostRankError) as error, shared(timeout=TIMEOUT, **settings) as cp:
         for number, micro_batches in enumerate(cp.steps(packs(rank, where, how))):
-            # step 3 has two micro-batches
+            # if micro-batches take turns, fail in step 3 instead of step 2, since step 3 has two micro-batches
             STEP[0] = number - takes_turns
             if where == "the loop" and number == 2:
                 lose(how)

@@ -176,7 +176,7 @@ def test_ranks_without_a_model_serve(servers, wrap, rules):
 
 
 def leaving_run(rank, adaptive):
-    """Break out of a training loop, start a new loop, and evaluate inside it."""
+    """Leave a training loop by `break`, start a new loop, and evaluate inside it."""
     trainers = dist.new_group([0, 1])
     if rank == 2:
         return tuple(da.serve())
