@@ -219,7 +219,7 @@ def test_placed_deals_long_documents_and_leaves_others_whole():
         for a, b in spans(lengths)
     ]
     # the long document has 200 million cells and the others 25 million in total, so every rank gets a share of the long
-    # one
+    # document
     assert len(owners[0]) == 8
     assert sum(len(owner) == 1 for owner in owners[1:]) >= 190
     work = [sum(Mask.documents(lengths).area((a, b)) for a, b in chunk_spans(layout, rank)) for rank in range(8)]
