@@ -74,8 +74,8 @@ def test_launches_are_compiled_and_compared():
     assert done.stdout.count("registers") == 2 and "0 kernels are what" in done.stdout
 
 
-# the Triton versions of torch 2.11, 2.12 and 2.13. .ci/run and `make tritons` install them, and the interpreter keeps
-# the newest version
+# the Triton versions of torch 2.11, 2.12 and 2.13. .ci/run and `make tritons` install them next to the environment,
+# which keeps the newest version
 @pytest.mark.full
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1"])

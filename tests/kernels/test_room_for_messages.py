@@ -97,8 +97,8 @@ def test_quiet_launches_deal_short_tiles_and_those_of_one_rank():
 @pytest.mark.parametrize("document", [2048, 8192, 16384, 65536])
 def test_tiles_are_dealt_in_quiet_launches_where_single_ones_would_cost_more_than_they_save_beside_fsdp(document):
     (mask,) = forward_launches("ulysses", lengths=(document,) * (65536 // document))
-    # persistent programs hide their first loads and last writes; single-tile programs do not. These 192 KB take a
-    # latency of 2 us plus their time at a multiprocessor's 19 KB/us. A key tile takes 1.9 us at 600 TFLOP/s
+    # persistent programs hide their first loads and last writes; single-tile programs do not. Moving these 192 KB takes
+    # a latency of 2 us plus the time at a multiprocessor's 19 KB/us; a key tile takes 1.9 us at 600 TFLOP/s
     unhidden = (192 / 19 + 2) / 1.9
     # an all-gather of the next layer's weights takes a tenth of the launch's time
     beside = slowdown(mask, single_tiles(mask), 16, 0.1, unhidden) - slowdown(mask, PROCESSORS, 16, 0.1)

@@ -269,7 +269,7 @@ def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypat
     chosen = []
     with da.ContextParallel(strategy="ring", layout="contiguous", kernel="auto") as cp:
         for step in range(8):
-            # the trial in step 0 runs out of memory. From step 3 on, memory suffices if the trial needs only 100 bytes
+            # the trial in the first step runs out of memory. From the fourth step on, memory suffices for 100 bytes
             room.free = 40 + 10 * step if step < 3 else 100 * 100 // needed + 60 * (step > 4)
             batch = cp.shard(
                 {"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths}
@@ -278,7 +278,7 @@ def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypat
             (executable,) = batch["context_parallel"]._executables.values()
             chosen.append(executable.key.kernel)
     if needed == 100:
-        # the kernel passes its trial in step 4, and plans made after that use it
+        # the kernel passes its trial in the fourth step, and plans made after that step use the kernel
         assert chosen[:4] == ["cpu"] * 4 and chosen[-1] == "large"
     else:
         assert chosen == ["cpu"] * 8 and room.tried <= 3
