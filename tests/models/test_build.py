@@ -85,7 +85,7 @@ def _gathered(rank: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> dict
     return gathered
 
 
-# none of the sizes is divisible by 3 ranks
+# none of the sizes is divisible by 3
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("sizes", [(1,), (3,), (2, 2)], ids=str)
 def test_weights_do_not_depend_on_the_sharding(sizes):
