@@ -162,7 +162,7 @@ def test_fewer_tokens_take_no_longer(strategy):
         plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 8), strategy=strategy, **shape)
         timeline = simulate(plan, cluster)
         seconds.append(timeline.forward.seconds + timeline.backward.seconds)
-    # a plan with few pieces may have one step more than a plan with many
+    # a plan with few pieces may have one step more than a plan with many pieces
     assert all(few < 1.3 * many for few, many in zip(seconds, seconds[1:], strict=False)), seconds
     assert seconds[0] < 2e-3
 

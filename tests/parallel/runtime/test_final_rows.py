@@ -77,7 +77,7 @@ def test_no_pass_converts_what_launches_finish():
     shape = dict(heads=64, kv_heads=8, head_dim=128, dtype="bfloat16")
     plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, 8), strategy="ring", **shape)
     forward, backward, _ = layer_call(plan, 3)
-    # only gradients of keys and values, an eighth of the heads, are converted, since other ranks add to them
+    # only gradients of keys and values, with an eighth of the heads, are converted, since other ranks add to them
     tokens, row = 8192, 128 * torch.float32.itemsize
     assert forward.bytes["_to_copy"] == 0
     assert backward.bytes["_to_copy"] == 1.5 * 2 * tokens * 8 * row
