@@ -141,7 +141,7 @@ def test_a_run_continues_with_other_ranks_strategies_and_engines(config, tmp_pat
     ranks = changes.get("parallel", config.parallel).ranks
     assert (event["kind"], event["ranks"], event["saved_on"]) == ("resumed", ranks, before)
     assert (f", on {plural(ranks, 'rank')}; it was saved on {before}." in event["text"]) == (ranks != before)
-    # three of these steps were trained before the resume
+    # three of the steps in this loss were trained before the resume
     (losses,), (other_losses,) = wanted.losses(TRAINING), copy.losses(TRAINING)
     assert losses["tokens"] == other_losses["tokens"]
     assert losses["loss"] == pytest.approx(other_losses["loss"], rel=tolerance[1])
