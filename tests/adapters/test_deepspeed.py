@@ -157,7 +157,7 @@ VARIANTS = {
 
 
 def _variant(rank: int, variant: str, stage: int, probes: bool):
-    """Return the parameters and optimizer state after three steps. probes: run a probe between steps."""
+    """Return (loss factor, gradients, final parameters and state) of three steps. probes: run a probe between steps."""
     _start(rank)
     config = dict(VARIANTS[variant])
     if config.pop("offload", False):

@@ -107,7 +107,10 @@ def test_a_collator_may_fill_one_tensor_again(tmp_path):
 def _train(
     rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows, shared=False
 ):
-    """Train on this rank. shared: each block of `degree` ranks has its own batches, and all blocks share attention."""
+    """Train on this rank. Return (losses, gradient norms, evaluation loss, number of tokens).
+
+    shared: each block of `degree` ranks has its own batches, and all blocks share attention.
+    """
     ranks = dist.get_world_size()
     _as_torchrun(rank)
     if changes.get("deepspeed"):
@@ -195,8 +198,8 @@ def _packs(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _evaluates(rank: int, folder, degree: int, metrics: bool = False):
-    """Return the evaluation losses on packs before, during and after training. metrics: compute metrics too, which
-    requires unsplit rows instead of packs.
+    """Return (evaluation losses before, during and after training, tokens per row that a metric sees). metrics: compute
+    the metric, which requires unsplit rows instead of packs.
     """
     ranks = dist.get_world_size()
     _as_torchrun(rank)

@@ -218,7 +218,7 @@ def _one_by_one(rank: int):
 
 
 def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
-    """Return the losses of a training step and an evaluation-only step, with tensor and pipeline parallelism."""
+    """Return (loss factor, losses of an evaluation-only and a training step, squared gradient norm)."""
     start(tp, pp, cp)
 
     def seeded(weight):

@@ -175,7 +175,7 @@ def sums_of(model) -> list[torch.Tensor]:
 
 
 def _stock(rank: int, kind: str):
-    """Compute the loss and gradients in a single process with Megatron's own layers, one document at a time."""
+    """Return (loss, gradients, weights by name) of Megatron's own layers in one process, one document at a time."""
     start()
     model = model_of(kind, config_of(**MODELS[kind]), ours=False)
     total, valid = torch.zeros(()), 0
@@ -329,7 +329,7 @@ EXPERTS = dict(
 
 
 def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = False):
-    """Return the loss, the gradients keyed by name, and the experts' biases after a step of Megatron's schedule."""
+    """Return (loss, gradients by name, router biases, tokens counted by a probe) of a step of Megatron's schedule."""
     import megatron_on_cpu  # noqa: F401
 
     without_kernels()
