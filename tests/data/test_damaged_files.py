@@ -77,7 +77,7 @@ FAULTS = (flip, flip, flip, zero_page, swap_pages, cut, lengthen, garble)
 
 
 def damaged_copies(originals, folder, faults, suffixes):
-    """Yield copies of the first file with one fault each, as (fault, suffix, bytes that differ, prefix)."""
+    """Yield copies of the first file with one fault each, as (fault, suffix, damaged content, prefix)."""
     rng = np.random.default_rng(11)
     source = originals[0]
     whole = {suffix: (source / f"file{suffix}").read_bytes() for suffix in suffixes}

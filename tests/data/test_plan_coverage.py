@@ -91,7 +91,7 @@ def test_planned_coverage_is_correct_for_any_rule(tmp_path_factory, lengths, rul
 
 
 def first_cut(rows):
-    """Return the row of the first piece in epoch 1 that contains neither end of its document."""
+    """Return the index of the first row in epoch 1 whose piece contains neither end of its document."""
     return int(np.flatnonzero((rows["start"] > 0) & ~rows["ends_document"] & (rows["epoch"] == 1))[0])
 
 
