@@ -40,7 +40,7 @@ def packs(rank, where, how):
 
 
 def trained(rank, lost, where, how, settings, takes_turns=False):
-    """Return the error that ends this rank's training."""
+    """Return the error that ends this rank's training, and the ranks that the error names."""
     if rank >= 3 - settings.get("servers", 0):
         if rank == lost:
             # fail in the first forward pass that this rank serves

@@ -238,7 +238,7 @@ def test_servers_wait_for_ranks_that_live_however_long_they_are_silent():
 
 
 def replicas_run(rank, data):
-    """Return each step's number of micro-batches and gradients. The second pair of ranks has fewer steps and
+    """Return (number of micro-batches, loss, gradients) of each step. The second pair of ranks has fewer steps and
     micro-batches.
     """
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
