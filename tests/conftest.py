@@ -13,8 +13,8 @@ from zlib import crc32
 os.environ["TRITON_INTERPRET"] = "1"
 # torchrun sets this variable; without it accelerate gives every rank as many threads as there are cores
 os.environ["OMP_NUM_THREADS"] = "1"
-# a single-rank run uses all cores at the same time as other tests. With threads that spin while they wait, it would
-# take three times as long
+# a single-rank run uses all cores while other tests run, so it would take three times as long if its threads spun while
+# they wait
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)
         items[:] = [item for item in items if item not in gone]
-    # -m deselects tests between these two statements
+    # pytest's -m deselects tests during this yield
     yield
     items[:] = _spread(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 

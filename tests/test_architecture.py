@@ -235,8 +235,8 @@ def test_files_are_short():
 
 
 def test_no_two_files_of_tests_have_one_name():
-    """Require unique names, because pytest imports each file as a top-level module and refuses a second one of the same
-    name.
+    """Require unique names, because pytest imports each file as a top-level module and refuses a second file of the
+    same name.
     """
     names = [file.name for file in tracked("tests/**/test_*.py")]
     assert sorted(names) == sorted(set(names))
@@ -279,7 +279,7 @@ def test_wheel_and_sdist_hold_every_tracked_source_and_nothing_else(tmp_path):
     assert members == wanted
     (metadata,) = (name for name in archive_of_wheel.namelist() if name.endswith(".dist-info/METADATA"))
     described = archive_of_wheel.read(metadata).decode()
-    # an index page has no docs/ folder next to it
+    # a page on a package index has no docs/ folder next to it, so links must be absolute
     assert "## Two commands" in described and not re.search(r"\]\((?!https?:|#)", described)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -205,7 +205,7 @@ def test_recurrent_layers_are_right_on_every_rank_over_gloo(tmp_path):
     assert "fla-core's own context parallelism: left out: it " in done.stdout
     rows = findings.read(out)
     checks = [row for row in rows if row["kind"] == "check"]
-    # seven ops with one document and with nine, each in five variants over ranks and on one device
+    # seven ops with one document and with nine documents, each in five variants over ranks and on one device
     assert len(checks) == 7 * 2 * 6 and not any(row["text"] for row in checks) and rows[-1]["kind"] == "ended"
 
 

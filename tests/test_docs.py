@@ -193,7 +193,7 @@ def _pretrained(names: dict[str, Any]) -> None:
 
 
 def _tokens(names: dict[str, Any]) -> None:
-    """Run the page's first snippet, which this one continues."""
+    """Run the page's first snippet, which the current snippet continues."""
     _packs(names)
     exec(python_snippets((ROOT / "docs" / "data-formats.md").read_text())[0], names)
 

@@ -22,7 +22,7 @@ def losses(ranks: int, example: str, *arguments: str) -> list[float]:
     if "float64" in arguments:
         before = "norms_in_float64"
     outputs = run_script_on_ranks(ranks, EXAMPLES / f"{example}.py", *arguments, before=before)
-    # raise an error for warnings that a user cannot act on
+    # the example must not print warnings on which a user cannot act
     assert example != "deepspeed_zero" or "Warning" not in outputs[0], outputs[0]
     return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)", outputs[0], re.M)]
 
@@ -30,7 +30,7 @@ def losses(ranks: int, example: str, *arguments: str) -> list[float]:
 # core-attention disaggregation: ranks with different packs share attention
 SHARED = ["--data", "per_rank"]
 RUNS = {
-    # (example, its arguments for one process, [(ranks, additional arguments)], tolerance). The first example is the one
+    # (example, its arguments for one process, [(ranks, additional arguments)], tolerance). The first example is meant
     # for newcomers
     "own_model": ("own_model", [], [(2, []), (4, []), (2, SHARED)], 1e-4),
     "fsdp2 in float64": (

@@ -163,7 +163,7 @@ def right_calls():
 
 
 def closed(**settings):
-    """Create a driver with these settings, shard a batch and close the driver."""
+    """Create a driver with `settings`, shard a batch and close the driver."""
     with da.ContextParallel(**settings) as cp:
         cp.shard(BATCH)
 

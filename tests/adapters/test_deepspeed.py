@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.s
 
 def _start(rank: int) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
-    # without this, DeepSpeed compiles a C++ extension for shared memory
+    # otherwise DeepSpeed compiles a C++ extension for communication in shared memory
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
@@ -157,7 +157,7 @@ VARIANTS = {
 
 
 def _variant(rank: int, variant: str, stage: int, probes: bool):
-    """Return the parameters and optimizer state after three steps. probes: run a probe between steps."""
+    """Return (loss factor, gradients, final parameters and state) of three steps. probes: run a probe between steps."""
     _start(rank)
     config = dict(VARIANTS[variant])
     if config.pop("offload", False):
@@ -181,7 +181,7 @@ def _variant(rank: int, variant: str, stage: int, probes: bool):
     return factor, gradients, state
 
 
-# every stage with every variant. DeepSpeed supports offloading and reduction in a different dtype only from stage 1
+# every stage and every variant. DeepSpeed supports offloading and reduction in a different dtype only from stage 1
 # upward
 @pytest.mark.parametrize(
     ("variant", "stage"),

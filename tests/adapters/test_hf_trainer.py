@@ -107,7 +107,10 @@ def test_a_collator_may_fill_one_tensor_again(tmp_path):
 def _train(
     rank: int, folder, degree: int, micro_batches: int, changes: dict, dtype=torch.float64, data=Rows, shared=False
 ):
-    """Train on this rank. shared: each block of `degree` ranks has its own batches, and all blocks share attention."""
+    """Train on this rank. Return (losses, gradient norms, evaluation loss, number of tokens).
+
+    shared: each block of `degree` ranks has its own batches, and all blocks share attention.
+    """
     ranks = dist.get_world_size()
     _as_torchrun(rank)
     if changes.get("deepspeed"):
@@ -153,7 +156,7 @@ def _train(
 
 
 def _check_rates(metrics: dict, kind: str, samples: int, steps: int) -> None:
-    """Check that the reported rates count every sample once. Rates and times are rounded."""
+    """Check that the reported rates count every sample once, within the rounding of rates and times."""
     seconds = metrics[f"{kind}_runtime"]
     assert metrics[f"{kind}_samples_per_second"] * seconds == pytest.approx(samples, rel=0.02)
     assert metrics[f"{kind}_steps_per_second"] * seconds == pytest.approx(steps, rel=0.02)
@@ -195,8 +198,8 @@ def _packs(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _evaluates(rank: int, folder, degree: int, metrics: bool = False):
-    """Return the losses of evaluations on packs before, during and after training. metrics: compute metrics too, which
-    requires evaluating on unsplit rows instead of packs.
+    """Return (evaluation losses before, during and after training, tokens per row that a metric sees). metrics: compute
+    the metric, which requires unsplit rows instead of packs.
     """
     ranks = dist.get_world_size()
     _as_torchrun(rank)
@@ -282,8 +285,8 @@ def test_deepspeed_under_the_trainer_has_the_same_curve(tmp_path):
 
 
 def _refused(rank: int, folder, error: Exception | None) -> tuple[str, int | None]:
-    """Return this rank's error output and exit code after `error`, or after a refusal by the Trainer if `error` is
-    None.
+    """Return this rank's error output and exit code after an uncaught exception. error: the exception, or None for the
+    refusal that the Trainer raises.
     """
     _as_torchrun(rank)
     cp = da.ContextParallel(strategy="ring")
@@ -308,7 +311,7 @@ def test_a_refusal_is_one_sentence_of_one_rank(tmp_path):
     (sentence,) = "".join(outputs).splitlines()
     assert sentence.startswith("distattn: rank ") and "label_smoothing_factor is not supported" in sentence
     assert "(test_hf_trainer.py, line " in sentence
-    # each rank reports any other error itself
+    # unlike a refusal, any other error is reported by every rank
     for printed, code in run_on_ranks(2, _refused, tmp_path, KeyError("mine")):
         assert "KeyError: 'mine'" in printed and code is None
 

@@ -26,7 +26,7 @@ CASES = {
     4: [
         *((name, PACK, dict(layout="contiguous")) for name in KINDS),
         *((name, PACK, dict(layout="balanced")) for name in KINDS),
-        # these leave some ranks without tokens and add padding
+        # packs of three tokens, which leave some ranks without tokens and are padded
         *((name, [2, 1], dict(layout="zigzag", pad_to=8)) for name in KINDS),
     ],
 }
@@ -122,7 +122,7 @@ def test_a_layer_that_does_not_ask_for_its_plan_is_noticed(monkeypatch):
 
 
 def _checkpointed(rank: int, checkpointed: bool) -> list:
-    # all models and their batches exist at the same time
+    # run all forward passes first, so that all models and their batches exist at the same time
     cp = da.ContextParallel(strategy="ring", kernel="reference")
     models = [hybrid_models.build(name) for name in ("qwen3_next", "mamba2", "mamba2")]
     losses = []

@@ -132,7 +132,7 @@ def _own_batches(rank: int, cp: int, kind: str, changes: dict, spec_kind: str = 
 
 
 def _alone(rank: int):
-    """Run the ranks of a context-parallel group, each with its own batch."""
+    """Return the output for a batch that this rank has alone, since its packed_seq_params name a group of one rank."""
     start(cp=2)
     alone = [dist.new_group([other]) for other in range(2)][rank]
     packed = PackedSeqParams("sbhd", max_seqlen_q=20, max_seqlen_kv=20, local_cp_size=1, cp_group=alone)
@@ -154,8 +154,8 @@ def test_a_batch_may_have_a_group_of_its_own():
 
 
 def _closed(rank: int) -> tuple[int, set[str], str]:
-    """Close a model after it has run rows of many lengths. Return the number of batches it had cached, its remaining
-    threads, and the error of a later call.
+    """Run rows of many lengths and close the model. Return the number of batches it had cached, the threads that
+    remain, and the error of a call after closing.
     """
     start(cp=2)
     model = build(config_of(cp=2))
@@ -218,7 +218,7 @@ def _one_by_one(rank: int):
 
 
 def _parallel(rank: int, tp: int, pp: int, cp: int, changes: dict):
-    """Return the losses of a training step and an evaluation-only step, with tensor and pipeline parallelism."""
+    """Return (loss factor, losses of an evaluation-only and a training step, squared gradient norm)."""
     start(tp, pp, cp)
 
     def seeded(weight):
@@ -415,8 +415,8 @@ def _refused(rank: int) -> list[str]:
 
 
 def _direct(rank: int, kind: str):
-    """Return the outputs of a layer with sinks and the outputs by definition, where a sink is a key without a value in
-    every softmax.
+    """Return the outputs of a layer with sinks, and the same outputs by definition: a sink adds a key without a value
+    to every softmax.
     """
     start()
     config = config_of(softmax_type=kind)

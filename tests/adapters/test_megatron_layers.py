@@ -63,7 +63,7 @@ MODELS = {
         linear_num_value_heads=4,
         deterministic_mode=True,
     ),
-    # head counts that context-parallel ranks could not split
+    # numbers of heads that context-parallel ranks could not split evenly
     "mamba": dict(mamba_state_dim=6, mamba_head_dim=8, mamba_num_heads=6, mamba_num_groups=2, num_layers=3),
 }
 RECURRENT = ["gated delta net", "mamba"]
@@ -96,9 +96,7 @@ class GatedNorm(torch.nn.Module):
 
 
 def read_token_by_token(zxbcdt, weight, bias, dt_bias, a, D, headdim, ngroups, **others):  # noqa: N803
-    """Compute the output of mamba-ssm's fused kernel without a norm, token by token, from (B, T, ...) to (B, T, H *
-    headdim).
-    """
+    """Compute token by token what mamba-ssm's fused kernel returns without a norm, (B, T, H * headdim)."""
     heads = len(a)
     inner = heads * headdim
     z, mixed, dt = zxbcdt.split([inner, zxbcdt.shape[-1] - 2 * inner + inner - heads, heads], -1)
@@ -177,7 +175,7 @@ def sums_of(model) -> list[torch.Tensor]:
 
 
 def _stock(rank: int, kind: str):
-    """Compute the loss and gradients in a single process with Megatron's own layers, one document at a time."""
+    """Return (loss, gradients, weights by name) of Megatron's own layers in one process, one document at a time."""
     start()
     model = model_of(kind, config_of(**MODELS[kind]), ours=False)
     total, valid = torch.zeros(()), 0
@@ -223,7 +221,7 @@ def test_layers_of_packed_documents_are_megatrons_own_of_each_document(kind):
 
 
 def _own_batches(rank: int, kind: str, cp: int):
-    """Run rows and a pack sharded by Megatron's own loaders."""
+    """Return [(loss, gradients)] of rows and of a pack that Megatron's own loaders shard, summed over ranks."""
     start(cp=cp)
     model = model_of(kind, config_of(cp=cp, **MODELS[kind]), ours=True)
     ids = torch.randint(0, 64, (2, 48), generator=torch.Generator().manual_seed(1))
@@ -331,7 +329,7 @@ EXPERTS = dict(
 
 
 def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = False):
-    """Return the loss, the gradients keyed by name, and the experts' biases after a step of Megatron's schedule."""
+    """Return (loss, gradients by name, router biases, tokens counted by a probe) of a step of Megatron's schedule."""
     import megatron_on_cpu  # noqa: F401
 
     without_kernels()
@@ -354,7 +352,7 @@ def _experts(rank: int, cp: int, ep: int, per_token: bool, stock_router: bool = 
         router.__class__ = TopKRouter
         megatron.padding_of = lambda *args: None
     chunk = wrapped(config, model, distributed_optimizer=False)
-    # the stock router counts padding, so there must be none
+    # the stock router counts padding tokens, so add none
     with context_parallel(pad_to=1 if stock_router else 4) as ours:
         chunks = megatron.ProbeTarget([chunk], 2)
         ours.loss_scale(chunks)

@@ -17,7 +17,7 @@ import distattn as da
 from distattn.adapters import pytorch
 from distattn.adapters.pytorch import ProbeTarget, full_tensor, local_loss
 
-# relative errors of losses and gradients, compared to a single process in fp32. They come from rounding every product
+# limits of the relative errors of losses and gradients, against one process in fp32, when every product is rounded
 TOLERANCE = {"bfloat16": (2e-3, 5e-2), "float16": (3e-4, 8e-3)}
 SHARING = {"ring": dict(strategy="ring"), "cad": small.CAD}
 

@@ -105,8 +105,8 @@ def _norm(model: torch.nn.Module) -> float:
     ("name", "differs"), [("qwen3_next", True), ("nemotron_h", True), ("lfm2", True), ("qwen3_moe", False)]
 )
 def test_plain_transformers_runs_states_over_the_borders_of_packed_documents(name, differs):
-    """Compare results for a pack that is described only by position_ids. differs: True for models with recurrent layers
-    or convolutions, whose results differ.
+    """Compare a pack described only by position_ids with its separate documents. differs: whether their results differ,
+    as those of recurrent layers and convolutions do.
     """
     build = functools.partial(hybrid_models.build, name, torch.float32)
     alone, ours, packed = build(), build(), build()

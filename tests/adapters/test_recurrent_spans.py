@@ -44,7 +44,7 @@ def _cluster(ranks: int) -> ClusterSpec:
 
 
 def _split(rank: int, names: list, pad_to: int, cluster: ClusterSpec | None) -> list:
-    """Run checkpointed models. cluster: the cluster for which relayout is chosen, or None to always move the rows."""
+    """Return (loss, gradients) of checkpointed models. cluster: where moving rows must pay off; None: always move."""
     results = []
     if cluster is None:
         huggingface_spans.recurrent_span = lambda batch, *args, **named: da.RecurrentSpan(batch, "contiguous")
@@ -84,7 +84,7 @@ def test_loss_and_gradients_match_one_process(ranks, pad_to, chosen):
 
 
 def _forward(model: torch.nn.Module, **asked: bool) -> tuple:
-    """Run a forward pass on one rank. Return its local batch and the settings passed to each choice."""
+    """Run a forward pass on one rank. Return its local batch and the settings of each call of recurrent_span."""
     cp, choices = da.ContextParallel(strategy="ring", kernel="reference"), []
     batch = cp.shard(batch_of(PACK))
 
@@ -143,7 +143,7 @@ def test_rows_stay_where_hooks_cannot_see_what_becomes_of_them():
 
 
 def test_models_without_such_runs_are_left_alone():
-    # attention next to each recurrence; convolutions only; embeddings that go to all layers; attention only
+    # in turn: attention next to each recurrence, only convolutions, embeddings passed to all layers, only attention
     for name in ("falcon_h1", "lfm2", "zamba2", "qwen3_moe"):
         assert not huggingface.relayout_recurrent_spans(hybrid_models.build(name)), name
 

@@ -28,7 +28,7 @@ ROPES = {
         "original_max_position_embeddings": 16,
     },
 }
-# the longest documents are above, below and equal to the model's own length of 16, in mixed order
+# steps whose longest document is longer than, shorter than or as long as max_position_embeddings (16), in mixed order
 STEPS = [[30, 8], [10, 3, 3], [5, 45], [20, 7], [16, 12], [17]]
 
 
@@ -44,7 +44,7 @@ def _model(kind: str) -> torch.nn.Module:
 
 def _whole_pack(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Run plain transformers in a single process: one call for the pack, a mask between documents, positions that
-    restart in each.
+    restart in each document.
     """
     lengths, ids = batch["document_lengths"], batch["input_ids"]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]

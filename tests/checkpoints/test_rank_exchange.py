@@ -84,8 +84,8 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def among_strangers(rank):
-    """Connect strangers: some send nothing, some use a wrong key, and one listens in place of rank 0. None may be
-    accepted.
+    """Connect strangers that send nothing, use a wrong key, or listen in place of rank 0. Return the process ids of
+    the accepted ranks, and the errors that strangers cause.
     """
     refused = []
     if rank == 0:

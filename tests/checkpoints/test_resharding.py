@@ -18,7 +18,7 @@ from distattn.checkpoints.retention import KeepRule
 
 
 def build(seed, replicas=1):
-    """Return a model and its optimizer. No number of ranks divides its parameters evenly, and one is in half precision."""
+    """Return a model and its optimizer. Its weights have 7 and 3 rows, so ranks get shards of unequal sizes."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3, bias=False))
     model.register_buffer("counts", torch.rand(3))

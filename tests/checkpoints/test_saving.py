@@ -299,12 +299,12 @@ def hang_on_one_rank(rank, folder, hangs, board):
     def is_waited_for():
         beats = {0: read(0), 1: read(1)}
         mine, other = beats[rank], beats[1 - rank]
-        # the text is the same as for the exchange before
+        # this wait is reported with the same text as the exchange before it
         waits = other.waits and other.activity == f"{told} {rank}" and other.seconds == 0
         return mine.seconds and waits and culprits(beats, {0: "S", 1: "S"}) == wanted
 
     def hang(file, content):
-        # hang until the other rank has finished its part and waits for this one
+        # hang until the other rank has finished its part and waits for this rank
         eventually(is_waited_for, lambda: f"{read(0)}, {read(1)}")
         return write(file, content)
 

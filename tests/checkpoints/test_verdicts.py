@@ -53,7 +53,7 @@ def test_checkpoints_in_doubt_push_no_good_one_out_and_are_loaded_last(tmp_path)
     state = {"a": 0}
     assert saver.load_newest(state).step == 4 and state == {"a": 4}
     assert warned == [f"{tmp_path / 'step-00000005'}: why. Resuming from step-00000004 instead."]
-    # once a checkpoint is found to be good, all earlier ones are removed
+    # once a checkpoint is found to be good, all earlier checkpoints are removed
     saver.note(lambda folder: judge_checkpoint(folder, 4, GOOD))
     saver.wait()
     assert steps(tmp_path) == [4, 5]
@@ -168,8 +168,8 @@ def test_a_person_chooses_a_step_and_later_ones_are_set_aside(tmp_path):
 
 
 def _choose_and_die(folder, step, replaced):
-    """Choose a step in a child process that is killed before the n-th verdict is renamed into place, or while a run
-    loads it.
+    """Choose a step in a child process that is killed once it has renamed `replaced` verdicts into place, or at the
+    latest when a run would load the step.
     """
     replace, left = os.replace, [replaced]
 
@@ -194,7 +194,7 @@ def test_a_choice_whose_process_is_killed_is_complete_or_was_not_made(tmp_path, 
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    # the refused checkpoint is judged first, then those saved later
+    # the refused checkpoint is judged first, then the checkpoints saved later
     assert preferred_step(tmp_path) == (20 if replaced == 3 else 40)
     with choose_step(tmp_path, 40):
         pass

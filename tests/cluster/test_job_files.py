@@ -80,7 +80,7 @@ def test_dstack():
 
 
 def check_command(command: list[str], environment: dict[str, str], job: str = "") -> None:
-    """Check that a shell runs the command as run_node on the second of four nodes. job: the name that the command sets."""
+    """Check that a shell running the command starts run_node as the second of four nodes. job: the job name it sets."""
     assert command[:2] == ["bash", "-c"]
     shown = f'exec() {{ printf "%s\\n" "${JOB_VARIABLE}" "$@"; }}\n' + command[2]
     done = subprocess.run(

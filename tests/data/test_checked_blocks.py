@@ -12,7 +12,7 @@ from distattn.data.files.block_digests import BLOCK_BYTES, CheckedBlocks
 from distattn.data.files.indexed_file import IndexedFile, IndexedFileWriter
 from distattn.ir.errors import DamagedDataError
 
-# uint16 tokens in blocks of 8,192: nine full blocks and a partial one
+# uint16 tokens in blocks of 8,192: nine full blocks and a partial block
 TOKENS = 9 * BLOCK_BYTES // 2 + 777
 
 
@@ -51,13 +51,13 @@ def test_a_block_is_read_whole_once(prefix, bytes_read):
         (100, 50, BLOCK_BYTES),
         (100, 50, 100),
         (8000, 192, 384),
-        # from a checked block into an unchecked one
+        # from a checked block into an unchecked block
         (8000, 300, 384 + BLOCK_BYTES),
         (8000, 300, 600),
         # into the last block, which is a partial block
         (TOKENS - 800, 800, BLOCK_BYTES + 2 * 777),
         (TOKENS - 800, 800, 1600),
-        # an unchecked block between checked ones, which are not read in full again
+        # an unchecked block between checked blocks, which are not read in full again
         (3 * 8192, 1, BLOCK_BYTES),
         (2 * 8192 - 5, 8192 + 10, 10 + BLOCK_BYTES + 10),
         (0, 0, None),

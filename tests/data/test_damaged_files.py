@@ -77,7 +77,7 @@ FAULTS = (flip, flip, flip, zero_page, swap_pages, cut, lengthen, garble)
 
 
 def damaged_copies(originals, folder, faults, suffixes):
-    """Yield copies of the first file with one fault each, as (fault, suffix, bytes that differ, prefix)."""
+    """Yield copies of the first file with one fault each, as (fault, suffix, damaged content, prefix)."""
     rng = np.random.default_rng(11)
     source = originals[0]
     whole = {suffix: (source / f"file{suffix}").read_bytes() for suffix in suffixes}
@@ -127,8 +127,8 @@ def test_without_digests_only_tokens_and_limits_of_documents_can_be_altered_unno
             assert len(content) == (originals[0] / "file.bin").stat().st_size, fault
             assert [len(document) for document in documents] == [len(document) for document in originals[1]]
         else:
-            # altered lengths and pointers would contradict each other, so only document limits may differ, and these
-            # are still in ascending order
+            # altered lengths and pointers would contradict each other, so only document limits may differ, which must
+            # still be in ascending order
             differing = [at for at in range(len(whole)) if whole[at] != content[at]]
             assert len(content) == len(whole) and ends <= min(differing) and max(differing) < modes, fault
             np.testing.assert_array_equal(np.concatenate(documents), np.concatenate(originals[1]))

@@ -213,7 +213,7 @@ def test_no_damage_is_silent(plan, tmp_path):
         damaged = bytearray(content)
         kind = fault % 5
         if kind == 0:
-            # a hundred of them in the first 64 bytes, which hold the offsets of all sections
+            # a hundred of these flips are in the first 64 bytes, which hold the offsets of all sections
             place = int(rng.integers(64 if fault < 500 else len(content)))
             damaged[place] ^= 1 << int(rng.integers(8))
         elif kind == 1:

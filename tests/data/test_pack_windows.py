@@ -88,7 +88,7 @@ def test_every_token_of_every_document_is_there_once_an_epoch_and_packs_keep_the
         assert lengths.min() > 0
         assert lengths.sum() <= limits.tokens * slots
         assert slots == 1 or rule.long_documents == "keep"
-        # a pack of several slots starts with the one document that needs them
+        # a pack of several slots starts with its longest document, which needs the slots
         assert slots == 1 or lengths[0] == lengths.max()
         if limits.max_documents is not None:
             assert len(pack) <= limits.max_documents * slots
@@ -109,13 +109,13 @@ def test_every_token_of_every_document_is_there_once_an_epoch_and_packs_keep_the
     assert sorted(slots_of_step) == list(range(len(slots_of_step)))
     for step, slots in slots_of_step.items():
         assert slots <= rule.packs_at(step)
-        # only packs of several slots and the last step leave slots free
+        # slots stay free only in the last step, or where long documents are kept whole
         assert slots == rule.packs_at(step) or step == len(slots_of_step) - 1 or rule.long_documents == "keep"
 
 
 @st.composite
 def spanned_corpora(draw):
-    """Draw corpora, and for some documents spans that fit a pack of 8 tokens and often directly follow each other."""
+    """Draw corpora, and spans of at most 8 tokens in some documents. Many spans start where the previous span ends."""
     corpora, spans = draw(CORPORA), {}
     for number, lengths in enumerate(corpora):
         for document, length in enumerate(lengths.tolist()):
@@ -219,7 +219,7 @@ def test_steps_are_full_and_documents_hardly_wait(tokens):
     lengths = web_like(100_000)
     rule = PackRule(context=((0, tokens),), tokens_per_step=32 * tokens, window=512)
     packs, _ = packs_of(rule, documents_of([lengths], 0), 0)
-    # the last window contains the remaining packs
+    # leave out the last window, which contains the remaining packs
     steps = packs[-1][0] - 32
     inside = [(pack, waited) for step, pack, waited in packs if step < steps]
     assert sum(int(pack["length"].sum(dtype=np.int64)) for pack, _ in inside) / (len(inside) * tokens) > 0.995

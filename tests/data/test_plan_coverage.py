@@ -91,7 +91,7 @@ def test_planned_coverage_is_correct_for_any_rule(tmp_path_factory, lengths, rul
 
 
 def first_cut(rows):
-    """Return the row of a piece that starts in the middle of its document, in epoch 1 of books."""
+    """Return the index of the first row in epoch 1 whose piece contains neither end of its document."""
     return int(np.flatnonzero((rows["start"] > 0) & ~rows["ends_document"] & (rows["epoch"] == 1))[0])
 
 
@@ -184,7 +184,7 @@ def test_a_plan_of_some_steps_may_lack_what_still_waits_and_nothing_else(tmp_pat
 
     with pytest.raises(DamagedDataError, match="of corpus books is not read to its end in epoch 3"):
         check_coverage(rewritten(plan, tmp_path / "wrong", gone(3)), corpora())
-    # shortly after the next epoch has started, the document could still have followed later
+    # if the plan ends shortly after the next epoch has started, the missing document could still have followed
     begun = next(step for step in range(400) if (plan.step(step).rows[["corpus", "epoch"]].tolist().count((1, 8))))
     short = make_pack_plan(tmp_path / "short", corpora(), seed=5, rule=RULE, weights=[1.0, 1.0], steps=begun + 10)
     assert check_coverage(rewritten(short, tmp_path / "cut", gone(7)), corpora())[1].epochs == 7

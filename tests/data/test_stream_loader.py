@@ -145,7 +145,7 @@ def test_resuming_after_any_step_continues_as_if_uninterrupted(kind):
         second = StreamLoader(make(), **SETTINGS)
         second.load_state_dict(torch.load(state, weights_only=True))
         assert second.step == done
-        # a state saved right after loading is the same
+        # saving right after loading gives the same state
         assert str(second.state_dict()) == str(first.state_dict())
         assert flat(before) + flat(second) == whole
 
@@ -183,7 +183,7 @@ def test_packs_are_filled_and_steps_are_not_sorted_by_length():
     tokens = [batch["input_ids"].shape[1] for step in steps for batch in step]
     assert sum(tokens) / len(tokens) / 4096 > 0.99
     longest = [max(batch["document_lengths"]) for step in steps[:8] for batch in step]
-    # the correlation between a pack's longest document and its position in the window
+    # a pack's longest document hardly correlates with the pack's position in the window
     assert abs(np.corrcoef(longest, np.arange(64))[0, 1]) < 0.5
 
 

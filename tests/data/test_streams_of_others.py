@@ -24,7 +24,7 @@ def nonempty(count=200):
 
 
 def assert_resumes(make, every=3):
-    """Assert that a loader of `make()` yields all documents, and the same steps if it is resumed after any of them."""
+    """Assert that a loader of `make()` yields all tokens, and can resume exactly at every `every`-th step."""
     whole = list(StreamLoader(make(), **SETTINGS))
     assert len(whole) > 8
     for done in range(0, len(whole) + 1, every):

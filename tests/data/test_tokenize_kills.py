@@ -25,8 +25,8 @@ from distattn.supervision.helper_processes import MOST_REPLACEMENTS
 ROOT = Path(__file__).parents[2]
 SUFFIXES = (".bin", ".idx", ".xxh3", ".json")
 SHARDS = 40
-# a driver with small shards, so that there are many. It kills itself before it renames a file for the n-th time, or
-# some seconds after its workers have finished a given number of shards
+# a driver that writes many small shards. It kills itself before it renames a file for the n-th time, or some seconds
+# after its workers have finished a given number of shards
 DRIVER = """
 import os, signal, sys, time
 from distattn.data.tokenizing import document_sources
@@ -166,7 +166,7 @@ def test_workers_end_with_a_command_that_is_killed(corpus, tmp_path):
 @pytest.mark.parametrize("die_at", range(1, 6))
 def test_a_command_that_is_killed_while_it_renames_files_continues(corpus, tmp_path, die_at):
     folder, whole = corpus
-    # the job file, then the tokens, digests, index and manifest
+    # the files are renamed in this order: job file, tokens, digests, index, manifest
     killed = finish(folder, tmp_path / "out", die_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "out.json").exists()
@@ -248,7 +248,7 @@ def test_two_commands_do_not_work_in_one_place(corpus, tmp_path, monkeypatch):
         tokenize.locked(job),
     ):
         pass
-    # of two commands started together, the later one waits and finds everything done
+    # of two commands started together, the later waits for the earlier, and then has nothing to do
     processes = [start(folder, tmp_path / "out") for _ in range(2)]
     outputs = [process.communicate(timeout=LIMIT_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
@@ -272,7 +272,7 @@ def test_a_limit_on_files_gives_a_sentence_and_nothing_is_lost(corpus, tmp_path,
     assert not list(tmp_path.rglob("*.tmp"))
     kept = finished(tmp_path / "out")
     assert ("Finished shards are kept: the same command continues from there." in full.stderr) == (kept > 0)
-    # no shard fits into the lower limit, and every shard fits into the higher one
+    # no shard fits into the lower limit, and every shard fits into the higher limit
     assert kept == 0 if limit == 30_000 else kept > SHARDS // 2
     done = finish(folder, tmp_path / "out")
     assert done.returncode == 0 and contents(tmp_path / "out") == whole, done.stderr

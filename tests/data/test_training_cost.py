@@ -43,8 +43,8 @@ def load(folder, cost, rule=RULE):
 def test_products_and_pairs_match_the_shape():
     """Compare an 8B Llama on an H100 with a count by hand.
 
-    It has 7.5e9 weights and 2 x 32 x 32 x 128 multiplications per pair. The backward pass of attention takes 2.5 times
-    as many.
+    It has 7.5e9 weights and 2 x 32 x 32 x 128 multiplications per query-key pair. The backward pass of attention takes
+    2.5 times as many.
     """
     shape = ModelShape(32, 4096, 32, 14336, 128256, 8)
     assert shape.multiplications == 32 * 4096 * (2 * 40 * 128 + 3 * 14336) + 4096 * 128256
@@ -58,8 +58,8 @@ def test_products_and_pairs_match_the_shape():
 
 @pytest.mark.parametrize("device", ["h100", "b200", "laptop"])
 def test_attention_matches_the_cost_model_of_clusters(device):
-    """Compare the seconds, excluding matrix products, with `padded_cells`, averaged over lengths that fill their tiles
-    to varying degrees.
+    """Compare attention's seconds with those computed from `padded_cells`, averaged over lengths that fill their last
+    tiles to varying degrees.
     """
     cluster = load_device(device)
     shape = ModelShape(1, 1, 16, 1, 1, head_dim=128)

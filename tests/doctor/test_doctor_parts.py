@@ -48,8 +48,8 @@ def test_a_factor_is_found_by_search():
 
 
 def _explained(factors: list[list[float]], of_rank: list[list[list[float]]] | None = None) -> Finding | None:
-    """Explain gradients of two ranks. factors: one row per rank, one column per micro-batch. of_rank: factors as seen
-    by each rank.
+    """Explain gradients of two ranks. factors: the factor of each gradient in the sum, by rank and micro-batch.
+    of_rank: the factors in each rank's sum, if the sums differ.
     """
     count = len(factors[0])
     generator = torch.Generator().manual_seed(0)

@@ -125,7 +125,7 @@ PLANTED = [
     ("llama", "DDP", "layer scaled a little", "values changed"),
     ("qwen3", "FSDP2", "layer scaled", "values changed", BF16),
 ]
-# the first module with wrong results
+# the first module with wrong results, keyed by mistake
 FIRST = {
     "positions from 0": "model.rotary_emb",
     "no lengths": "model.rotary_emb",

@@ -193,7 +193,7 @@ PLANTED = [
     ("never in one process", "unknown", "on rank 1 in tokens 24", "not all mistakes could be tried"),
 ]
 FAMILY = {"detached in a fused projection": "own", "never in one process": "own"}
-# in bf16 these are not mistakes
+# mistakes in float32, but not in bf16
 ROUNDED = [
     ("results in bf16", "attention output rounded", "ranks 0 and 1", "bfloat16"),
     ("coarse norm", "low precision", "on rank 1", "model.layers.1.input_layernorm"),

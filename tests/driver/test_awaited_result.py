@@ -86,7 +86,7 @@ def test_errors_of_the_thread_reach_the_waiting_thread(told):
     assert heartbeats._CURRENT.awaited is None
 
 
-# the activities in which rank 0 waits for rank 1, which is late before its first layer and in its loader
+# rank 1 is late before its first layer and in its loader; in these activities rank 0 waits for rank 1
 LATE = ("the trial of kernels", "the exchange of a step")
 
 

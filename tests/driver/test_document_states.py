@@ -19,7 +19,7 @@ from distattn.parallel.attention_config import AttentionConfig
 
 HEADS, DIM, TAPS = 2, 4, 4
 WIDTH = 4 * HEADS * DIM
-# tokens of each document in the first and second batch; the third document's part is shorter than a filter
+# tokens of each document in the first and in the second batch; in both, the third document is shorter than a filter
 FIRST, SECOND = [5, 40, 1, 30], [7, 3, 1, 21]
 # one entry per block of ranks; additional blocks have no tokens in either batch
 OF_BLOCKS = [([5, 40, 1], [7, 3, 1]), ([30], [21])]
@@ -38,7 +38,7 @@ class Layers(torch.nn.Module):
         self.rows, self.filters, self.before, self.state = map(torch.nn.Parameter, tensors)
 
     def forward(self, local, ids, states, span=None):
-        """Return (o, states) for a batch. span: a span of layers that run on a different layout."""
+        """Return (o, states) for a batch. span: the RecurrentSpan that moves the rows to another layout, or None."""
         x, before, state = self.rows[ids], *states
         if span is not None:
             x, local = span.enter(x), span.batch
@@ -133,7 +133,7 @@ CASES = {
     1: [(dict(layout="zigzag"), None, REPLICATED)],
     2: [
         (dict(layout="block_cyclic", layout_options=dict(block=1), cluster=FAST), None, REPLICATED),
-        # a rank does not know the states of the other rank's documents
+        # ranks do not have the states of each other's documents
         (dict(data="per_rank", cluster=FAST), None, OF_BLOCKS),
     ],
     4: [
@@ -194,7 +194,7 @@ SHAPE = dict(heads=2, kv_heads=2, head_dim=64, v_head_dim=64, dtype="float32")
 
 
 def _strategies(rank):
-    """Return the strategy chosen for a rank's own batch, and the strategy that would be faster."""
+    """Return the strategy chosen for this rank's own batch, and the faster strategy chosen where tokens may move."""
     with da.ContextParallel(strategy="ring", data="per_rank", cluster=FAST) as cp:
         lengths = [[4000, 96], [8]][rank]
         batch = cp.shard({"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths})

@@ -37,7 +37,7 @@ class SharedPacks:
 
 
 def trained_run(rank, shares, options, digests=None):
-    """Return (losses and gradients, number of exchanges of step facts)."""
+    """Train on shared packs. Return (losses and gradients of each step, number of exchanges of step facts)."""
     asked, gather = [], HostGroup.all_gather
 
     def counted(group, value, label):
@@ -61,7 +61,7 @@ def test_ranks_ask_once_and_train_as_one_process():
 def test_ranks_that_split_a_batch_read_the_same_share():
     options = dict(strategy="ring", layout="zigzag", context_parallel_size=2)
     for result, asked in run_on_ranks(4, trained_run, 2, options):
-        # each step's losses are summed over the ranks, which have different tokens
+        # the ranks have different tokens, so each step's losses are summed over them
         assert_same(result, whole_run(2), 1e-11)
         assert asked == 1
 
@@ -73,7 +73,7 @@ def test_ranks_with_other_plans_are_refused():
 
 
 def left_run(rank):
-    """Return the loader's next step after leaving a loop in its second step, and after looping over the rest."""
+    """Leave a loop by `break` at its second step, then loop over the rest. Return (results, next step after each)."""
     model = model_of()
     with shared(options=dict(block=8)) as cp:
         loader, seen = SharedPacks(rank, 2), []
@@ -93,8 +93,8 @@ def test_a_loop_that_is_left_loses_no_step():
 
 
 def held_run(rank):
-    """Hold a loop's generator while another loop continues. Return the trained steps, and the error raised when the
-    held loop continues.
+    """Keep a loop's generator alive while a second loop trains the remaining steps. Return the results of all steps,
+    and the error raised when the first loop continues.
     """
     model = model_of()
     with shared(options=dict(block=8)) as cp:

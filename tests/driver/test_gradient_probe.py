@@ -52,8 +52,8 @@ RING = dict(strategy="ring", layout="document_zigzag")
 
 
 def _gradients(rank: int, kind: str, degree: int, micro_batches: int, changes: dict, settings: dict):
-    """Return (factor, loss in a single process, gradients). degree: the number of ranks that share a batch. If it is
-    above 1, these ranks form a mesh dimension.
+    """Return (factor, loss in a single process, gradients). degree: the number of ranks that share a batch; if
+    above 1, these ranks form the mesh dimension cp.
     """
     replicas = dist.get_world_size() // degree
     shape, names = ((replicas, degree), ("dp", "cp")) if degree > 1 else ((replicas,), ("dp",))
@@ -263,7 +263,7 @@ class _Said(logging.Handler):
 
 
 def _not_probed(rank):
-    """Return the warnings of a trainer without a measured loss scale, of a trainer with one, and of an evaluation."""
+    """Return the warnings of a trainer whose loss scale was not measured, of a probed trainer, and of an evaluation."""
     batch = {"input_ids": torch.arange(8)[None]}
     warnings = []
     for kind in ("trains", "was probed", "evaluates"):

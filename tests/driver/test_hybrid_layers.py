@@ -30,7 +30,7 @@ class Hybrid(torch.nn.Module):
         self.taps = torch.nn.Parameter(torch.randn(WIDTH, 4, generator=generator, dtype=torch.float64))
 
     def span_of_recurrences(self, batch, layout):
-        """Run three consecutive recurrent layers on a layout of their own."""
+        """Run three consecutive recurrent layers on `layout`, then attention on the batch's own layout."""
         span = RecurrentSpan(batch["context_parallel"], layout)
         assert span.is_relaid == (layout is not None)
         x = span.enter(self.embed[batch["input_ids"][0]])
@@ -70,8 +70,8 @@ class Hybrid(torch.nn.Module):
 def losses(rank, layout, pad_to, span_layout=False):
     """Return the losses and gradients of two batches.
 
-    span_layout: False to run the entire model. Otherwise only a span of recurrent layers runs, on this layout, or on
-    the batch's own layout if None.
+    span_layout: the layout of a span of recurrent layers (None: the batch's own), which then runs with one attention
+    layer; False to run the entire model.
     """
     cp = da.ContextParallel(strategy="ring", layout=layout, pad_to=pad_to)
     model, losses_ = Hybrid(), []
@@ -101,7 +101,7 @@ def test_a_hybrid_model_is_the_same_on_any_number_of_ranks(layout, pad_to, run):
         assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
 
 
-# document lengths of the single micro-batch, by rank and step; the third rank has no documents in two steps
+# document lengths of each step's only micro-batch, by rank and step; the third rank has no documents after step 0
 PACKS = [[[64, 3], [1], [90]], [[20, 70, 2], [100], [8]], [[31], [], []]]
 
 
@@ -166,7 +166,7 @@ def test_recurrent_layers_stay_where_tokens_are_while_attention_is_pooled_or_ser
             assert loss == pytest.approx(other_loss, rel=1e-11)
             for a, b in zip(gradients, others, strict=True):
                 assert float((a - b).abs().max()) <= 1e-10 * float(b.abs().max())
-    # one attention layer in each of three steps, forward and backward
+    # servers run one attention layer forward and backward in each of three steps
     assert served == ((3, 3) if servers else None)
 
 

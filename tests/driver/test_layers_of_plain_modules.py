@@ -95,7 +95,7 @@ def test_layers_equal_each_document_alone(ranks):
     labels = batch.token_shift(ids, -1, fill=-100)
     loss = model.loss(ids, labels, batch)
     wanted = torch.autograd.grad(loss, list(model.parameters()))
-    # by definition, the token AHEAD positions after the successor
+    # by definition, the labels are the tokens AHEAD positions after the next token
     later = batch.token_shift(labels, -AHEAD, fill=-100)
     assert later[5 : 5 + 40 - 1 - AHEAD].tolist() == ids[5 + 1 + AHEAD : 45].tolist()
     assert (later[45 - 1 - AHEAD : 46] == -100).all()

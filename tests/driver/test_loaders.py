@@ -145,7 +145,7 @@ def nested(rank):
 
 
 def test_loops_over_one_iterator_share_its_steps_in_order():
-    # in the last step rank 1 has padding, which is token 0
+    # in the last step rank 1 has only padding, whose token id is 0
     assert run_on_ranks(2, nested) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
 
 

@@ -21,7 +21,7 @@ WHERE = ("the loader", "the loop", "a forward pass", "a backward pass")
 
 
 def lose(how):
-    """End or stop this rank in the given way."""
+    """Kill or stop this rank, raise in it, or let it sleep, as `how` says."""
     if how == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "dies":
@@ -40,10 +40,10 @@ def packs(rank, where, how):
 
 
 def trained(rank, lost, where, how, settings, takes_turns=False):
-    """Return the error that ends this rank's training."""
+    """Return the error that ends this rank's training, and the ranks that the error names."""
     if rank >= 3 - settings.get("servers", 0):
         if rank == lost:
-            # fail in the first pass that it serves
+            # fail in the first forward pass that this rank serves
             torch.ops.distattn.forward = lambda *args: lose(how)
         with pytest.raises(da.LostRankError) as error:
             da.serve()
@@ -55,7 +55,7 @@ def trained(rank, lost, where, how, settings, takes_turns=False):
         layer.register_forward_hook(lambda module, args, out: pass_through(out, where, how))
     with pytest.raises(da.LostRankError) as error, shared(timeout=TIMEOUT, **settings) as cp:
         for number, micro_batches in enumerate(cp.steps(packs(rank, where, how))):
-            # step 3 has two micro-batches
+            # if micro-batches take turns, fail in step 3 instead of step 2, since step 3 has two micro-batches
             STEP[0] = number - takes_turns
             if where == "the loop" and number == 2:
                 lose(how)

@@ -31,7 +31,7 @@ def attend(batch):
 
 
 def late_run(rank, lost, how):
-    """Return the error that ends attention calls that never wait on the host."""
+    """Return the error that ends a loop of attention calls that never block the host."""
     imitate_nccl(seconds=600, blocks=False)
     with pytest.raises(da.LostRankError) as error, shared(strategy="ring", data="replicated", timeout=TIMEOUT) as cp:
         batch = cp.shard(next(iter(loader(0)))[0])
@@ -41,7 +41,7 @@ def late_run(rank, lost, how):
         if rank == lost:
             os.kill(os.getpid(), how)
         attend(batch)
-        # imitate a loop that never reads the outputs, until the test's own limit ends it
+        # imitate a loop that never reads the outputs. Without an error, only the test's own limit would end it
         while True:
             time.sleep(0.2)
             attend(batch)

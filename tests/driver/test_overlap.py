@@ -230,7 +230,7 @@ def test_messages_of_one_travel_while_the_other_runs(policy):
     for _, spans in run_on_ranks(2, alternating_run, "plain", OPTIONS | {"backward": policy}):
         moves = [span for span in spans if span[1] == "moves"]
         runs = [span for span in spans if span[1] == "runs"]
-        # 3 layers, 2 batches, forward and backward: inputs to other ranks, outputs back
+        # every pass of 3 layers and 2 batches sends inputs to other ranks, and outputs back
         assert len(moves) >= 3 * 2 * 2
         hidden = [
             move for move in moves if any(run[0] != move[0] and run[2] < move[3] and move[2] < run[3] for run in runs)

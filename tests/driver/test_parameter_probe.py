@@ -145,8 +145,8 @@ def test_wrappers_of_pytorch_that_leave_out_parameters_are_refused_by_name():
 
 
 def parts(rank: int) -> list[str]:
-    """Return the errors raised for ranks with different parts of parameters and for ranks that claim the same part. The
-    parameters have many sizes and dtypes.
+    """Return the errors, or "", for ranks that hold different parts of parameters and for ranks that claim the same
+    part. The parameters have many sizes and dtypes.
     """
     refusals = []
     for part in (rank, 0):
@@ -187,6 +187,6 @@ def test_an_antisymmetric_gradient_has_a_sketch():
     sketches = GradientSketches([], None, torch.device("cpu"))
     values = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     gradient = values - values.T
-    # the expected square of a sketch is the squared norm of the gradient. The mean of 8 sketches is within a factor of
-    # 10 of it
+    # the expected square of a sketch is the squared norm of the gradient, so the mean square of 8 sketches is within a
+    # factor of 10 of that norm
     assert 0.1 < float(sketches._sketch(gradient).square().mean() / gradient.square().sum()) < 10

@@ -97,7 +97,7 @@ def sampled_run(rank):
 
 
 def test_the_first_and_every_nth_plan_of_a_run_are_proven():
-    # 3, 2 and 2 micro-batches in three steps; the proof is run for plans 0, 3 and 6
+    # three steps of 3, 2 and 2 micro-batches have 7 plans, of which plans 0, 3 and 6 are proven
     assert run_on_ranks(4, sampled_run) == [3] * 4
 
 
@@ -142,7 +142,7 @@ def served_run(rank, servers, wrap, options):
                 total += loss.detach()
             dist.all_reduce(total, group=trainers)
             if wrap == "fsdp":
-                # FSDP2 averages over the ranks with a model
+                # FSDP2 averages gradients over the ranks with a model; make the mean a sum
                 gradient = parameters_to_vector([p.grad.full_tensor() for p in model.parameters()]) * models
             else:
                 gradient = parameters_to_vector([p.grad for p in model.parameters()])
@@ -176,7 +176,7 @@ def test_ranks_without_a_model_serve(servers, wrap, rules):
 
 
 def leaving_run(rank, adaptive):
-    """Leave a loop, start a new one, and evaluate inside the training loop."""
+    """Leave a training loop by `break`, start a new loop, and evaluate inside it."""
     trainers = dist.new_group([0, 1])
     if rank == 2:
         return tuple(da.serve())
@@ -238,7 +238,7 @@ def test_servers_wait_for_ranks_that_live_however_long_they_are_silent():
 
 
 def replicas_run(rank, data):
-    """Return each step's number of micro-batches and gradients. The second pair of ranks has fewer steps and
+    """Return (number of micro-batches, loss, gradients) of each step. The second pair of ranks has fewer steps and
     micro-batches.
     """
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]

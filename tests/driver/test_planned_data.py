@@ -76,8 +76,8 @@ def kept(tmp_path):
 
 
 def kept_run(rank, folder, settings):
-    """Return, for each step and micro-batch of this rank's share, (tokens of its documents, this rank's (id, label)
-    pairs).
+    """Return this rank's share and, for each of its steps and micro-batches, (tokens of each document, this rank's (id,
+    label) pairs).
     """
     plan, corpora = opened(folder)
     out = []

@@ -95,7 +95,7 @@ def test_many_steps_of_sharded_layers_train_as_without_turns(count, memory):
     ):
         assert torch.allclose(torch.tensor(turned), torch.tensor(curve), rtol=1e-9, atol=0)
         assert (weights - turned_weights).abs().max() <= 1e-9 * weights.abs().max()
-        # two layers and the root module, once per step rather than once per micro-batch
+        # with turns, two layers and the root module reduce gradients once per step rather than once per micro-batch
         assert turned_calls["reductions"] == 3 * STEPS
         assert calls["reductions"] == 3 * STEPS * count
         assert turned_calls["gathers"] < calls["gathers"]

@@ -88,7 +88,7 @@ def opened_and_closed(rank, times):
             for (batch,) in cp.steps(batches(rank, 2)):
                 q, k, v = (torch.randn(batch["input_ids"].shape[1], heads, 8) for heads in (2, 1, 1))
                 batch["context_parallel"].attention(q, k, v)
-        # closing waits one second for this thread, which may be too short on a busy machine
+        # closing waits one second for the health thread, which may be too short on a busy machine
         eventually(lambda: not any("distattn-health" in thread.name for thread in threading.enumerate()), "it goes on")
         gc.collect()
         counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))

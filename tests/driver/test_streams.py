@@ -66,7 +66,7 @@ class Model(nn.Module):
         x = self.embed(local["input_ids"].to(DEVICE, non_blocking=True))
         for layer in self.layers:
             if self.is_checkpointed:
-                # CUDA's random number generators are not imitated
+                # CUDA's random number generators are not imitated, so their state cannot be preserved
                 x = checkpoint(layer, x, local["context_parallel"], use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, local["context_parallel"])

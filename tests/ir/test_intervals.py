@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from distattn.ir.intervals import numbers_of_rows
 
-# a few small values, so that rows repeat, and the largest possible ones
+# a few small values, so that rows repeat, and the largest possible values
 VALUES = st.one_of(st.integers(-2, 2), st.sampled_from([-(2**62), 2**62, 2**40, -(2**63), 2**63 - 1]))
 
 

@@ -157,8 +157,8 @@ def test_balanced_in_chunks_has_equal_work_and_nearly_equal_tokens(heavy):
                 dtype="bfloat16",
             )
             area, tokens = plan.area_by_rank(), layout.shard_sizes()
-            # with windows and full documents, a much heavier tail leaves chunks of almost equal work, so nothing can be
-            # exchanged. To balance work, no rank may get more than 1.25 times the mean number of tokens
+            # with windows or full documents, a much heavier tail leaves chunks of almost equal work, which ranks cannot
+            # exchange to balance their work. No rank may get more than 1.25 times the mean number of tokens
             alike = heavy and mask is not None and len(mask.pieces) > 1
             assert area.max() <= (1.06 if alike else 1.02) * area.mean()
             assert tokens.max() <= 1.25 * tokens.mean()
@@ -185,7 +185,7 @@ def test_balanced_costs_no_more_than_the_other_layouts_and_crowds_no_rank(heavy)
 def test_the_cost_of_a_layout_counts_short_chunks_received_keys_and_tokens():
     mask, columns = Mask.documents([4, 4]), ("rank", "t0", "t1")
     whole, cut = Layout.contiguous([4, 4], 2), Layout.zigzag([4, 4], 2)
-    # each rank has 4 tokens: 10 cells in a chunk of 4 rows, and nothing received
+    # each rank has 4 tokens in one chunk with 10 cells, and receives no keys
     assert layout_cost(mask, 2, *(whole.chunks[name] for name in columns)) == 10 * (1 + 550 / 4) + 4 * 10_000
     # rank 1 owns the documents' ends, so chunks [2, 4) and [4, 6) are joined. Rank 0 has [0, 2) and [6, 8), and
     # receives 2 keys
@@ -219,7 +219,7 @@ def test_placed_deals_long_documents_and_leaves_others_whole():
         for a, b in spans(lengths)
     ]
     # the long document has 200 million cells and the others 25 million in total, so every rank gets a share of the long
-    # one
+    # document
     assert len(owners[0]) == 8
     assert sum(len(owner) == 1 for owner in owners[1:]) >= 190
     work = [sum(Mask.documents(lengths).area((a, b)) for a, b in chunk_spans(layout, rank)) for rank in range(8)]

@@ -61,7 +61,7 @@ def masks(draw):
             lo = draw(st.one_of(st.integers(distance - n, distance), st.just(-(1 << 40))))
             hi = draw(st.one_of(st.integers(distance, distance + n), st.just(1 << 40)))
             pieces.append((q0, q1, k0, k1, lo, hi, bq, bk, oq, ok))
-            # add a second band in the same rectangle, beyond the first, so that both are disjoint cell by cell
+            # add a second band in the same rectangle, entirely beyond the first, so that the bands share no cell
             if (bq, bk) == (1, 1) and hi + oq - ok < k1 - 1 - q0 and draw(st.booleans()):
                 pieces.append((q0, q1, k0, k1, hi + 1, 1 << 40, 1, 1, oq, ok))
     return n, draw(st.permutations(pieces))
@@ -185,7 +185,7 @@ def test_a_million_tokens_in_hundreds_of_documents_answer_at_once():
     mask.needed_keys([(5, 90_000), (500_000, 700_000)])
     runs = mask.tiles(128, 128)
     assert len(runs["tile"]) < 10_000
-    # this takes milliseconds of CPU time. The limit only catches time that grows with the square of the tokens
+    # this takes milliseconds of CPU time; the limit only catches time quadratic in the number of tokens
     assert time.thread_time() - began < 1.0
 
 

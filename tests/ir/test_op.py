@@ -66,7 +66,7 @@ def test_gates_are_as_wide_as_sums_and_heads_share_queries_and_keys():
 
 def test_a_task_reads_the_tokens_of_its_segment():
     call = call_of("gla")
-    # an entire segment, a state, a gradient state
+    # tasks that compute an entire segment, only its state, and only its gradient state
     tasks = Table.from_rows(
         [(0, 0, 1, 8, 16, 5, 11, 1, 4), (1, 0, 1, 8, 8, 5, 11, 1, 4), (2, 0, 1, 8, 16, 11, 11, 1, 4)]
     ).tasks
@@ -102,7 +102,7 @@ def test_plans_of_attention_keep_their_digests():
     shape = dict(heads=4, kv_heads=2, head_dim=8, dtype="bfloat16")
     plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, 2), strategy="ring", **shape)
     assert plan.call.op == ATTENTION and "op" not in plan._shape()
-    # the digest from before ops were introduced
+    # this digest was recorded before ops were introduced
     assert plan.digest == "a7bf501aa4bb2180851fe1299c385fc9"
 
 

@@ -74,8 +74,8 @@ def test_launches_are_compiled_and_compared():
     assert done.stdout.count("registers") == 2 and "0 kernels are what" in done.stdout
 
 
-# the Triton versions of torch 2.11, 2.12 and 2.13. .ci/run and `make tritons` install them, and the interpreter keeps
-# the newest version
+# the Triton versions of torch 2.11, 2.12 and 2.13. .ci/run and `make tritons` install them next to the environment,
+# which keeps the newest version
 @pytest.mark.full
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.1"])
@@ -83,7 +83,7 @@ def test_no_kernel_is_worse_than_its_budget_with_older_tritons(version, arch):
     older = ROOT / ".venv" / f"triton-{version}"
     if not older.exists():
         pytest.skip(f"Triton {version} is not installed next to the environment; run `make tritons`")
-    # the shapes that most models have. `make lint-kernels` covers all
+    # only the shapes that most models have; `make lint-kernels` covers all shapes
     paths = f"{older}:{ROOT}:{BENCHMARKS}"
     done = lint(arch, "bfloat16 (64/64|128/128)|launched", "--production", "ring", PYTHONPATH=paths)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

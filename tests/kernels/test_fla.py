@@ -98,7 +98,7 @@ def test_on_gpus_they_are_tried_before_the_chunked_kernel():
 
 @pytest.fixture
 def as_on_gpus(monkeypatch, tmp_path):
-    """Let the CPU choose kernels as a GPU does, and discard the stored results."""
+    """Let the CPU choose kernels as a GPU does, without results stored by earlier processes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "candidate_kernels", lambda device, op: ("fla", "chunked"))
     monkeypatch.setattr(kernel_choice, "_TRIALS_OF_SHAPE", {})

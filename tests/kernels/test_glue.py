@@ -36,7 +36,7 @@ def cases(draw):
 
 
 def strided(rows, shape, dtype=torch.float32):
-    """Return some heads of a wider tensor, and the wider tensor."""
+    """Return a view of all but the outer heads of a wider tensor, and the wider tensor."""
     whole = torch.randn(rows, shape[0] + 2, *shape[1:]).to(dtype)
     return whole[:, 1:-1], whole
 
@@ -67,7 +67,7 @@ def test_rows_are_merged(case, dtype):
     o, _ = strided(to_size, shape)
     other, _ = strided(from_size, shape, dtype)
     lse, other_lse = torch.randn(to_size, shape[0]), torch.randn(from_size, shape[0])
-    # rows without keys on either side or on both
+    # rows without keys in one input, in the other, or in both
     lse[::2], other_lse[::3] = -torch.inf, -torch.inf
     wanted, wanted_lse = o.clone(), lse.clone()
     held = wanted[to_rows.key].clone(), wanted_lse[to_rows.key].clone()
@@ -94,7 +94,7 @@ def test_rows_are_copied_with_their_products(case, dtype):
     shape = (*shape, 8)[:2]
     do, _ = strided(from_size, shape, dtype)
     o, _ = strided(from_size, shape, dtype)
-    # target and products share one row
+    # target and products are slices of the same rows
     row = torch.full((to_size, shape[0] * (shape[1] + 1)), 7.0)
     target, products = row[:, : shape[0] * shape[1]].view(to_size, *shape), row[:, shape[0] * shape[1] :]
     wanted, wanted_products = target.clone(), products.clone()
@@ -109,7 +109,7 @@ def test_rows_are_copied_with_their_products(case, dtype):
 def test_outputs_are_found_that_have_a_delta(dtype, size):
     torch.manual_seed(0)
     do = (torch.randn(50, 3, 64, dtype=torch.float64) * size).to(dtype)
-    # delta is as large as it would be for an output of ordinary size
+    # give delta the magnitude that it has with outputs of ordinary size
     delta = (
         (do.double() * torch.randn(50, 3, 64).double())
         .sum(-1)

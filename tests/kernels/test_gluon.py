@@ -240,7 +240,7 @@ MUTANTS = [
 @pytest.mark.parametrize(("kernel", "line"), MUTANTS, ids=lambda x: x if isinstance(x, int) else x.fn.__qualname__)
 def test_every_barrier_and_fence_is_needed(kernel, line, monkeypatch):
     # this also proves that the emulator detects such faults. The last tile of a head needs only one key tile, so
-    # without a barrier the queries of the next tile but one would arrive too early
+    # without a barrier the queries of the tile after the next would arrive too early
     lengths = [576, 300, 84, 24]
     mask, inputs = Mask.documents(lengths), random_inputs(sum(lengths), 3, 1, 64)
     cells, wanted = LaunchMask.from_mask(mask, 3, 1), dense(mask, inputs, 0.25)

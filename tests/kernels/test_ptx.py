@@ -94,7 +94,7 @@ def assert_close_to_the_reference(case: Case, results: dict[str, torch.Tensor]) 
 
 @pytest.mark.full
 def test_one_forward_program_equals_the_reference():
-    # queries [256, 384) of the first head: the third tile from the end, with two unmasked key tiles and one masked
+    # queries [256, 384) of the first head: the third tile from the end, with two unmasked key tiles and a masked tile
     results, exact = run(FORWARD, compiled(FORWARD), programs=[4]), wanted(FORWARD)
     rows = slice(256, 384)
     assert relative_error(results["o"][rows, 0], exact.o[rows, 0]) < TOLERANCES["bfloat16"]
@@ -139,7 +139,7 @@ def test_a_merge_weighs_what_was_there_against_what_comes():
 
 
 def replaced(pattern: str, replacement: str, which: int = 0):
-    """Return a change that removes source-line directives and replaces one of the matches of a pattern."""
+    """Return a change that removes source-line directives and replaces match number `which` of a pattern."""
 
     def change(kernel: Compiled) -> Compiled:
         text = re.sub(r"^\s*(\.loc|//).*\n", "", kernel.ptx, flags=re.M)
@@ -266,7 +266,7 @@ SEEDS = list(dict.fromkeys([0, 26, 15, 10, 8, 7, 5, *range(48)]))
 
 
 def without(kernel: Compiled, place: re.Match) -> Compiled:
-    """Return the kernel without one instruction. A wait is replaced by one that succeeds immediately."""
+    """Return the kernel without one instruction. A wait is replaced by a wait that succeeds immediately."""
     rest = "mov.pred complete, -1;" if "try_wait" in place[0] else ""
     return kernel._replace(ptx=kernel.ptx[: place.start()] + rest + kernel.ptx[place.end() :])
 

@@ -21,7 +21,7 @@ def chunk_by_chunk(op, case, dtype=torch.float64) -> RecurrenceResult:
     return RecurrenceResult(o, final, dx, dinitial)
 
 
-# ops without a decay have only the usual case
+# ops without a decay need only the usual case
 DECAYS = [
     (name, decay)
     for name in RECURRENT

@@ -31,8 +31,8 @@ HELD = ((16, 0.1), (16, 0.3), (16, 0.6), (32, 0.6), (32, 1.0))
 
 
 def work_of_programs(mask, programs, unhidden=0.0):
-    """Return the work of each of `programs` programs, in key tiles, when work is distributed as in the kernel. Each
-    tile of rows adds one for fixed costs.
+    """Return the work of each program, in key tiles, if tiles of rows are dealt out to `programs` programs as in the
+    kernel. Each tile of rows has a fixed cost of one key tile.
 
     unhidden: extra time per program, in key tiles.
     """
@@ -79,7 +79,7 @@ def test_launches_with_messages_in_flight_have_one_program_for_each_tile(strateg
     assert [mask.overlaps_messages for mask in masks][-1] is False
     assert any(mask.overlaps_messages for mask in masks) == (strategy == "ring")
     for mask in masks:
-        # but FSDP may have messages in flight
+        # even in the other launches, FSDP may have messages in flight
         assert gluon_attention.prepare(mask, NEEDED).programs == single_tiles(mask)
         alone = mask._replace(overlaps_messages=False, in_larger_job=False)
         assert gluon_attention.prepare(alone, NEEDED).programs == PROCESSORS
@@ -88,7 +88,7 @@ def test_launches_with_messages_in_flight_have_one_program_for_each_tile(strateg
 def test_quiet_launches_deal_short_tiles_and_those_of_one_rank():
     (short,) = forward_launches("ulysses", lengths=(8192,) * 8)
     assert gluon_attention.prepare(short, NEEDED).programs == PROCESSORS
-    # a plan for one rank has no messages, but its job may have some
+    # a plan for one rank has no messages, but other ranks of its job may send messages
     (alone,), (in_job,) = forward_launches("ulysses", ranks=1), forward_launches("ulysses", ranks=1, in_larger_job=True)
     assert gluon_attention.prepare(alone, NEEDED).programs == PROCESSORS
     assert gluon_attention.prepare(in_job, NEEDED).programs == single_tiles(in_job)
@@ -97,8 +97,8 @@ def test_quiet_launches_deal_short_tiles_and_those_of_one_rank():
 @pytest.mark.parametrize("document", [2048, 8192, 16384, 65536])
 def test_tiles_are_dealt_in_quiet_launches_where_single_ones_would_cost_more_than_they_save_beside_fsdp(document):
     (mask,) = forward_launches("ulysses", lengths=(document,) * (65536 // document))
-    # persistent programs hide their first loads and last writes, single-tile programs do not. These take 192 KB at a
-    # multiprocessor's 19 KB/us plus a latency of 2 us. A key tile takes 1.9 us at 600 TFLOP/s
+    # persistent programs hide their first loads and last writes; single-tile programs do not. Moving these 192 KB takes
+    # a latency of 2 us plus the time at a multiprocessor's 19 KB/us; a key tile takes 1.9 us at 600 TFLOP/s
     unhidden = (192 / 19 + 2) / 1.9
     # an all-gather of the next layer's weights takes a tenth of the launch's time
     beside = slowdown(mask, single_tiles(mask), 16, 0.1, unhidden) - slowdown(mask, PROCESSORS, 16, 0.1)

@@ -182,7 +182,7 @@ def test_a_trial_that_runs_out_of_memory_is_reported_and_not_stored(candidates, 
     assert 'its trial ran out of device memory; kernel="large" uses it without a trial' in caplog.text
     ((_, kept),) = json.loads(candidates.read_text()).items()
     assert "large" not in kept
-    # for another plan there is enough memory
+    # a different plan is tried again, this time with enough memory
     planted("large", monkeypatch)
     monkeypatch.setattr(trials, "_seconds", lambda kernel, *_: float(kernel is cpu))
     assert da.prepare(plan_for(1, "causal")).key.kernel == "large"
@@ -269,8 +269,7 @@ def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypat
     chosen = []
     with da.ContextParallel(strategy="ring", layout="contiguous", kernel="auto") as cp:
         for step in range(8):
-            # the trial in the first step runs out of memory. From the fourth step on there is room if 100 bytes are
-            # enough
+            # the trial in the first step runs out of memory. From the fourth step on, memory suffices for 100 bytes
             room.free = 40 + 10 * step if step < 3 else 100 * 100 // needed + 60 * (step > 4)
             batch = cp.shard(
                 {"input_ids": torch.zeros(1, sum(lengths), dtype=torch.int64), "document_lengths": lengths}
@@ -279,7 +278,7 @@ def test_the_driver_compares_trials_again_in_a_few_steps(room, needed, monkeypat
             (executable,) = batch["context_parallel"]._executables.values()
             chosen.append(executable.key.kernel)
     if needed == 100:
-        # the kernel passes its trial in step 4, and plans made after that use it
+        # the kernel passes its trial in the fourth step, and plans made after that step use the kernel
         assert chosen[:4] == ["cpu"] * 4 and chosen[-1] == "large"
     else:
         assert chosen == ["cpu"] * 8 and room.tried <= 3
@@ -295,7 +294,7 @@ def test_samples_are_parts_of_their_launch(name):
         assert (part.rows, part.keys, part.heads, part.kv_heads) == (64, 48, 2, 1)
         seen = reference.prepare(part, NEEDED).allowed_HTS.expand(2, -1, -1)
         assert seen.any()
-        # the block that the trial runs occurs somewhere in the launch
+        # the block that the trial runs equals some block of the launch
         tiles = allowed[:2].unfold(1, 64, 1).unfold(2, 48, 1)
         assert (tiles == seen[:, None, None].transpose(-1, -2).transpose(-1, -2)).all(-1).all(-1).all(0).any()
 
@@ -317,7 +316,7 @@ def test_ranks_take_the_kernel_that_is_right_on_all_of_them_and_fastest_on_the_s
 
 @pytest.fixture
 def candidates(monkeypatch, tmp_path):
-    """Register two correct kernels for the CPU, of which "tardy" is slow, and a wrong one."""
+    """Register two correct kernels for the CPU, of which "tardy" is slow, and a wrong kernel."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # use a fake clock, since a busy machine may delay either kernel
     now = [0.0]

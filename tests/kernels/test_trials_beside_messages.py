@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Machine:
-    """A fake clock that records whether multiprocessors are held, on which the time of a forward call depends."""
+    """A fake clock. It counts how often multiprocessors are held, which changes the time of a forward call."""
 
     def __init__(self):
         self.now, self.is_held, self.times_held = 0.0, False, 0

@@ -216,7 +216,7 @@ def test_gradients_are_added_to_what_is_there():
 
 
 def launches_in_turn(n, heads, order):
-    """Yield (rows, cells, turns) of the launches of a causal mask, by thirds of keys in this order. Rows begin with the keys."""
+    """Yield (rows, cells, turns) of a causal mask's launches. order: thirds of the keys; earlier rows are left out."""
     third = np.arange(n) * 3 // n
     writers = [[number for number, part in enumerate(order) if part <= of_row] for of_row in third]
     turns = torch.tensor([numbers[0] * MOST_TURNS + numbers[-1] for numbers in writers], dtype=torch.int32)
@@ -236,7 +236,7 @@ def test_the_last_launch_of_a_row_writes_it_in_the_inputs_dtype(order):
     q, k, v, do = (x.to(torch.float16) for x in inputs)
     wanted = wanted_of(Mask.causal(n), inputs, score)
     lse_all, delta = wanted.lse.float(), (inputs.do * wanted.o).sum(-1).float()
-    # sums that no launch has written may be anything
+    # rows that no launch has written may hold any value
     o, dq = torch.full((n, heads, 48), torch.nan), torch.full((n, heads, 80), torch.nan)
     out, dq_out = (torch.full_like(x, torch.nan, dtype=q.dtype) for x in (o, dq))
     lse = torch.full((n, heads), -torch.inf)

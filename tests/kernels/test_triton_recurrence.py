@@ -20,7 +20,7 @@ from distattn.kernels.triton.launch import make_launch
 # one token, more than a chunk, and less than a chunk
 LENGTHS = (1, 18, 7)
 WITH_ONE_DECAY = [name for name, op in OPS.items() if op.kind == "recurrence" and op.decay != "channel"]
-# ops without a decay have only the usual case
+# ops without a decay need only the usual case
 CASES = [
     (name, decay)
     for name in WITH_ONE_DECAY

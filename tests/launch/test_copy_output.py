@@ -36,7 +36,7 @@ os.write(2, b"the end\\n")
 
 
 def started_copiers(rank):
-    """Return the copiers that already run their own program. Stopping a copier before that would keep its parent in
+    """Return the copiers that have already exec'd. Stopping a copier before that would keep its parent blocked in
     vfork.
     """
     children = psutil.Process(rank).children()

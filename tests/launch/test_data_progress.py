@@ -20,7 +20,7 @@ def test_lines_show_progress_and_remaining_time(monkeypatch, capsys):
         reporter.advance(100)
         reporter.advance(100)
     lines = capsys.readouterr().err.splitlines()
-    # 100 in 10 seconds with 400 left, then 300 in 20 seconds with 200 left
+    # 100 units in 10 seconds with 400 left, then 300 in 20 seconds with 200 left
     assert lines == ["verify: 60.0%  7 tokens/s  about 40 s left", "verify: 80.0%  about 13 s left"]
 
 

@@ -80,7 +80,7 @@ def test_a_run_that_has_fewer_nodes_now_may_have_as_many_as_before():
 
 
 class Nodes:
-    """A stand-in that provides two nodes, then one, then two again. At that point another process asks the run to stop."""
+    """A stand-in that provides two nodes, then one node, then two again, when another process asks the run to stop."""
 
     def __init__(self, run, elastic):
         self.run_folder, self.elastic, self.sizes, self.ranks = run, elastic, [2, 1, 2], []

@@ -200,7 +200,7 @@ def test_a_run_that_is_not_there_is_not_submitted_dry(capsys):
 
 @pytest.fixture
 def slurm_that(tmp_path, monkeypatch):
-    """Put Slurm commands into PATH whose answers a test sets."""
+    """Return a function that puts Slurm commands into PATH, given the script of each."""
 
     def answers(**scripts: str) -> Path:
         folder = tmp_path / "bin"

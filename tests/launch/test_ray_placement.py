@@ -73,7 +73,7 @@ def test_nodes_keep_the_order_of_their_numbers():
 @pytest.mark.parametrize(
     ("usable", "fewer"),
     [
-        # as many nodes exist as before. Fewer are requested once Ray has had time to free them
+        # as many nodes exist as before, so fewer are requested only once Ray has had time to free them
         (2, [False, False, True, False, True]),
         # one node is lost
         (1, [False, True, True, False, True]),

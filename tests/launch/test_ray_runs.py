@@ -67,7 +67,7 @@ def rows(folder: Path, file: str) -> list[dict]:
 
 
 def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """Return (step, loss, gradient norm) of each step. For repeated steps, return the last one."""
+    """Return (step, loss, gradient norm) of each step, from its last run if it was repeated."""
     last = {row["step"]: (row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, "metrics.jsonl")}
     return [last[step] for step in sorted(last)]
 
@@ -139,7 +139,7 @@ def test_a_run_that_loses_ranks_and_a_node_and_gets_another_node_learns_the_same
     wait_for(run, near, "the run does not end", lambda: run.poll() == 0)
     before = min(int(file.stem.split("-")[1]) for file in far.glob("config.until-*.toml"))
     assert curve(far)[:before] == curve(near)[:before] and before > 2
-    # one replica sums a step's two packs in a different order than two replicas do. The fp32 rounding differences
+    # one replica sums a step's two packs in a different order than two replicas do, so fp32 rounding differences
     # accumulate
     np.testing.assert_allclose(curve(far), curve(near), rtol=1e-5)
     # steps after the newest checkpoint were repeated with the same pieces

@@ -35,7 +35,7 @@ class Run:
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """Return a function that starts a sweep on a cluster of five nodes, and one that waits for its exit code."""
+    """Return a function that starts a sweep on a cluster of five nodes, and a function that waits for its exit code."""
     monkeypatch.setattr(ray_sweep, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(ray_sweep, "node_slots", lambda needs: 5)
     outcome = {}

@@ -58,7 +58,7 @@ def content_of(folder):
 
 @pytest.fixture
 def ranks(monkeypatch):
-    """Collect the configurations that ranks would read instead of starting ranks, which appear to end with exit code 2."""
+    """Replace the ranks by a function that records the configuration they would read and returns exit code 2."""
     seen = []
 
     def run_ranks_and_finish(run, config, report_progress, json_lines, proposal):

@@ -57,7 +57,7 @@ def rows(folder: Path, file: str) -> list[dict]:
 
 
 def curve(folder: Path) -> list[tuple[int, float, float]]:
-    """Return (step, loss, gradient norm) of each step. For repeated steps, return the last one."""
+    """Return (step, loss, gradient norm) of each step, from its last run if it was repeated."""
     last = {row["step"]: (row["step"], row["loss"], row["grad_norm"]) for row in rows(folder, "metrics.jsonl")}
     return [last[step] for step in sorted(last)]
 
@@ -95,7 +95,7 @@ def test_a_run_that_loses_a_node_hangs_and_is_preempted_learns_the_same(cluster,
     wait_for(cluster, far, "no second attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 1)
     cluster.start_node("node2")
     again = len(rows(far, "metrics.jsonl"))
-    # ranks get more time until two steps are done
+    # wait for more than two steps, since ranks that have done fewer get more time
     wait_for(cluster, far, "no steps of the second attempt", lambda: len(rows(far, "metrics.jsonl")) > again + 3)
     cluster.signal_ranks("node3", signal.SIGSTOP, most=1)
     wait_for(cluster, far, "no third attempt", lambda: len(rows(far, "attempts/attempts.jsonl")) == 2)

@@ -27,7 +27,7 @@ steps = 6
 [reference_check]
 steps = 2
 """
-# maps the rows of the table in docs/local.md to the function in which the signal arrives. Stand-ins replace the ranks
+# maps each row of the table in docs/local.md to the function in which the signal arrives. No ranks are started
 WHERE = {
     "it starts": (start_run, "_check_plans"),
     "ranks train or save": (supervised, "run_supervised"),

@@ -129,7 +129,7 @@ def test_settings_that_save_memory_do_save_memory():
         )
 
     plain, loss, mlp, full, attention, all_of_it = map(counted, SETTINGS)
-    # logits of 8 or 16 tokens instead of 96
+    # a tiled loss has the logits of 8 or 16 tokens at a time instead of 96
     assert plain.working[LOSS] > 4 * loss.working[LOSS]
     assert mlp.saved < 0.75 * plain.saved
     assert full.saved < attention.saved < 0.5 * plain.saved

@@ -65,7 +65,7 @@ class HeldWatch(TorchDispatchMode):
 
 
 def held_by_steps(executable, backend, settings):
-    """Return the peak bytes of two steps, without the weights and their gradients."""
+    """Return the peak bytes of two steps, not counting the weights and their gradients."""
     model, memory = on_meta(build), HeldBytes(QUEUE)
     settings.apply(model, None)
     for parameter in model.parameters():

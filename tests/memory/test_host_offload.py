@@ -101,7 +101,7 @@ def test_no_more_inputs_are_on_the_device_than_may_be_in_flight():
 
 
 def test_pinned_memory_is_exact_and_used_again():
-    # undo this patch first, so that it does not restore the imitation's function
+    # undo this patch before imitated_cuda ends; otherwise it would restore the imitation's function
     with imitated_cuda(), pytest.MonkeyPatch.context() as patch:
         pinned, make = [], pinned_memory.pinned_bytes
 
@@ -138,7 +138,7 @@ def test_pinned_memory_is_given_back_after_its_copies_are_over():
 
 
 def covers(clock, other):
-    """Return whether one clock knows everything that the other knows."""
+    """Return whether `clock` has seen every tick that `other` has seen."""
     return all(clock.get(timeline, 0) >= tick for timeline, tick in other.items())
 
 

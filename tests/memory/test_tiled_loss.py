@@ -19,7 +19,7 @@ def tensors(dtype, has_bias, weight_dtype=None):
     shapes = [(TOKENS, WIDTH), (VOCABULARY, WIDTH)] + [(VOCABULARY,)] * has_bias
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-    # the first tile has some labels, the second none, and the third some
+    # the first and third tiles have some labels, the second tile has no labels
     labels[[0, 5, 6, 7, 8, 9, 10, 11]] = -100
     return [x.to(weight_dtype or dtype if i else dtype).requires_grad_() for i, x in enumerate(values)], labels
 

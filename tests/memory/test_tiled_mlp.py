@@ -138,8 +138,8 @@ def test_parameters_that_zero_3_holds_are_refused():
 
 
 def uneven(rank):
-    """Run ranks with 11, 0 and 2 tokens, which have 4 tiles, no tile, and no tiling. Return each rank's number of
-    all-gathers.
+    """Run ranks with 11, 0 and 2 tokens: four tiles, no tile, and too few tokens to tile. Return this rank's number of
+    all-gathers and its gradients.
     """
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
@@ -159,8 +159,8 @@ def test_ranks_with_unequally_many_tiles_gather_weights_once_a_layer():
     model, x = nn.Sequential(Block(), Block()), torch.randn(1, 11, WIDTH, generator=torch.Generator().manual_seed(1))
     sum(model(x[:, :tokens]).square().sum() for tokens in (11, 0, 2)).backward()
     for gathers, gradients in run_on_ranks(3, uneven):
-        # two layers, each gathered once forward and once backward. The last layer may stay gathered, because its
-        # backward pass follows immediately
+        # two layers, each gathered once forward and once backward, except that the last layer may stay gathered,
+        # because its backward pass follows immediately
         assert 3 <= gathers <= 4
         for a, b in zip(gradients, model.parameters(), strict=True):
             torch.testing.assert_close(3 * a, b.grad, rtol=1e-4, atol=1e-5)

@@ -85,7 +85,7 @@ def _gathered(rank: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> dict
     return gathered
 
 
-# none of the sizes is divisible by 3 ranks
+# none of the sizes is divisible by 3
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("sizes", [(1,), (3,), (2, 2)], ids=str)
 def test_weights_do_not_depend_on_the_sharding(sizes):
@@ -116,7 +116,7 @@ def _loss(rank: int, ranks: int) -> tuple[float, float]:
 def test_a_step_of_a_sharded_model_is_that_of_one_process():
     wanted = run_on_ranks(1, _loss, 1)[0]
     for got in run_on_ranks(2, _loss, 2):
-        # float32 sums in a different order
+        # two ranks compute float32 sums in a different order
         assert got == pytest.approx(wanted, rel=1e-5)
 
 

@@ -136,7 +136,7 @@ def test_a_gpt_model_computes_the_logits_of_transformers(name, tp, pp):
     by_rank = [logits for logits in run_on_ranks(tp * pp, _logits, name, tp, pp) if logits is not None]
     assert len(by_rank) == tp
     for logits in by_rank:
-        # float32 sums in a different order
+        # float32 sums are computed in a different order
         assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 

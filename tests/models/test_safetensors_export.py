@@ -97,7 +97,7 @@ def test_one_files_tensors_are_held_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(exporting, "save_file", saved)
     export_safetensors(tensors(), model.config, tmp_path / "model", max_shard_bytes=40_000)
-    # a shard, plus the tensor that no longer fitted into it
+    # at most, a shard and the tensor that did not fit into it are in memory
     assert most <= 40_000 + max(tensor.numel() * 4 for tensor in model.state_dict().values())
 
 

@@ -21,7 +21,7 @@ KINDS = ("llama-tied", "yarn", "mistral", "gpt-oss", "qwen3-moe", "mixtral")
 
 
 def export(name: str, folder: Path, **how) -> dict[str, torch.Tensor]:
-    """Write the full model of the kind `name`. Return its tensors."""
+    """Export the model `name` with all of its weights. Return its tensors."""
     model = model_shapes.materialised(name)
     export_model(model, folder, **how)
     return model.state_dict()
@@ -46,7 +46,7 @@ def _sharded(rank: int, ranks: int, folder: str) -> dict[str, tuple[int, int, di
     return results
 
 
-# none of the sizes is divisible by 3 ranks
+# none of the sizes is divisible by 3
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_each_rank_reads_its_part_and_no_more(ranks, tmp_path):

@@ -56,8 +56,8 @@ def test_all_ranks_with_different_plans_report_them(change, how):
 
 
 def _compiled(rank, plans, inputs):
-    """Return the differences in losses and gradients between a compiled and a plain step, over batches with different
-    plans.
+    """Return the differences in losses and gradients between compiled and plain steps on batches with different plans,
+    and the number of compilations.
     """
     compiled = 0
 
@@ -240,7 +240,7 @@ def test_communicators_end_with_their_group():
 
 
 def _later(rank, kind):
-    """Run a plan that all ranks have, then a plan that only some ranks have."""
+    """Run a plan that all ranks have. Then rank 1 makes a new plan, either an equal plan or a different plan."""
     mask, layout = masks()["documents"], layouts(LENGTHS, 2)["zigzag"]
     plan = da.make_plan(mask, layout, strategy="ring", **SHAPE)
     q, k, v = (torch.ones(len(layout.tokens(rank)), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))

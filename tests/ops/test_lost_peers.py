@@ -15,7 +15,7 @@ import distattn as da
 
 pytestmark = pytest.mark.waits(3)
 
-# the time-out of the group and of the communicators created for it. Other ranks get some extra seconds after this time
+# the time-out of the group and of the communicators created for it; after it, other ranks may be a few seconds late
 TIMEOUT = timedelta(seconds=15)
 
 

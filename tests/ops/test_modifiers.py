@@ -74,7 +74,7 @@ def check(plan, mask, kernel, modified):
     layout = plan.call.layout
     got = [layout.unshard(list(parts)) for parts in zip(*(result[0] for result in results), strict=True)]
     if modified["sink"] is not None:
-        # each rank has its own tokens' contribution to the gradient
+        # each rank returns its tokens' share of the sink's gradient, so sum the shares
         got.append(sum(result[1] for result in results))
     if modified["gate"] is not None:
         got.append(layout.unshard([result[-1] for result in results]))

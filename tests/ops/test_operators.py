@@ -61,7 +61,7 @@ def test_every_operator_works_on_the_device_of_its_tensors(name, monkeypatch):
 
     monkeypatch.setattr(EXECUTABLES, "by_handle", reach)
     monkeypatch.setattr(glue, "_on_gpu", reach)
-    # undo this patch before the imitation's own. In the other order it would restore the imitation's value
+    # undo this patch before imitated_cuda ends; otherwise it would restore the imitation's value
     with imitated_cuda(current=0) as cuda, monkeypatch.context() as patch:
         # otherwise PyTorch would only compute shapes for "meta" tensors
         patch.setattr(devices, "_KINDS", {"cpu"})

@@ -116,7 +116,7 @@ class Case(NamedTuple):
 
 
 def cases(ranks):
-    """Return all combinations of layouts, ops and dtypes. The single document omits the low-precision dtypes."""
+    """Return all combinations of layouts, ops and dtypes, but the single document only in each op's first dtype."""
     all_cases, turns = [], zip(itertools.cycle(STRATEGIES), itertools.cycle(KERNELS_OF_LATENTS), strict=False)
     for lengths in (PACKED, ALONE):
         named = [

@@ -42,7 +42,7 @@ def test_the_choice_is_never_slower_than_either_strategy_and_each_is_chosen_some
         assert seconds["chosen"] == min(seconds.values()), (number, seconds)
         assert plans["chosen"].digest == plans[plans["chosen"].strategy].digest
         chosen.append(plans["chosen"].strategy)
-        # the reason names both times, the faster one first
+        # the reason names both times, the faster time first
         text = str(da.explain(plans["chosen"]))
         for name in ("scan", "ulysses"):
             assert heads < 4 or f"{name} {1e3 * seconds[name]:.3f} ms" in text
@@ -55,7 +55,7 @@ def test_scan_is_planned_if_speeds_are_unknown_or_tokens_cannot_move():
     assert da.make_recurrent_plan(mask, layout, cluster=SLOW, **shape).strategy == "ulysses"
     assert da.make_recurrent_plan(mask, layout, **shape).strategy == "scan"
     assert da.make_recurrent_plan(mask, layout, cluster=SLOW, **shape | dict(heads=2)).strategy == "scan"
-    # a rank without tokens may be a server
+    # a rank without tokens may be a server, so no heads are moved to it
     idle = da.Layout.from_chunks(LENGTHS, [*([(t, t + 1) for t in range(rank, 52, 3)] for rank in range(3)), []])
     assert da.make_recurrent_plan(mask, idle, cluster=SLOW, **shape).strategy == "scan"
     with pytest.raises(da.DistattnError, match="has no option 'block'"):

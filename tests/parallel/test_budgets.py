@@ -33,8 +33,8 @@ def plan_of(strategy, lengths, heads, kv_heads, **how):
 
 
 # for a pack of 8 x 8K tokens with 64:8 heads: operators per pass and the GB they move, slightly above the count on meta
-# tensors. Messages are sent from arenas only. The ring therefore copies its own rows to send in two steps (37 MB), and
-# cad copies 48 MB
+# tensors. Messages are sent from arenas only, so the ring copies its own rows before it sends them, in two steps (37
+# MB), and cad copies 48 MB
 PACK = {
     "ring": ((5, 0.44), (14, 0.96)),
     "allgather": ((2, 0.07), (16, 0.7)),
@@ -79,7 +79,7 @@ def test_the_memory_of_expanded_latents_is_predicted_to_the_byte(strategy):
 
 # for a million tokens: peak GB of new tensors. The arena stays while results are cast to the inputs' dtype, which costs
 # the ring 1.07 GB forward and 0.54 GB backward, and allgather and cad 0.27 GB backward. With 8:1 heads the ring's
-# forward costs a quarter, 0.27 GB. The ring copies half of its own keys and values, 0.27 GB, before it sends them
+# forward pass costs a quarter of that, 0.27 GB. The ring copies half of its own keys and values, 0.27 GB, to send them
 MILLION = {
     (32, 8): {
         "ring": (4.6, 8.4),
@@ -100,7 +100,7 @@ MILLION = {
 
 
 # the largest ratio of measured bytes to the bytes of the proof plus the result tensors. Arenas are up to 1/32 larger,
-# and also hold copies of own rows to send, which the proof does not count for the ring
+# and also hold copies of a rank's own rows that it sends, which the proof does not count for the ring
 MOST = {"ring": (1.07, 1.05), "allgather": (1.15, 1.1), "ulysses": (1.45, 1.4), "usp": (1.22, 1.28), "cad": (1.51, 1.3)}
 
 

@@ -27,7 +27,7 @@ from distattn.parallel.tables.cost import CostModel
 pytestmark = pytest.mark.sampled(3)
 
 SHAPE = dict(heads=8, kv_heads=2, head_dim=8, dtype="float64")
-# one pack per rank: a long document, many short ones, mixed lengths, and two tiny documents before a long one
+# one pack per rank: a long document, mostly tiny documents, mixed lengths, and short documents before a long document
 PACKS = [[160], [1] * 20 + [46], [17, 30, 2], [5, 5, 86]]
 
 

@@ -79,7 +79,7 @@ def test_a_mask_without_cells_has_a_picture_too():
 
 
 def pixels(png: bytes) -> np.ndarray:
-    """Return the raw bytes of a PNG as rows of four, which is enough to see that it is not blank."""
+    """Return the raw bytes of a PNG in rows of four bytes, which suffice to show that the image is not blank."""
     at, data = 8, b""
     while at < len(png):
         size, kind = struct.unpack(">I4s", png[at : at + 8])

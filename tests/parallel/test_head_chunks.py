@@ -90,11 +90,11 @@ def test_buffers_of_a_million_tokens_shrink_and_the_simulated_time_does_not_grow
 
 
 def test_ulysses_in_chunks_of_heads_has_a_quarter_of_the_buffers():
-    # 32 KV heads are four per rank. The buffers include results that arrive at their owners
+    # each rank has four of the 32 KV heads. The buffers include results that arrive at their owners
     whole, cut = million("ulysses", 32, backward="refetch-home"), million("ulysses", 32, max_buffer_bytes=int(1.7e9))
     assert needed(whole) == 4 * needed(cut)
     assert cut.policy == "refetch-home" and cut.forward.steps == 12
-    # overlapping chunks need more memory and are preferred
+    # overlapping chunks need more memory, and are preferred where it suffices
     assert million("ulysses", 32, max_buffer_bytes=int(4.1e9)).forward.steps == 6
 
 

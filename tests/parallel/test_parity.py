@@ -55,8 +55,8 @@ FACTORS = {
 
 @functools.cache
 def rows(strategy):
-    """Return rows that cover every pair of values in FACTORS, without refused ones: Ulysses with few heads, and two
-    dims on cpu.
+    """Return rows that cover every pair of values in FACTORS, except rows that are refused: Ulysses with fewer heads
+    than ranks, and cpu with unequal dims of keys and values.
     """
     return all_pairs(
         FACTORS,
@@ -128,7 +128,7 @@ def test_a_step_is_one_kernel_call_or_one_for_each_buffer_of_its_rows(strategy, 
     launches = [step.launches for program in programs for step in (*program.forward, *program.backward)]
     assert sum(kind == "compute" for _, kind in record.events) == sum(map(len, launches))
     for of_step in launches:
-        # if a rank's own rows and arriving rows are separate calls, no two calls use the same buffer
+        # if separate calls compute a rank's own rows and arriving rows, no two calls use the same buffer
         buffers = [{piece.buffer for piece in launch.operands[Payload.Q].slices} for launch in of_step]
         assert sum(map(len, buffers)) == len(set().union(*buffers))
 

@@ -24,7 +24,7 @@ from distattn.parallel.runtime.execution.execute import run_in_lock_step
 from distattn.parallel.runtime.lowering.lower import lower
 
 ROPE, LATENT = 2, 3
-# ops whose partial results for a row are added, and one whose partial results are merged by log-sum-exp
+# ops whose partial results for a row are added, and an op whose partial results are merged by log-sum-exp
 OPS = [CONVOLUTION, TOKEN_SHIFT, latent_op(ROPE, LATENT)]
 SCORE = ScoreMod(0.5)
 TOLERANCE = 1e-11

@@ -70,7 +70,7 @@ def test_mutants_are_refused_or_right(mutants, seed):
 
 
 def check_attacks(attacks: int, seed: int) -> dict[str, int]:
-    """Count the refused plans of each kind. Fail if one is accepted."""
+    """Count the refused plans by kind of attack. Fail if a plan is accepted."""
     refused: dict[str, int] = {}
     number = 0
     while sum(refused.values()) < attacks:

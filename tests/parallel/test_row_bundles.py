@@ -33,7 +33,7 @@ def test_tensors_in_a_row_are_viewed_in_their_own_dtypes():
 @pytest.mark.parametrize("strategy", ["ulysses", "usp"])
 def test_a_rank_sends_at_most_four_messages_to_each_peer_and_pass(strategy, policy, monkeypatch):
     for lengths in (packed(65536), [8192] * 8):
-        # every peer's tokens are in two segments, and two steps have messages
+        # every peer's tokens are in two segments, and two steps have messages, which makes four messages
         for sent in sends_of_passes(plan_of(strategy, lengths, 64, 8, backward=policy), monkeypatch):
             assert len(set(sent)) in (0, 7) and max(collections.Counter(sent).values(), default=0) <= 4
 
@@ -49,7 +49,7 @@ def test_a_rank_sends_at_most_four_messages_around_a_ring(monkeypatch):
 
 
 def test_large_keys_and_values_travel_apart_from_queries(monkeypatch):
-    # in one bundle they would be kept as long as the queries, and be copied before they are passed on
+    # in a bundle with the queries, they would be kept as long as the queries, and be copied before they are passed on
     plan = plan_of("usp", [1 << 20], 64, 8, options=dict(ulysses=4))
     for sent in sends_of_passes(plan, monkeypatch):
         assert max(sent.count(peer) for peer in range(8)) == 6
@@ -127,7 +127,7 @@ def test_a_row_has_no_gaps_and_ends_with_one_number_tensors_and_padding():
 
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_rows_are_multiples_of_sixteen_numbers_with_little_padding(head_dim):
-    # one, two, four and eight heads per rank. Rows with log-sum-exps or deltas are such multiples only with padding
+    # one, two, four and eight heads per rank. Rows with log-sum-exps or deltas need padding
     bundled = collections.defaultdict(set)
     for heads in (4, 8, 16, 32):
         shape = dict(heads=heads, kv_heads=4, head_dim=head_dim, dtype="bfloat16", comm_dtype="bfloat16")
@@ -179,7 +179,7 @@ def test_results_equal_the_oracle_whatever_shares_a_row(case, strategy, policy):
         mask = Mask.documents(LENGTHS)
         plan = make_plan(mask, layouts(LENGTHS, 4)[layout], strategy=strategy, **shape)
         inputs = random_inputs(sum(LENGTHS), heads, kv_heads, 8)
-        # the results sum at most eight heads over two hundred keys
+        # results are sums over at most eight heads and two hundred keys, so their rounding errors stay small
         assert_close(run_all_ranks(plan, inputs), dense(mask, inputs), 1e-11 if dtype == "float64" else 2e-5)
 
 

@@ -47,7 +47,7 @@ def test_every_schedule_is_proven(ranks, schedule):
 def test_states_in_turn_move_once_per_hop_and_in_the_fewest_bytes():
     layout = Layout.zigzag((1024,), 8)
     plan = plan_of(layout, heads=32, kv_heads=32, head_dim=128, v_head_dim=128, options={"schedule": "sequential"})
-    # 15 segments; every state is a prefix
+    # 14 states move between the 15 segments of the document, all of them prefix states
     assert move_bytes(plan.call, plan.forward.moves).tolist() == [32 * 65536] * 14
     assert move_bytes(plan.call, plan.backward.moves).tolist() == [32 * 65536] * 14
 

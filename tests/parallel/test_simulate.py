@@ -79,10 +79,10 @@ def test_a_rank_that_computes_longer_makes_the_next_one_in_the_ring_wait():
 
 def test_messages_share_the_ports_of_both_ends():
     four = machine(4, 2, intra_node=Link(10.0, 1.0), inter_node=Link(1.0, 5.0))
-    # two messages leave rank 0, within and across nodes; rank 1 also receives one from rank 2
+    # two messages leave rank 0, within and across nodes; rank 1 also receives a message from rank 2
     src, dst, size = np.array([0, 0, 2]), np.array([1, 2, 1]), np.array([10, 4, 6]) * GIGA
     assert message_seconds(four, src, dst, size) == pytest.approx([1 + 1e-6, 4 + 5e-6, 6 + 5e-6])
-    # rank 1 receives two messages across nodes, which both take as long as its port needs for the two
+    # rank 1 receives two messages across nodes, each of which takes as long as its port needs for both
     src, dst = np.array([2, 3]), np.array([1, 1])
     assert message_seconds(four, src, dst, size[:2]) == pytest.approx([14 + 5e-6] * 2)
     # a shared link serves all ranks of a node
@@ -162,7 +162,7 @@ def test_fewer_tokens_take_no_longer(strategy):
         plan = da.make_plan(da.Mask.causal(tokens), da.Layout.zigzag([tokens], 8), strategy=strategy, **shape)
         timeline = simulate(plan, cluster)
         seconds.append(timeline.forward.seconds + timeline.backward.seconds)
-    # a plan with few pieces may have one step more than a plan with many
+    # a plan with few pieces may have one step more than a plan with many pieces
     assert all(few < 1.3 * many for few, many in zip(seconds, seconds[1:], strict=False)), seconds
     assert seconds[0] < 2e-3
 

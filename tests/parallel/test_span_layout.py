@@ -27,10 +27,10 @@ def test_many_segments_and_layers_pay_for_a_relayout_and_few_do_not():
         batch = batch_of(layout, cluster="h100-1x8")
         span = recurrent_span(batch, "gated_delta_rule", layers=layers, **shape)
         assert span.is_relaid == relaid and (span.batch is batch) != relaid
-    # no speeds are known
+    # without known speeds, rows stay in place
     span = recurrent_span(batch_of(many), "gated_delta_rule", layers=6, **shape)
     assert not span.is_relaid and span.enter(x := torch.ones(3, 2)) is x
-    # a rank without tokens may be a server
+    # a rank without tokens may be a server, so no rows are moved to it
     blocks = [(at, at + 1024) for at in range(0, TOKENS, 1024)]
     idle = Layout.from_chunks((TOKENS,), [*(blocks[rank::7] for rank in range(7)), []])
     assert not recurrent_span(batch_of(idle, cluster="h100-1x8"), "gated_delta_rule", layers=6, **shape).is_relaid

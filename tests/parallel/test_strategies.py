@@ -91,7 +91,7 @@ def test_ring_passes_keys_along_the_ranks_that_use_them_just_in_time(mask):
 @pytest.mark.parametrize(
     ("kv_heads", "forward", "backward"),
     # with bf16 and head dim 128, keys and values cost K * 512 bytes per token and hop, queries with outputs H * 772. In
-    # the backward pass these are K * 1,536 and H * 1,032
+    # the backward pass these costs are K * 1,536 and H * 1,032
     [(8, Payload.KV, Payload.Q), (4, Payload.KV, Payload.KV), (1, Payload.KV, Payload.KV)],
 )
 def test_ring_rotates_what_is_smaller_in_each_direction(kv_heads, forward, backward):
@@ -233,7 +233,7 @@ def test_moves_are_issued_before_the_compute_they_can_overlap(strategy):
         waiting = False
         for event, following in zip(events, [*events[1:], None], strict=True):
             if event == "post":
-                # never two steps in flight: next comes this step's compute, or the wait if it has none
+                # never two steps in flight: next comes this step's compute, or the wait if the step computes nothing
                 assert not waiting and following in ("compute", "wait")
                 overlapped += following == "compute"
                 waiting = True

@@ -167,7 +167,7 @@ def test_a_hand_written_plan_with_split_keys_a_server_and_a_relay_is_accepted_an
 
 
 def test_partial_results_may_be_merged_on_the_way():
-    # ranks 1 and 2 each compute some keys for rank 0's queries. Rank 2's partial result is merged into rank 1's
+    # ranks 1 and 2 each compute some keys for rank 0's queries. Rank 2's partial result is merged into that of rank 1
     layout = Layout.from_chunks([6], [[(0, 6)], [], []])
     tasks = [(0, 0, 0, 0, 6, 0, 2, 0, 2), (1, 1, 0, 2, 6, 2, 4, 0, 2), (1, 2, 0, 4, 6, 4, 6, 0, 2)]
     sends = [(0, 0, 1, Q, 2, 6, 0, 2), (0, 0, 1, KV, 2, 4, 0, 1), (0, 0, 2, Q, 4, 6, 0, 2), (0, 0, 2, KV, 4, 6, 0, 1)]

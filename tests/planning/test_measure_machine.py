@@ -13,7 +13,7 @@ from distattn.planning import measure_machine as calibrate
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Measure only a small table, for a few moments, in this process."""
+    """Limit calibration to a small table, measured for a few moments in this process."""
     monkeypatch.setattr(calibrate, "_SIDES", {"cpu": (64, 256)})
     monkeypatch.setattr(calibrate, "_HEAD_DIMS", (64,))
     monkeypatch.setattr(calibrate, "_BATCH_SECONDS", 0.005)

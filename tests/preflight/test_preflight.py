@@ -107,7 +107,7 @@ def _preflights(rank: int, runs, faults) -> dict[str, tuple[list[str], list[str]
     return reports
 
 
-# faults of a rank, and three parts of the message for each: its beginning, the fault and the remedy
+# each fault planted in a rank, with three parts of its message: the beginning, the fault and the remedy
 PROBLEMS = {
     "code": ("rank 2 on node-b", "the code of distattn differs (digest 0000000000000000)", "install the same revision"),
     "package": ("rank 2 on node-b", "numpy is 1.26.9, on most ranks ", "install the same"),
@@ -163,7 +163,7 @@ def _has_parts(sentence: str, parts: tuple[str, ...]) -> bool:
 
 
 def _checks(rank: int, runs) -> dict[str, tuple[bool, list[str]]]:
-    """Return, for each `preflight.action`, whether a run with a problem starts, and the lines that it prints."""
+    """Return whether a run starts, and the lines printed: with a problem under each action, and without a problem."""
     results = {}
     for action in ("stop", "warn", "off"):
         with pytest.MonkeyPatch.context() as monkeypatch:

@@ -93,7 +93,7 @@ def test_a_slow_link_is_named_by_its_ends_and_a_slow_adapter_by_its_rank():
     assert sentence.startswith(
         "the link between rank 1 on node-0 and rank 5 on node-2 has 5 GB/s, the median to other hosts is 45"
     )
-    # one slow direction is enough
+    # a link that is slow in only one direction is also named
     one_way = speeds_of(facts, lambda rank, peer: 5.0 if (rank, peer) == (5, 1) else 45.0)
     assert outliers_of(facts, one_way, clocks, "cuda") == [sentence]
     adapter = speeds_of(facts, lambda rank, peer: 5.0 if 3 in (rank, peer) and abs(rank - peer) > 1 else 45.0)

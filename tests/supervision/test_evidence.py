@@ -36,7 +36,7 @@ while True:
 
 
 def kept(folder, *parts: str, answers: bool = True) -> str:
-    """Return the stacks saved for a rank that writes these parts."""
+    """Return the stacks saved for a rank that answers in `parts`. answers: False to kill the rank first."""
     (folder / "stacks-0.txt").write_text("of a hang before\n")
     rank = subprocess.Popen(
         [sys.executable, "-c", RANK, str(folder / "stacks-0.txt"), *parts], stdout=subprocess.PIPE, text=True

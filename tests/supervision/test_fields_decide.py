@@ -61,7 +61,7 @@ def leaving():
     set_left()
 
 
-# for each loss: what each rank does, what happens to the processes that end or stop, and (kind, ranks to blame, exit
+# for each loss: what each rank does, the signals that end or stop processes, by rank, and (kind, ranks to blame, exit
 # code, lost_peer)
 LOSSES = {
     "killed": ([computing, computing, summing], {1: signal.SIGKILL}, ("killed", [1], 1, False)),

@@ -78,7 +78,7 @@ def test_a_thread_that_continues_does_not_revert_newer_heartbeats(board, monkeyp
         if not told.is_set():
             told.set()
             beats.start()
-            # by now the thread waits for its turn
+            # give the thread time to start waiting for its turn
             time.sleep(0.2)
         write(activity, step, *fields)
 

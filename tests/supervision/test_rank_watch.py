@@ -147,7 +147,7 @@ def test_the_last_message_of_a_rank_that_ends_between_two_looks_is_read(state, t
     looked = threading.Event()
 
     def end_first(pid: int) -> str:
-        # the rank writes this heartbeat after the watch has read the one before
+        # the rank writes this heartbeat after the watch has read the previous heartbeat
         write(text, 13, 0.0, False, state=state)
         rank.kill()
         rank.wait()

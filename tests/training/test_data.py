@@ -50,7 +50,7 @@ def test_an_epoch_tiles_every_file(tmp_path):
     write_text(run, config, text_)
     data = open_data(run, config)
     assert data.plan.sources[0].epochs > 1
-    # the first epoch reads every document once, and each piece at its place in its file
+    # the first epoch reads every document once, and its pieces joined in order are the contents of the files
     rows = [row for step in range(120) for row in piece_rows(data, step) if row["epoch"] == 0]
     assert sorted(row["document"] for row in rows) == list(range(len(text_.documents)))
     by_file = defaultdict(bytes)

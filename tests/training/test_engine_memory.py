@@ -128,5 +128,5 @@ def test_a_rank_holds_few_gathered_tensors_while_its_state_is_saved(engine):
     name, how, _ = ENGINES[engine]
     _, largest = _sizes()
     for held in run_on_ranks(2, _held_by_a_state, name, EngineConfig(name=name, **how)):
-        # one gathered tensor and its parts. All tensors that a rank saves are 14 times as large as the largest
+        # one gathered tensor and its parts, although all tensors that a rank saves are 14 times as large as the largest
         assert largest <= held < 5 * largest

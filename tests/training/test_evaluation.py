@@ -32,7 +32,7 @@ def alone(model):
 
 
 def _trained(rank, evaluated, settings):
-    """Return the losses and gradient norms of all steps, and the tables of both evaluations."""
+    """Return losses and gradient norms of all steps, the tables of both evaluations, and the table from `alone`."""
     model = build(torch.float64, attention_dropout=0.0)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
     wanted = alone(model)

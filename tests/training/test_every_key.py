@@ -236,8 +236,8 @@ VARIANTS = {
     "held out": ["--evaluation.every_steps=2", "--evaluation.steps=2", "--train.steps=4"],
     "planned": ["--data.path={planned}", "--train.steps=2"],
 }
-# keys that are read when a configuration is loaded, only by other engines, only for corpora with masks, or together
-# with their entire section
+# keys that are read only when a configuration is loaded, only by other engines, only for corpora with masks, or only
+# together with their entire section
 UNNOTED = {
     "model.path",
     "engine.zero_stage",

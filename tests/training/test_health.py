@@ -41,8 +41,8 @@ def costs(compute):
 
 
 def reported(rank, adaptive):
-    """Return health reports over two steps each, for given compute times: first rank 2 is slow, then no rank, then rank
-    0.
+    """Return health reports, each over two steps, for planted compute times: first rank 2 is slow, then no rank, then
+    rank 0.
     """
     settings = dict(strategy="cad", data="per_rank", adaptive=True) if adaptive else dict(strategy="ring")
     reports = []
@@ -136,7 +136,7 @@ def test_in_every_engine_the_rank_that_sleeps_is_named(texts, tmp_path, engine, 
     config = config_of(engine, texts, tmp_path / "run", prometheus_file=str(metrics))
     run = new_run(config)
     run_on_ranks(2, train_with_naps, run.folder, config, place)
-    # ignore the first report: in the first step ranks also import modules, which may take one of them a long time
+    # ignore the first report: in the first step ranks also import modules, which may take a single rank a long time
     _, second, third = read_rows(run.health_file)
     assert second["slowest"] == 1 and second["slow"] and f"Rank 1 on {HOST}" in second["text"]
     # the sleep counts as the sleeper's compute time and as the other rank's wait, except for the time that the other

@@ -19,7 +19,7 @@ TRAINED = 4
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write two files of documents, and a copy of one of them under a different name."""
+    """Write two files of documents, and a copy of the first file under a different name."""
     rng = np.random.default_rng(0)
     for name, documents in (("web", 60), ("books", 20)):
         with IndexedFileWriter(str(tmp_path / name), np.uint16) as writer:
@@ -82,7 +82,7 @@ def test_other_documents_may_be_evaluated(folder):
 
 
 def test_a_document_that_is_cut_is_not_trained_and_evaluated(folder):
-    """Hold out the last steps of the run's own plan. For some splits, a document is cut between both sides."""
+    """Hold out the last steps of the run's own plan. Splits that cut a document between both sides are refused."""
     path = planned(folder, "trained", ["web"], "steps = 16")
     refused = 0
     for steps in range(4, 15):

@@ -31,7 +31,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def config(texts, tmp_path_factory) -> Config:
-    """Return the configuration of a run with four micro-batches per step, clipped in some steps and with evaluations."""
+    """Return the configuration of a run with four micro-batches per step, clipping in some steps, and evaluations."""
     return tiny_config(
         texts,
         tmp_path_factory.mktemp("runs") / "run",

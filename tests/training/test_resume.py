@@ -141,7 +141,7 @@ def test_a_run_continues_with_other_ranks_strategies_and_engines(config, tmp_pat
     ranks = changes.get("parallel", config.parallel).ranks
     assert (event["kind"], event["ranks"], event["saved_on"]) == ("resumed", ranks, before)
     assert (f", on {plural(ranks, 'rank')}; it was saved on {before}." in event["text"]) == (ranks != before)
-    # three of these steps were trained before the resume
+    # three of the steps in this loss were trained before the resume
     (losses,), (other_losses,) = wanted.losses(TRAINING), copy.losses(TRAINING)
     assert losses["tokens"] == other_losses["tokens"]
     assert losses["loss"] == pytest.approx(other_losses["loss"], rel=tolerance[1])
@@ -243,7 +243,7 @@ def test_a_run_can_continue_for_longer_than_its_packs_were_planned(config):
 
 
 def _train_with_fault(rank: int, folder: Path, config: Config, bad_step: int) -> None:
-    """Train. Rank 1's gradient is not finite in one step, every time that step is computed."""
+    """Train. Rank 1's gradient is not finite in step `bad_step`, every time the step is computed."""
     backward, asked = Fsdp2Engine.backward, []
 
     def broken(self, batches, on_token_losses=None):
@@ -302,7 +302,7 @@ def config_file(config, tmp_path) -> Path:
 
 @pytest.mark.full
 def test_a_rank_that_is_killed_and_a_run_that_is_resumed_by_the_command(config, config_file, tmp_path):
-    # long enough that even a busy machine sees the run before it ends
+    # train long enough that even on a busy machine the run is killed before it ends
     wanted = trained(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=60)))
     more = (str(config_file), f"--run.folder={tmp_path}/killed", "--supervision.max_restarts=0", "--train.steps=60")
     process = subprocess.Popen(

@@ -78,7 +78,7 @@ def test_the_arena_of_a_pass_that_fails_is_not_used_again():
 
 
 def in_backward(work):
-    """Call a function in a backward pass, where a checkpoint would repeat a layer."""
+    """Call `work` inside a backward pass, as a checkpoint does when it repeats a layer."""
     ChangedGradient.apply(torch.ones(1, requires_grad=True), lambda gradient: (work(), gradient)[1]).sum().backward()
 
 

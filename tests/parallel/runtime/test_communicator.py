@@ -40,7 +40,7 @@ def test_groups_of_a_device_bound_world_are_made_by_their_ranks_alone():
 
 
 def attended_run(rank, kind):
-    """Return this rank's attention output on a group with backend `kind`, or on the world if it is empty."""
+    """Return (backend, error of attention) for a group with backend `kind`, or for the world if `kind` is None."""
     group = dist.new_group(backend=kind) if kind else dist.group.WORLD
     bound_to_devices()
     before = len(dist.distributed_c10d._world.pg_names)

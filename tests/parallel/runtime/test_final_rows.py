@@ -67,7 +67,7 @@ def test_launches_do_not_finish_what_messages_add_to_or_other_dtypes():
     assert all(not lower(rotating_queries, rank, lambda cells: cells, finishes=BOTH).turns for rank in range(1, 3))
     plan = make_plan(mask, layouts(LENGTHS, 4)["zigzag"], strategy="ring", **{**SHAPE, "dtype": "float32"})
     assert not lower(plan, 1, lambda cells: cells, finishes=BOTH).turns
-    # a kernel that does not take `final`
+    # a kernel that does not take `final` finishes no rows
     assert not lower(plan_of("ring", mask), 1, lambda cells: cells).turns
     assert set(lower(plan_of("ring", mask), 1, lambda cells: cells, finishes=("forward",)).turns) == {Payload.O}
 
@@ -77,7 +77,7 @@ def test_no_pass_converts_what_launches_finish():
     shape = dict(heads=64, kv_heads=8, head_dim=128, dtype="bfloat16")
     plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, 8), strategy="ring", **shape)
     forward, backward, _ = layer_call(plan, 3)
-    # keys and values have an eighth of the heads, and others add to their gradients
+    # only gradients of keys and values, with an eighth of the heads, are converted, since other ranks add to them
     tokens, row = 8192, 128 * torch.float32.itemsize
     assert forward.bytes["_to_copy"] == 0
     assert backward.bytes["_to_copy"] == 1.5 * 2 * tokens * 8 * row
@@ -85,7 +85,7 @@ def test_no_pass_converts_what_launches_finish():
 
 
 def test_launches_finish_gradients_of_queries_only_where_their_conversion_takes_long():
-    # both the sums and the finished rows would be in memory
+    # finished rows take memory in addition to the sums
     for lengths, finished in (([8192] * 8, {Payload.O, Payload.dQ}), ([65536], {Payload.O})):
         plan = make_plan(Mask.documents(lengths), Layout.zigzag(lengths, 8), strategy="ring", **SHAPE)
         assert set(lower(plan, 3, lambda cells: cells, finishes=BOTH).turns) == finished

@@ -37,8 +37,8 @@ def test_ulysses_reads_and_writes_in_place():
         (forward, backward) = launches(program)
         for launch in (forward, backward):
             assert all(is_direct(view) for view in (*launch.operands.values(), *launch.results.values()))
-        # a peer's two chunks are separate messages (the last rank's are adjacent), and kernels' results are not
-        # gathered
+        # a peer's two chunks are separate segments of a message (the last rank's chunks are adjacent), and kernels'
+        # results are sent as slices, without gathering rows
         steps = (*program.forward, *program.backward)
         received = [m for step in steps for payload, m in step.receives]
         assert {len(message.segments) for message in received} == {1, 2} or program.rank == 3

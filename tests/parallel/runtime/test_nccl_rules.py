@@ -46,7 +46,7 @@ def on_threads(runs):
 def network(ranks, seconds=60.0, warm="all", wrap=lambda backend, rank: backend):
     """Return a function from a rank to its transport, opened as by `open_communicator`.
 
-    warm: "all" calls of `warm_up`, only the first, only the "collective" one, or "none".
+    warm: "all" to call `warm_up`, "collective" to call only an all-reduce, or "none".
     """
     wire = QueueWire(seconds)
     backends = [ImitatedNccl(wire.end(rank), rank, ranks) for rank in range(ranks)]

@@ -56,7 +56,7 @@ def peak_on_cpu(run):
 
 
 def peaks(ready, peak=peak_on_meta):
-    """Return the peak bytes of a forward and a backward pass, without their inputs."""
+    """Return the peak bytes of a forward and a backward pass, not counting their inputs."""
     call, tokens, device = ready.program.call, ready.program.tokens, ready.key.device
     narrow, wide = getattr(torch, call.dtype), getattr(torch, call.accumulation_dtype)
 

@@ -192,13 +192,13 @@ def test_flops_match_pytorchs_count(kind):
     config = LlamaConfig(**sizes, tie_word_embeddings=kind == "tied")
     if kind == "experts":
         config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)
-    # PyTorch's counter omits grouped products of several experts
+    # PyTorch's counter omits grouped products of several experts, so compute one expert at a time
     one_by_one = {"experts_implementation": "eager"} if kind == "experts" else {}
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **one_by_one)
     flops, tokens = ModelFlops.of_model(model), 24
     with FlopCounterMode(display=False) as counter:
         model(torch.arange(tokens)[None], use_cache=False)
-    # forward pass only. Eager attention computes the full square, and rotary angles are a matrix product too
+    # count the forward pass only. Eager attention computes the full square, and a matrix product the rotary angles
     ((_, width),) = flops.layers
     matrices, square = 2 * flops.parameters * tokens, 2 * width * tokens**2
     rotary = 2 * tokens * 4

@@ -157,7 +157,7 @@ def test_kills_restarts_and_both_numbers_of_ranks_are_shown(run):
     assert "1970-01-01 00:00:00 UTC</td><td>61 s</td><td>rank 1 was killed by SIGKILL: &lt;forward&gt;</td>" in page
     assert "<td>2</td><td>-</td><td>-</td><td>ended with its launcher</td>" in page
     assert '<span class="soft">restarts</span><b>2</b>' in page
-    # a run that started once and ended well shows no attempts
+    # a run that started once and ended without an error shows no attempts
     assert "Starts and ends" not in page_of(run, None, attempts[2:]) and "Starts and ends" not in page_of(run, None)
     assert "Starts and ends" in page_of(run, None, attempts[:1])
 

@@ -29,7 +29,7 @@ def without_begin(rows):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_last_attempt_that_trained_a_step_counts(tmp_path, seed):
-    """Let attempts end anywhere, even within a row, and start at any step trained before or at the next one."""
+    """Let attempts end anywhere, even within a row, and start at any earlier step or at the next step."""
     rng, path, expected, end = random.Random(seed), tmp_path / "documents.jsonl", {}, 0
     for attempt in range(rng.randrange(1, 6)):
         begin = rng.randrange(end + 1)

@@ -293,7 +293,7 @@ def test_evidence_contains_the_documents_tokens_and_weights(findings, evidence):
         # all ranks' tokens together are those of the micro-batches
         for got, lengths in zip(ids, STEPS[0], strict=True):
             assert sorted(i for i in got if i) == sorted(i for i in micro_batch(lengths)["input_ids"][0].tolist() if i)
-    # the weights were the same in all steps except the one in which a weight was corrupted
+    # the weights were the same in all steps except the step in which a weight was corrupted
     digests = {folder: [(folder / f"weights-{rank}.json").read_text() for rank in range(4)] for folder in folders}
     usual = digests[evidence / "evidence" / "step-8"]
     others = {folder.name for folder, texts in digests.items() if texts != usual}

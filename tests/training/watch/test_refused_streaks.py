@@ -91,7 +91,7 @@ def test_a_destroyed_run_keeps_its_good_checkpoints_and_continues_from_them(conf
     assert "the update of step 6 made weight model.embed_tokens.weight of rank 0 infinite or NaN" in refused[0]
     assert refused[1] == "The run ends with refused steps: 6 steps in a row were refused, 7 to 12."
     assert [path.name for path in (run.folder / "evidence").iterdir()] == ["step-6"]
-    # a run whose last loss is NaN does not end well
+    # a run whose last loss is NaN ends with an error
     assert finish_run(run, config, lambda line: None, json_lines=True) == 1
     printed = capsys.readouterr().err
     assert "the loss of the last step, 12, is nan: steps from 7 on were refused" in printed
@@ -142,7 +142,7 @@ def test_a_new_level_is_taken_as_usual_but_the_checkpoint_from_before_stays(conf
     assert refused and refused[0] == 9 and refused[-1] < steps - 2
     events = [event["text"] for event in run.events() if event["kind"] == "refused"]
     assert events[0].startswith("the loss is ") and "have become usual" in events[1]
-    # there are two later checkpoints, and the one before the new level is kept permanently
+    # there are two later checkpoints, and the checkpoint before the new level is kept permanently
     newest = by_preference(list_checkpoints(run.checkpoints))
     assert [checkpoint.step for checkpoint in newest[:2]] == [steps, steps - 1]
     assert [checkpoint.step for checkpoint in newest if checkpoint.verdict.kept] == [7]
@@ -175,7 +175,7 @@ def test_a_run_does_not_take_an_older_checkpoint_of_its_last_step_for_its_own(co
 
 
 def _train_until_stopped(rank: int, runs: list[RunFolder], config: Config) -> list[str]:
-    """Train runs whose first, second, ... update destroys the weights and asks the run to stop. Return their messages."""
+    """Train `runs`. Update n of run n destroys its weights and asks it to stop. Return the runs' messages."""
     update, messages = Fsdp2Engine.update, []
     for ruined, run in enumerate(runs, 1):
         done = []

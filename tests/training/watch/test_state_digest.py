@@ -59,7 +59,7 @@ def test_every_bit_counts_and_names_its_tensor(dtype, on_device, monkeypatch):
     assert len(names) == 3 * 4 + 1
     for name, (_, _, tensor) in zip(names, state_tensors(model.named_parameters(), optimizer), strict=True):
         if name == "counts of updates":
-            # this tensor is a copy, because the counts are not contiguous, so change one of the originals
+            # this tensor is a copy, because the counts are not contiguous, so change an original count instead
             tensor = optimizer.state[model[0].bias]["step"]
         for bit in (0, 8 * tensor.element_size() - 1):
             flip(tensor, bit)
@@ -259,7 +259,7 @@ def rows(run: RunFolder) -> list[tuple]:
 def test_a_run_with_a_flipped_bit_ends_as_one_without(texts, tmp_path):
     config = config_of("fsdp2", texts, tmp_path / "run")
     wanted = rows(trained(config, ()))
-    # before the fourth update, and in the update right after the fourth checkpoint was saved
+    # the first flip is before the update of step 4; the second, after the rollback, is before that of step 5
     run = trained(dataclasses.replace(config, run=RunConfig(str(tmp_path / "flipped"), 3)), (4, 7), "exp_avg_sq")
     assert rows(run) == wanted and len(wanted) == STEPS
     damaged = [event["text"] for event in events_of(run) if event["kind"] == "damaged state"]
@@ -267,8 +267,8 @@ def test_a_run_with_a_flipped_bit_ends_as_one_without(texts, tmp_path):
         "rank 1 on" in text and ": exp_avg_sq model.embed_tokens.weight" in text for text in damaged
     )
     assert "changed between the update of step 3 and the update of step 4" in damaged[0]
-    # the checkpoint of step 4 was copied while the bit flipped, so it does not count, and the run goes back to the one
-    # before
+    # the checkpoint of step 4 was copied while the bit flipped, so it does not count, and the run goes back to the
+    # checkpoint of step 2
     assert "changed between the update of step 4 and the update of step 5" in damaged[1]
     resumed = [event["text"] for event in events_of(run) if event["kind"] == "resumed"]
     assert resumed == ["Resumed from step-00000002."] * 2
