@@ -115,9 +115,12 @@ class AttentionConfig(AttentionKeys):
         return cls(**{**keys, **settings})
 
     @property
-    def backward_policy(self) -> str:
-        """The backward policy that was set, or otherwise the strategy's default."""
-        return self.backward or STRATEGIES[self.strategy].backward
+    def backward_policy(self) -> str | None:
+        """The backward policy for `make_plan`: the one that was set, or None if the strategy chooses it for each call.
+
+        Servers keep nothing, so with servers a strategy with a choice does not choose "keep".
+        """
+        return self.backward or (STRATEGIES[self.strategy].backward if self.servers else None)
 
     @property
     def strategy_options(self) -> dict[str, object]:

@@ -80,7 +80,7 @@ def make_plan(
                 "make_plan: comm_dtype, cluster and max_buffer_bytes are those of config; set them there."
             )
         if strategy is None:
-            strategy, backward = config.strategy, backward or config.backward
+            strategy, backward = config.strategy, backward or config.backward_policy
             options = {**config.strategy_options, **(options or {})}
         comm_dtype, cluster, max_buffer_bytes = config.comm_dtype, config.cluster, config.max_buffer_bytes
     if strategy is None:
@@ -125,6 +125,8 @@ def make_plan(
         return Plan(replace(call, written_once=written_once(call, *chosen_tables)), *chosen_tables, policy, strategy)
 
     policy = backward or chosen.default_backward(working, cluster, options or {})
+    if config is not None and config.servers and policy == "keep":
+        raise DistattnError('servers keep nothing from pass to pass; use backward "refetch-home".')
     forwards = candidates("forward", policy)
     # True if the backward pass has its own tasks
     has_backward_tasks = op.has_gradient and (chosen.own_backward or (chosen.by_direction and policy != "keep"))

@@ -71,7 +71,7 @@ def _run_until_done(ranks: Ranks, attempts: Attempts, restarts: Restarts) -> int
                 print_message(f"{same} on {host}: if its memory or a device is the cause, leave {host} out.")
             return code
         before = trouble
-        count = f"restart {without_progress} of {restarts.limit} without progress"
+        count = f"restart {without_progress} of {restarts.limit} since the last progress"
         print_message(f"{trouble}; all ranks start again on {socket.gethostname()} from step {now:,} ({count}).")
 
 

@@ -113,3 +113,15 @@ def test_ranks_with_packs_of_their_own_share_attention_in_blocks():
     parallel = ParallelConfig(ranks=4, data="per_rank", strategy="cad", context_parallel_size=2)
     settings = PlanSettings.of_config(Config(model=ModelConfig(), parallel=parallel))
     assert settings.config.context_parallel_size == 2 and settings.data_parallel_size == 2
+
+
+def test_with_servers_no_strategy_chooses_to_keep_tensors():
+    mask, layout = da.Mask.causal(256), da.Layout.zigzag([256], 2)
+    shape = dict(heads=2, kv_heads=2, head_dim=16, dtype="float32")
+    policies = [
+        da.make_plan(mask, layout, config=AttentionConfig(strategy="usp", servers=servers), **shape).policy
+        for servers in (0, 1)
+    ]
+    assert policies == ["keep", "refetch-follow"]
+    with pytest.raises(da.DistattnError, match="servers keep nothing"):
+        da.make_plan(mask, layout, config=AttentionConfig(strategy="ring", servers=1), strategy="ulysses", **shape)

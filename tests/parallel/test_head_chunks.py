@@ -66,7 +66,7 @@ def test_outputs_and_gradients_of_chunks_equal_the_oracle(strategy, mask, heads)
 
 # a million tokens in bf16 on 8 ranks with 32:8 heads: (GB of buffers without a limit, smallest possible GB). A limit
 # does not increase the simulated time
-BUFFERS = {"ring": (4.3, 0.54), "allgather": (11.3, 1.9), "ulysses": (2.82, 2.36), "usp": (3.8, 2.36)}
+BUFFERS = {"ring": (4.3, 0.54), "allgather": (11.3, 1.9), "ulysses": (2.82, 2.36), "usp": (2.82, 2.36)}
 
 
 def million(strategy, kv_heads=8, **how):

@@ -73,6 +73,15 @@ def test_gradients_of_different_tokens_share_rows():
     assert_close(run_all_ranks(plan, inputs), dense(mask, inputs, 16**-0.5), 2e-2)
 
 
+@pytest.mark.parametrize(("lengths", "ranks", "backward"), [([200, 150, 100, 62], 6, None), ([512], 4, "keep")])
+def test_peers_that_get_gradients_of_different_heads_share_no_rows(lengths, ranks, backward):
+    mask, layout = Mask.documents(lengths), Layout.zigzag(lengths, ranks)
+    shape = dict(heads=8, kv_heads=8, head_dim=16, dtype="float32", backward=backward)
+    inputs = random_inputs(mask.n, 8, 8, 16)
+    results = run_all_ranks(make_plan(mask, layout, strategy="cad", **shape), inputs)
+    assert_close(results, dense(mask, inputs, 16**-0.5), 1e-5)
+
+
 @pytest.mark.parametrize("strategy", ["ring", "double_ring"])
 def test_rings_send_keys_and_values_or_their_gradients_as_one_message_a_step(strategy, monkeypatch):
     plan = plan_of(strategy, [65536], 64, 8)

@@ -165,11 +165,12 @@ def _extended_bytes(call: Call, tokens_of: dict[BufferKey, Ints], keys: list[Buf
 
 
 def result_parts(call: Call, table: Table) -> Ints:
-    """Return the part of each move's buffer: 1 for dQ and dKV that share rows although the rank's other moves do not, else 0.
+    """Return the part of each move's buffer: above 0 for dQ and dKV that share rows although the rank's other moves do not.
 
     A rank may send dQ and dKV of equally many tokens to some peers, and only dKV to others, all in one step. Results for the
-    former are then in separate buffers, and a row holds dQ of one token and dKV of another. Only results of the rank's first
-    step with tasks are in part 1, because they live equally long.
+    former are then in separate buffers, and a row holds dQ of one token and dKV of another. Each part has one range of heads
+    of dQ and one of dKV, so it has one buffer of each. Only results of the rank's first step with tasks are in such parts,
+    because they live equally long. All other moves are in part 0.
     """
     moves, tasks = table.moves, table.tasks
     part = np.zeros(num_rows(moves), np.int64)
@@ -199,7 +200,15 @@ def result_parts(call: Call, table: Table) -> Ints:
     is_second = ~is_first & np.append(False, is_first[:-1])
     second[task_pairs[is_second] // (table.steps + 1)] = task_pairs[is_second] % (table.steps + 1)
     rank, step = np.divmod(source, table.steps)
-    part[chosen] = (are_joint & differ[sender] & (step <= second[rank]))[group]
+    is_shared = are_joint & differ[sender] & (step <= second[rank])
+    heads = np.zeros((len(pair), 4), np.int64)
+    for selected, first in ((is_query, 0), (~is_query, 2)):
+        # a group that shares rows has one move of each payload
+        heads[group[selected], first] = rows["h0"][selected]
+        heads[group[selected], first + 1] = rows["h1"][selected]
+    number = np.zeros(len(pair), np.int64)
+    number[is_shared] = 1 + np.unique(heads[is_shared], axis=0, return_inverse=True)[1].reshape(-1)
+    part[chosen] = number[group]
     return part
 
 
