@@ -45,12 +45,12 @@ _LOG = logging.getLogger("distattn")
 
 
 class Trial(NamedTuple):
-    """The result of a kernel's trial: its largest relative difference from the reference, and its seconds forward and
-    backward.
+    """The result of a kernel's trial: its largest relative difference from the reference, and the time of a forward and
+    backward pass in seconds.
 
-    fault: the reason not to use the kernel, or "" if it is correct. passing: True if the fault may be gone the next time. lacked:
-    if the trial ran out of memory, the bytes of device memory that were free before it. attempts: the number of attempts that ran
-    out of memory.
+    fault: the reason not to use the kernel, or "" if it is correct. passing: True if the fault may not recur on the next try.
+    lacked: if the trial ran out of memory, the bytes of device memory that were free before it. attempts: the number of
+    attempts that ran out of memory.
     """
 
     difference: float = 0.0

@@ -131,7 +131,7 @@ class LeftOut:
         # subsets of `hosts`: hosts that failed but still answer, and hosts on which no attempt could begin
         self._failing: list[str] = []
         self._unstarted: list[str] = []
-        # unstarted hosts that were taken back and asked again
+        # hosts on which no attempt could begin, and that were later taken back for another try
         self.asked_again: set[str] = set()
 
     @property

@@ -38,8 +38,8 @@ class HostBuffers:
     def keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor into its buffer and return the buffer. The caller may drop the tensor immediately.
 
-        On a GPU, the copy overlaps with other work on the device. At most two copies are in flight; before a third, the current
-        stream waits for the oldest. Call `finish_kept` after the last tensor.
+        On a GPU, the copy overlaps with other work on the device. At most two copies are in flight: after a third is queued, the
+        current stream waits for the oldest. Call `finish_kept` after the last tensor.
         """
         source = tensor.detach()
         buffer = self.like(name, source)

@@ -28,7 +28,7 @@ class StepAhead:
 
 
 class StepsAhead:
-    """A store of at most one step ahead per source. A source is an iterator, or a loader with a position."""
+    """The steps read ahead: at most one `StepAhead` per source. A source is an iterator, or a loader with a position."""
 
     def __init__(self) -> None:
         # use ids as keys, because iterators may define equality, and a few do not support weak references

@@ -132,10 +132,10 @@ def held_out_steps(config: Config) -> int:
 
 
 def held_out_data(config: Config, data: RunData) -> tuple[RunData, int]:
-    """Return the data to evaluate (from evaluation.path, else the last steps of the run's own plan) and its first step.
+    """Return the evaluation data (from evaluation.path, or else the last steps of the run's own plan) and its first step.
 
     Raises DistattnError if there are too few steps, or if the held-out steps of the run's own plan repeat documents (a
-    second epoch). `held_out.check_held_out` checks that no document is also trained on.
+    second epoch). `held_out.check_held_out` checks that no held-out document is also trained on.
     """
     begin, steps = data.plan.steps - config.evaluation.steps, config.evaluation.steps
     if config.evaluation.path:

@@ -73,7 +73,7 @@ def memory_of_run(
         state = state._replace(parameters=0, gradients=0, optimizer=0)
     groups: dict[tuple[int, int], list[Executable]] = {}
     for rank in range(plan.call.ranks) if ranks is None else ranks:
-        # counting needs neither the plan's proof nor the kernels' prepared work; kernels that finish rows need the most
+        # counting needs neither the proof nor the kernels' own schedules. Assume kernels that finish rows: they need most memory
         program = lower(plan, rank, lambda cells: cells, finishes=("forward", "backward"))
         executable = Executable(program, ExecutionKey(rank, "reference", _META), SingleRankTransport())
         groups.setdefault((program.tokens, executable.kept_elements), []).append(executable)

@@ -44,7 +44,7 @@ class BestFitPacks:
 
     @property
     def slots(self) -> np.ndarray:
-        """The slots of each pack, int64 (P,)."""
+        """The number of slots of each pack, int64 (P,)."""
         return np.array(self._slots, np.int64)
 
     @property
