@@ -27,7 +27,7 @@ _CURVES = {
     "loss": "loss",
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens per second",
-    "seconds": "seconds a step",
+    "seconds": "seconds per step",
     "evaluation": "evaluation loss",
     "learning_rate": "learning rate",
     "context_length": "context length",

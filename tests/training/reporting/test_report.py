@@ -56,7 +56,7 @@ def test_the_page_is_offline_and_gives_the_runs_numbers(run):
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page)[1])
     assert data["steps"]["loss"] == [5.5, 4.25, None, 3.125, 3.0] and data["reference"]["loss"][:3] == [5.5, 5.5, None]
     without = page_of(run, None)
-    assert "that did not finish" in without and "Beside transformers" not in without
+    assert "that did not finish" in without and "Compared with transformers" not in without
     assert "differ from plain transformers" in page_of(run, {**CHECKED, "passed": False})
 
 
@@ -158,8 +158,8 @@ def test_kills_restarts_and_both_numbers_of_ranks_are_shown(run):
     assert "<td>2</td><td>-</td><td>-</td><td>ended with its launcher</td>" in page
     assert '<span class="soft">restarts</span><b>2</b>' in page
     # a run that started once and ended without an error shows no attempts
-    assert "Starts and ends" not in page_of(run, None, attempts[2:]) and "Starts and ends" not in page_of(run, None)
-    assert "Starts and ends" in page_of(run, None, attempts[:1])
+    assert ">Attempts<" not in page_of(run, None, attempts[2:]) and ">Attempts<" not in page_of(run, None)
+    assert ">Attempts<" in page_of(run, None, attempts[:1])
 
 
 def test_only_starts_after_a_failure_are_restarts(run):
