@@ -24,8 +24,7 @@ if torch.cuda.is_available():
 
 @cache
 def planned(count: int) -> tuple[Any, ...]:
-    """Return a plan of `count` steps and its corpora, from the standard library's bytes. Use `distattn data` for real
-    data."""
+    """Return a plan of `count` steps and its corpora, from the standard library's bytes."""
     text = find_corpus("{stdlib}", suffix=".py", exclude=["test*", "idle*", "*-packages"], max_document_tokens=700)
     rule, corpora = PackRule(((0, 1024),), PACKS_PER_STEP * 1024), [byte_corpus(text, f"{FOLDER.name}/text")]
     return make_pack_plan(f"{FOLDER.name}/packs", corpora, seed=1, rule=rule, steps=count), corpora
