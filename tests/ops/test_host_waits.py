@@ -183,8 +183,8 @@ def ways_to_wait(x):
     yield "index_put_ copies", lambda: x.__setitem__(rows, torch.ones(()))
     yield "index_put_ copies", lambda: x.index_put_((rows,), torch.ones(()), accumulate=True)
     yield "index_put copies", lambda: x.index_put((rows,), torch.ones(()))
-    yield "masked_fill_ asks", lambda: x.masked_fill_(x > 0, x.sum())
-    yield "index_fill_ asks", lambda: x.index_fill_(0, rows, x.sum())
+    yield "masked_fill_ reads", lambda: x.masked_fill_(x > 0, x.sum())
+    yield "index_fill_ reads", lambda: x.index_fill_(0, rows, x.sum())
     yield "repeat_interleave", lambda: x.repeat_interleave(torch.ones_like(x, dtype=torch.int64))
 
 

@@ -25,7 +25,7 @@ def plan():
 @pytest.mark.parametrize("op", CALLS)
 def test_wrong_plan_arguments_and_a_second_group_are_refused(op, plan):
     call, x = CALLS[op], torch.zeros(4, 2, 8)
-    with pytest.raises(da.DistattnError, match=r"plan is .*, not (a str|'ring')"):
+    with pytest.raises(da.DistattnError, match=r"plan must be .*, not (a str|'ring')"):
         call(x, "ring")
     with pytest.raises(da.DistattnError, match="an executable has its group and kernel; pass them to prepare"):
         call(x, da.prepare(plan), torch.distributed.ProcessGroup(0, 1))

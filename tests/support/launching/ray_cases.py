@@ -15,13 +15,16 @@ from typing import Any
 from unittest.mock import patch
 
 import ray
-from waiting import LIMIT_SECONDS, eventually
 
 from distattn.launch.attempts import Attempts
 from distattn.launch.node_needs import NodeNeeds
 from distattn.launch.ray import agent as ray_agent
 from distattn.launch.ray import nodes as ray_nodes
 from distattn.training.run_folder import RunFolder
+
+# Ray's workers get only this script's folder in their path
+sys.path.append(str(Path(__file__).parents[1]))
+from waiting import LIMIT_SECONDS, eventually  # noqa: E402
 
 
 class Agent(ray_agent.NodeAgent):
